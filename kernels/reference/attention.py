@@ -1,0 +1,63 @@
+"""Paged causal attention with grouped queries and an optional sliding window; softmax in fp32."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tucka_runtime.kernels.pages import Decode, PagePlan
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: PagePlan, scale: float, window: int | None = None
+) -> Tensor:
+    """q (T, H, D) -> (T, H, D). Caches (slots, KV heads, D) already hold this step's keys and values.
+
+    A query at position i sees the keys at j <= i, and with a window only those with i - j < window.
+    """
+    out = torch.empty_like(q)
+    for decode in pages.decodes:
+        out.index_copy_(
+            0, decode.rows, _decode(q.index_select(0, decode.rows), k_cache, v_cache, decode, pages, scale, window)
+        )
+    for prefill in pages.prefills:
+        own = slice(prefill.first, prefill.end)
+        count, length = prefill.end - prefill.first, len(prefill.slots)
+        k = k_cache.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
+        v = v_cache.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
+        whole = count == length and (window is None or length <= window)
+        mask = None if whole else _causal_mask(count, length, window, q.device)
+        y = scaled_dot_product_attention(
+            q[own].transpose(0, 1).unsqueeze(0), k, v, mask, is_causal=whole, scale=scale, enable_gqa=True
+        )
+        out[own] = y[0].transpose(0, 1)
+    return out
+
+
+def _causal_mask(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    distance = torch.arange(length - count, length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, decode: Decode, pages: PagePlan, scale: float, window: int | None
+) -> Tensor:
+    """One query per sequence, all sequences of the bucket in two batched products over gathered pages."""
+    batch, heads, d = q.shape
+    kv_heads = k_cache.shape[1]
+    longest = decode.slots.shape[1]
+    key = (id(decode), kv_heads)
+    if key not in pages.memo:
+        # Gathered head by head, so that both products see contiguous (L, D) matrices.
+        by_head = decode.slots[:, None, :] * kv_heads + torch.arange(kv_heads, device=q.device)[:, None]
+        pages.memo[key] = by_head.flatten()
+    mask_key = (id(decode), "mask", window)
+    if mask_key not in pages.memo:
+        ahead = decode.length[:, None] - 1 - torch.arange(longest, device=q.device)
+        hidden = (ahead < 0) if window is None else (ahead < 0) | (ahead >= window)
+        pages.memo[mask_key] = torch.zeros(batch, longest, device=q.device).masked_fill_(hidden, float("-inf"))
+    k = k_cache.view(-1, d).index_select(0, pages.memo[key]).view(batch * kv_heads, longest, d)
+    v = v_cache.view(-1, d).index_select(0, pages.memo[key]).view(batch * kv_heads, longest, d)
+    scores = torch.bmm(q.reshape(batch * kv_heads, heads // kv_heads, d), k.transpose(1, 2)).float()
+    scores = torch.add(pages.memo[mask_key][:, None, None], scores.view(batch, kv_heads, -1, longest), alpha=scale)
+    p = torch.softmax(scores, dim=-1).to(q.dtype)
+    return torch.bmm(p.view(batch * kv_heads, -1, longest), v).view(batch, heads, d)

@@ -1,0 +1,22 @@
+"""Expand: the delta back to the output, y_j += h_j E_j for every target j of a site."""
+
+from torch import Tensor
+
+from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+
+
+def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:
+    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R) is shrink_core's."""
+    if plan.gather is not None:
+        wide = h.new_zeros(h.shape[0], plan.stops[-1] + 1).scatter_(1, plan.gather, h.flatten(1))
+        for j, e in enumerate(site.e_all):
+            if e is not None:
+                part = y[:, site.columns[j] : site.columns[j + 1]]
+                part.addmm_(wide[:, plan.stops[j] : plan.stops[j + 1]], e)
+        return y
+    for first, end, a in plan.segments.spans:
+        for j, e in enumerate(site.e[a]):
+            if e is not None:
+                part = y[first:end, site.columns[j] : site.columns[j + 1]]
+                part.addmm_(h[first:end, j, : e.shape[0]], e)
+    return y

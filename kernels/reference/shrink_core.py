@@ -1,0 +1,33 @@
+"""Shrink: x to each row's own adapter's rank, and through its core: h = (x Uᵀ) M."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+
+
+def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> Tensor:
+    """x (T, d_in) -> h (T, n, R), zero beyond a row's own ranks and on base rows.
+
+    cores (S, n, Rc, Rc), Rc <= R, identity where a segment's core is constant; None: all are. R is the largest rank.
+    """
+    n, rank = len(site.columns) - 1, plan.max_rank
+    if plan.gather is not None:
+        h = linear(x, site.u_all).gather(1, plan.gather).view(-1, n, rank)
+        if cores is not None:
+            own = cores.index_select(0, plan.segments.row)
+            size = cores.shape[-1]
+            mixed = torch.matmul(h[..., None, :size], own).squeeze(2)
+            h = mixed if size == rank else torch.cat([mixed, h[..., size:]], dim=2)
+        return h
+    h = x.new_zeros(x.shape[0], n, rank)
+    for s, (first, end, a) in enumerate(plan.segments.spans):
+        for j, u in enumerate(site.u[a]):
+            if u is not None:
+                r = u.shape[0]
+                y = linear(x[first:end], u)
+                if cores is not None and r <= cores.shape[-1]:
+                    y = y @ cores[s, j, :r, :r]
+                h[first:end, j, :r] = y
+    return h

@@ -1,0 +1,96 @@
+"""Every setting of the server, stated once: name, default, help. The CLI, the environment (`TUCKA_<FIELD>`) and
+`--config file.yaml` all read these fields.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tucka_runtime.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+ROUTE_SCOPES = ("batch", "request")
+
+
+def _setting(default: Any, help: str, **extra: Any) -> Any:
+    if isinstance(default, list | dict):
+        raise TypeError("use a tuple: the configuration is frozen")
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine process needs to know."""
+
+    model: str | None = _setting(None, "folder of the base model (default: the embedded one)", metavar="DIR")
+    dtype: str = _setting("auto", "type of the weights; auto takes the one they are stored in", choices=DTYPES)
+    device: str = _setting("auto", "where to run; auto takes the GPU if there is one", choices=DEVICES)
+    max_model_len: int | None = _setting(None, "longest prompt plus answer in tokens (default: the model's own)")
+    max_num_seqs: int = _setting(64, "most sequences in one batch")
+    max_num_batched_tokens: int = _setting(2048, "most tokens in one forward pass; longer prompts go in chunks")
+    max_queue: int = _setting(1024, "most sequences waiting; more are refused with 429")
+    block_size: int = _setting(16, "tokens in one KV page")
+    kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
+    max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
+    num_threads: int | None = _setting(None, "CPU threads for the engine (default: all cores)")
+    seed: int = _setting(0, "seed for requests that give none")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "block_size", "max_loaded_adapters"):
+            _check_at_least(self, name, 1)
+        for name in ("max_model_len", "kv_cache_tokens", "num_threads"):
+            if getattr(self, name) is not None:
+                _check_at_least(self, name, 1)
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs ({self.max_num_seqs}) exceeds max_num_batched_tokens ({self.max_num_batched_tokens}): "
+                "every running sequence needs a token in each step. Lower the first or raise the second."
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the API process needs to know."""
+
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one")
+    served_model_name: str | None = _setting(None, "name of the base model in requests (default: its folder's name)")
+    adapter: tuple[str, ...] = _setting((), "adapter to load at start; repeatable", metavar="NAME=PATH")
+    adapter_root: tuple[str, ...] = _setting(
+        (), "folder below which adapters may be loaded over HTTP; repeatable (default: none may)", metavar="DIR"
+    )
+    state_dir: str | None = _setting(
+        None, "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten)", metavar="DIR"
+    )
+    route: str = _setting("batch", "route scope of requests that do not choose", choices=ROUTE_SCOPES)
+    api_key: tuple[str, ...] = _setting((), "key that requests must carry; repeatable (default: open)", secret=True)
+    admin_key: tuple[str, ...] = _setting(
+        (), "key that adapter management must carry; repeatable (default: same as --api-key)", secret=True
+    )
+    max_body_bytes: int = _setting(16 * 2**20, "largest request body")
+    max_logprobs: int = _setting(20, "most alternatives a request may ask log-probabilities of")
+    max_n: int = _setting(64, "most sequences (prompts x n) in one request")
+    max_connections: int = _setting(1024, "most connections open at once")
+    shutdown_timeout: int = _setting(30, "seconds that running requests get to finish when the server stops")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("max_body_bytes", "max_n", "max_connections"):
+            _check_at_least(self, name, 1)
+        for name in ("port", "max_logprobs", "shutdown_timeout"):
+            _check_at_least(self, name, 0)
+        if self.admin_key and not self.api_key:
+            raise ConfigError("admin_key is set but api_key is not: inference would be open. Set both, or neither.")
+
+
+def _check_choices(config: Any) -> None:
+    for f in fields(config):
+        choices = f.metadata.get("choices")
+        if choices and getattr(config, f.name) not in choices:
+            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}")
+
+
+def _check_at_least(config: Any, name: str, least: int) -> None:
+    if getattr(config, name) < least:
+        raise ConfigError(f"{name} must be at least {least}")

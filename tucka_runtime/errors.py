@@ -1,0 +1,114 @@
+"""Every error that crosses a door of the runtime, as one tree.
+
+TuckaError
+├── ConfigError                 a setting is wrong; the process does not start
+├── ModelLoadError              the base model's folder cannot be served
+├── InvalidRequestError    400  the request is wrong; `param` names the field
+│   └── ContextLengthError 400  prompt and answer do not fit the context
+├── ModelNotFoundError     404  no base model or adapter of that name
+├── AdapterError
+│   ├── InvalidAdapterError     400  the adapter's files are wrong
+│   ├── BaseModelMismatchError  400  the adapter was made for another base
+│   ├── AdapterConflictError    409  the name is taken by other content
+│   └── AdapterCapacityError    503  every slot is in use; try again later
+├── OverloadedError        429  the queue is full; try again later
+└── EngineDeadError        503  the engine process is down or restarting
+
+`status`, `type` and `code` are what the HTTP door answers with. Messages say what happened, why and what to do, and
+never repeat what the client sent.
+"""
+
+
+class TuckaError(Exception):
+    """Root of the tree. `param` names the offending request field where there is one."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
+        return type(self), (self.message, self.param)
+
+
+class ConfigError(TuckaError):
+    """A flag, environment variable or configuration file holds a value that cannot be used."""
+
+
+class ModelLoadError(TuckaError):
+    """The base model's folder is missing files, has the wrong tensors, or needs something that is not supported."""
+
+
+class InvalidRequestError(TuckaError):
+    """The request is malformed or asks for what is not supported."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt plus `max_tokens` exceeds the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(TuckaError):
+    """The field `model` names neither the base nor a loaded adapter."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class AdapterError(TuckaError):
+    """Root of what can go wrong with an adapter."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidAdapterError(AdapterError):
+    """The adapter's configuration or weights are malformed, unsafe or not supported."""
+
+    code = "invalid_adapter"
+
+
+class BaseModelMismatchError(AdapterError):
+    """The adapter does not fit the loaded base model: other shapes, or no module of that name."""
+
+    code = "base_model_mismatch"
+
+
+class AdapterConflictError(AdapterError):
+    """The name already stands for other content."""
+
+    status = 409
+    code = "adapter_exists"
+
+
+class AdapterCapacityError(AdapterError):
+    """No room for another adapter while all loaded ones are in use."""
+
+    status = 503
+    type = "server_error"
+    code = "adapter_capacity"
+
+
+class OverloadedError(TuckaError):
+    """The waiting queue is full."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+
+class EngineDeadError(TuckaError):
+    """The engine process ended or has not come up."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_unavailable"

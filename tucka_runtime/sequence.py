@@ -1,0 +1,206 @@
+"""A request and its sequences: what is asked, how far it is, what comes out. Standard library only.
+
+A request holds one or several prompts and asks `n` answers of each; every (prompt, answer) pair is a `Sequence`, and
+its `index` (prompt · n + answer) is the OpenAI choice index.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+
+class RouteScope(StrEnum):
+    """Over which tokens a TuckA adapter's route is computed (docs/architecture.md, "Route scope")."""
+
+    BATCH = "batch"  # one route per adapter and forward pass: the paper's
+    REQUEST = "request"  # one route per request, from its whole prompt, kept while decoding
+    PINNED = "pinned"  # fixed when the adapter was loaded
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """One generation of a loaded adapter. A reload under the same name is another generation."""
+
+    name: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The chosen expert group and its experts' weights (t of them, each in [0.269, 0.731])."""
+
+    group: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked at the door (server/protocol.py); the engine trusts them.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
+    the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
+    `max_tokens` 0 scores the prompt and generates nothing.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request as the engine sees it. `prompts` are token ids; `cache_salt` separates tenants' KV reuse."""
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: SamplingParams
+    n: int = 1
+    adapter: AdapterKey | None = None
+    route_scope: RouteScope = RouteScope.BATCH
+    cache_salt: str = ""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the model (before temperature and penalties), its rank (1 is the best),
+    and the best alternatives as (token id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteReport:
+    """The route of the forward pass that finished the prompt, and how often the group changed while decoding."""
+
+    route: Route
+    changes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """`time.monotonic()` of the engine at each border of a sequence's life; seconds."""
+
+    arrived: float
+    scheduled: float
+    first_token: float
+    finished: float
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step brought for one sequence. The one that has `finish_reason` is the last, and there always is one.
+
+    `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
+    first. `stop_token_id` is the token that ended the sequence (it is the last of `token_ids`). `error` has the
+    message when `finish_reason` is "error".
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    route: RouteReport | None = None
+    cached_tokens: int = 0
+    timing: Timing | None = None
+    error: str | None = None
+
+
+class Status(Enum):
+    WAITING = 1
+    RUNNING = 2
+    FINISHED = 3
+
+
+class Sequence:
+    """The scheduler's view of one sequence. `num_computed` tokens have their KV in the pages of `block_table`."""
+
+    __slots__ = (
+        "adapter",
+        "arrived",
+        "block_hashes",
+        "block_table",
+        "cached_tokens",
+        "finish_reason",
+        "first_token_at",
+        "index",
+        "num_computed",
+        "num_prompt",
+        "prompt_logprobs",
+        "prompt_route",
+        "request",
+        "route",
+        "route_changes",
+        "route_pass",
+        "sampling",
+        "scheduled_at",
+        "scope",
+        "seed",
+        "status",
+        "stop_token_id",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, index: int, scope: RouteScope | None, seed: int, arrived: float):
+        prompt = request.prompts[index // request.n]
+        self.request = request
+        self.index = index
+        self.adapter = request.adapter
+        self.scope = scope
+        self.sampling = request.sampling
+        self.seed = seed
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.num_computed = 0
+        self.cached_tokens = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_token_id: int | None = None
+        self.route: Route | None = None  # request scope: fixed once the prompt was routed
+        self.prompt_route: Route | None = None
+        self.route_changes = 0
+        self.route_pass = False  # request scope, router inside the model, prompt in chunks: routing comes first
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        self.arrived = arrived
+        self.scheduled_at = 0.0
+        self.first_token_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request.id, self.index
