@@ -84,7 +84,7 @@ def _batches(tokenizer: Any, seed: int, tokens: int) -> Iterator[tuple[Tensor, T
 
 
 def pretrain(
-    tokenizer: Any, *, seconds: float, max_steps: int, seed: int = 0, lr: float = 3e-3, tokens: int = 4096, log: Any = print
+    tokenizer: Any, *, seconds: float, max_steps: int, seed: int = 0, lr: float = 2e-3, tokens: int = 2048, log: Any = print
 ) -> LlamaForCausalLM:
     """Pre-train for `max_steps` steps of about `tokens` tokens with warm-up and cosine.
 
@@ -123,7 +123,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=END)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 @torch.no_grad()

@@ -1,0 +1,141 @@
+"""The adapted linear layer: y = base(x + alpha · x Û M Ûᵀ), with the routed core M (paper, eq. 3-5).
+
+    Û = u / ‖u‖_F        Ĉ = c / ‖c‖_F        Ĝ = g[group] / ‖g[group]‖_F (over the group's whole (p, r, r) block)
+    M = Σ_i s_i Σ_j Ĉ[i, j] Ĝ[j]
+"""
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tucka_runtime.trainer.config import TuckAConfig
+from tucka_runtime.trainer.routing import Route, Router
+
+
+def input_size(layer: nn.Module) -> int:
+    """Input features of a linear layer: Linear stores (out, in), Conv1D (in, out)."""
+    return layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features  # type: ignore[return-value]
+
+
+def unit(x: Tensor, dims: int | None = None) -> Tensor:
+    """x over its L2 norm, over all entries or over the last `dims` dimensions."""
+    if dims is None:
+        return x / torch.linalg.vector_norm(x)
+    return x / torch.linalg.vector_norm(x, dim=tuple(range(-dims, 0)), keepdim=True)
+
+
+def routed_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, route: Route) -> Tensor:
+    """x Û M Ûᵀ for x (B, …, d), u (d, r), c (t, p), g (k, p, r, r); the factors are normalised in fp32, then cast."""
+    u_hat = unit(u.float()).to(x.dtype)
+    mix = route.weights @ unit(c.float())  # (*lead, p)
+    h = x @ u_hat
+    if route.group.numel() == 1:
+        core = torch.einsum("p,pab->ab", mix.reshape(-1), unit(g[route.group.reshape(())].float()))
+        h = h @ core.to(x.dtype)
+    elif route.group.ndim == 1:
+        core = torch.einsum("bp,bpij->bij", mix, unit(g.float(), dims=3)[route.group]).to(x.dtype)
+        h = torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core).view(h.shape)
+    else:
+        every = torch.einsum("bsi,kpij->bskpj", h, unit(g.float(), dims=3).to(x.dtype))
+        chosen = every.gather(2, route.group[..., None, None, None].expand(-1, -1, 1, *every.shape[3:])).squeeze(2)
+        h = (chosen * mix.to(x.dtype)[..., None]).sum(dim=2)
+    return h @ u_hat.T
+
+
+class TuckALayer(nn.Module, BaseTunerLayer):
+    """A Linear or Conv1D with any number of TuckA adapters; all its tensors are fp32 whatever the base's dtype."""
+
+    adapter_layer_names: tuple[str, ...] = ("tucka_g", "tucka_c", "tucka_u", "tucka_ec")
+    other_param_names: tuple[str, ...] = ("tucka_config",)
+
+    def __init__(self, base_layer: nn.Module, name: str, routers: dict[str, Router]):
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.routers = routers  # the model's own dict, shared by all its layers
+        self.tucka_config: dict[str, TuckAConfig] = {}
+        self.tucka_g = nn.ParameterDict()
+        self.tucka_c = nn.ParameterDict()
+        self.tucka_u = nn.ParameterDict()
+        self.tucka_ec = nn.ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter: str, config: TuckAConfig, is_router: bool, inference_mode: bool = False) -> None:
+        """Give this layer fresh factors for `adapter`; the router module also gets centroids.
+
+        Centroids hold NaN until the first forward sets them from its batch (unless use_kaiming_init_ec). So "already
+        set" travels with the tensor itself: loading trained centroids can never re-initialise them.
+        """
+        d = input_size(self.get_base_layer())
+        device = self.get_base_layer().weight.device
+        shapes = {"g": (config.k, config.p, config.r, config.r), "c": (config.t, config.p), "u": (d, config.r)}
+        self.tucka_config[adapter] = config
+        made = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+        if config.init_weights:
+            bound = 1 / math.sqrt(config.r)
+            made["g"] = torch.empty(config.r, config.r, device=device).uniform_(-bound, bound).repeat(*shapes["g"][:2], 1, 1)
+            made["c"].uniform_(-1 / math.sqrt(config.t), 1 / math.sqrt(config.t))
+            made["u"].uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d))
+        self.tucka_g[adapter] = nn.Parameter(made["g"])
+        self.tucka_c[adapter] = nn.Parameter(made["c"])
+        self.tucka_u[adapter] = nn.Parameter(made["u"])
+        if is_router:
+            ec = torch.full((config.k * config.t, d), math.nan, device=device)
+            if config.use_kaiming_init_ec:
+                ec.uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d))
+            self.tucka_ec[adapter] = nn.Parameter(ec)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move to the base's device; the dtype stays fp32."""
+        target = device or self.get_base_layer().weight.device
+        for name in self.adapter_layer_names:
+            factors = getattr(self, name)
+            if adapter_name in factors and factors[adapter_name].device.type != "meta":
+                factors[adapter_name] = factors[adapter_name].to(target)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "TuckA: a batch that mixes adapters (adapter_names) is not supported in training, because the route "
+                "belongs to a whole batch. Use set_adapter, or serve the adapters with tucka serve."
+            )
+        if not self.disable_adapters:
+            change: Tensor | None = None
+            for adapter in self.active_adapters:
+                if adapter in self.tucka_u:
+                    delta = self.tucka_config[adapter].alpha * self._delta(x, adapter)
+                    change = delta if change is None else change + delta
+            if change is not None:
+                x = x + change
+        return self.base_layer(x, *args, **kwargs)
+
+    def _delta(self, x: Tensor, adapter: str) -> Tensor:
+        router = self.routers[adapter]
+        if adapter in self.tucka_ec:
+            router.compute(x, self.tucka_ec[adapter], self.tucka_config[adapter], self.training)
+        if not router.fresh or router.route is None:
+            raise RuntimeError(
+                f"TuckA: {self.name} ran before adapter {adapter!r} was routed, because its router {router.module} runs "
+                f"later in the forward pass. Set router_name to the adapted module that runs first."
+            )
+        return routed_delta(
+            x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], router.route
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(
+            "TuckA: the change depends on each batch's route, so it cannot be merged into the base's weights. "
+            "Use unload() to get the base back, or serve the adapter with a pinned route."
+        )
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("TuckA: nothing is ever merged, so there is nothing to unmerge.")
+
+    def __repr__(self) -> str:
+        return "tucka." + super().__repr__()

@@ -1,0 +1,128 @@
+"""The tuner: puts TuckA layers into a model and hands each forward's attention mask to the routers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tucka_runtime.trainer.config import TuckAConfig
+from tucka_runtime.trainer.layer import TuckALayer
+from tucka_runtime.trainer.routing import SCOPES, Router
+
+# What an adapter adapts when its config names nothing: the attention's query and value projections.
+DEFAULT_TARGETS = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "opt"), ["q_proj", "v_proj"]),
+    "gpt2": ["c_attn"],
+    **dict.fromkeys(("bert", "roberta", "vit"), ["query", "value"]),
+    "deberta-v2": ["query_proj", "value_proj"],
+}
+
+
+class TuckAModel(BaseTuner):
+    """A model with TuckA adapters; made by `get_peft_model` and `PeftModel.from_pretrained`."""
+
+    prefix: str = "tucka_"
+    tuner_layer_cls = TuckALayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        # Set before Module.__init__ runs: injection needs it, and it holds no tensors.
+        object.__setattr__(self, "routers", {})
+        super().__init__(model, *args, **kwargs)
+        model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: TuckAConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        self.routers[adapter_name] = Router(config.k, config.t, config.alb_gamma if config.use_alb else None)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self.routers[adapter_name].module:
+            raise ValueError(
+                f"TuckA: router_name {config.router_name!r} is not an adapted module. Name one of "
+                f"{', '.join(self.targeted_module_names[:4])}, ..."
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.routers.pop(adapter_name, None)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: TuckAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        router = self.routers[adapter_name]
+        is_router = current_key == config.router_name if config.router_name else not router.module
+        if is_router:
+            router.module = current_key
+        if isinstance(target, TuckALayer):
+            target.update_layer(adapter_name, config, is_router, config.inference_mode)
+            return
+        if not isinstance(target, nn.Linear | Conv1D):
+            raise ValueError(
+                f"TuckA: {current_key} is a {type(target).__name__}, but only Linear and Conv1D layers can be adapted. "
+                "Take it out of target_modules."
+            )
+        layer = TuckALayer(target, current_key, self.routers)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, config, is_router, config.inference_mode)
+        layer.train(target.training)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the wrapped model: padding and labels decide which tokens count in the route."""
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
+            mask = args[1]
+        length = next((kwargs[n].shape[1] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+        if length is None and args and isinstance(args[0], Tensor) and args[0].ndim >= 2:
+            length = args[0].shape[1]
+        cache = kwargs.get("past_key_values")
+        decoding = cache is not None and cache.get_seq_length() > 0
+        counts: Tensor | None = None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and length is not None:
+            counts = mask[:, -length:].bool()  # with a cache the mask covers earlier tokens too
+        prompt = None
+        if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
+            prompt = labels == -100
+        for router in self.routers.values():
+            router.begin(counts, prompt, decoding)
+
+
+def routers(model: nn.Module) -> dict[str, Router]:
+    """The routers of every adapter in a model that holds a TuckAModel (a PeftModel, say).
+
+    Raises ValueError when there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, TuckAModel):
+            return module.routers
+    raise ValueError("The model has no TuckA adapter. Make one with get_peft_model(model, TuckAConfig(...)).")
+
+
+def set_route_scope(model: nn.Module, scope: str, adapters: Iterable[str] | None = None) -> None:
+    """Choose which tokens share a route (routing.SCOPES), for all adapters or those named."""
+    if scope not in SCOPES:
+        raise ValueError(f"The route scope is one of {', '.join(SCOPES)}, not {scope!r}.")
+    found = routers(model)
+    for name in found if adapters is None else adapters:
+        found[name].scope = scope
+
+
+@torch.no_grad()
+def centroids(model: nn.Module, adapter: str) -> Tensor:
+    """The adapter's centroids (k·t, d), detached."""
+    for module in model.modules():
+        if isinstance(module, TuckALayer) and adapter in module.tucka_ec:
+            return module.tucka_ec[adapter].detach()
+    raise ValueError(f"No TuckA adapter named {adapter!r} in the model.")
