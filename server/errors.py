@@ -1,0 +1,92 @@
+"""The error envelope `{"error": {"message", "type", "param", "code"}}` and the errors that only HTTP knows.
+
+Messages never contain what the client sent.
+"""
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+from tucka_runtime.errors import InvalidRequestError, TuckaError
+
+RETRY_AFTER_SECONDS = {429: 1, 503: 5}
+
+
+class UnauthorizedError(TuckaError):
+    """No API key, or an unknown one."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class ForbiddenError(TuckaError):
+    """The key is valid but may not manage adapters."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "admin_key_required"
+
+
+class NotFoundError(TuckaError):
+    """No such route or object."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class MethodNotAllowedError(TuckaError):
+    """The route exists, but not for this method."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class RequestTimeoutError(TuckaError):
+    """The client took too long to send its request."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The body exceeds --max-body-bytes."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """Too many headers, or too long ones."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+def envelope(error: TuckaError) -> dict[str, Any]:
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def internal_error(request_id: str) -> TuckaError:
+    """What a client learns of an exception that nobody expected: nothing but where to look."""
+    return TuckaError(f"Something went wrong inside the server. The log has the details under request id {request_id}.")
+
+
+def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> Response:
+    headers = dict(headers or {})
+    if error.status in RETRY_AFTER_SECONDS:
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS[error.status])
+    return JSON(envelope(error), error.status, headers)
+
+
+class JSON(Response):
+    """A JSON answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
