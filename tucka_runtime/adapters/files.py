@@ -1,0 +1,188 @@
+"""An adapter's folder on disk: which files, how large, how they are opened and named. Standard library only.
+
+Every file is opened once, without following a symbolic link, and only if it is a regular file within its limit; the
+bytes that are hashed are the bytes that are used, whatever happens to the folder meanwhile. Errors name the file, never
+its path on the server.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+from tucka_runtime.errors import InvalidAdapterError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINING_NAME = "training.json"
+
+MAX_CONFIG_BYTES = 2**20  # a target list that names every linear of a large model in full is about 100 KiB
+MAX_WEIGHTS_BYTES = 8 * 2**30  # rank 64 on every linear of a 70B model in fp32, with its own lm_head, is about 7 GiB
+MAX_TRAINING_BYTES = 64 * 2**10  # it is shown in adapter cards
+MAX_JSON_DEPTH = 32  # far above what PEFT writes, far below the interpreter's recursion limit
+
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def start_digest(config: bytes | bytearray, weights_size: int) -> "hashlib._Hash":
+    """SHA-256 over length, config, length, weights (lengths: 8 bytes, little-endian). The weights are yet to be fed."""
+    return hashlib.sha256(len(config).to_bytes(8, "little") + config + weights_size.to_bytes(8, "little"))
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """A descriptor of the adapter's folder. Raises InvalidAdapterError if it is none."""
+    try:
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        raise InvalidAdapterError(
+            "the adapter's folder does not exist or cannot be opened. Give the folder that holds adapter_config.json."
+        ) from None
+    try:
+        yield folder_fd
+    finally:
+        os.close(folder_fd)
+
+
+@contextmanager
+def open_file(folder_fd: int, name: str, limit: int) -> Iterator[tuple[BufferedIOBase, int]]:
+    """The regular file `name`, open for reading, and its size of at most `limit` bytes. Raises InvalidAdapterError."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
+    except FileNotFoundError:
+        raise InvalidAdapterError(_why_missing(folder_fd, name)) from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InvalidAdapterError(
+                f"the adapter's {name} is a symbolic link, which is never followed. Copy the files themselves "
+                "(`cp -rL` for a Hugging Face cache)."
+            ) from None
+        raise InvalidAdapterError(f"the adapter's {name} cannot be opened; check its permissions.") from None
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise InvalidAdapterError(f"the adapter's {name} is not a regular file.")
+        if info.st_size > limit:
+            raise InvalidAdapterError(f"the adapter's {name} is larger than {limit} bytes.")
+        yield file, info.st_size
+
+
+def read_exactly(file: BufferedIOBase, size: int, name: str) -> bytearray:
+    """The next `size` bytes. Raises InvalidAdapterError if the file ends before."""
+    data = bytearray(size)
+    if file.readinto(data) != size:
+        raise InvalidAdapterError(f"the adapter's {name} is truncated, or was changed while it was read.")
+    return data
+
+
+def read_config(folder_fd: int) -> bytearray:
+    """The bytes of adapter_config.json. Raises InvalidAdapterError."""
+    with open_file(folder_fd, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
+        return read_exactly(file, size, CONFIG_NAME)
+
+
+def read_training(folder_fd: int) -> bytearray | None:
+    """The bytes of training.json; None where there is no usable one, since it only informs."""
+    try:
+        with open_file(folder_fd, TRAINING_NAME, MAX_TRAINING_BYTES) as (file, size):
+            return read_exactly(file, size, TRAINING_NAME)
+    except InvalidAdapterError:
+        return None
+
+
+def write_file(folder: Path, name: str, data: bytes) -> None:
+    """Replace `folder/name` by `data`, so that after a crash at any moment one of the two is there whole.
+
+    Raises OSError.
+    """
+    temporary = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder_fd)
+    finally:
+        os.close(folder_fd)
+
+
+def strict_json(data: bytes | bytearray) -> Any:
+    """JSON in UTF-8 without duplicate keys, non-finite numbers, lone surrogates or deep nesting.
+
+    Raises ValueError with a reason that repeats nothing of the input.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeError:
+        raise ValueError("it is not valid UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON from character {error.pos} on") from None
+    return value
+
+
+def _why_missing(folder_fd: int, name: str) -> str:
+    if name == WEIGHTS_NAME and any(entry.endswith(_PICKLED) for entry in os.listdir(folder_fd)):
+        return (
+            f"the adapter has no {WEIGHTS_NAME}, only pickled weights, which are never opened because they can run "
+            "code. Save it again with safe_serialization=True."
+        )
+    return f"the adapter has no {name}. Give the folder that PEFT's save_pretrained wrote."
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("it has a duplicate key")
+    return result
+
+
+def _refuse_constant(_: str) -> None:
+    raise ValueError("it has NaN or Infinity")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("it has a number beyond the range of a float")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [item for parent in level if isinstance(parent, dict | list) for item in _children(parent)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def _children(parent: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(parent.values()) if isinstance(parent, dict) else parent
