@@ -35,6 +35,7 @@ _INERT_LORA_FIELDS = (
     "megatron_core",
     "peft_version",
     "qalora_group_size",
+    "velora_config",
 )
 
 # Initialisations that also change the base weights: on the plain base such an adapter computes something else.
@@ -150,13 +151,13 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
 
 
 def _check_layers(config: AdapterConfig) -> None:
-    restricted = config.layers_to_transform is not None or config.layers_pattern is not None
-    if isinstance(config.target_modules, str) and restricted:
+    restricted = config.layers_to_transform not in (None, [])
+    if isinstance(config.target_modules, str) and (restricted or config.layers_pattern):
         raise _invalid(
             "`layers_to_transform` and `layers_pattern` need `target_modules` to be a list, as in PEFT. With a regular "
             "expression, name the layers in it"
         )
-    if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
+    if config.layers_pattern and not restricted:
         raise _invalid("`layers_pattern` is set without `layers_to_transform`")
 
 

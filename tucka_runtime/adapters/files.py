@@ -99,7 +99,7 @@ def read_training(folder_fd: int) -> bytearray | None:
         return None
 
 
-def write_file(folder: Path, name: str, data: bytes) -> None:
+def write_file(folder: Path, name: str, data: bytes | bytearray) -> None:
     """Replace `folder/name` by `data`, so that after a crash at any moment one of the two is there whole.
 
     Raises OSError.

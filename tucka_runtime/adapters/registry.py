@@ -1,0 +1,268 @@
+"""The API process's durable memory of adapters: which names stand for which content, and a private copy of each.
+
+    <root>/lock                      held while a server uses the root
+    <root>/registry.json             the names, replaced atomically
+    <root>/blobs/<digest>/           one adapter's files; appears whole or not at all
+
+After a crash at any moment the same names come back with the same content. Standard library only.
+"""
+
+import fcntl
+import ipaddress
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tucka_runtime.adapters.files import (
+    CONFIG_NAME,
+    MAX_WEIGHTS_BYTES,
+    TRAINING_NAME,
+    WEIGHTS_NAME,
+    open_file,
+    open_folder,
+    read_config,
+    read_exactly,
+    read_training,
+    start_digest,
+    strict_json,
+    sync_folder,
+    write_file,
+)
+from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError
+from tucka_runtime.sequence import Route
+
+MAX_PATH = 4096  # characters; Linux's own limit
+COPY_BYTES = 2**20  # memory taken while an adapter of any size is copied
+
+_REGISTRY = "registry.json"
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A private copy of an adapter's files, by the SHA-256 of their content (`Adapter.digest`)."""
+
+    digest: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class RegistryEntry:
+    """What a name stands for. `source` is where it was loaded from, for people to read; it is not opened again."""
+
+    name: str
+    digest: str
+    generation: int
+    source: str
+    pinned_route: Route | None
+    base_fingerprint: str
+
+
+class AdapterRegistry:
+    """Names and private copies below `root` (None: a temporary folder that goes when this is closed). Thread-safe.
+
+    Raises ConfigError if another process uses the root, or if what is in it cannot be read.
+    """
+
+    def __init__(self, root: Path | None):
+        self._temporary = root is None
+        self.root = Path(tempfile.mkdtemp(prefix="tucka-")) if root is None else root
+        self._blobs = self.root / "blobs"
+        try:
+            self._blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_file = open(self.root / "lock", "wb")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise ConfigError(
+                f"the state folder cannot be written ({error.strerror}). Give another one, or mend it."
+            ) from None
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise ConfigError("the state folder is in use by another server. Give each server its own.") from None
+        self._mutex = threading.Lock()
+        try:
+            self._entries = self._load()
+        except ConfigError:
+            self._lock_file.close()
+            raise
+        for leftover in (*self._blobs.glob(f"{_TEMPORARY}*"), *self.root.glob(f".{_REGISTRY}.*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the root; a temporary one is removed."""
+        self._lock_file.close()
+        if self._temporary:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def ingest(self, source: Path) -> StoredAdapter:
+        """Copy the adapter's files out of `source`; content that is here already is left as it is.
+
+        Only the three known files are copied. Their content is not judged: `read_adapter` on the copy does that.
+        Raises InvalidAdapterError if one is missing, no regular file, or too large; OSError if the disk refuses.
+        """
+        partial = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._blobs))
+        try:
+            with open_folder(source) as folder_fd:
+                config = read_config(folder_fd)
+                training = read_training(folder_fd)
+                with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
+                    digest = _copy_weights(file, size, config, partial / WEIGHTS_NAME)
+            write_file(partial, CONFIG_NAME, config)
+            if training is not None:
+                write_file(partial, TRAINING_NAME, training)
+            folder = self.folder(digest)
+            with self._mutex:
+                if not folder.exists():
+                    partial.rename(folder)
+                    sync_folder(self._blobs)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return StoredAdapter(digest, folder)
+
+    def folder(self, digest: str) -> Path:
+        """Where the content of that digest is kept, if it is."""
+        return self._blobs / digest
+
+    def put(
+        self,
+        name: str,
+        digest: str,
+        generation: int,
+        source: str,
+        pinned_route: Route | None,
+        base_fingerprint: str,
+    ) -> None:
+        """Let `name` stand for ingested content from now on; durable when this returns. Raises OSError."""
+        entry = RegistryEntry(name, digest, generation, source, pinned_route, base_fingerprint)
+        with self._mutex:
+            if not self.folder(digest).is_dir():
+                raise ValueError("put() before ingest(): the content is not here")
+            self._save({**self._entries, name: entry})
+
+    def remove(self, name: str) -> None:
+        """Forget a name; durable when this returns. Its content stays until `collect`. Raises OSError."""
+        with self._mutex:
+            self._save({key: entry for key, entry in self._entries.items() if key != name})
+
+    def names(self) -> list[RegistryEntry]:
+        """Every name, in the order they were first put."""
+        with self._mutex:
+            return list(self._entries.values())
+
+    def collect(self, keep: Collection[str] = ()) -> None:
+        """Delete the copies that no name refers to, but those of the digests in `keep`: content between its ingest and
+        its put, or still in use."""
+        with self._mutex:
+            used = {entry.digest for entry in self._entries.values()} | set(keep)
+            for folder in self._blobs.iterdir():
+                if folder.name not in used and not folder.name.startswith(_TEMPORARY):
+                    # out of the way first: a half-deleted folder must never stand under a digest
+                    doomed = folder.rename(self._blobs / f"{_TEMPORARY}{folder.name}")
+                    shutil.rmtree(doomed)
+
+    def _save(self, entries: dict[str, RegistryEntry]) -> None:
+        table = {"version": 1, "adapters": [asdict(entry) for entry in entries.values()]}
+        text = json.dumps(table, indent=2, ensure_ascii=False)
+        write_file(self.root, _REGISTRY, text.encode("utf-8", "replace"))  # a source may be a path that is no UTF-8
+        self._entries = entries
+
+    def _load(self) -> dict[str, RegistryEntry]:
+        try:
+            table = strict_json((self.root / _REGISTRY).read_bytes())
+            entries = [_entry(item) for item in table["adapters"]]
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{_REGISTRY} in the state folder cannot be read. Restore it, or remove it to start without adapters."
+            ) from None
+        return {entry.name: entry for entry in entries}
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidRequestError unless `name` can name an adapter: it goes into logs, headers and URLs as it is."""
+    if not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name) or {"", ".", ".."} & set(name.split("/")):
+        raise InvalidRequestError(
+            "an adapter's name must be 1 to 128 letters, digits or characters of `. _ : / @ -`, without empty, `.` or "
+            "`..` parts between slashes. Choose another name."
+        )
+
+
+def resolve_source(path: str, roots: Sequence[Path]) -> Path:
+    """The folder `path` names: absolute and below a root, or relative and looked for below each root in turn.
+
+    What can be refused by its form is refused before the disk is touched; the network never is. Raises
+    InvalidAdapterError, with one message for what is absent and for what lies outside.
+    """
+    if not 0 < len(path) <= MAX_PATH or not path.isprintable():
+        raise InvalidAdapterError(f"the adapter's path must be 1 to {MAX_PATH} printable characters.")
+    if _names_a_host(path):
+        raise InvalidAdapterError(
+            "the adapter's path looks like a URL or a network address. Adapters are loaded from local folders only: "
+            "download it first."
+        )
+    if ".." in path.split("/"):
+        raise InvalidAdapterError("the adapter's path has a `..` part. Give the folder's own path.")
+    for root in roots:
+        real = root.resolve()
+        if path.startswith("/") and not any(Path(path).is_relative_to(prefix) for prefix in (root, real)):
+            continue
+        try:
+            folder = (real / path).resolve(strict=True)
+        except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
+            continue
+        if folder.is_relative_to(real) and folder.is_dir():
+            return folder
+    raise InvalidAdapterError(
+        "the adapter's path names no folder below an allowed root. Move the adapter there, or start the server with "
+        "another --adapter-root."
+    )
+
+
+def _names_a_host(path: str) -> bool:
+    if "\\" in path or path.startswith("//") or "://" in path:
+        return True
+    first = path.split("/")[0]
+    try:
+        ipaddress.ip_address(first.strip("[]"))
+    except ValueError:
+        return ":" in first or first.startswith("[")
+    return True
+
+
+def _copy_weights(source: BufferedIOBase, size: int, config: bytes | bytearray, target: Path) -> str:
+    """Copy `size` bytes, durably; the digest of the adapter they make with `config`."""
+    digest = start_digest(config, size)
+    with open(target, "xb") as copy:
+        while size:
+            chunk = read_exactly(source, min(size, COPY_BYTES), WEIGHTS_NAME)
+            digest.update(chunk)
+            copy.write(chunk)
+            size -= len(chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return digest.hexdigest()
+
+
+def _entry(item: dict[str, Any]) -> RegistryEntry:
+    pinned = item["pinned_route"]
+    route = None if pinned is None else Route(pinned["group"], tuple(pinned["weights"]))
+    return RegistryEntry(**{**item, "pinned_route": route})
