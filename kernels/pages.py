@@ -1,6 +1,6 @@
 """Where a batch's keys and values lie: the metadata that paged attention reads. Shared by all layers of a step.
 
-A cache is (slots, KV heads, D); slot = page · block_size + offset. Tokens of a sequence are contiguous rows of the batch.
+A cache is (slots, KV heads, D); slot = page · block_size + offset. A sequence's tokens are contiguous rows of the batch.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ SMALLEST_BUCKET = 256
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """One-token sequences of similar length. `rows` (B,) int64 of the batch, `slots` (B, L) int64, `length` (B,) int64."""
+    """One-token sequences of similar length: `rows` (B,) of the batch, `slots` (B, L), `length` (B,), all int64."""
 
     rows: Tensor
     slots: Tensor
@@ -70,12 +70,15 @@ class PagePlan:
                 prefills.append(Prefill(first, first + count, slots[i, :length].to(device)))
         decodes = []
         for members in buckets.values():
-            longest = max(spans[i][2] for i in members)
+            lengths = torch.tensor([spans[i][2] for i in members])
+            # Past its end a sequence repeats its own last slot: never another's, whose values (a NaN, say) would reach
+            # it through the zeros that the softmax gives to masked keys.
+            column = torch.minimum(torch.arange(int(lengths.max())), lengths[:, None] - 1)
             decodes.append(
                 Decode(
                     rows=torch.tensor([spans[i][0] for i in members]).to(device),
-                    slots=slots[members, :longest].to(device),
-                    length=torch.tensor([spans[i][2] for i in members]).to(device),
+                    slots=slots[members].gather(1, column).to(device),
+                    length=lengths.to(device),
                 )
             )
         borders = [first for first, _, _ in spans] + [spans[-1][0] + spans[-1][1]]

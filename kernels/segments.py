@@ -51,7 +51,7 @@ class DeltaSite:
         """Collects the factors of A adapters at one site. `pool` also stacks them, which only the reference reads."""
         n = len(columns) - 1
         ranks = tuple(tuple(0 if w is None else w.shape[0] for w in row) for row in u)
-        u_all, e_all = torch.empty(0, device=device), ()
+        u_all, e_all = torch.empty(0, device=device), tuple[Tensor | None, ...]()
         if pool:
             rows = [row[j] for j in range(n) for row in u]
             zero = torch.zeros(1, d_in, dtype=dtype, device=device)

@@ -1,6 +1,5 @@
 """What stands between the packed qkv product and attention, in one pass: delta, head norms, rotary, KV write."""
 
-import torch
 from torch import Tensor
 
 from tucka_runtime.kernels.reference.expand import expand

@@ -20,8 +20,9 @@ def uniform(seed: Tensor, position: Tensor, columns: int) -> Tensor:
     """
     row = _mix((seed & MASK) ^ _mix(((seed >> 32) & MASK) ^ _mix(position & MASK)))
     column = _mix(torch.arange(columns, dtype=torch.int64, device=seed.device))
-    bits = _mix(row[:, None] ^ column[None, :]) >> 8
-    return (bits.float() + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in fp32; with 24 the largest would round up to 1, whose Gumbel noise is infinite.
+    bits = _mix(row[:, None] ^ column[None, :]) >> 9
+    return (bits.float() + 0.5) * 2.0**-23
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Token ids (B,) int64. logits (B, V) fp32 before temperature; temperature (B,), 0 is greedy (lowest id on a tie)."""
+    """Token ids (B,) int64. logits (B, V) fp32 before temperature; temperature (B,), 0 is greedy (lowest id wins)."""
     hot = temperature > 0
     scaled = logits / torch.where(hot, temperature, 1.0)[:, None]
     noise = -torch.log(-torch.log(uniform(seed, position, logits.shape[1])))

@@ -1,0 +1,168 @@
+"""The delta's reference kernels against float64: shrink, core, expand, and what is fused with the expand."""
+
+import dataclasses
+
+import delta_cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tucka_runtime.kernels.reference.core import core
+from tucka_runtime.kernels.reference.expand import expand
+from tucka_runtime.kernels.reference.expand_qkv_rope_kv import expand_qkv_rope_kv
+from tucka_runtime.kernels.reference.expand_residual import expand_residual
+from tucka_runtime.kernels.reference.expand_swiglu import expand_swiglu
+from tucka_runtime.kernels.reference.shrink_core import shrink_core
+from tucka_runtime.kernels.segments import DENSE_ROWS, SitePlan
+
+LIMIT = 1e-5
+
+
+def by_segment(plan: SitePlan) -> SitePlan:
+    return dataclasses.replace(plan, gather=None)
+
+
+def check(case: delta_cases.Case) -> None:
+    """Both paths of shrink_core and expand against the oracle, the delta alone and with what it is added to."""
+    h_true, delta_true = case.oracle()
+    for plan in {id(case.plan): case.plan, 0: by_segment(case.plan)}.values():
+        h = shrink_core(case.x, case.site, case.cores, plan)
+        assert delta_cases.relative(h, h_true) <= LIMIT
+        assert not h.cpu()[~case.adapted()].any()
+        delta = expand(torch.zeros_like(case.y), h, case.site, plan)
+        assert delta_cases.relative(delta, delta_true) <= LIMIT
+        y = expand(case.y.clone(), h, case.site, plan)
+        assert delta_cases.relative(y, case.y.double() + delta_true) <= LIMIT
+        base = case.plan.segments.spans[0][0] if case.plan.segments.spans else len(case.y)
+        assert torch.equal(y[:base], case.y[:base])
+
+
+@pytest.mark.parametrize("name", delta_cases.MIXES)
+def test_every_mix(name: str) -> None:
+    check(delta_cases.mix(name))
+
+
+def test_more_rows_than_the_dense_path_takes() -> None:
+    case = delta_cases.make([[8, 8], [4, 16]], (3, ((DENSE_ROWS, 0), (5, 1))), core_size=16)
+    assert case.plan.gather is None
+    check(case)
+
+
+def test_dense_path_is_taken_for_few_rows_of_several_segments() -> None:
+    assert delta_cases.mix("half-base").plan.gather is not None
+    assert delta_cases.mix("all-one").plan.gather is None
+
+
+layouts = st.tuples(
+    st.integers(0, 5),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=6).map(tuple),
+).filter(lambda layout: layout[0] + len(layout[1]) > 0)
+ranks = st.lists(st.lists(st.sampled_from([0, 1, 4, 6, 8, 16]), min_size=2, max_size=2), min_size=4, max_size=4).filter(
+    lambda table: any(any(row) for row in table)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts, table=ranks, core_size=st.sampled_from([None, 16]), seed=st.integers(0, 9))
+def test_any_layout(layout: delta_cases.Layout, table: list[list[int]], core_size: int | None, seed: int) -> None:
+    check(delta_cases.make(table, layout, d_in=24, core_size=core_size, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("k", "t", "p", "r"), [(1, 1, 1, 4), (3, 2, 2, 8), (4, 16, 3, 6), (64, 1, 1, 4), (1, 64, 2, 4)]
+)
+def test_core(k: int, t: int, p: int, r: int) -> None:
+    m, rows, size = 3, 5, r + 2
+    c, g = torch.randn(m, t, p), torch.randn(m, k, p, r, r)
+    group, weights = torch.tensor(k - 1), torch.rand(t)
+    modules = torch.tensor([4, 0, 2])
+    out = torch.full((rows, size, size), 7.0)
+    core(c, g, group, weights, modules, out)
+    for i, row in enumerate(modules.tolist()):
+        want = torch.einsum("i,ij,jab->ab", weights.double(), c[i].double(), g[i, k - 1].double())
+        assert delta_cases.relative(out[row, :r, :r], want) <= LIMIT
+    untouched = torch.ones_like(out, dtype=torch.bool)
+    untouched[modules, :r, :r] = False
+    assert (out[untouched] == 7).all()
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotation of the pairs (x_i, x_{i+D/2}) as complex numbers."""
+    half = x.shape[-1] // 2
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)
+    return torch.cat([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("name", [None, "half-base", "absent-targets", "all-one"])
+def test_expand_qkv_rope_kv(name: str | None, normed: bool, rope: bool) -> None:
+    heads, kv_heads, d, slots, eps = 4, 2, 8, 30, 1e-5
+    widths = (heads * d, kv_heads * d, kv_heads * d)
+    if name is None:
+        y, delta, h, site, plan = torch.randn(6, sum(widths)), torch.zeros(6, sum(widths)), None, None, None
+    else:
+        table, layout, core_size, lora = delta_cases.MIXES[name]
+        case = delta_cases.make([[*r, r[0]] for r in table], layout, widths=widths, core_size=core_size, lora=lora)
+        y, site, plan, delta = case.y, case.site, case.plan, case.oracle()[1]
+        h = shrink_core(case.x, site, case.cores, plan)
+    rows = len(y)
+    angle = torch.rand(rows, 1, d // 2) * 6
+    norms = (torch.rand(d) + 0.5, torch.rand(d) + 0.5) if normed else None
+    k_cache, v_cache = torch.full((slots, kv_heads, d), 7.0), torch.full((slots, kv_heads, d), 7.0)
+    write = torch.randperm(slots)[:rows]
+    packed = (y.double() + delta).view(rows, -1, d)
+    q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = (
+            z / (z.square().mean(-1, keepdim=True) + eps).sqrt() * w.double()
+            for z, w in zip((q, k), norms, strict=True)
+        )
+    if rope:
+        q, k = (rotated(z, angle.double().cos(), angle.double().sin()) for z in (q, k))
+    cos, sin = (angle.cos(), angle.sin()) if rope else (None, None)
+    got = expand_qkv_rope_kv(y.clone(), h, site, plan, cos, sin, norms, eps, k_cache, v_cache, write)
+    assert got.shape == (rows, heads, d) and got.is_contiguous()
+    assert delta_cases.relative(got, q) <= LIMIT
+    assert delta_cases.relative(k_cache[write], k) <= LIMIT
+    assert delta_cases.relative(v_cache[write], v) <= LIMIT
+    rest = torch.ones(slots, dtype=torch.bool)
+    rest[write] = False
+    assert (k_cache[rest] == 7).all() and (v_cache[rest] == 7).all()
+
+
+@pytest.mark.parametrize("name", [None, "half-base", "absent-targets", "all-one"])
+def test_expand_swiglu(name: str | None) -> None:
+    width = 24
+    if name is None:
+        y, delta, h, site, plan = torch.randn(6, 2 * width), torch.zeros(6, 2 * width), None, None, None
+    else:
+        case = delta_cases.mix(name, widths=(width, width))
+        y, site, plan, delta = case.y, case.site, case.plan, case.oracle()[1]
+        h = shrink_core(case.x, site, case.cores, plan)
+    gate, up = (y.double() + delta).chunk(2, dim=-1)
+    got = expand_swiglu(y.clone(), h, site, plan)
+    assert delta_cases.relative(got, gate * torch.sigmoid(gate) * up) <= LIMIT
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", [None, "half-base", "absent-targets", "all-one"])
+def test_expand_residual(name: str | None, bias: bool) -> None:
+    width, eps = 64, 1e-5
+    if name is None:
+        y, delta, h, site, plan = torch.randn(6, width), torch.zeros(6, width), None, None, None
+    else:
+        table, layout, core_size, lora = delta_cases.MIXES[name]
+        case = delta_cases.make([r[:1] for r in table], layout, widths=(width,), core_size=core_size, lora=lora)
+        y, site, plan, delta = case.y, case.site, case.plan, case.oracle()[1]
+        h = shrink_core(case.x, site, case.cores, plan)
+    residual, weight, shift = torch.randn_like(y), torch.rand(width) + 0.5, torch.randn(width) if bias else None
+    total = residual.double() + y.double() + delta
+    z = total - total.mean(-1, keepdim=True) if bias else total
+    want = z / (z.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    kept = residual.clone()
+    got, new = expand_residual(y.clone(), h, site, plan, residual, weight, shift, eps)
+    assert delta_cases.relative(new, total) <= LIMIT
+    assert delta_cases.relative(got, want + shift.double() if shift is not None else want) <= LIMIT
+    assert torch.equal(residual, kept)
