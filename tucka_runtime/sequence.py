@@ -151,6 +151,7 @@ class Sequence:
         "finish_reason",
         "first_token_at",
         "index",
+        "last_group",
         "num_computed",
         "num_prompt",
         "prompt_logprobs",
@@ -158,7 +159,7 @@ class Sequence:
         "request",
         "route",
         "route_changes",
-        "route_pass",
+        "route_sum",
         "sampling",
         "scheduled_at",
         "scope",
@@ -187,8 +188,9 @@ class Sequence:
         self.stop_token_id: int | None = None
         self.route: Route | None = None  # request scope: fixed once the prompt was routed
         self.prompt_route: Route | None = None
+        self.last_group = -1
         self.route_changes = 0
-        self.route_pass = False  # request scope, router inside the model, prompt in chunks: routing comes first
+        self.route_sum: object | None = None  # see core.RouteSum: the prompt is being routed before it is computed
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.arrived = arrived
         self.scheduled_at = 0.0

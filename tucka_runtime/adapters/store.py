@@ -1,0 +1,190 @@
+"""The adapters that the engine holds: folded for serving, leased by the sequences that use them.
+
+An adapter is folded once, at load, into the serving form (design §1): y_j += ((x Uᵀ) M) E_j with U = Û and
+E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.adapters.format import Adapter, BaseLayout, LoRAModule, TuckAModule
+from tucka_runtime.core import ActiveSet, FoldedAdapter, Router, TuckACores, Where
+from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, InvalidAdapterError, ModelNotFoundError
+from tucka_runtime.models.architecture import Architecture
+from tucka_runtime.models.decoder import QKV, Decoder
+from tucka_runtime.sequence import AdapterKey, Route, RouteScope
+from tucka_runtime.weights import parameter_shapes
+
+TABLE_ROWS = 8192  # tokens of the vocabulary whose router inputs are computed at once: bounds the memory of a load
+
+ACTIVE_SETS = 4  # stacked sets kept for batches that come back, as when two groups of adapters take turns
+
+
+def base_layout(arch: Architecture, fingerprint: str) -> BaseLayout:
+    """What adapters/format.py checks an adapter against."""
+    linears = {
+        arch.path(i, target): (site.d_in, width)
+        for i in range(arch.num_layers)
+        for site in arch.sites
+        for target, width in zip(site.targets, site.widths, strict=True)
+    }
+    return BaseLayout(linears, dict(parameter_shapes(arch)), fingerprint)
+
+
+def locate(arch: Architecture) -> dict[str, Where]:
+    """Where each linear's path is in the decoder."""
+    return {
+        arch.path(i, target): Where(i, s, j)
+        for i in range(arch.num_layers)
+        for s, site in enumerate(arch.sites)
+        for j, target in enumerate(site.targets)
+    }
+
+
+def fold(key: AdapterKey, adapter: Adapter, model: Decoder, pinned: Route | None = None) -> FoldedAdapter:
+    """The serving form of an adapter, in the model's type and on its device. Everything is computed in fp32.
+
+    With `pinned` a TuckA adapter's core is constant and folded into U: it becomes a plain low-rank delta.
+    Raises InvalidAdapterError if `pinned` does not fit the adapter.
+    """
+    arch, weights = model.arch, model.weights
+    device, dtype = weights.embed.device, weights.embed.dtype
+    where = locate(arch)
+    factors: dict[Where, tuple[Tensor, Tensor]] = {}
+    cores: list[tuple[Where, Tensor, Tensor]] = []
+    for path, module in adapter.modules.items():
+        at = where[path]
+        if isinstance(module, LoRAModule):
+            u, e = module.a.float(), module.b.float().T * module.scale
+        else:
+            site = arch.sites[at.site]
+            first = sum(site.widths[: at.target])
+            base = weights.layers[at.layer].linears[at.site][first : first + site.widths[at.target]].float()
+            g, c, unit = _normalised(module, device)
+            u, e = unit.T, (adapter.config.alpha * (base @ unit)).T
+            if pinned is not None:
+                u = (unit @ _pinned_core(g, c, pinned)).T
+            cores.append((at, g, c))
+        factors[at] = (u.to(device, dtype).contiguous(), e.to(device, dtype).contiguous())
+    saved = {name: value.to(device, dtype) for name, value in adapter.saved.items()}
+    routed = None
+    if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
+        g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
+        router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, model)
+        routed = TuckACores([at for at, _, _ in cores], g, c, router)
+    return FoldedAdapter(key, adapter.digest, factors, routed, saved)
+
+
+def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ĝ (k, p, r, r), Ĉ (t, p) and Û (d_in, r): Frobenius-normalised, G per group."""
+    g, c, u = module.g.to(device).float(), module.c.to(device).float(), module.u.to(device).float()
+    norm = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+    return g / norm, c / torch.linalg.vector_norm(c), u / torch.linalg.vector_norm(u)
+
+
+def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
+    if not 0 <= route.group < g.shape[0] or len(route.weights) != c.shape[0]:
+        raise InvalidAdapterError(
+            f"The pinned route does not fit: the adapter has {g.shape[0]} groups of {c.shape[0]} experts."
+        )
+    w = torch.tensor(route.weights, device=c.device) @ c
+    return torch.tensordot(w, g[route.group], dims=1)
+
+
+def _router(at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], model: Decoder) -> Router:
+    """A lookup table where the router's input is a function of the token alone, else the centroids."""
+    arch, weights = model.arch, model.weights
+    if at.layer or at.site != QKV or arch.positions:
+        return Router(at, t, centroids=ec, table=None)
+    embed = saved.get(f"{arch.embed}.weight", weights.embed)
+    norm_path = arch.path(0, arch.input_norm)
+    weight, bias = weights.layers[0].input_norm
+    norm = (saved.get(f"{norm_path}.weight", weight), saved.get(f"{norm_path}.bias", bias) if arch.norm_bias else None)
+    rows = [model.router_inputs(part, norm).float() @ ec.T for part in embed.split(TABLE_ROWS)]
+    return Router(at, t, centroids=ec, table=torch.cat(rows))
+
+
+@dataclass
+class _Loaded:
+    folded: FoldedAdapter
+    leases: int = 0
+    unloading: bool = False
+
+
+class AdapterStore:
+    """Adapters by (name, generation). A sequence leases its adapter; an unloaded one goes when its last lease does."""
+
+    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype, capacity: int, pool: bool):
+        self.arch = arch
+        self.device = device
+        self.dtype = dtype
+        self.capacity = capacity
+        self.pool = pool
+        self.loaded: dict[AdapterKey, _Loaded] = {}
+        self.active: OrderedDict[frozenset[AdapterKey], ActiveSet] = OrderedDict()
+
+    def reserve(self) -> None:
+        """Raises AdapterCapacityError if no further adapter fits."""
+        if len(self.loaded) >= self.capacity:
+            raise AdapterCapacityError(
+                f"All {self.capacity} adapter slots are taken. Unload one, or raise --max-loaded-adapters."
+            )
+
+    def add(self, folded: FoldedAdapter) -> None:
+        self.reserve()
+        if folded.key in self.loaded:
+            raise AdapterConflictError("This generation of the adapter is loaded already.")
+        self.loaded[folded.key] = _Loaded(folded)
+
+    def lease(self, key: AdapterKey) -> FoldedAdapter:
+        """Raises ModelNotFoundError for an adapter that is not loaded, or is being unloaded."""
+        entry = self.loaded.get(key)
+        if entry is None or entry.unloading:
+            raise ModelNotFoundError("The adapter was unloaded before the request reached the engine.", "model")
+        entry.leases += 1
+        return entry.folded
+
+    def release(self, key: AdapterKey) -> None:
+        entry = self.loaded[key]
+        entry.leases -= 1
+        if entry.unloading and not entry.leases:
+            self._drop(key)
+
+    def unload(self, key: AdapterKey) -> None:
+        """No new leases; memory comes back with the last one's end. Unknown keys are nothing to do."""
+        if (entry := self.loaded.get(key)) is not None:
+            entry.unloading = True
+            if not entry.leases:
+                self._drop(key)
+
+    def _drop(self, key: AdapterKey) -> None:
+        del self.loaded[key]
+        for members in [m for m in self.active if key in m]:
+            del self.active[members]
+
+    def activate(self, keys: Iterable[AdapterKey]) -> ActiveSet:
+        """The stacked weights of the adapters of one batch.
+
+        A set that has them all and not twice as many is reused, so that a finished request does not cost a rebuild.
+        """
+        wanted = frozenset(keys)
+        for members, active in reversed(self.active.items()):
+            if wanted <= members and len(members) <= 2 * len(wanted):
+                self.active.move_to_end(members)
+                return active
+        adapters = [self.loaded[key].folded for key in sorted(wanted, key=lambda k: (k.name, k.generation))]
+        active = ActiveSet.build(adapters, self.arch.sites, self.dtype, self.device, self.pool)
+        self.active[wanted] = active
+        if len(self.active) > ACTIVE_SETS:
+            self.active.popitem(last=False)
+        return active
+
+    def scope(self, key: AdapterKey | None, wanted: RouteScope) -> RouteScope | None:
+        """The scope that a request gets: its own for a routed adapter, none for the base, LoRA and pinned ones."""
+        if key is None or (entry := self.loaded.get(key)) is None or entry.folded.routed is None:
+            return None
+        return wanted

@@ -1,0 +1,196 @@
+"""The step loop's one turn: schedule, run, account. Knows nothing of processes or HTTP."""
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.adapters.store import base_layout, fold
+from tucka_runtime.block_manager import BlockManager
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.core import FoldedAdapter
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.runner import Result, Runner
+from tucka_runtime.scheduler import Scheduler, Work
+from tucka_runtime.sequence import (
+    AdapterKey,
+    FinishReason,
+    Request,
+    Route,
+    RouteReport,
+    RouteScope,
+    Sequence,
+    SequenceOutput,
+    Status,
+    Timing,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step in figures; seconds, sequences, tokens, pages."""
+
+    schedule: float
+    run: float
+    prefill_tokens: int
+    decode_tokens: int
+    adapters: int
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    preemptions: int
+
+
+class Engine:
+    """Requests in, tokens out, one step at a time: `add`, then `step` while `busy`."""
+
+    def __init__(self, config: EngineConfig, fused: bool | None = None):
+        self.runner = Runner(config, fused)
+        self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_batched_tokens, config.max_num_seqs)
+        self.requests: dict[str, list[Sequence]] = {}
+        self.random = random.Random(config.seed)
+        self.layout = base_layout(self.runner.arch, self.runner.fingerprint)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def add(self, request: Request) -> None:
+        """Takes a request on; every sequence of it leases the adapter. Raises ModelNotFoundError if that is gone, and
+        InvalidRequestError for what can never run (the HTTP door says so before)."""
+        limit = self.runner.max_len
+        for prompt in request.prompts:
+            if not prompt or len(prompt) + request.sampling.max_tokens > limit:
+                raise InvalidRequestError(f"A prompt is empty or does not fit the context of {limit} tokens.", "prompt")
+        store = self.runner.store
+        base_seed = request.sampling.seed if request.sampling.seed is not None else self.random.getrandbits(63)
+        sequences = []
+        for index in range(request.num_sequences):
+            scope = None
+            if request.adapter is not None:
+                store.lease(request.adapter)
+                scope = store.scope(request.adapter, request.route_scope)
+            # One request's answers differ; the multiplier spreads indices over the seed's upper half.
+            seed = (base_seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
+            seq = Sequence(request, index, scope, seed, time.monotonic())
+            self.runner.start_routing(seq, self.scheduler.max_tokens)
+            sequences.append(seq)
+        self.requests[request.id] = sequences
+        for seq in sequences:
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> list[SequenceOutput]:
+        """Ends what is left of a request. Unknown ids are nothing to do."""
+        return [
+            self._finish(seq, SequenceOutput(request_id, seq.index), FinishReason.ABORT)
+            for seq in self.requests.get(request_id, [])[:]
+        ]
+
+    def step(self) -> tuple[list[SequenceOutput], StepStats]:
+        """One forward pass for everything that fits."""
+        begin = time.monotonic()
+        works = self.scheduler.schedule()
+        scheduled = time.monotonic()
+        for work in works:
+            work.seq.scheduled_at = work.seq.scheduled_at or scheduled
+        results = self.runner.execute(works) if works else []
+        outputs = [out for work, result in results if (out := self._account(work, result)) is not None]
+        decodes = sum(w.start >= w.seq.num_prompt for w in works)
+        return outputs, StepStats(
+            schedule=scheduled - begin,
+            run=time.monotonic() - scheduled,
+            prefill_tokens=sum(w.count for w in works) - decodes,
+            decode_tokens=decodes,
+            adapters=len({w.seq.adapter for w in works if w.seq.adapter}),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_used=self.blocks.num_blocks - self.blocks.num_free,
+            blocks_total=self.blocks.num_blocks,
+            preemptions=self.scheduler.num_preemptions,
+        )
+
+    def _account(self, work: Work, result: Result) -> SequenceOutput | None:
+        """Books a piece of work; an output if it brought a token or an end."""
+        seq = work.seq
+        if seq.route_sum is not None:
+            seq.num_computed += work.count
+            if result.route is not None:
+                seq.route, seq.route_sum, seq.num_computed = result.route, None, 0
+            return None
+        self.scheduler.computed(seq, work.count)
+        if result.route is not None:
+            self._note_route(seq, work, result.route)
+        if result.prompt_logprobs is not None and not seq.num_generated:
+            before = seq.prompt_logprobs if work.start else [None]  # from the start again after a preemption
+            seq.prompt_logprobs = before + result.prompt_logprobs
+        if not work.samples:
+            return None
+        out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
+        if not seq.num_generated:
+            seq.first_token_at = time.monotonic()
+            if seq.sampling.prompt_logprobs is not None:
+                out.prompt_logprobs = seq.prompt_logprobs
+        if result.token is None:
+            return self._finish(seq, out, FinishReason.LENGTH)
+        seq.tokens.append(result.token)
+        out.token_ids = [result.token]
+        if result.logprob is not None:
+            out.logprobs = [result.logprob]
+        sampling = seq.sampling
+        if result.token in self.runner.sampler.stops(seq) and seq.num_generated >= sampling.min_tokens:
+            out.stop_token_id = result.token
+            return self._finish(seq, out, FinishReason.STOP)
+        if seq.num_generated >= sampling.max_tokens or len(seq) >= self.runner.max_len:
+            return self._finish(seq, out, FinishReason.LENGTH)
+        return out
+
+    def _note_route(self, seq: Sequence, work: Work, route: Route) -> None:
+        if seq.scope is RouteScope.REQUEST:
+            seq.route = route
+        if work.start + work.count < seq.num_prompt:
+            return
+        if seq.prompt_route is None:
+            seq.prompt_route = route
+        elif route.group != seq.last_group:
+            seq.route_changes += 1
+        seq.last_group = route.group
+
+    def _finish(self, seq: Sequence, out: SequenceOutput, reason: FinishReason) -> SequenceOutput:
+        if seq.status is not Status.FINISHED:
+            self.scheduler.finish(seq)
+        seq.finish_reason = out.finish_reason = reason
+        if seq.prompt_route is not None:
+            out.route = RouteReport(seq.prompt_route, seq.route_changes)
+        out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, time.monotonic())
+        self.runner.sampler.forget(seq)
+        if seq.adapter is not None:
+            self.runner.store.release(seq.adapter)
+        siblings = self.requests[seq.request.id]
+        siblings.remove(seq)
+        if not siblings:
+            del self.requests[seq.request.id]
+        return out
+
+    def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> FoldedAdapter:
+        """Reads, checks and folds an adapter, then makes it known. Raises AdapterError."""
+        self.runner.store.reserve()
+        folded = fold(key, read_adapter(folder, self.layout), self.runner.model, pinned)
+        self.runner.store.add(folded)
+        return folded
+
+    def unload_adapter(self, key: AdapterKey) -> None:
+        self.runner.store.unload(key)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if the books do not agree; for tests and idle moments."""
+        self.scheduler.check_integrity()
+        leases: dict[AdapterKey, int] = {}
+        for seq in (s for group in self.requests.values() for s in group):
+            if seq.adapter is not None:
+                leases[seq.adapter] = leases.get(seq.adapter, 0) + 1
+        held = {key: entry.leases for key, entry in self.runner.store.loaded.items() if entry.leases}
+        if leases != held:
+            raise RuntimeError("adapters: the leases differ from the sequences in flight")

@@ -1,0 +1,189 @@
+"""The device: model, KV tensors, one forward pass per step."""
+
+import os
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.adapters.store import AdapterStore
+from tucka_runtime.batch import Batch
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.core import RouteSum
+from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.kernels import dispatch
+from tucka_runtime.kernels.reference.route import select
+from tucka_runtime.models.decoder import Decoder
+from tucka_runtime.sampler import Sampler, logprobs
+from tucka_runtime.scheduler import Work
+from tucka_runtime.sequence import Route, RouteScope, Sequence, TokenLogprob
+from tucka_runtime.weights import fingerprint, load_weights, read_config
+
+CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the operating system's, and other processes'
+GPU_MEMORY_SHARE = 0.90  # of what is free once the weights are loaded; the rest is for activations and adapters
+SCORED_ROWS = 256  # prompt rows whose logits exist at once
+
+
+@dataclass(eq=False)
+class Result:
+    """What one piece of work brought: the next token if it was due, the route of its segment, prompt scores."""
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    route: Route | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class Runner:
+    """Loads the model and runs batches. Raises ModelLoadError if the model cannot be served as configured."""
+
+    def __init__(self, config: EngineConfig, fused: bool | None = None):
+        if config.model is None:
+            raise ModelLoadError("No model was given: name a folder with --model.")
+        folder = Path(config.model)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.device = torch.device(_device(config.device))
+        self.ops = dispatch.choose(self.device, fused)
+        pretrained, arch = read_config(folder)
+        weights, self.dtype = load_weights(folder, arch, config.dtype, self.device)
+        self.arch = arch
+        self.fingerprint = fingerprint(folder)
+        self.max_len = _max_len(config, pretrained, arch.max_len, arch.positions is not None)
+        self.model = Decoder(pretrained, arch, weights, self.max_len, self.ops)
+        self.eos = _eos(folder, pretrained)
+        self.block_size = config.block_size
+        self.num_blocks = self._num_blocks(config)
+        shape = (self.num_blocks * self.block_size, arch.kv_heads, arch.head_dim)
+        self.caches = [
+            (
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+            )
+            for _ in range(arch.num_layers)
+        ]
+        pool = self.ops.shrink_core.__name__.split(".")[-2] == "reference"
+        self.store = AdapterStore(arch, self.device, self.dtype, config.max_loaded_adapters, pool)
+        self.sampler = Sampler(self.ops, arch.vocab, self.eos, self.device)
+
+    def _num_blocks(self, config: EngineConfig) -> int:
+        arch = self.arch
+        token_bytes = 2 * arch.num_layers * arch.kv_heads * arch.head_dim * self.dtype.itemsize
+        wanted = config.kv_cache_tokens
+        if wanted is None:
+            if self.device.type == "cuda":
+                room = torch.cuda.mem_get_info(self.device)[0] * GPU_MEMORY_SHARE
+            else:
+                room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
+            # More than every sequence at full length can never be used.
+            wanted = min(int(room / token_bytes), config.max_num_seqs * (self.max_len + self.block_size))
+        if wanted < self.max_len:
+            raise ModelLoadError(
+                f"The KV cache holds {wanted} tokens, fewer than one sequence of {self.max_len} needs. "
+                "Lower --max-model-len, or raise --kv-cache-tokens."
+            )
+        return -(-wanted // self.block_size)
+
+    def start_routing(self, seq: Sequence, chunk: int) -> None:
+        """Request scope: a prompt that exceeds one chunk and whose router is inside the model is routed before it is
+        computed, so that the route does not depend on how it is cut."""
+        if seq.scope is not RouteScope.REQUEST or seq.route is not None or seq.num_prompt <= chunk:
+            return
+        assert seq.adapter is not None
+        routed = self.store.loaded[seq.adapter].folded.routed
+        if routed is not None and routed.router.table is None:
+            seq.route_sum = RouteSum(seq.adapter)
+
+    @torch.inference_mode()
+    def execute(self, works: Rows[Work]) -> list[tuple[Work, Result]]:
+        """Runs one forward pass and chooses the tokens that are due."""
+        keys = {w.seq.adapter for w in works if w.seq.adapter is not None}
+        active = self.store.activate(keys) if keys else None
+        rotary = self.model.rotary
+        limit = rotary.stretch_from if rotary else None
+        batch = Batch.build(works, active, self.block_size, limit, self.ops, self.dtype, self.device)
+        hidden = self.model.forward(batch.ids, batch.positions, batch.lengths, batch.pages, self.caches, batch.delta)
+        results = [Result() for _ in batch.works]
+        self._choose(batch, hidden, results)
+        self._score(batch, hidden, results)
+        routes = [None if r is None else Route(int(r[0]), tuple(r[1].tolist())) for r in batch.delta.routes]
+        for segment, result in zip(batch.segment_of, results, strict=True):
+            if segment is not None:
+                result.route = routes[segment]
+        for work, result in zip(batch.works, results, strict=True):
+            if isinstance(work.seq.route_sum, RouteSum) and work.start + work.count >= work.seq.num_prompt:
+                result.route = self._summed_route(work.seq.route_sum)
+        return list(zip(batch.works, results, strict=True))
+
+    def _choose(self, batch: Batch, hidden: Tensor, results: list[Result]) -> None:
+        due = [i for i, w in enumerate(batch.works) if w.samples and w.seq.sampling.max_tokens > 0]
+        if not due:
+            return
+        rows = torch.tensor([batch.first_rows[i] + batch.works[i].count - 1 for i in due]).to(self.device)
+        logits = self.model.logits(hidden, rows, batch.delta)
+        tokens, scores = self.sampler(logits, [batch.works[i].seq for i in due])
+        for i, token, score in zip(due, tokens, scores, strict=True):
+            results[i].token, results[i].logprob = token, score
+
+    def _score(self, batch: Batch, hidden: Tensor, results: list[Result]) -> None:
+        """Log-probabilities of the prompt tokens that this pass's rows predict."""
+        for i, work in enumerate(batch.works):
+            seq = work.seq
+            wanted = seq.sampling.prompt_logprobs
+            if wanted is None or seq.route_sum is not None:
+                continue
+            out: list[TokenLogprob] = []
+            end = min(work.start + work.count, seq.num_prompt - 1)
+            for first in range(work.start, end, SCORED_ROWS):
+                last = min(first + SCORED_ROWS, end)
+                offset = batch.first_rows[i] - work.start
+                rows = torch.arange(first + offset, last + offset, device=self.device)
+                logits = self.model.logits(hidden, rows, batch.delta)
+                out += logprobs(logits, seq.tokens[first + 1 : last + 1], [wanted] * (last - first))
+            results[i].prompt_logprobs = out
+
+    def _summed_route(self, part: RouteSum) -> Route:
+        routed = self.store.loaded[part.adapter].folded.routed
+        assert routed is not None and part.total is not None
+        group, weights = select(routed.router.centroids @ (part.total / part.count), routed.router.t)
+        return Route(int(group), tuple(weights.tolist()))
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(
+            "--device cuda was asked for, but torch sees no GPU. Use --device cpu, or install a driver."
+        )
+    return name
+
+
+def _max_len(config: EngineConfig, pretrained: object, trained: int, learned: bool) -> int:
+    """The context served. Scaled rotary positions may go past the trained length by their factor."""
+    if config.max_model_len is None:
+        return trained
+    scaling = {} if learned else getattr(pretrained, "rope_parameters", None) or {}
+    longest = trained if scaling.get("rope_type", "default") == "default" else int(trained * scaling.get("factor", 1.0))
+    if config.max_model_len > longest:
+        raise ModelLoadError(f"--max-model-len {config.max_model_len} exceeds what the model can do: {longest}.")
+    return config.max_model_len
+
+
+def _eos(folder: Path, pretrained: object) -> frozenset[int]:
+    """Tokens that end a text: those of generation_config.json, else config.json's."""
+    from transformers import GenerationConfig
+
+    found: object = None
+    if (folder / "generation_config.json").is_file():
+        try:
+            found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        except (OSError, ValueError) as e:
+            raise ModelLoadError(f"{folder / 'generation_config.json'} cannot be read: {e}") from e
+    if found is None:
+        found = getattr(pretrained, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list | tuple) else [found])

@@ -1,0 +1,169 @@
+"""Which tokens go through the model next. Policy only: no torch.
+
+Each step first serves what runs (a decode, or the next chunk of a prompt), oldest first; then it admits what waits, in
+order of arrival. A sequence gets the pages of its whole prompt when it is admitted, and one more whenever it needs it;
+when none is left the youngest running sequence gives all of its own back and is computed again later.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from tucka_runtime.block_manager import BlockManager, chain
+from tucka_runtime.sequence import RouteScope, Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens `start` to `start + count` of a sequence. With the last known token comes the next one's choice."""
+
+    seq: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.start + self.count == len(self.seq) and self.seq.route_sum is None
+
+
+def cache_namespace(seq: Sequence) -> bytes | None:
+    """Under what its KV may be shared: tenant and weights. None: not at all, since its route is its batch's or its own,
+    or since its prompt has to be scored."""
+    if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or seq.sampling.prompt_logprobs is not None:
+        return None
+    adapter = f"{seq.adapter.name}\0{seq.adapter.generation}" if seq.adapter else ""
+    return f"{seq.request.cache_salt}\0{adapter}".encode()
+
+
+def _hashes(seq: Sequence, pages: int, size: int) -> list[bytes]:
+    """Hashes of a sequence's first full pages, each computed once; none if it does not share its KV."""
+    namespace = cache_namespace(seq)
+    if namespace is None:
+        return []
+    known = seq.block_hashes
+    while len(known) < pages:
+        start = len(known) * size
+        known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
+    return known[:pages]
+
+
+class Scheduler:
+    """Waiting and running sequences. `max_tokens` and `max_seqs` bound one step."""
+
+    def __init__(self, blocks: BlockManager, max_tokens: int, max_seqs: int):
+        self.blocks = blocks
+        self.max_tokens = max_tokens
+        self.max_seqs = max_seqs
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> list[Work]:
+        """The next step's work; empty if there is nothing to do. Every count is at least 1."""
+        work: list[Work] = []
+        budget = self.max_tokens
+        preempted = self.num_preemptions
+        position = 0
+        while position < len(self.running) and budget:
+            seq = self.running[position]
+            count = min(len(seq) - seq.num_computed, budget)
+            if not self._grow(seq, seq.num_computed + count):
+                break  # seq itself was the youngest and went back to waiting
+            work.append(Work(seq, seq.num_computed, count))
+            budget -= count
+            position += 1
+        if self.num_preemptions == preempted:
+            self._admit(work, budget)
+        return work
+
+    def _grow(self, seq: Sequence, tokens: int) -> bool:
+        """Pages for the first `tokens` tokens, taken from younger sequences if need be. False: seq lost its own."""
+        need = self.blocks.blocks_for(tokens) - len(seq.block_table)
+        while not self.blocks.can_allocate(need):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        seq.block_table += self.blocks.allocate(need)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.blocks.release(seq.block_table)
+        seq.block_table = []
+        seq.num_computed = 0
+
+    def _admit(self, work: list[Work], budget: int) -> None:
+        while self.waiting and budget and len(self.running) < self.max_seqs:
+            group = self._group()
+            total = sum(map(len, group))
+            if len(group) > 1 and total > budget and total <= self.max_tokens - len(self.running):
+                return  # whole in a step of its own rather than torn apart in this one
+            if not self._place(self.waiting[0]):
+                return
+            seq = self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            count = min(len(seq) - seq.num_computed, budget)
+            work.append(Work(seq, seq.num_computed, count))
+            budget -= count
+
+    def _group(self) -> list[Sequence]:
+        """The head of the queue and what should share its first forward pass: under the scope `batch` the prompts of
+        one request are routed together, which only works if they are computed together."""
+        head = self.waiting[0]
+        if head.scope is not RouteScope.BATCH or any(s.request is head.request for s in self.running):
+            return [head]
+        group = []
+        for seq in self.waiting:
+            if seq.request is not head.request:
+                break
+            group.append(seq)
+        return group if len(self.running) + len(group) <= self.max_seqs else [head]
+
+    def _place(self, seq: Sequence) -> bool:
+        """Pages for a waiting sequence, cached ones first; at least its last token is left to compute."""
+        size = self.blocks.block_size
+        reuse = self.blocks.match(_hashes(seq, (len(seq) - 1) // size, size))
+        need = self.blocks.blocks_for(len(seq)) - len(reuse)
+        if not self.blocks.can_allocate(need, reuse):
+            return False
+        self.blocks.hold(reuse)
+        seq.block_table = reuse + self.blocks.allocate(need)
+        seq.num_computed = len(reuse) * size
+        seq.cached_tokens = max(seq.cached_tokens, seq.num_computed)
+        return True
+
+    def computed(self, seq: Sequence, count: int) -> None:
+        """Notes that `count` more tokens have their KV, and offers full pages for reuse."""
+        size = self.blocks.block_size
+        full = seq.num_computed // size
+        seq.num_computed += count
+        hashes = _hashes(seq, seq.num_computed // size, size)
+        for page in range(full, len(hashes)):
+            self.blocks.register(seq.block_table[page], hashes[page])
+
+    def finish(self, seq: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its pages."""
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self._release(seq)
+        seq.status = Status.FINISHED
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if pages or queues disagree with each other."""
+        self.blocks.check_integrity([s.block_table for s in self.running])
+        if any(s.status is not Status.RUNNING for s in self.running) or len(self.running) > self.max_seqs:
+            raise RuntimeError("scheduler: a sequence is in the wrong queue")
+        if any(s.status is not Status.WAITING or s.block_table for s in self.waiting):
+            raise RuntimeError("scheduler: a waiting sequence holds pages")

@@ -1,0 +1,222 @@
+"""Reads a base model's folder: configuration, safetensors (sharded or not), the packed tensors of the decoder.
+
+Missing, unexpected and wrongly shaped tensors are errors: a model that is served has exactly the weights it was saved
+with.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.models.architecture import Architecture
+from tucka_runtime.models.families import FAMILIES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass
+class LayerWeights:
+    """One layer. `linears` and `biases` are packed by site (out, in); norms are (weight, bias or None)."""
+
+    input_norm: tuple[Tensor, Tensor | None]
+    post_norm: tuple[Tensor, Tensor | None]
+    head_norms: tuple[Tensor, Tensor] | None
+    linears: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+
+
+@dataclass
+class Weights:
+    """The whole model. `head` is `embed` itself where they are tied."""
+
+    embed: Tensor
+    positions: Tensor | None
+    layers: list[LayerWeights]
+    final_norm: tuple[Tensor, Tensor | None]
+    head: Tensor
+
+
+def read_config(folder: Path) -> tuple[Any, Architecture]:
+    """The transformers configuration of a folder and the architecture it describes. Runs no code of the folder's."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
+    try:
+        raw = json.loads((folder / "config.json").read_text("utf-8"))
+        kind = raw.get("model_type")
+        if kind in FAMILIES:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, AttributeError, TypeError) as e:
+        raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {e}") from e
+    if kind not in FAMILIES:
+        raise ModelLoadError(f"{folder} is of the type {kind!r}; supported are {', '.join(sorted(FAMILIES))}.")
+    return config, FAMILIES[kind](config)
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of a base model's weights, as hex.
+
+    SHA-256 over the headers of its safetensors files (names, types, shapes) and 64 pages of 4 KiB spread evenly over
+    each: it tells fine-tunes of one model apart in milliseconds. It is a guard against mistakes, not against forgery.
+    """
+    digest = hashlib.sha256()
+    for path in _files(folder):
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = f.read(min(length, 64 << 20))
+            digest.update(len(header).to_bytes(8, "little") + header)
+            start = 8 + length
+            for i in range(64):
+                f.seek(start + max(0, size - start - 4096) * i // 63)
+                digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        raise ModelLoadError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ModelLoadError(f"{index} is not a safetensors index: {e}") from e
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelLoadError(f"{index} names {name!r}, which is not a file beside it.")
+    return [folder / name for name in names]
+
+
+class _Checkpoint:
+    """The tensors of a folder by name, read on demand; knows which were not asked for."""
+
+    def __init__(self, folder: Path, arch: Architecture):
+        self.files = []
+        self.where: dict[str, tuple[Any, str]] = {}
+        ignored = re.compile(arch.ignored)
+        for path in _files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as e:
+                raise ModelLoadError(f"{path} is not a readable safetensors file: {e}") from e
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                name = stored
+                if not stored.startswith((arch.prefix, arch.head + ".")):
+                    name = arch.prefix + stored
+                if name in self.where:
+                    raise ModelLoadError(f"{path} holds {stored}, which another file of the folder holds too.")
+                if not ignored.fullmatch(name):
+                    self.where[name] = (file, stored)
+        self.unread = set(self.where)
+        self.missing: list[str] = []
+
+    def dtype(self) -> torch.dtype:
+        """The commonest type of the stored matrices."""
+        counts: dict[str, int] = {}
+        for file, stored in self.where.values():
+            kind = file.get_slice(stored).get_dtype()
+            counts[kind] = counts.get(kind, 0) + 1
+        return STORED.get(max(counts, key=lambda kind: counts[kind]), torch.float32) if counts else torch.float32
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        if name not in self.where:
+            self.missing.append(name)
+            return None
+        file, stored = self.where[name]
+        part = file.get_slice(stored)
+        if tuple(part.get_shape()) != shape:
+            raise ModelLoadError(f"Tensor {stored} is {tuple(part.get_shape())}, but config.json implies {shape}.")
+        if part.get_dtype() not in STORED:
+            raise ModelLoadError(f"Tensor {stored} is stored as {part.get_dtype()}, which is not supported.")
+        self.unread.discard(name)
+        return file.get_tensor(stored)
+
+    def check(self) -> None:
+        for kind, names in (("lacks", sorted(self.missing)), ("has unexpected", sorted(self.unread))):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ModelLoadError(f"The checkpoint {kind} tensors: {', '.join(names[:5])}{more}.")
+
+
+def parameter_shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter of the checkpoint by name, in declaration order, with its stored shape."""
+    yield f"{arch.embed}.weight", (arch.vocab, arch.hidden)
+    if arch.positions:
+        yield f"{arch.positions}.weight", (arch.max_len, arch.hidden)
+    kinds = ("weight", "bias") if arch.norm_bias else ("weight",)
+    for i in range(arch.num_layers):
+        for norm in (arch.input_norm, arch.post_norm):
+            for kind in kinds:
+                yield arch.path(i, f"{norm}.{kind}"), (arch.hidden,)
+        for norm in arch.head_norms or ():
+            yield arch.path(i, f"{norm}.weight"), (arch.head_dim,)
+        for site in arch.sites:
+            for target, width in zip(site.targets, site.widths, strict=True):
+                shape = (site.d_in, width) if arch.transposed else (width, site.d_in)
+                yield arch.path(i, f"{target}.weight"), shape
+                if site.bias:
+                    yield arch.path(i, f"{target}.bias"), (width,)
+    for kind in kinds:
+        yield f"{arch.final_norm}.{kind}", (arch.hidden,)
+    yield f"{arch.head}.weight", (arch.vocab, arch.hidden)
+
+
+def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.device) -> tuple[Weights, torch.dtype]:
+    """Reads, checks and packs the weights; `dtype` "auto" keeps the stored type. Raises ModelLoadError."""
+    checkpoint = _Checkpoint(folder, arch)
+    kind = DTYPES.get(dtype) or checkpoint.dtype()
+    if kind == torch.float64:
+        kind = torch.float32
+    shapes = dict(parameter_shapes(arch))
+
+    def read(name: str) -> Tensor:
+        value = checkpoint.read(name, shapes[name])
+        if value is None:
+            return torch.empty(0)
+        return value.to(device, kind)
+
+    def norm(path: str) -> tuple[Tensor, Tensor | None]:
+        return read(f"{path}.weight"), read(f"{path}.bias") if arch.norm_bias else None
+
+    embed = read(f"{arch.embed}.weight")
+    positions = read(f"{arch.positions}.weight") if arch.positions else None
+    layers = []
+    for i in range(arch.num_layers):
+        linears, biases = [], []
+        for site in arch.sites:
+            parts = [read(arch.path(i, f"{target}.weight")) for target in site.targets]
+            linears.append(torch.cat([p.T if arch.transposed else p for p in parts]).contiguous())
+            bias = [read(arch.path(i, f"{target}.bias")) for target in site.targets] if site.bias else None
+            biases.append(torch.cat(bias) if bias else None)
+        norms = [read(arch.path(i, f"{name}.weight")) for name in arch.head_norms or ()]
+        layers.append(
+            LayerWeights(
+                input_norm=norm(arch.path(i, arch.input_norm)),
+                post_norm=norm(arch.path(i, arch.post_norm)),
+                head_norms=(norms[0], norms[1]) if norms else None,
+                linears=tuple(linears),
+                biases=tuple(biases),
+            )
+        )
+    final_norm = norm(arch.final_norm)
+    head_name = f"{arch.head}.weight"
+    if arch.tied:
+        checkpoint.unread.discard(head_name)
+        head = embed
+    else:
+        head = read(head_name)
+    checkpoint.check()
+    return Weights(embed, positions, layers, final_norm, head), kind
