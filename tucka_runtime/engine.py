@@ -2,15 +2,15 @@
 
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.adapters.format import TuckAConfig, read_adapter
 from tucka_runtime.adapters.store import base_layout, fold
 from tucka_runtime.block_manager import BlockManager
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.core import FoldedAdapter
 from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.runner import Result, Runner
 from tucka_runtime.scheduler import Scheduler, Work
 from tucka_runtime.sequence import (
@@ -27,22 +27,6 @@ from tucka_runtime.sequence import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """One step in figures; seconds, sequences, tokens, pages."""
-
-    schedule: float
-    run: float
-    prefill_tokens: int
-    decode_tokens: int
-    adapters: int
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks_total: int
-    preemptions: int
-
-
 class Engine:
     """Requests in, tokens out, one step at a time: `add`, then `step` while `busy`."""
 
@@ -53,6 +37,21 @@ class Engine:
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
         self.layout = base_layout(self.runner.arch, self.runner.fingerprint)
+
+    @property
+    def info(self) -> EngineInfo:
+        runner = self.runner
+        return EngineInfo(
+            model_type=runner.arch.model_type,
+            vocab_size=runner.arch.vocab,
+            max_model_len=runner.max_len,
+            eos_token_ids=tuple(sorted(runner.eos)),
+            dtype=str(runner.dtype).removeprefix("torch."),
+            device=str(runner.device),
+            kv_cache_tokens=runner.num_blocks * runner.block_size,
+            fingerprint=runner.fingerprint,
+            max_num_batched_tokens=self.scheduler.max_tokens,
+        )
 
     @property
     def busy(self) -> bool:
@@ -174,12 +173,44 @@ class Engine:
             del self.requests[seq.request.id]
         return out
 
-    def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> FoldedAdapter:
-        """Reads, checks and folds an adapter, then makes it known. Raises AdapterError."""
-        self.runner.store.reserve()
-        folded = fold(key, read_adapter(folder, self.layout), self.runner.model, pinned)
+    def prepare_adapter(
+        self, key: AdapterKey, folder: Path, pinned: Route | None = None
+    ) -> tuple[FoldedAdapter, AdapterInfo]:
+        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError."""
+        adapter = read_adapter(folder, self.layout)
+        folded = fold(key, adapter, self.runner.model, pinned)
+        config = adapter.config
+        tucka = config if isinstance(config, TuckAConfig) else None
+        alpha = config.alpha if isinstance(config, TuckAConfig) else config.lora_alpha
+        scope = None
+        if tucka is not None and pinned is not None:
+            scope = RouteScope.PINNED
+        return folded, AdapterInfo(
+            key=key,
+            digest=adapter.digest,
+            kind=adapter.kind,
+            r=config.r,
+            k=tucka.k if tucka else None,
+            t=tucka.t if tucka else None,
+            p=tucka.p if tucka else None,
+            alpha=alpha,
+            target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})),
+            num_modules=len(adapter.modules),
+            router=adapter.router,
+            scope=scope,
+            bytes=folded.num_bytes,
+            training=adapter.training,
+        )
+
+    def add_adapter(self, folded: FoldedAdapter) -> None:
+        """Makes a prepared adapter known to new requests. Raises AdapterCapacityError."""
         self.runner.store.add(folded)
-        return folded
+
+    def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
+        """`prepare_adapter` and `add_adapter` at once. Raises AdapterError."""
+        folded, info = self.prepare_adapter(key, folder, pinned)
+        self.add_adapter(folded)
+        return info
 
     def unload_adapter(self, key: AdapterKey) -> None:
         self.runner.store.unload(key)

@@ -1,0 +1,58 @@
+"""What the engine tells of itself, its adapters and its steps. Standard library only: it crosses the process border."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tucka_runtime.sequence import AdapterKey
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """The model as it is served. `fingerprint` is weights.fingerprint's."""
+
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    kv_cache_tokens: int
+    fingerprint: str
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A loaded adapter. `kind` is "tucka" or "lora"; `scope` is set where the adapter pins its route; `bytes` are those
+    of its tensors on the device; `training` is its manifest."""
+
+    key: AdapterKey
+    digest: str
+    kind: str
+    r: int
+    k: int | None
+    t: int | None
+    p: int | None
+    alpha: float
+    target_modules: tuple[str, ...]
+    num_modules: int
+    router: str | None
+    scope: str | None
+    bytes: int
+    training: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step in figures: seconds, tokens, adapters in the batch, sequences, pages, preemptions since the start."""
+
+    schedule: float
+    run: float
+    prefill_tokens: int
+    decode_tokens: int
+    adapters: int
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    preemptions: int

@@ -1,0 +1,361 @@
+"""The engine's own process, and the channel to it.
+
+`EngineClient` lives in the API process. It starts `python -m tucka_runtime.worker` with one end of a socket pair and
+speaks pickled tuples over it: nobody else can write there. Messages are ordered, which is what leases rely on: a
+request sent before an unload is taken on before it.
+
+    to the engine:    ("submit", Request) ("abort", id) ("load", call, key, folder, pinned) ("unload", key) ("stop",)
+    from the engine:  ("ready", EngineInfo) ("failed", error) ("step", [SequenceOutput], StepStats)
+                      ("rejected", id, error) ("loaded", call, AdapterInfo or error)
+
+The process ends when its channel closes, so it never outlives its parent. When it dies, every stream in flight raises
+EngineDeadError, and it is started again.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.errors import EngineDeadError, ModelLoadError, OverloadedError, TuckaError
+from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
+from tucka_runtime.sequence import AdapterKey, Request, Route, SequenceOutput
+
+if TYPE_CHECKING:
+    from tucka_runtime.engine import Engine
+
+__all__ = ["AdapterInfo", "EngineClient", "EngineInfo", "OutputStream", "StepStats"]
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0  # without work for so long, the engine checks its books once
+FIRST_RESTART_DELAY, LONGEST_RESTART_DELAY = 0.5, 30.0  # seconds; doubled with every failure in a row
+
+
+class OutputStream(AsyncIterator[SequenceOutput]):
+    """The outputs of one request, sequences interleaved; ends when each has had its finish reason.
+
+    Raises EngineDeadError if the engine dies, and the engine's error if it refused the request.
+    """
+
+    def __init__(self, client: "EngineClient", request: Request):
+        self._client = client
+        self._queue: asyncio.Queue[SequenceOutput | TuckaError] = asyncio.Queue()
+        self.request_id = request.id
+        self.unfinished = request.num_sequences
+
+    async def __anext__(self) -> SequenceOutput:
+        if not self.unfinished and self._queue.empty():
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, TuckaError):
+            raise item
+        return item
+
+    def put(self, item: SequenceOutput | TuckaError) -> None:
+        if isinstance(item, TuckaError) or item.finish_reason is not None:
+            self.unfinished = 0 if isinstance(item, TuckaError) else self.unfinished - 1
+        self._queue.put_nowait(item)
+
+    def abort(self) -> None:
+        """Ends what is left of the request in the engine; the stream is over. Harmless when it already is."""
+        self._client.forget(self)
+        self.unfinished = 0
+
+
+class EngineClient:
+    """The engine as the API process sees it. All methods belong to one event loop.
+
+    `on_step` is called with every step's figures, `on_restart` after a restart, before `ready` is true again: it brings
+    the adapters back.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self.info: EngineInfo | None = None
+        self.ready = False
+        self.restarts = 0
+        self.on_step: Callable[[StepStats], None] | None = None
+        self.on_restart: Callable[[], Awaitable[None]] | None = None
+        self._streams: dict[str, OutputStream] = {}
+        self._calls: dict[int, asyncio.Future[AdapterInfo]] = {}
+        self._numbers = itertools.count()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Connection | None = None
+        self._started: asyncio.Future[EngineInfo] | None = None
+        self._stopping = False
+        self._restart: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences that have not finished."""
+        return sum(stream.unfinished for stream in self._streams.values())
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> EngineInfo:
+        """Starts the process and waits for the model. Raises ModelLoadError, or EngineDeadError if it dies of else."""
+        info = await self._spawn()
+        self.ready = True
+        return info
+
+    async def _spawn(self) -> EngineInfo:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: the working directory must not shadow the installed package.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tucka_runtime.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._channel = Connection(ours.detach())
+        self._channel.send(self.config)
+        loop = asyncio.get_running_loop()
+        self._started = loop.create_future()
+        threading.Thread(
+            target=self._listen, args=(self._channel, self._process, loop), name="engine-channel", daemon=True
+        ).start()
+        self.info = await self._started
+        return self.info
+
+    def _listen(self, channel: Connection, process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEventLoop) -> None:
+        """The thread that reads the channel until it ends."""
+        try:
+            while True:
+                loop.call_soon_threadsafe(self._receive, channel.recv())
+        except (EOFError, OSError):
+            process.wait()
+            with contextlib.suppress(RuntimeError):  # the loop may be gone when the server has stopped
+                loop.call_soon_threadsafe(self._died, channel)
+
+    def _receive(self, message: tuple[Any, ...]) -> None:
+        match message:
+            case ("step", outputs, stats):
+                for output in outputs:
+                    self._deliver(output.request_id, output)
+                if self.on_step is not None:
+                    self.on_step(stats)
+            case ("rejected", request_id, error):
+                self._deliver(request_id, error)
+            case ("loaded", call, result):
+                future = self._calls.pop(call)
+                if not future.done():
+                    if isinstance(result, TuckaError):
+                        future.set_exception(result)
+                    else:
+                        future.set_result(result)
+            case ("ready", info) if self._started is not None and not self._started.done():
+                self._started.set_result(info)
+            case ("failed", error) if self._started is not None and not self._started.done():
+                self._started.set_exception(error)
+
+    def _deliver(self, request_id: str, item: SequenceOutput | TuckaError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put(item)
+            if not stream.unfinished:
+                del self._streams[request_id]
+
+    def _died(self, channel: Connection) -> None:
+        if channel is not self._channel:
+            return
+        self.ready = False
+        channel.close()
+        self._channel = None
+        error = EngineDeadError("The engine stopped. It is being restarted; try again in a moment.")
+        for request_id in list(self._streams):
+            self._deliver(request_id, error)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+        self._calls.clear()
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(EngineDeadError("The engine stopped while it was starting; see its log above."))
+        elif not self._stopping:
+            logger.error("the engine process ended with status %s", self._process and self._process.returncode)
+            self._restart = asyncio.get_running_loop().create_task(self._revive())
+
+    async def _revive(self) -> None:
+        delay = FIRST_RESTART_DELAY
+        while not self._stopping:
+            await asyncio.sleep(delay)
+            self.restarts += 1
+            try:
+                await self._spawn()
+                if self.on_restart is not None:
+                    await self.on_restart()
+            except TuckaError as error:
+                logger.error("the engine did not come back: %s", error.message)
+                delay = min(2 * delay, LONGEST_RESTART_DELAY)
+                continue
+            self.ready = True
+            logger.info("the engine is back")
+            return
+
+    def submit(self, request: Request) -> OutputStream:
+        """Sends a request. Raises OverloadedError if the queue is full, EngineDeadError while there is no engine."""
+        if not self.ready:
+            raise EngineDeadError("The engine is not running. It is being restarted; try again in a moment.")
+        if self.in_flight + request.num_sequences > self.config.max_num_seqs + self.config.max_queue:
+            raise OverloadedError("The queue is full. Try again later.")
+        stream = OutputStream(self, request)
+        self._streams[request.id] = stream
+        self._send("submit", request)
+        return stream
+
+    def forget(self, stream: OutputStream) -> None:
+        """OutputStream.abort's half."""
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._send("abort", stream.request_id)
+
+    async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
+        """Loads an adapter beside what runs. Raises AdapterError, or EngineDeadError."""
+        call = next(self._numbers)
+        self._calls[call] = asyncio.get_running_loop().create_future()
+        self._send("load", call, key, str(folder), pinned)
+        return await self._calls[call]
+
+    async def unload_adapter(self, key: AdapterKey) -> None:
+        """Returns at once; requests that were submitted before go on, and the last one's end frees the memory."""
+        if self._channel is not None:
+            self._send("unload", key)
+
+    def _send(self, *message: Any) -> None:
+        """The reader thread finds out if the process is gone: then its streams end with an error."""
+        if self._channel is None:
+            raise EngineDeadError("The engine is not running. It is being restarted; try again in a moment.")
+        with contextlib.suppress(OSError):
+            self._channel.send(message)
+
+    async def stop(self, timeout: float) -> None:
+        """Ends the process: politely, after `timeout` seconds by force."""
+        self._stopping, self.ready = True, False
+        if self._restart is not None:
+            self._restart.cancel()
+        process = self._process
+        if process is None:
+            return
+        if self._channel is not None:
+            self._send("stop")
+        try:
+            await asyncio.to_thread(process.wait, timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+
+def main() -> None:
+    """The engine process: `python -m tucka_runtime.worker FD`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
+    channel = Connection(int(sys.argv[1]))
+    config: EngineConfig = channel.recv()
+    from tucka_runtime.engine import Engine
+
+    try:
+        engine = Engine(config)
+    except ModelLoadError as error:
+        channel.send(("failed", error))
+        return
+    channel.send(("ready", engine.info))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        serve(engine, channel)
+    os._exit(0)  # a loader thread may still be reading a file; nobody waits for it
+
+
+def serve(engine: "Engine", channel: Connection) -> None:
+    """Steps while there is work, listens in between. Returns when asked to stop; raises EOFError when the parent is
+    gone. Any other error is a fault: it ends the process, and the parent starts a new one."""
+    inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    loads: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
+    threading.Thread(target=_load, args=(engine, loads, inbox), daemon=True).start()
+    checked = False
+    while True:
+        while True:
+            try:
+                message = inbox.get(block=not engine.busy, timeout=IDLE_SECONDS)
+            except queue.Empty:
+                break
+            checked = False
+            if not _handle(engine, channel, loads, message):
+                return
+        if engine.busy:
+            outputs, stats = engine.step()
+            channel.send(("step", outputs, stats))
+        elif not checked:
+            engine.check_integrity()
+            checked = True
+
+
+def _handle(
+    engine: "Engine", channel: Connection, loads: "queue.SimpleQueue[tuple[Any, ...]]", message: tuple[Any, ...]
+) -> bool:
+    """One message; False to stop."""
+    match message:
+        case ("submit", request):
+            try:
+                engine.add(request)
+            except TuckaError as error:
+                channel.send(("rejected", request.id, error))
+        case ("abort", request_id):
+            engine.abort(request_id)
+        case ("load", *call):
+            loads.put(tuple(call))
+        case ("prepared", call, folded, info):
+            try:
+                engine.add_adapter(folded)
+                channel.send(("loaded", call, info))
+            except TuckaError as error:
+                channel.send(("loaded", call, error))
+        case ("unprepared", call, error):
+            channel.send(("loaded", call, error))
+        case ("unload", key):
+            engine.unload_adapter(key)
+        case ("closed",):
+            raise EOFError
+        case ("stop",):
+            return False
+    return True
+
+
+def _read(channel: Connection, inbox: "queue.SimpleQueue[tuple[Any, ...]]") -> None:
+    try:
+        while True:
+            inbox.put(channel.recv())
+    except (EOFError, OSError):
+        inbox.put(("closed",))
+
+
+def _load(
+    engine: "Engine", loads: "queue.SimpleQueue[tuple[Any, ...]]", inbox: "queue.SimpleQueue[tuple[Any, ...]]"
+) -> None:
+    """The thread that reads and folds adapters, so that the step loop only ever adds finished ones."""
+    while True:
+        call, key, folder, pinned = loads.get()
+        try:
+            inbox.put(("prepared", call, *engine.prepare_adapter(key, Path(folder), pinned)))
+        except TuckaError as error:
+            inbox.put(("unprepared", call, error))
+        except Exception:
+            logger.exception("an adapter could not be loaded")
+            inbox.put(("unprepared", call, TuckaError("The adapter could not be loaded: an internal error.")))
+
+
+if __name__ == "__main__":
+    main()
