@@ -67,10 +67,11 @@ def open_file(folder_fd: int, name: str, limit: int) -> Iterator[tuple[BufferedI
                 "(`cp -rL` for a Hugging Face cache)."
             ) from None
         raise InvalidAdapterError(f"the adapter's {name} cannot be opened; check its permissions.") from None
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise InvalidAdapterError(f"the adapter's {name} is not a regular file.")
     with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise InvalidAdapterError(f"the adapter's {name} is not a regular file.")
         if info.st_size > limit:
             raise InvalidAdapterError(f"the adapter's {name} is larger than {limit} bytes.")
         yield file, info.st_size
