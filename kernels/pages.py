@@ -1,6 +1,6 @@
 """Where a batch's keys and values lie: the metadata that paged attention reads. Shared by all layers of a step.
 
-A cache is (slots, KV heads, D); slot = page · block_size + offset. A sequence's tokens are contiguous rows of the batch.
+A cache is (slots, KV heads, D); slot = page · block_size + offset. A sequence's rows are contiguous in the batch.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ from torch import Tensor
 # Decodes are attended to together, padded to the longest of their bucket; a bucket holds contexts up to a power of two
 # from this on, so that one long context does not make every short one pay for it.
 SMALLEST_BUCKET = 256
+
+# Rows of a prompt that one entry of `PagePlan.tiles` stands for. The fused prefill cuts it further by its own block.
+TILE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,10 @@ class PagePlan:
     tables: Tensor
     """(B, pages) int32 page numbers, 0 past a sequence's end."""
     block_size: int
+    singles: Tensor
+    """(D,) int32: the sequences of one row, which the fused kernel decodes."""
+    tiles: Tensor
+    """(N, 2) int32, sequence and first of TILE of its rows, of all the others."""
     memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     """Indices and masks derived once per step and reused by every layer."""
 
@@ -90,4 +97,11 @@ class PagePlan:
             length=torch.tensor([length for _, _, length in spans], dtype=torch.int32).to(device),
             tables=pages.to(device, torch.int32),
             block_size=block_size,
+            singles=torch.tensor([i for i, s in enumerate(spans) if s[1] == 1], dtype=torch.int32).to(device),
+            tiles=torch.tensor(
+                [[i, j] for i, (_, count, _) in enumerate(spans) if count > 1 for j in range(0, count, TILE)],
+                dtype=torch.int32,
+            )
+            .view(-1, 2)
+            .to(device),
         )

@@ -15,6 +15,11 @@ from torch import Tensor
 # r 16, 8 segments of one row): 0.10 ms a site against 0.55 ms in bf16. Above it the wasted products cost more.
 DENSE_ROWS = 64
 
+# The fused kernels work on tiles: up to this many rows of one segment, or of the base. 16 is the least that a tensor core
+# takes and all that a decoding segment has; long batches take 64, so that factors are read once per 64 rows.
+# Unmeasured: chosen from the bytes (kernels/README.md).
+SMALL_TILE, LARGE_TILE, SMALL_BATCH = 16, 64, 256
+
 
 @dataclass(frozen=True, eq=False)
 class DeltaSite:
@@ -37,6 +42,8 @@ class DeltaSite:
     e_ptr: Tensor
     rank: Tensor
     """(A, n) int32."""
+    borders: Tensor
+    """(n + 1,) int32: `columns` on the device."""
 
     @staticmethod
     def build(
@@ -48,7 +55,11 @@ class DeltaSite:
         device: torch.device,
         pool: bool,
     ) -> "DeltaSite":
-        """Collects the factors of A adapters at one site. `pool` also stacks them, which only the reference reads."""
+        """Collects the factors of A adapters at one site. `pool` also stacks them, which only the reference reads.
+
+        Raises ValueError where a factor cannot be read through its address: it is not contiguous, or, on a GPU, does
+        not start at a multiple of 16 bytes, which the kernels' wide loads need.
+        """
         n = len(columns) - 1
         ranks = tuple(tuple(0 if w is None else w.shape[0] for w in row) for row in u)
         u_all, e_all = torch.empty(0, device=device), tuple[Tensor | None, ...]()
@@ -60,6 +71,9 @@ class DeltaSite:
             e_all = tuple(torch.cat(s) if s else None for s in stacks)
 
         def address(table: Sequence[Sequence[Tensor | None]]) -> Tensor:
+            for w in (w for row in table for w in row if w is not None):
+                if not w.is_contiguous() or (w.is_cuda and w.data_ptr() % 16):
+                    raise ValueError("an adapter's factors must be contiguous and start at a multiple of 16 bytes")
             values = [[0 if w is None else w.data_ptr() for w in row] for row in table]
             return torch.tensor(values, dtype=torch.int64).view(-1, n).to(device)
 
@@ -73,6 +87,7 @@ class DeltaSite:
             u_ptr=address(u),
             e_ptr=address(e),
             rank=torch.tensor(ranks, dtype=torch.int32).view(-1, n).to(device),
+            borders=torch.tensor(columns, dtype=torch.int32).to(device),
         )
 
 
@@ -90,16 +105,40 @@ class Segments:
     """(S + 1,) int32 row borders; rows below start[0] are the base's."""
     segment_adapter: Tensor
     """(S,) int32."""
+    tile_rows: int
+    tiles: Tensor
+    """(N, 4) int32, first row, end row, segment and adapter of each tile; -1, -1 for the base's. No rows: no work."""
 
     @staticmethod
     def build(
-        spans: Sequence[tuple[int, int, int]], num_rows: int, num_adapters: int, device: torch.device
+        spans: Sequence[tuple[int, int, int]],
+        num_rows: int,
+        num_adapters: int,
+        device: torch.device,
+        num_tiles: int | None = None,
     ) -> "Segments":
-        """Raises ValueError if the spans are not ascending, contiguous and complete from the first one on."""
+        """`num_tiles` fills `tiles` up to a fixed number with empty ones, for a grid that a CUDA graph can hold:
+        `num_rows` of them suffice for any membership.
+
+        Raises ValueError if the spans are not ascending, contiguous and complete from the first one on.
+        """
         first = spans[0][0] if spans else num_rows
         borders = [first, *(end for _, end, _ in spans)]
         if [a for a, _, _ in spans] != borders[:-1] or borders[-1] != num_rows:
             raise ValueError("segments must be contiguous and reach the last row")
+        tile_rows = SMALL_TILE if num_rows <= SMALL_BATCH else LARGE_TILE
+        tiles = [
+            [i, min(i + tile_rows, end), segment, adapter]
+            for begin, end, segment, adapter in [
+                (0, first, -1, -1),
+                *((f, e, s, a) for s, (f, e, a) in enumerate(spans)),
+            ]
+            for i in range(begin, end, tile_rows)
+        ]
+        if num_tiles is not None:
+            if len(tiles) > num_tiles:
+                raise ValueError(f"{len(tiles)} tiles are needed, but only {num_tiles} are there")
+            tiles += [[0, 0, -1, -1]] * (num_tiles - len(tiles))
         counts = [b - a for a, b, _ in spans]
         row = [0] * first + [s for s, c in enumerate(counts) for _ in range(c)]
         adapter = [num_adapters] * first + [a for (_, _, a), c in zip(spans, counts, strict=True) for _ in range(c)]
@@ -110,6 +149,8 @@ class Segments:
             adapter=torch.tensor(adapter, dtype=torch.int64).to(device),
             start=torch.tensor(borders, dtype=torch.int32).to(device),
             segment_adapter=torch.tensor([a for _, _, a in spans], dtype=torch.int32).to(device),
+            tile_rows=tile_rows,
+            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
         )
 
 
