@@ -1,0 +1,114 @@
+"""Does every adapter give its own answer, whoever else is being served?
+
+Before the load each adapter answers the canary prompts alone, greedily; under load it must answer the same. All
+adapters get the same prompts, so an answer that belongs to another one is recognised:
+
+    own       the reference, byte for byte
+    leaked    another adapter's (or the base's) reference
+    stale     what the same name answered from another of its paths (churn with several paths)
+    changed   neither: not deterministic under load
+    failed    no answer
+    unjudged  its adapter was exchanged while it ran, and the answer is not its own
+
+Under TuckA's route scope `request` an answer does not depend on the batch, so canaries ask for it where the server
+takes the field; under scope `batch`, `changed` is no error. `twins` are adapters with the same references: between
+them a leak cannot be seen.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from tucka_runtime.loadtest.client import Client
+from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.settings import Settings
+from tucka_runtime.loadtest.workload import WORDS
+
+Identity = tuple[str, str | None]  # model, and the path it was loaded from where churn knows it
+
+
+class Canaries:
+    """References, then verdicts. A canary's `index` is the number of its prompt."""
+
+    def __init__(self, settings: Settings, client: Client) -> None:
+        self.client, self.tokens = client, settings.canary_tokens
+        rng = random.Random(f"{settings.seed}/canaries")
+        drawn = [" ".join(rng.choices(WORDS, k=12)) for _ in range(2)]
+        self.prompts = list(settings.canary_prompt) or drawn
+        self.references: dict[Identity, list[str]] = {}
+        self.route_refused: set[str] = set()
+        self.unstable: set[str] = set()
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[dict[str, Any]] = []
+
+    async def ask(self, model: str, number: int, kind: str) -> Record:
+        """One canary. Greedy, and in request scope where the server knows that."""
+        record = Record(kind, model, index=number)
+        body = self.client.body(model, self.prompts[number], self.tokens, 0.0)
+        if model in self.route_refused:
+            return await self.client.generate(record, body)
+        answer = await self.client.generate(record, body | {"route": "request"})
+        if kind != "reference" or answer.status not in (400, 422):
+            return answer
+        self.route_refused.add(model)
+        return await self.client.generate(Record(kind, model, index=number), body)
+
+    async def record_references(self, model: str, path: str | None) -> list[Record]:
+        """Asks alone, the first prompt twice: an adapter that differs from itself then is `unstable`, not judged."""
+        records = [await self.ask(model, number, "reference") for number in (*range(len(self.prompts)), 0)]
+        if all(r.ok for r in records):
+            self.references[model, path] = [r.text for r in records[:-1]]
+            if records[0].text != records[-1].text:
+                self.unstable.add(model)
+        return records
+
+    def judge(self, record: Record, path: str | None, exchanged: bool) -> str:
+        """Compares, counts, and says what it was."""
+        own = self.references.get((record.model, path))
+        outcome, owner = "unjudged", None
+        if own is not None and record.ok and record.text == own[record.index]:
+            outcome = "own"
+        elif own is not None and not exchanged and record.model not in self.unstable:
+            outcome, owner = self.explain(record)
+        if owner is not None or outcome == "changed":
+            wrong = {"at": record.start, "model": record.model, "outcome": outcome, "answered_as": owner}
+            self.wrong.append(wrong | {"expected": own[record.index] if own else None, "text": record.text})
+        self.outcomes[outcome] += 1
+        return outcome
+
+    def explain(self, record: Record) -> tuple[str, str | None]:
+        """What an answer is that is not the adapter's own, and whose."""
+        if not record.ok:
+            return "failed", None
+        owners = [model for (model, _), texts in self.references.items() if texts[record.index] == record.text]
+        if record.model in owners:
+            return "stale", record.model
+        return ("leaked", owners[0]) if owners else ("changed", None)
+
+    def twins(self) -> list[list[str]]:
+        """Groups of identities that answer every canary alike."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for (model, path), texts in self.references.items():
+            groups.setdefault(tuple(texts), []).append(model if path is None else f"{model} ({path})")
+        return [names for names in groups.values() if len(names) > 1]
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "sent": sum(self.outcomes.values()),
+            "outcomes": dict(self.outcomes),
+            "route_request": bool(self.references) and not self.route_refused,
+            "models": sorted({model for model, _ in self.references}),
+            "unstable_alone": sorted(self.unstable),
+            "twins": self.twins(),
+            "wrong": self.wrong[:50],
+        }
+
+
+def passed(results: Iterable[dict[str, Any]]) -> bool:
+    """No canary answered as another adapter or with old weights; in request scope none changed either."""
+    for result in results:
+        bad = {"leaked", "stale"} | ({"changed"} if result["route_request"] else set())
+        if any(result["outcomes"].get(name) for name in bad):
+            return False
+    return True

@@ -1,0 +1,148 @@
+"""Adapters that come and go during the run: load, reload (unload, then load) and unload, at Poisson times.
+
+A router in front of a server knows which adapters are there; so the tester sends nothing to an adapter while it is
+away (its conversations go to others, drawn again), and it forgives a 404 only to requests that were on their way while
+their adapter was being changed. At the end all adapters are loaded again with their first path.
+"""
+
+import asyncio
+import contextlib
+import math
+import random
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.loadtest.client import Client, ModelCard
+from tucka_runtime.loadtest.record import Record
+
+
+@dataclass
+class Adapter:
+    """One adapter under churn. `generation` counts its loads; `absent` are the times when it was away or changing."""
+
+    name: str
+    paths: tuple[str, ...]
+    loaded: bool = True
+    steady: bool = True
+    generation: int = 0
+    absent: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return self.paths[self.generation % len(self.paths)]
+
+
+def adapters(given: Iterable[str], cards: Iterable[ModelCard], in_use: Iterable[str]) -> list[Adapter]:
+    """From NAME=PATH[,PATH] flags; without them, every adapter in use whose path /v1/models tells."""
+    pool = []
+    for item in given:
+        name, _, paths = item.partition("=")
+        if not name or not all(paths.split(",")):
+            raise ConfigError("--churn-adapter must be NAME=PATH or NAME=PATH,PATH")
+        pool.append(Adapter(name, tuple(paths.split(","))))
+    if not pool:
+        roots = {c.name: c.root for c in cards if c.parent is not None and c.root}
+        pool = [Adapter(name, (str(roots[name]),)) for name in in_use if name in roots]
+    if not pool:
+        raise ConfigError("--churn-rate needs --churn-adapter NAME=PATH: /v1/models does not tell the adapters' paths")
+    return pool
+
+
+class Churn:
+    """Runs beside the load. `on_loaded(name)` is called after each load that worked."""
+
+    def __init__(
+        self,
+        client: Client,
+        pool: list[Adapter],
+        rate: float,
+        seed: int,
+        on_loaded: Callable[[str], Coroutine[Any, Any, None]],
+        on_probe: Callable[[Record], None],
+    ) -> None:
+        self.client, self.rate, self.on_loaded, self.on_probe = client, rate, on_loaded, on_probe
+        self.pool = {adapter.name: adapter for adapter in pool}
+        self.rng = random.Random(f"{seed}/churn")
+        self.events: list[dict[str, Any]] = []
+        self.callbacks: set[asyncio.Task[None]] = set()
+
+    def serves(self, model: str) -> bool:
+        """Whether requests to this model may be sent now."""
+        adapter = self.pool.get(model)
+        return adapter is None or (adapter.loaded and adapter.steady)
+
+    def generation(self, model: str) -> int:
+        return self.pool[model].generation if model in self.pool else 0
+
+    def path(self, model: str) -> str | None:
+        return self.pool[model].path if model in self.pool else None
+
+    def changed_during(self, model: str, start: float, end: float) -> bool:
+        """Whether the model was away or changing at any time between start and end."""
+        absent = self.pool[model].absent if model in self.pool else []
+        return any(away < end and start < back for away, back in absent)
+
+    async def run(self, until: asyncio.Event) -> None:
+        """Changes one adapter after another until the event is set; never unloads more than half of them."""
+        while not until.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(until.wait(), self.rng.expovariate(self.rate))
+            if not until.is_set():
+                await self.change(self.rng.choice(list(self.pool.values())))
+
+    async def change(self, adapter: Adapter) -> None:
+        away = sum(not a.loaded for a in self.pool.values())
+        if not adapter.loaded:
+            await self.load(adapter, "load")
+        elif away < len(self.pool) // 2 and self.rng.random() < 0.5:
+            await self.unload(adapter, "unload")
+        else:
+            await self.unload(adapter, "reload")
+            await self.load(adapter, "reload")
+
+    async def unload(self, adapter: Adapter, action: str) -> None:
+        adapter.steady = False
+        adapter.absent.append((self.client.clock(), math.inf))
+        if await self.tell(action, "unload", adapter):
+            adapter.loaded = False
+            body = self.client.body(adapter.name, "the", 1, 0.0)
+            self.on_probe(await self.client.generate(Record("probe", adapter.name), body))
+        else:
+            self.settle(adapter)
+
+    def settle(self, adapter: Adapter) -> None:
+        adapter.steady = True
+        if adapter.absent:
+            adapter.absent[-1] = (adapter.absent[-1][0], self.client.clock())
+
+    async def load(self, adapter: Adapter, action: str) -> None:
+        adapter.generation += 1
+        if await self.tell(action, "load", adapter):
+            adapter.loaded = True
+            self.settle(adapter)
+            task = asyncio.create_task(self.on_loaded(adapter.name))
+            self.callbacks.add(task)
+            task.add_done_callback(self.callbacks.discard)
+
+    async def tell(self, action: str, call: str, adapter: Adapter) -> bool:
+        at = self.client.clock()
+        status, detail = await self.client.adapter(call, adapter.name, adapter.path if call == "load" else None)
+        ok = 200 <= status < 300
+        event = {"at": at, "action": action, "call": call, "name": adapter.name, "path": adapter.path, "status": status}
+        self.events.append(event | {"seconds": self.client.clock() - at, "ok": ok} | ({} if ok else {"detail": detail}))
+        return ok
+
+    async def restore(self) -> None:
+        """Everything loaded again, from its first path."""
+        if self.callbacks:
+            await asyncio.wait(self.callbacks)
+        for adapter in self.pool.values():
+            first = adapter.generation % len(adapter.paths) == 0
+            if adapter.loaded and first:
+                continue
+            if adapter.loaded:
+                await self.client.adapter("unload", adapter.name)
+            await self.client.adapter("load", adapter.name, adapter.paths[0])
+            adapter.generation, adapter.loaded, adapter.steady, adapter.absent = 0, True, True, []

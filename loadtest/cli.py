@@ -1,0 +1,123 @@
+"""`tucka loadtest`: run, sweep, compare, report."""
+
+import argparse
+import asyncio
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.loadtest import compare, report, settings, slo, sweep, table
+from tucka_runtime.loadtest.settings import Settings
+
+EXAMPLES = """
+examples
+  tucka loadtest --url http://127.0.0.1:8000
+      30 s of 4 conversations at a time to every adapter (Zipf), with canaries: a first look
+  tucka loadtest --rate 5 --burstiness 0.5 --popularity zipf:1.2 --goodput ttft:500 tpot:50 --html report.html
+      open loop in bursts, goodput under an SLO, a report to look at
+  tucka loadtest --rate 5 --churn-rate 0.5 --churn-adapter fr=/srv/fr de=/srv/de
+      adapters come and go meanwhile (the server must allow it; give --admin-key if it wants one)
+  tucka loadtest --versus-base --repeats 5
+      what adapters cost: adapter / base, from interleaved pairs, with 95% intervals
+  tucka loadtest sweep --goodput ttft:500 tpot:50
+      the highest rate that meets the SLO
+  tucka loadtest compare before.json after.json
+      what changed, and whether it is more than noise
+
+Exit status: 0; 1 if the server or the arguments are wrong; 2 if answers were (a canary answered as another adapter,
+an unloaded adapter answered). docs/loadtest.md defines every figure.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Measure an OpenAI-compatible server the way it will be used, and check its answers meanwhile."
+    parser.epilog = EXAMPLES
+    settings.add_flags(parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (default: run once)")
+    sweeper = actions.add_parser("sweep", help="find the highest rate that meets the SLO")
+    settings.add_flags(sweeper, defaults=False)
+    sweeper.add_argument("--share", type=float, default=0.95, help="share of requests that must be good (default 0.95)")
+    sweeper.add_argument("--start-rate", type=float, default=1.0, help="first rate tried (default 1)")
+    sweeper.add_argument("--tolerance", type=float, default=0.1, help="how narrow to search, relative (default 0.1)")
+    sweeper.add_argument("--most-runs", type=int, default=15, help="stop after this many runs (default 15)")
+    comparer = actions.add_parser("compare", help="two results side by side (vllm bench's JSON is read as well)")
+    comparer.add_argument("a", metavar="A.json")
+    comparer.add_argument("b", metavar="B.json")
+    reporter = actions.add_parser("report", help="make the HTML report of a JSON result again")
+    reporter.add_argument("result", metavar="RESULT.json")
+    reporter.add_argument("page", metavar="REPORT.html")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 for wrong arguments or a server that cannot be tested; 2 for wrong answers."""
+    try:
+        if args.action == "compare":
+            print(compare.render(report.read(args.a), report.read(args.b), (args.a, args.b)))
+            return 0
+        if args.action == "report":
+            write_page(report.read(args.result), args.page)
+            return 0
+        test = settings.from_args(args)
+        outcome = asyncio.run(run_sweep(test, args) if args.action == "sweep" else run_once(test))
+    except TuckaError as error:
+        print(f"tucka loadtest: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("aborted", file=sys.stderr)
+        return 130
+    print(sweep.render(outcome) if args.action == "sweep" else table.render(outcome))
+    if test.json:
+        report.write(outcome, test.json)
+    if test.html:
+        write_page(outcome, test.html)
+    return 0 if outcome["correct"] else 2
+
+
+async def run_once(test: Settings) -> dict[str, Any]:
+    from tucka_runtime.loadtest.session import Session
+
+    return report.build(await Session(test).execute())
+
+
+async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
+    """The outcome of the sweep; the single results are in its `points`, without raw requests."""
+    if not 0 < args.share <= 1 or args.start_rate <= 0 or args.tolerance <= 0 or args.most_runs < 1:
+        raise ConfigError("--share must be in (0, 1], --start-rate and --tolerance positive, --most-runs at least 1")
+    test = replace(test, no_raw=True, duration=test.duration or (None if test.requests else 20.0))
+    if not test.goodput:
+        alone = replace(test, rate="closed", concurrency=1, requests=12, duration=None, canary_rate=0.0, churn_rate=0.0)
+        test = replace(test, goodput=sweep.default_limits(await run_once(alone)))
+        print(f"no --goodput given; from requests sent one at a time: {' '.join(test.goodput)}", file=sys.stderr)
+
+    async def measure(rate: float) -> dict[str, Any]:
+        # a rate's number of conversations is fixed by its duration, so that low rates do not end early
+        return await run_once(replace(test, rate=repr(rate), label=f"{rate:g}/s"))
+
+    search = sweep.Sweep(measure, args.share, args.start_rate, args.tolerance, args.most_runs)
+    outcome = await search.execute()
+    return {
+        "format": "tucka-loadtest-sweep/1",
+        **outcome,
+        "share": args.share,
+        "goodput_slo_ms": slo.parse(test.goodput),
+        "correct": all(p["result"]["correct"] for p in search.points),
+        "points": search.points,
+    }
+
+
+def write_page(result: dict[str, Any], path: str) -> None:
+    from tucka_runtime.loadtest import page
+
+    try:
+        Path(path).write_text(page.render(result), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tucka loadtest")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))

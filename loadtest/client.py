@@ -1,0 +1,179 @@
+"""The HTTP side: one streamed request to one record, and the few other calls a test needs.
+
+aiohttp and not httpx: at 32 streams of one event per 5 ms httpx took 3 times the CPU per event (114 against 34 µs on
+2 cores) and its own queueing put 140 ms on the 99th percentile of TTFT. docs/loadtest.md has the measurement.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.settings import Settings
+
+
+class ServerError(TuckaError):
+    """The server under test cannot be reached or does not speak the protocol."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A line of /v1/models. Adapters have a parent; `root` is an adapter's path where the server tells it."""
+
+    name: str
+    parent: str | None
+    root: str | None
+
+
+class EventStream:
+    """Cuts bytes into the data of server-sent events (WHATWG HTML, section 9.2: data, comments, all line endings)."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        # a CR at the very end may be half of a CRLF: it waits for the next bytes
+        raw = self.rest + chunk
+        held = b"\r" if raw.endswith(b"\r") else b""
+        if b"\r" in raw:
+            raw = raw[: len(raw) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *events, rest = raw.split(b"\n\n")
+        self.rest = rest + held
+        found = []
+        for event in events:
+            lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+            if lines:
+                found.append(b"\n".join(lines))
+        return found
+
+
+class Client:
+    """Use it as an async context manager. `clock` gives seconds since the run began; set it anew for each run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = settings.url.rstrip("/").removesuffix("/v1")
+        self.chat = settings.endpoint == "chat"
+        self.path = "/v1/chat/completions" if self.chat else "/v1/completions"
+        key = settings.api_key or os.environ.get("OPENAI_API_KEY")
+        admin = settings.admin_key or key
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.admin_headers = {"Authorization": f"Bearer {admin}"} if admin else {}
+        self.timeout = settings.timeout
+        self.extra = dict(settings.extra)
+        if settings.ignore_eos:
+            self.extra["ignore_eos"] = True
+        self.clock: Callable[[], float] = time.perf_counter
+        self.running = 0
+        self.session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Client":
+        # no limit of connections here: whoever caps concurrency does it visibly, in the runner
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        self.session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self.session is not None
+        await self.session.close()
+
+    async def models(self) -> list[ModelCard]:
+        assert self.session is not None
+        try:
+            async with asyncio.timeout(self.timeout):
+                async with self.session.get(f"{self.url}/v1/models", headers=self.headers) as response:
+                    if response.status != 200:
+                        raise ServerError(f"/v1/models answered {response.status}: is the URL right, is a key needed?")
+                    cards = (await response.json())["data"]
+            return [ModelCard(c["id"], c.get("parent"), c.get("root")) for c in cards]
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise ServerError(f"no answer from {self.url}: {type(error).__name__}. Is the server up?") from None
+        except (KeyError, TypeError, ValueError):
+            raise ServerError("/v1/models did not answer with a list of models: is this an OpenAI API?") from None
+
+    async def adapter(self, action: str, name: str, path: str | None = None) -> tuple[int, str]:
+        """`load` or `unload` in vLLM's form; (status, start of the answer), status 0 where none came."""
+        assert self.session is not None
+        body = {"lora_name": name} | ({"lora_path": path} if path else {})
+        try:
+            async with asyncio.timeout(self.timeout):
+                url = f"{self.url}/v1/{action}_lora_adapter"
+                async with self.session.post(url, json=body, headers=self.admin_headers) as response:
+                    return response.status, (await response.text())[:300]
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return 0, type(error).__name__
+
+    def body(self, model: str, prompt: str | list[dict[str, Any]], max_tokens: int, temperature: float) -> dict:
+        content: dict[str, Any] = {"prompt": prompt}
+        if self.chat:
+            content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        limits = {"max_tokens": max_tokens, "temperature": temperature}
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        return {"model": model, **content, **limits, **stream, **self.extra}
+
+    async def generate(self, record: Record, body: dict[str, Any]) -> Record:
+        """Sends `body`, fills `record`, never raises for what the server does."""
+        assert self.session is not None
+        data = json.dumps(body).encode()
+        headers = self.headers | {"Content-Type": "application/json"}
+        self.running += 1
+        record.start = self.clock()
+        try:
+            async with asyncio.timeout(self.timeout):
+                async with self.session.post(f"{self.url}{self.path}", data=data, headers=headers) as response:
+                    record.status = response.status
+                    if response.status == 200:
+                        await self._read(response, record)
+                    else:
+                        record.cause = f"http_{response.status}"
+                        record.detail = (await response.text())[:300]
+        except TimeoutError:
+            record.cause = "timeout"
+        except aiohttp.ClientConnectorError as error:
+            record.cause, record.detail = "connect", type(error.os_error).__name__
+        except (aiohttp.ClientError, OSError) as error:
+            record.cause, record.detail = "disconnect", type(error).__name__
+        finally:
+            record.end = self.clock()
+            self.running -= 1
+        return record
+
+    async def _read(self, response: aiohttp.ClientResponse, record: Record) -> None:
+        stream, parts, done = EventStream(), [], False
+        async for chunk in response.content.iter_any():
+            arrived = self.clock()
+            for data in stream.feed(chunk):
+                if data == b"[DONE]":
+                    done = True
+                    continue
+                try:
+                    event = json.loads(data)
+                    parts.append(self._take(event, arrived, record))
+                except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+                    record.cause = "garbage"
+        record.text = "".join(parts)
+        if record.cause is None and not (done or record.finish_reason):
+            record.cause = "truncated"
+        if record.cause is None and not record.events:
+            record.cause = "empty"
+
+    def _take(self, event: dict[str, Any], arrived: float, record: Record) -> str:
+        """One event's text; notes its time, usage and end."""
+        if "error" in event:
+            record.cause, record.detail = "error_event", json.dumps(event["error"])[:300]
+        if usage := event.get("usage"):
+            record.prompt_tokens = usage.get("prompt_tokens")
+            record.output_tokens = usage.get("completion_tokens")
+        if not event.get("choices"):
+            return ""
+        choice = event["choices"][0]
+        text = (choice["delta"].get("content") if self.chat else choice["text"]) or ""
+        record.events.append((arrived, len(text)))
+        record.finish_reason = choice.get("finish_reason") or record.finish_reason
+        return text

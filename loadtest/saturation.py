@@ -1,0 +1,78 @@
+"""Was the client the limit? Three measurements of the tester itself while it runs, and a verdict."""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tucka_runtime.loadtest import stats
+
+INTERVAL = 0.02  # seconds between looks at the event loop
+# A lag is too long when it exceeds both an absolute floor that idle machines reach now and then and a share of what
+# it distorts: event-loop lag is an error of every time stamp (so of TTFT), schedule lag bends the arrival process.
+LOOP_FLOOR, LOOP_SHARE = 0.010, 0.10
+SEND_FLOOR, SEND_SHARE = 0.010, 0.10
+CPU_LIMIT = 0.85  # of one core: the event loop has one
+
+
+class ClientWatch:
+    """Samples the event loop's lag (how late a timer fires) and the process's CPU time between start() and stop()."""
+
+    def __init__(self) -> None:
+        self.lags: list[float] = []
+        self.cpu_share = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+        self.task = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(INTERVAL)
+            self.lags.append(time.perf_counter() - before - INTERVAL)
+
+    async def stop(self) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        wall = time.perf_counter() - self.began
+        self.cpu_share = (time.process_time() - self.cpu_began) / wall
+
+
+def verdict(
+    loop_lags: Sequence[float],
+    cpu_share: float,
+    send_lags: Sequence[float],
+    mean_gap: float | None,
+    median_ttft: float | None,
+    capped: bool,
+) -> dict[str, Any]:
+    """All in seconds. `send_lags`: actual start minus planned start, open loop only. `mean_gap`: mean planned gap
+    between starts. `capped`: --concurrency holds an open loop back, so late sends are what was asked for."""
+    loop_p99 = stats.percentile(loop_lags, 99) if loop_lags else 0.0
+    send_p99 = stats.percentile(send_lags, 99) if send_lags else None
+    reasons = []
+    if loop_p99 > max(LOOP_FLOOR, LOOP_SHARE * (median_ttft or math.inf)):
+        reasons.append(f"its event loop ran late by {loop_p99 * 1000:.0f} ms (p99): times are that uncertain")
+    if send_p99 is not None and send_p99 > max(SEND_FLOOR, SEND_SHARE * (mean_gap or 0.0)):
+        if capped:
+            reasons.append(f"--concurrency held requests back by {send_p99 * 1000:.0f} ms (p99): the loop was not open")
+        else:
+            reasons.append(f"requests left {send_p99 * 1000:.0f} ms late (p99): the arrivals were not as planned")
+    if cpu_share > CPU_LIMIT:
+        reasons.append(f"it used {cpu_share:.0%} of a core")
+    return {
+        "client_limited": bool(reasons),
+        "reasons": reasons,
+        "cpu_share": cpu_share,
+        "loop_lag_p50_ms": stats.percentile(loop_lags, 50) * 1000 if loop_lags else None,
+        "loop_lag_p99_ms": loop_p99 * 1000,
+        "loop_lag_max_ms": max(loop_lags, default=0.0) * 1000,
+        "send_lag_p99_ms": None if send_p99 is None else send_p99 * 1000,
+        "send_lag_max_ms": max(send_lags) * 1000 if send_lags else None,
+    }
