@@ -1,0 +1,348 @@
+"""Names and copies survive crashes; paths and names that mean harm are refused."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from adapter_files import put, tucka_config, tucka_tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.adapters.registry import AdapterRegistry, check_name, resolve_source
+from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError
+from tucka_runtime.sequence import Route
+
+CHILD = Path(__file__).with_name("registry_child.py")
+
+
+@pytest.fixture
+def source(tmp_path, base) -> Path:
+    return put(tmp_path / "source", tucka_config(), tucka_tensors(base))
+
+
+@pytest.fixture
+def registry(tmp_path):
+    with AdapterRegistry(tmp_path / "state") as registry:
+        yield registry
+
+
+# --- copies ---
+
+
+def test_ingest_copies_the_known_files_and_nothing_else(registry, source, base):
+    (source / TRAINING_NAME).write_text("{}")
+    (source / "README.md").write_text("x")
+    (source / "handler.py").write_text("x")
+    stored = registry.ingest(source)
+    assert sorted(os.listdir(stored.folder)) == [CONFIG_NAME, WEIGHTS_NAME, TRAINING_NAME]
+    for name in (CONFIG_NAME, WEIGHTS_NAME, TRAINING_NAME):
+        assert (stored.folder / name).read_bytes() == (source / name).read_bytes()
+    assert stored.digest == read_adapter(stored.folder, base).digest == read_adapter(source, base).digest
+    assert stored.folder == registry.folder(stored.digest)
+
+
+def test_same_content_twice_is_one_copy(registry, source):
+    first = registry.ingest(source)
+    inode = (first.folder / WEIGHTS_NAME).stat().st_ino
+    assert registry.ingest(source) == first
+    assert (first.folder / WEIGHTS_NAME).stat().st_ino == inode
+    assert len(os.listdir(first.folder.parent)) == 1
+
+
+def test_same_content_at_once(registry, source):
+    stored = []
+    threads = [threading.Thread(target=lambda: stored.append(registry.ingest(source))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stored) == 4 and len(set(stored)) == 1
+    assert len(os.listdir(stored[0].folder.parent)) == 1
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+@pytest.mark.parametrize("how", ["missing", "link", "fifo", "folder", "huge"])
+def test_a_failed_ingest_leaves_nothing(registry, source, tmp_path, name, how):
+    path = source / name
+    path.rename(tmp_path / "aside")
+    if how == "link":
+        path.symlink_to(tmp_path / "aside")
+    elif how == "fifo":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "huge":
+        path.touch()
+        os.truncate(path, 9 * 2**30)  # sparse
+    with pytest.raises(InvalidAdapterError):
+        registry.ingest(source)
+    assert os.listdir(tmp_path / "state" / "blobs") == []
+
+
+def test_weights_cut_off_while_they_are_copied(registry, source, monkeypatch):
+    monkeypatch.setattr("tucka_runtime.adapters.registry.COPY_BYTES", 64)
+    real = os.fstat
+
+    def cut(fd):
+        info = real(fd)
+        if info.st_size == os.path.getsize(source / WEIGHTS_NAME):
+            os.truncate(source / WEIGHTS_NAME, 100)
+        return info
+
+    monkeypatch.setattr(os, "fstat", cut)
+    with pytest.raises(InvalidAdapterError, match="changed while it was read"):
+        registry.ingest(source)
+
+
+def test_collect_keeps_what_is_named_or_asked_for(registry, tmp_path, base):
+    stored = [registry.ingest(put(tmp_path / str(i), tucka_config(alpha=i), tucka_tensors(base))) for i in range(3)]
+    registry.put("a", stored[0].digest, 1, "x", None, "f")
+    registry.collect(keep=[stored[1].digest])
+    assert [item.folder.exists() for item in stored] == [True, True, False]
+    registry.remove("a")
+    registry.collect()
+    assert os.listdir(stored[0].folder.parent) == []
+
+
+# --- names ---
+
+
+def test_names_come_back(tmp_path, source):
+    root = tmp_path / "state"
+    with AdapterRegistry(root) as registry:
+        stored = registry.ingest(source)
+        registry.put("a", stored.digest, 1, "somewhere/\udc80", None, "f")
+        registry.put("b", stored.digest, 2, "é", Route(1, (0.5, 0.25)), "f")
+        registry.put("a", stored.digest, 3, "there", Route(0, (0.3,)), "g")
+        registry.put("c", stored.digest, 4, "there", None, "g")
+        registry.remove("c")
+        registry.remove("never")
+        before = registry.names()
+    with AdapterRegistry(root) as registry:
+        assert registry.names() == before
+        assert [(entry.name, entry.generation, entry.pinned_route) for entry in before] == [
+            ("a", 3, Route(0, (0.3,))),
+            ("b", 2, Route(1, (0.5, 0.25))),
+        ]
+        assert registry.ingest(source) == stored
+
+
+def test_put_needs_the_content(registry):
+    with pytest.raises(ValueError, match="before ingest"):
+        registry.put("a", "0" * 64, 1, "x", None, "f")
+
+
+def test_a_full_disk_changes_nothing(registry, source, monkeypatch):
+    stored = registry.ingest(source)
+    registry.put("a", stored.digest, 1, "x", None, "f")
+    before = registry.names()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="space"):
+        registry.put("b", stored.digest, 2, "x", None, "f")
+    assert registry.names() == before
+    assert not [name for name in os.listdir(registry.root) if name.startswith(".")]
+
+
+def test_a_temporary_root_goes(source):
+    with AdapterRegistry(None) as registry:
+        registry.ingest(source)
+        root = registry.root
+        assert root.stat().st_mode & 0o077 == 0
+    assert not root.exists()
+
+
+def test_one_server_per_root(tmp_path):
+    with AdapterRegistry(tmp_path), pytest.raises(ConfigError, match="in use by another server"):
+        AdapterRegistry(tmp_path)
+    AdapterRegistry(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"adapters": 1}', '{"adapters": ["x"]}', '{"adapters": [{"name": "a"}]}', "\xff"]
+)
+def test_a_registry_that_cannot_be_read_is_said(tmp_path, text):
+    (tmp_path / "registry.json").write_bytes(text.encode("latin-1"))
+    for _ in range(2):  # the lock is not kept
+        with pytest.raises(ConfigError, match=r"registry\.json"):
+            AdapterRegistry(tmp_path)
+
+
+def test_root_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        AdapterRegistry(tmp_path / "file")
+
+
+# --- crashes ---
+
+
+@pytest.fixture
+def sources(tmp_path, base) -> Path:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for i in range(2):
+        put(folder / str(i), tucka_config(alpha=i), tucka_tensors(base))
+    return folder
+
+
+def check_after_crash(root: Path, said: list[str], base) -> None:
+    """What was said to be done is done, or the one change after it; every name has its whole content."""
+    with AdapterRegistry(root) as registry:
+        names = registry.names()
+        for entry in names:
+            assert read_adapter(registry.folder(entry.digest), base).digest == entry.digest
+        for blob in (root / "blobs").iterdir():
+            assert read_adapter(blob, base).digest == blob.name
+    last = said[-1].split() if said else ["removed", "0", "-"]
+    generation = int(last[1])
+    if names:
+        allowed = [generation + 1] if last[0] == "removed" else [generation, generation + 1]
+        assert [entry.generation for entry in names] == [names[0].generation] and names[0].generation in allowed
+    else:
+        assert last[0] == "removed" or generation % 3 == 0
+
+
+def test_every_step_may_be_the_last(tmp_path, sources, base):
+    root = tmp_path / "state"
+    for count in range(0, 90, 3):
+        result = subprocess.run([sys.executable, CHILD, root, sources, str(count)], capture_output=True, text=True)
+        assert result.returncode == 9, result.stderr
+        check_after_crash(root, result.stdout.splitlines(), base)
+        if count % 4 == 0:  # else go on from what the crash left
+            (root / "registry.json").unlink(missing_ok=True)
+
+
+def test_kill_9_at_any_moment(tmp_path, sources, base):
+    root = tmp_path / "state"
+    dice = random.Random(0)
+    for _ in range(8):
+        (root / "registry.json").unlink(missing_ok=True)
+        with subprocess.Popen([sys.executable, CHILD, root, sources], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            said = [child.stdout.readline()]
+            time.sleep(dice.uniform(0, 0.1))
+            child.kill()
+            said += child.stdout.readlines()
+        check_after_crash(root, [line for line in said if line.endswith("\n")], base)
+
+
+# --- paths and names from outside ---
+
+
+@pytest.fixture
+def roots(tmp_path) -> list[Path]:
+    for folder in ("one/a", "two/b/c", "outside/x"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "one" / "file").touch()
+    (tmp_path / "one" / "out").symlink_to(tmp_path / "outside" / "x")
+    (tmp_path / "one" / "in").symlink_to(tmp_path / "one" / "a")
+    (tmp_path / "one" / "loop").symlink_to(tmp_path / "one" / "loop")
+    (tmp_path / "linked").symlink_to(tmp_path / "two")
+    return [tmp_path / "one", tmp_path / "linked"]
+
+
+def test_paths_below_the_roots(tmp_path, roots):
+    one, two = tmp_path / "one" / "a", tmp_path / "two" / "b" / "c"
+    for path in ("a", "a/", "./a", "in", str(one)):
+        assert resolve_source(path, roots) == one
+    for path in ("b/c", str(two), str(tmp_path / "linked" / "b" / "c")):
+        assert resolve_source(path, roots) == two
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "a\0",
+        "a\nb",
+        "\x1b[31m",
+        "\ud800",
+        "x" * 5000,
+        "../outside/x",
+        "a/../../outside/x",
+        "..",
+        "/etc",
+        "/",
+        "{tmp}/outside/x",
+        "{tmp}/one/../outside/x",
+        "out",
+        "{tmp}/one/out",
+        "loop",
+        "file",
+        "nowhere",
+        "x" * 300,
+        "http://127.0.0.1/a",
+        "https://example.com/a",
+        "file:///etc",
+        "s3://bucket/a",
+        "HTTP:a",
+        "//host/share",
+        "\\\\host\\share",
+        "a\\b",
+        "169.254.169.254/latest/meta-data",
+        "169.254.169.254:80/latest",
+        "[fe80::1]/a",
+        "[fe80::1%eth0]:80/a",
+        "fe80::1/a",
+        "::1",
+        "C:/a",
+    ],
+)
+def test_paths_that_are_refused(tmp_path, roots, path):
+    path = path.replace("{tmp}", str(tmp_path))
+    with pytest.raises(InvalidAdapterError) as error:
+        resolve_source(path, roots)
+    assert str(tmp_path) not in error.value.message
+    assert len(path) < 4 or path not in error.value.message
+
+
+def test_hosts_are_refused_before_the_disk_is_touched(monkeypatch):
+    def touched(*_, **__):
+        raise AssertionError("the disk was touched")
+
+    monkeypatch.setattr(os, "stat", touched)
+    monkeypatch.setattr(os, "lstat", touched)
+    monkeypatch.setattr(Path, "resolve", touched)
+    for path in ("http://a/b", "//host/a", "\\\\host\\a", "169.254.169.254/a", "[fe80::1]/a", "../a", "a\0"):
+        with pytest.raises(InvalidAdapterError):
+            resolve_source(path, [Path("/somewhere")])
+
+
+def test_no_roots_no_paths(source):
+    with pytest.raises(InvalidAdapterError, match="--adapter-root"):
+        resolve_source(str(source), [])
+
+
+@pytest.mark.parametrize("name", ["a", "org/name", "v1.2:latest", "a@b", "x" * 128, "..."])
+def test_names_that_are_allowed(name):
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * 129, ".", "..", "a/../b", "a//b", "/a", "a/", "a b", "a\n", "é", "a\0", "%2e"]
+)
+def test_names_that_are_refused(name):
+    with pytest.raises(InvalidRequestError):
+        check_name(name)
+
+
+@settings(max_examples=200, deadline=2000)
+@given(st.text(max_size=40), st.booleans())
+def test_any_path_stays_below_the_roots(text, absolute):
+    root = Path(__file__).parent.resolve()
+    try:
+        folder = resolve_source(f"{root}/{text}" if absolute else text, [root])
+    except InvalidAdapterError:
+        return
+    assert folder.is_relative_to(root)
