@@ -39,9 +39,7 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
             parse_constant=_refuse_constant,
         )
     except json.JSONDecodeError as error:
-        raise InvalidRequestError(
-            f"The body is not valid JSON (line {error.lineno}, column {error.colno})."
-        ) from None
+        raise InvalidRequestError(f"The body is not valid JSON (line {error.lineno}, column {error.colno}).") from None
     except RecursionError:
         raise _too_deep() from None
     if not isinstance(value, dict):

@@ -59,8 +59,10 @@ class SequenceText:
             self._tokens.append(Token(token_id, self._released + len(self._tail), logprob))
             self.generated += 1
             ends = output.stop_token_id is not None and i == len(output.token_ids) - 1
-            if self._detokenizer and (self._include_stop or not ends) and self._append(
-                self._detokenizer.push(token_id), delta
+            if (
+                self._detokenizer
+                and (self._include_stop or not ends)
+                and self._append(self._detokenizer.push(token_id), delta)
             ):
                 return delta
             self._release(delta)

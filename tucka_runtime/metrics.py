@@ -1,8 +1,10 @@
 """Prometheus metrics. Every label takes its values from a closed set: routes, finish reasons, registered names."""
 
-from typing import Any
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from tucka_runtime.report import StepStats
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -29,12 +31,14 @@ class Metrics:
         self.kv_used = self._gauge("kv_blocks_used", "KV pages in use")
         self.kv_total = self._gauge("kv_blocks", "KV pages there are")
         self.preemptions = self._counter("preemptions", "sequences set back to make room")
+        self.steps = self._counter("steps", "forward passes")
         self.step_seconds = self._counter("step_seconds", "time the engine spent, by stage", "stage")
         self.step_tokens = self._counter("step_tokens", "tokens the engine computed, by kind", "kind")
         self.adapters = self._gauge("adapters_loaded", "adapters loaded")
         self.engine_up = self._gauge("engine_up", "1 while the engine process serves")
         self.engine_restarts = self._gauge("engine_restarts", "engine processes started after the first")
         self._names: set[str] = set()
+        self._preemptions = 0
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -59,13 +63,21 @@ class Metrics:
         self.adapter_requests.labels(label).inc()
         self.adapter_tokens.labels(label).inc(tokens)
 
-    def on_step(self, stats: Any) -> None:
-        """Takes the engine's `StepStats` of one step."""
+    def on_step(self, stats: StepStats) -> None:
+        """Takes the figures of one engine step."""
+        self.steps.inc()
+        self.step_seconds.labels("schedule").inc(stats.schedule)
+        self.step_seconds.labels("run").inc(stats.run)
+        self.step_tokens.labels("prefill").inc(stats.prefill_tokens)
+        self.step_tokens.labels("decode").inc(stats.decode_tokens)
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
-        self.kv_used.set(stats.kv_blocks_used)
-        self.kv_total.set(stats.kv_blocks)
-        self.preemptions.inc(stats.preemptions)
+        self.kv_used.set(stats.blocks_used)
+        self.kv_total.set(stats.blocks_total)
+        # The engine counts from its own start: a smaller number is a new engine's.
+        new = stats.preemptions - self._preemptions
+        self.preemptions.inc(new if new >= 0 else stats.preemptions)
+        self._preemptions = stats.preemptions
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"tucka_{name}", help, labels, registry=self._registry)

@@ -1,0 +1,189 @@
+"""The names of this server: which generation of which adapter a name stands for right now.
+
+Changes to one name are made one after the other; reading a name never waits. A name switches to a new generation in one
+assignment, so a request meets the old or the new one, never a mixture.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tucka_runtime.adapters.registry import AdapterRegistry, check_name
+from tucka_runtime.errors import AdapterConflictError, EngineDeadError, ModelNotFoundError, TuckaError
+from tucka_runtime.metrics import Metrics
+from tucka_runtime.report import AdapterInfo
+from tucka_runtime.sequence import AdapterKey, Route
+from tucka_runtime.worker import EngineClient
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What a name stands for. `created` is in seconds since the epoch, `pinned` the route it was loaded with."""
+
+    key: AdapterKey
+    digest: str
+    folder: Path
+    pinned: Route | None
+    info: AdapterInfo
+    created: int
+    source: str
+
+
+class AdapterNames:
+    """Loads, replaces and unloads adapters by name. `base_name` is taken by the base model."""
+
+    def __init__(self, engine: EngineClient, registry: AdapterRegistry, base_name: str, metrics: Metrics):
+        self._engine = engine
+        self._registry = registry
+        self._base_name = base_name
+        self._metrics = metrics
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._generation = 0
+        self._in_use: Counter[AdapterKey] = Counter()
+        self.ready = False
+
+    def get(self, name: str) -> LoadedAdapter:
+        """Raises ModelNotFoundError."""
+        if name not in self._loaded:
+            raise ModelNotFoundError(
+                "No base model or adapter of that name is loaded. GET /v1/models lists those that are.", "model"
+            )
+        return self._loaded[name]
+
+    def all(self) -> list[LoadedAdapter]:
+        return list(self._loaded.values())
+
+    async def load(
+        self, name: str, source: Path, inplace: bool = False, pinned: Route | None = None, durable: bool = True
+    ) -> tuple[LoadedAdapter, bool]:
+        """Loads the adapter in `source`, or finds that the name has this very content already.
+
+        Returns it, and whether anything was loaded. `durable` puts it into the registry, to come back after a restart.
+        Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
+        name, and what the registry and the engine raise for the files.
+        """
+        check_name(name)
+        if name == self._base_name:
+            raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
+        async with self._lock(name):
+            stored = await asyncio.to_thread(self._registry.ingest, source)
+            old = self._loaded.get(name)
+            if old is not None and (old.digest, old.pinned) == (stored.digest, pinned):
+                return old, False
+            if old is not None and not inplace:
+                raise AdapterConflictError(
+                    "An adapter of that name with other content is loaded. Unload it first, choose another name, "
+                    "or load it with `load_inplace: true`.",
+                    "name",
+                )
+            return await self._switch(name, stored.digest, stored.folder, pinned, str(source), durable), True
+
+    async def unload(self, name: str) -> bool:
+        """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError."""
+        async with self._lock(name):
+            old = self.get(name)
+            del self._loaded[name]
+            self._metrics.forget_adapter(name)
+            await self._engine.unload_adapter(old.key)
+            await asyncio.to_thread(self._registry.remove, name)
+            await self._collect()
+            return self._in_use[old.key] > 0
+
+    async def restore(self, base_fingerprint: str) -> None:
+        """Loads what the registry remembers. What does not fit this base or cannot be loaded is left out and logged."""
+        for entry in self._registry.names():
+            if entry.base_fingerprint != base_fingerprint:
+                log.error("adapter %s was made for another base model: left out", entry.name)
+                continue
+            self._generation = max(self._generation, entry.generation)
+            try:
+                await self._switch(
+                    entry.name,
+                    entry.digest,
+                    self._registry.folder(entry.digest),
+                    entry.pinned_route,
+                    entry.source,
+                    durable=True,
+                )
+            except TuckaError as error:
+                log.error("adapter %s cannot be loaded again: %s", entry.name, error.message)
+
+    async def reload(self) -> None:
+        """Brings every name into a fresh engine process. One that cannot be loaded is dropped, and logged.
+
+        Raises EngineDeadError if that process dies too.
+        """
+        self.ready = False
+        for name in list(self._loaded):
+            async with self._lock(name):
+                old = self._loaded.get(name)
+                if old is None:
+                    continue
+                try:
+                    info = await self._engine.load_adapter(old.key, old.folder, old.pinned)
+                    self._loaded[name] = replace(old, info=info)
+                except EngineDeadError:
+                    raise
+                except TuckaError as error:
+                    log.error("adapter %s cannot be loaded again: %s", name, error.message)
+                    del self._loaded[name]
+                    self._metrics.forget_adapter(name)
+        self.ready = True
+
+    def lease(self, key: AdapterKey) -> None:
+        self._in_use[key] += 1
+
+    def release(self, key: AdapterKey) -> None:
+        self._in_use[key] -= 1
+        if self._in_use[key] <= 0:
+            del self._in_use[key]
+
+    async def _switch(
+        self, name: str, digest: str, folder: Path, pinned: Route | None, source: str, durable: bool
+    ) -> LoadedAdapter:
+        self._generation += 1
+        key = AdapterKey(name, self._generation)
+        fingerprint = self._engine.info.fingerprint if self._engine.info else ""
+        info = await self._engine.load_adapter(key, folder, pinned)
+        if durable:
+            try:
+                await asyncio.to_thread(self._registry.put, name, digest, key.generation, source, pinned, fingerprint)
+            except OSError:
+                await self._engine.unload_adapter(key)
+                raise
+        old = self._loaded.get(name)
+        self._loaded[name] = LoadedAdapter(key, digest, folder, pinned, info, int(time.time()), source)
+        self._metrics.add_adapter(name)
+        if old is not None:
+            await self._engine.unload_adapter(old.key)
+            await self._collect()
+        log.info("adapter %s is loaded: %s, digest %s, generation %d", name, info.kind, digest[:12], key.generation)
+        return self._loaded[name]
+
+    async def _collect(self) -> None:
+        # A load that is under way holds its content only by digest, so files go when nothing is being loaded.
+        if len(self._locks) == 1:
+            await asyncio.to_thread(self._registry.collect, {a.digest for a in self._loaded.values()})
+
+    @asynccontextmanager
+    async def _lock(self, name: str) -> AsyncIterator[None]:
+        """One change at a time per name; a lock exists only while someone holds or awaits it."""
+        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
+        self._locks[name] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks[name]
+            if users == 1:
+                del self._locks[name]
+            else:
+                self._locks[name] = (lock, users - 1)

@@ -1,0 +1,65 @@
+"""Managing adapters: GET/POST /v1/adapters, GET/DELETE /v1/adapters/{name}, and vLLM's two routes with its bodies."""
+
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from tucka_runtime.adapters.registry import resolve_source
+from tucka_runtime.sequence import Route
+from tucka_runtime.server import fields
+from tucka_runtime.server.adapters import LoadedAdapter
+from tucka_runtime.server.body import read_json
+from tucka_runtime.server.errors import JSON
+from tucka_runtime.server.models import adapter_card
+from tucka_runtime.server.protocol import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, parse
+from tucka_runtime.server.service import Service
+
+
+async def list_adapters(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return JSON({"object": "list", "data": [adapter_card(service, adapter) for adapter in service.adapters.all()]})
+
+
+async def get_adapter(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return JSON(adapter_card(service, service.adapters.get(request.path_params["name"])))
+
+
+async def post_adapter(request: Request) -> Response:
+    """201 with the card when it was loaded, 200 when the name had this content already."""
+    service: Service = request.app.state.service
+    body = parse(LoadAdapterBody, await read_json(request, service.config.max_body_bytes))
+    pinned = fields.pinned_route(body.pinned)
+    adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
+    return JSON(adapter_card(service, adapter), 201 if loaded else 200)
+
+
+async def delete_adapter(request: Request) -> Response:
+    """200 when the adapter is gone, 202 when requests that use it go on until they end."""
+    service: Service = request.app.state.service
+    name = request.path_params["name"]
+    in_use = await service.adapters.unload(name)
+    return JSON({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
+
+
+async def load_lora_adapter(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = parse(LoadLoraBody, await read_json(request, service.config.max_body_bytes))
+    await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_lora_adapter(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = parse(UnloadLoraBody, await read_json(request, service.config.max_body_bytes))
+    in_use = await service.adapters.unload(body.lora_name)
+    text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(text, 202 if in_use else 200)
+
+
+async def _load(
+    service: Service, name: str, path: str, inplace: bool, pinned: Route | None
+) -> tuple[LoadedAdapter, bool]:
+    source = resolve_source(path, [Path(root) for root in service.config.adapter_root])
+    return await service.adapters.load(name, source, inplace, pinned)

@@ -1,0 +1,116 @@
+"""The command `tucka`."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from tucka_runtime import __version__
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.server import settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit status. Imports only what that one needs."""
+    parser = argparse.ArgumentParser(
+        prog="tucka", description="One base model, many TuckA or LoRA adapters; every request picks its own."
+    )
+    parser.add_argument("--version", action="version", version=f"tucka {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model and its adapters over HTTP")
+    settings.add_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    adapters = commands.add_parser("adapters", help="list, load and unload a server's adapters")
+    _add_adapters(adapters)
+
+    doctor = commands.add_parser("doctor", help="show what this machine has and what would be used")
+    doctor.set_defaults(run=_doctor)
+
+    top = commands.add_parser("top", help="watch a server's load")
+    _add_server_flags(top)
+    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="time between lines (default: 2)")
+    top.add_argument("--lines", type=int, default=None, metavar="N", help="stop after so many (default: never)")
+    top.set_defaults(run=_top)
+
+    _add_other(commands, "train", "tucka_runtime.trainer.cli", "train an adapter", arguments)
+    _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
+
+    flags = parser.parse_args(arguments)
+    try:
+        return flags.run(flags)
+    except TuckaError as error:
+        print(f"tucka: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(flags: argparse.Namespace) -> int:
+    engine_config, server_config = settings.from_environment(flags)
+    from tucka_runtime.server.serve import serve
+
+    return serve(engine_config, server_config)
+
+
+def _doctor(flags: argparse.Namespace) -> int:
+    from tucka_runtime.server.doctor import doctor
+
+    return doctor()
+
+
+def _top(flags: argparse.Namespace) -> int:
+    from tucka_runtime.server.client import Client
+    from tucka_runtime.server.top import top
+
+    return top(Client(flags.url, flags.api_key), flags.interval, flags.lines)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    from tucka_runtime.server import client
+
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="show the loaded adapters")
+    listing.set_defaults(run=lambda flags: client.list_adapters(client.Client(flags.url, flags.api_key)))
+    load = actions.add_parser("load", help="load an adapter from a folder below the server's --adapter-root")
+    load.add_argument("name", help="name for requests")
+    load.add_argument("path", help="the adapter's folder, as the server sees it")
+    load.add_argument("--replace", action="store_true", help="replace other content of that name")
+    load.set_defaults(
+        run=lambda flags: client.load_adapter(
+            client.Client(flags.url, flags.api_key), flags.name, flags.path, flags.replace
+        )
+    )
+    unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
+    unload.add_argument("name", help="its name")
+    unload.set_defaults(run=lambda flags: client.unload_adapter(client.Client(flags.url, flags.api_key), flags.name))
+    for action in (listing, load, unload):
+        _add_server_flags(action)
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server's address (default: http://127.0.0.1:8000)"
+    )
+    parser.add_argument("--api-key", default=None, help="its (admin) key (default: TUCKA_CLIENT_KEY)")
+
+
+def _add_other(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    module: str,
+    help: str,
+    arguments: Sequence[str] | None,
+) -> None:
+    """A subcommand of another part, which is imported only when it is the one that runs."""
+    parser = commands.add_parser(name, help=help)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == [name] and importlib.util.find_spec(module) is not None:
+        part = importlib.import_module(module)
+        part.add_arguments(parser)
+        parser.set_defaults(run=part.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""What `tucka serve` serves when no model is named: the small base and adapters that come with the package."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import tucka_runtime
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.errors import ConfigError
+
+FOLDER = Path(tucka_runtime.__file__).parent / "default"
+
+
+def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
+    """The configs unchanged if they name a model. Raises ConfigError if they do not and nothing is embedded."""
+    if engine.model is not None:
+        return engine, server
+    base = FOLDER / "base"
+    if not (base / "config.json").is_file():
+        raise ConfigError("This installation has no embedded model. Name one: tucka serve --model DIR.")
+    folders = sorted(folder for folder in (FOLDER / "adapters").glob("*") if folder.is_dir())
+    embedded = tuple(f"{folder.name}={folder}" for folder in folders)
+    return (
+        replace(engine, model=str(base)),
+        replace(server, adapter=embedded + server.adapter, served_model_name=server.served_model_name or "default"),
+    )

@@ -1,0 +1,204 @@
+"""`tucka serve`: brings up engine, adapters and HTTP server, and takes them down again."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+
+from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.metrics import Metrics
+from tucka_runtime.server.adapters import AdapterNames
+from tucka_runtime.server.app import create_app
+from tucka_runtime.server.chat_template import ChatTemplate
+from tucka_runtime.server.connection import connection_class
+from tucka_runtime.server.embedded import with_embedded_default
+from tucka_runtime.server.logs import set_up_logging
+from tucka_runtime.server.middleware import MAX_HEADER_BYTES
+from tucka_runtime.server.service import Service
+from tucka_runtime.tokenizer import Tokenizer
+from tucka_runtime.worker import EngineClient
+
+log = logging.getLogger("tucka_runtime.server")
+
+STOP_ENGINE_SECONDS = 5
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
+    set_up_logging()
+    try:
+        engine_config, config = with_embedded_default(engine_config, config)
+        return asyncio.run(_run(engine_config, config))
+    except TuckaError as error:
+        log.error("%s", error.message)
+        return 1
+
+
+async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
+    listener = _bind(config)
+    _raise_open_files(config.max_connections)
+    engine = EngineClient(engine_config)
+    stopping = asyncio.Event()
+    server: _Server | None = None
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            log.info("stopping at once")
+            if server is not None:
+                server.force_exit = True
+        stopping.set()
+        if server is not None:
+            server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    registry = await asyncio.to_thread(AdapterRegistry, Path(config.state_dir) if config.state_dir else None)
+    service: Service | None = None
+    try:
+        starting = asyncio.ensure_future(_start(engine, engine_config, config, registry))
+        stop = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait((starting, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not starting.done():
+            starting.cancel()
+            return 0
+        service = starting.result()
+        server = _Server(_uvicorn_config(service))
+        _greet(service, listener)
+        await _serve_until_stopped(server, listener, engine, stopping, config.shutdown_timeout)
+        return 0
+    finally:
+        await engine.stop(STOP_ENGINE_SECONDS)
+        if service is not None and service.template is not None:
+            service.template.stop()
+        registry.close()
+        listener.close()
+
+
+async def _start(
+    engine: EngineClient, engine_config: EngineConfig, config: ServerConfig, registry: AdapterRegistry
+) -> Service:
+    """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, AdapterError."""
+    folder = Path(engine_config.model or "")
+    log.info("loading %s ...", folder)
+    started, tokenizer = await asyncio.gather(engine.start(), asyncio.to_thread(Tokenizer.load, folder))
+    metrics = Metrics()
+    name = config.served_model_name or folder.resolve().name
+    adapters = AdapterNames(engine, registry, name, metrics)
+    template = None
+    if tokenizer is not None and tokenizer.chat_template:
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    service = Service(config, name, engine, tokenizer, template, adapters, metrics)
+    engine.on_step = metrics.on_step
+    engine.on_restart = adapters.reload
+    await adapters.restore(started.fingerprint)
+    for adapter in config.adapter:
+        adapter_name, _, path = adapter.partition("=")
+        if not adapter_name or not path:
+            raise ConfigError("--adapter takes NAME=PATH: the name for requests and the adapter's folder.")
+        await adapters.load(adapter_name, Path(path).resolve(), inplace=True, durable=False)
+    adapters.ready = True
+    return service
+
+
+async def _serve_until_stopped(
+    server: "_Server", listener: socket.socket, engine: EngineClient, stopping: asyncio.Event, timeout: int
+) -> None:
+    """Serves; once told to stop lets running requests finish for `timeout` seconds, then ends them with an error."""
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not serving.done():
+        log.info("stopping: running requests get up to %d s (once more to stop at once)", timeout)
+        await asyncio.wait((serving,), timeout=timeout)
+    if not serving.done():
+        await engine.stop(STOP_ENGINE_SECONDS)
+    await serving
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its own signal handlers: they would end the process with the signal's status."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _uvicorn_config(service: Service) -> uvicorn.Config:
+    config = service.config
+    return uvicorn.Config(
+        create_app(service),
+        http=connection_class(config.max_connections),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=config.shutdown_timeout + STOP_ENGINE_SECONDS,
+    )
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """The port is taken at once, but connections are accepted only when the model is loaded."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. Choose another --host or --port."
+        ) from None
+    return listener
+
+
+def _raise_open_files(max_connections: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+def _greet(service: Service, listener: socket.socket) -> None:
+    info = service.info
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    names = [adapter.key.name for adapter in service.adapters.all()]
+    log.info(
+        "model %s: %s, %s on %s, context %d",
+        service.model_name,
+        info.model_type,
+        info.dtype,
+        info.device,
+        info.max_model_len,
+    )
+    log.info("adapters: %s", ", ".join(names) or "none")
+    if service.tokenizer is None:
+        log.warning("the model's folder has no tokenizer: only prompts of token ids can be served")
+    if not service.config.api_key and host not in ("127.0.0.1", "::1"):
+        log.warning("anybody who reaches %s can use this server: set --api-key", url)
+    prompt = '"Hello"' if service.tokenizer else "[1, 2, 3]"
+    key = "-H 'Authorization: Bearer '$KEY " if service.config.api_key else ""
+    model = names[0] if names else service.model_name
+    log.info("ready at %s. Try:", url)
+    print(
+        f"  curl {url}/v1/completions {key}-H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "prompt": {prompt}}}\'',
+        file=sys.stderr,
+        flush=True,
+    )

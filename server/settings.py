@@ -1,0 +1,114 @@
+"""The two configs from flags, environment and file. A flag wins over `TUCKA_<FIELD>`, that over --config, that over the
+default. All three are read from the fields of `tucka_runtime.config`.
+"""
+
+import argparse
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.errors import ConfigError
+
+C = TypeVar("C", EngineConfig, ServerConfig)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field; what is not given stays out of the namespace."""
+    for kind, title in ((EngineConfig, "engine"), (ServerConfig, "server")):
+        group = parser.add_argument_group(title)
+        for field in fields(kind):
+            repeatable = field.default == () or isinstance(field.default, tuple)
+            text = field.metadata["help"]
+            if field.default is not None and not repeatable:
+                text += f" (default: {field.default})"
+            metavar = field.metadata.get("metavar") or ("N" if _kind(field) is int else None)
+            choices = field.metadata.get("choices")
+            group.add_argument(
+                _flag(field),
+                dest=field.name,
+                type=_kind(field),
+                action="append" if repeatable else "store",
+                choices=choices,
+                metavar=None if choices else metavar or field.name.upper(),
+                default=argparse.SUPPRESS,
+                help=text.replace("%", "%%"),
+            )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings, named as the flags are")
+
+
+def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:
+    """Raises ConfigError."""
+    file = _read_file(flags["config"]) if flags.get("config") else {}
+    known = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    if unknown := sorted(set(file) - known):
+        raise ConfigError(f"The configuration file has unknown settings: {', '.join(unknown)}. See tucka serve --help.")
+    return _build(EngineConfig, flags, environment, file), _build(ServerConfig, flags, environment, file)
+
+
+def _build(kind: type[C], flags: Mapping[str, Any], environment: Mapping[str, str], file: Mapping[str, Any]) -> C:
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        variable = f"TUCKA_{field.name.upper()}"
+        if field.name in flags:
+            values[field.name] = flags[field.name]
+        elif environment.get(variable):
+            values[field.name] = _from_text(field, environment[variable], variable)
+        elif file.get(field.name) is not None:
+            values[field.name] = _from_yaml(field, file[field.name])
+        if isinstance(field.default, tuple) and field.name in values:
+            values[field.name] = tuple(values[field.name])
+    return kind(**values)
+
+
+def _from_text(field: Field[Any], text: str, variable: str) -> Any:
+    if isinstance(field.default, tuple):
+        return [item for item in text.split(",") if item]
+    try:
+        return _kind(field)(text)
+    except ValueError:
+        raise ConfigError(f"{variable} must be a whole number.") from None
+
+
+def _from_yaml(field: Field[Any], value: Any) -> Any:
+    if isinstance(field.default, tuple):
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, str) for item in items):
+            return items
+    elif type(value) is _kind(field):
+        return value
+    expected = "a string or a list of strings" if isinstance(field.default, tuple) else _kind(field).__name__
+    raise ConfigError(f"{field.name} in the configuration file must be {expected}.")
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"The configuration file {path} is not valid YAML.") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"The configuration file {path} must be a mapping of settings to values.")
+    return {str(name).replace("-", "_"): item for name, item in value.items()}
+
+
+def _kind(field: Field[Any]) -> type:
+    """int or str: of the field itself, of its items, or beside None."""
+    inner = [item for item in typing.get_args(field.type) if item not in (type(None), Ellipsis)]
+    return inner[0] if inner else field.type  # type: ignore[return-value]
+
+
+def _flag(field: Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def from_environment(flags: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
+    return read_settings(vars(flags), os.environ)
