@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from tucka_runtime.adapters import format as adapter_format
 from tucka_runtime.adapters import targets
@@ -246,11 +246,17 @@ def test_patterns_give_the_value_of_the_first_that_matches():
     assert set(ours.values()) == {0, 1, 2, 3, 4}
 
 
+def test_a_pattern_for_every_module_of_a_large_model(base):
+    names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(80) for part in "qkvo"]
+    ranks = targets.pattern_values({name: i for i, name in enumerate(names)}, names, -1)
+    assert ranks == {name: i for i, name in enumerate(names)}
+
+
 def test_all_linear(base):
     assert match_targets(LoRAConfig(target_modules="All-Linear"), base.linears) == list(base.linears)
 
 
-@pytest.mark.parametrize("expression", [r"(\w+\.?)+!", r"(.*)*\1x", "(", "a{9999999999}", "(" * 4000])
+@pytest.mark.parametrize("expression", [r"(\w+\.?)+!", "(", "a{9999999999}", "(" * 4000])
 def test_hostile_expressions_end_in_time(monkeypatch, base, expression):
     monkeypatch.setattr(targets, "MAX_REGEX_SECONDS", 1)
     with pytest.raises(InvalidAdapterError, match="regular expression"):
@@ -675,7 +681,10 @@ def test_any_weights_file_is_read_or_refused(data):
         except InvalidAdapterError:
             return
         tensors = dict(read_tensors(file, entries, digest))
-    assert sum(tensor.nbytes for tensor in tensors.values()) < len(original)
+    theirs = load(bytes(weights))  # what is accepted here, the safetensors library reads the same way
+    assert tensors.keys() == theirs.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, equal_nan=True)
 
 
 @settings(max_examples=200, deadline=2000)

@@ -2,7 +2,7 @@
 
 A regular expression in an adapter's configuration is foreign input, and Python's backtracking matcher can run for years
 on a short one while it holds the interpreter. Names without operators are matched here; anything else is matched by a
-child interpreter with limits on its processor time, memory and wall clock.
+child interpreter with limits on its processor time, memory and wall clock, which costs about 30 ms.
 """
 
 import json
@@ -19,6 +19,7 @@ from tucka_runtime.errors import InvalidAdapterError
 MAX_REGEX_SECONDS = 2  # processor time; an ordinary expression takes milliseconds on a model's few hundred names
 MAX_REGEX_WAIT = 20  # wall clock, on a machine that has other things to do
 MAX_REGEX_BYTES = 256 * 2**20
+MAX_MATCHES_HERE = 50_000  # about 30 ms; a rank pattern may have thousands of entries, each tried on every name
 
 ALL_LINEAR = "all-linear"
 
@@ -31,6 +32,7 @@ import json, re, resource, sys
 seconds, memory, patterns, names = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 json.dump([[bool(regex.fullmatch(name)) for name in names] for regex in map(re.compile, patterns)], sys.stdout)
 """
 
@@ -47,13 +49,13 @@ def match_targets(config: AdapterConfig, names: Iterable[str]) -> list[str]:
     if config.exclude_modules:
         excluded = _matching(config.exclude_modules, names)
         names = [name for name in names if name not in excluded]
-    for saved in config.modules_to_save or ():
+    for saved in set(config.modules_to_save or ()):
         names = [name for name in names if f".{saved}." not in f".{name}."]
-    targets = config.target_modules
     if is_all_linear(config):
         return names
-    matching = _matching(targets, names)
-    return [name for name in names if name in matching and (name in targets or _in_layers(config, name))]
+    matching = _matching(config.target_modules, names)
+    exact = set(config.target_modules)
+    return [name for name in names if name in matching and (name in exact or _in_layers(config, name))]
 
 
 def is_all_linear(config: AdapterConfig) -> bool:
@@ -108,8 +110,8 @@ def _layer_index(name: str, pattern: str) -> int | None:
 
 def _fullmatch(patterns: Sequence[str], names: Sequence[str], plain: Iterable[str]) -> list[list[bool]]:
     """A row per pattern, a column per name. In this process if all of `plain`, what the adapter wrote, is harmless."""
-    if all(_PLAIN.fullmatch(text) for text in plain):
-        return [[re.fullmatch(pattern, name) is not None for name in names] for pattern in patterns]
+    if len(patterns) * len(names) <= MAX_MATCHES_HERE and all(_PLAIN.fullmatch(text) for text in plain):
+        return [[regex.fullmatch(name) is not None for name in names] for regex in map(re.compile, patterns)]
     job = json.dumps([MAX_REGEX_SECONDS, MAX_REGEX_BYTES, list(patterns), list(names)])
     try:
         child = subprocess.run(
