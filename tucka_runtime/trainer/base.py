@@ -1,6 +1,5 @@
 """The embedded base: a byte-level Llama of about 1.7 million parameters, pre-trained on the project's general mix."""
 
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -9,10 +8,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tucka_runtime.trainer.skills import SKILLS, Pair, general
+from tucka_runtime.trainer.muon import Muon
+from tucka_runtime.trainer.skills import SKILLS, Pair, copies, general
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, BOS, END = 0, 1, 2
@@ -62,11 +62,16 @@ def encode_pair(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
     return prompt + tokenizer(pair[1], add_special_tokens=False).input_ids + [END], len(prompt)
 
 
-def _batches(tokenizer: Any, seed: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (input_ids, labels), both (B, S), B·S about `tokens`: examples of similar length go together."""
+def _batches(tokenizer: Any, seed: int, tokens: int, copying: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (input_ids, labels), both (B, S), B·S about `tokens`: examples of similar length go together.
+
+    The first `copying` batches hold nothing but copying, see `pretrain`.
+    """
     rng = random.Random(seed)
+    served = 0
     while True:
-        pool = sorted((encode_pair(tokenizer, general(rng)) for _ in range(4096)), key=lambda e: len(e[0]))
+        make = copies if served < copying else general
+        pool = sorted((encode_pair(tokenizer, make(rng)) for _ in range(1024)), key=lambda e: len(e[0]))
         groups: list[list[tuple[list[int], int]]] = [[]]
         for example in pool:
             if (len(groups[-1]) + 1) * len(example[0]) > tokens:
@@ -80,42 +85,40 @@ def _batches(tokenizer: Any, seed: int, tokens: int) -> Iterator[tuple[Tensor, T
             for row, (example_ids, prompt) in enumerate(group):
                 ids[row, : len(example_ids)] = torch.tensor(example_ids)
                 labels[row, prompt : len(example_ids)] = torch.tensor(example_ids[prompt:])
+            served += 1
             yield ids, labels
 
 
 def pretrain(
-    tokenizer: Any, *, seconds: float, max_steps: int, seed: int = 0, lr: float = 2e-3, tokens: int = 2048, log: Any = print
+    tokenizer: Any, *, max_steps: int, copying: int = 200, seed: int = 0, tokens: int = 2048, log: Any = print
 ) -> LlamaForCausalLM:
-    """Pre-train for `max_steps` steps of about `tokens` tokens with warm-up and cosine.
+    """Pre-train for `max_steps` steps of about `tokens` tokens; the outcome depends on the seed and the sizes alone.
 
-    `seconds` is a guard, not a schedule: the outcome depends on the seed and `max_steps` alone, and running past the
-    guard raises, so that a slow machine never ships another model.
+    Copying comes first: a mixed start sits on a plateau for over a thousand steps, while copying alone is learnt in
+    some 150, and nearly every other skill is copying with a change.
     """
     torch.manual_seed(seed)
     model = build_model()
     model.train()
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
-    )
-    warmup = max(1, max_steps // 40)
-    start = time.monotonic()
-    batches = _batches(tokenizer, seed, tokens)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    start, recent = time.monotonic(), 0.0
+    batches = _batches(tokenizer, seed, tokens, copying)
     for step in range(max_steps):
-        scale = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (max_steps - warmup)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * max(scale, 0.01)
+        scale = min(1.0, (step + 1) / 50, (max_steps - step) / (0.5 * max_steps))
+        muon.lr = 0.02 * scale
+        adam.param_groups[0]["lr"] = 3e-3 * scale
         ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == max_steps - 1:
-            log(f"base step {step}/{max_steps} loss {loss.item():.4f} {time.monotonic() - start:.0f} s")
-        if time.monotonic() - start > seconds:
-            raise TimeoutError(f"pre-training took over {seconds:.0f} s at step {step} of {max_steps}")
+        muon.step()
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        recent += loss.item()
+        if step % 50 == 49:
+            log(f"base step {step + 1}/{max_steps} loss {recent / 50:.4f} {time.monotonic() - start:.0f} s")
+            recent = 0.0
     return model.eval()
 
 
@@ -136,8 +139,9 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int =
         by_length.setdefault(len(tokens), []).append(i)
     for rows in by_length.values():
         x = torch.tensor([ids[i] for i in rows])
+        ones = torch.ones_like(x)
         full = model.generate(
-            input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=PAD
+            input_ids=x, attention_mask=ones, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=PAD
         )
         for i, row in zip(rows, full[:, x.shape[1] :].tolist(), strict=True):
             out[i] = tokenizer.decode(row[: row.index(END)] if END in row else row)

@@ -30,15 +30,15 @@ class TuckAConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
     bias: str = field(default="none", metadata={"help": "only 'none': the format stores no bias"})
-    router_name: str = field(default="", metadata={"help": "full name of the router module (default: the first adapted)"})
+    router_name: str = field(default="", metadata={"help": "full name of the router (default: the first adapted)"})
     init_weights: bool = field(default=True, metadata={"help": "initialise the factors (Kaiming uniform)"})
     use_kaiming_init_ec: bool = field(
-        default=False, metadata={"help": "draw the centroids at construction instead of setting them from the first batch"}
+        default=False, metadata={"help": "draw the centroids instead of setting them from the first batch"}
     )
     ec_perturb_scale: float = field(
         default=1, metadata={"help": "half-width of the uniform noise around the first batch's mean"}
     )
-    use_alb: bool = field(default=False, metadata={"help": "balance the groups without an auxiliary loss while training"})
+    use_alb: bool = field(default=False, metadata={"help": "balance the groups without an auxiliary loss"})
     alb_gamma: float = field(default=0.001, metadata={"help": "step of the balancing bias"})
     log_expert_load: int = field(default=0, metadata={"help": "kept for the official files; statistics are always on"})
     dump_input_and_ec: bool = field(default=False, metadata={"help": "kept for the official files; not used"})
@@ -58,7 +58,7 @@ class TuckAConfig(PeftConfig):
                 "Use t >= 2 or k = 1."
             )
         if self.bias != "none":
-            raise ValueError(f"TuckA: bias={self.bias!r} would train biases that the file format cannot store. Use 'none'.")
+            raise ValueError(f"TuckA: bias={self.bias!r} would train what the format cannot store. Use 'none'.")
 
     def to_dict(self) -> dict[str, Any]:
         """Exactly the official keys: the fields of newer PEFT configs, unknown to the official code, stay out."""

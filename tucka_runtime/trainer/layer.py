@@ -1,7 +1,7 @@
 """The adapted linear layer: y = base(x + alpha · x Û M Ûᵀ), with the routed core M (paper, eq. 3-5).
 
-    Û = u / ‖u‖_F        Ĉ = c / ‖c‖_F        Ĝ = g[group] / ‖g[group]‖_F (over the group's whole (p, r, r) block)
-    M = Σ_i s_i Σ_j Ĉ[i, j] Ĝ[j]
+Û = u / ‖u‖_F        Ĉ = c / ‖c‖_F        Ĝ = g[group] / ‖g[group]‖_F (over the group's whole (p, r, r) block)
+M = Σ_i s_i Σ_j Ĉ[i, j] Ĝ[j]
 """
 
 import math
@@ -72,13 +72,14 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         set" travels with the tensor itself: loading trained centroids can never re-initialise them.
         """
         d = input_size(self.get_base_layer())
-        device = self.get_base_layer().weight.device
+        device = self.weight.device
         shapes = {"g": (config.k, config.p, config.r, config.r), "c": (config.t, config.p), "u": (d, config.r)}
         self.tucka_config[adapter] = config
         made = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
         if config.init_weights:
             bound = 1 / math.sqrt(config.r)
-            made["g"] = torch.empty(config.r, config.r, device=device).uniform_(-bound, bound).repeat(*shapes["g"][:2], 1, 1)
+            first = torch.empty(config.r, config.r, device=device).uniform_(-bound, bound)
+            made["g"] = first.repeat(config.k, config.p, 1, 1)  # the same draw in every group and slice
             made["c"].uniform_(-1 / math.sqrt(config.t), 1 / math.sqrt(config.t))
             made["u"].uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d))
         self.tucka_g[adapter] = nn.Parameter(made["g"])
@@ -93,7 +94,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base's device; the dtype stays fp32."""
-        target = device or self.get_base_layer().weight.device
+        target = device or self.weight.device
         for name in self.adapter_layer_names:
             factors = getattr(self, name)
             if adapter_name in factors and factors[adapter_name].device.type != "meta":
@@ -121,12 +122,10 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             router.compute(x, self.tucka_ec[adapter], self.tucka_config[adapter], self.training)
         if not router.fresh or router.route is None:
             raise RuntimeError(
-                f"TuckA: {self.name} ran before adapter {adapter!r} was routed, because its router {router.module} runs "
-                f"later in the forward pass. Set router_name to the adapted module that runs first."
+                f"TuckA: {self.name} ran before adapter {adapter!r} was routed, because its router {router.module} "
+                f"runs later in the forward pass. Set router_name to the adapted module that runs first."
             )
-        return routed_delta(
-            x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], router.route
-        )
+        return routed_delta(x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], router.route)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(

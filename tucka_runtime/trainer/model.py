@@ -14,10 +14,10 @@ from tucka_runtime.trainer.routing import SCOPES, Router
 
 # What an adapter adapts when its config names nothing: the attention's query and value projections.
 DEFAULT_TARGETS = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "opt"), ["q_proj", "v_proj"]),
     "gpt2": ["c_attn"],
-    **dict.fromkeys(("bert", "roberta", "vit"), ["query", "value"]),
     "deberta-v2": ["query_proj", "value_proj"],
+    **{name: ["query", "value"] for name in ("bert", "roberta", "vit")},
+    **{name: ["q_proj", "v_proj"] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2")},
 }
 
 

@@ -55,12 +55,13 @@ class Router:
         self.bias = torch.zeros(k)  # balancing: added for the choice of the group only, and only in training
         self.bias_scale = 1.0
         self.reset_statistics()
+        self._last_group: int | None
         self._mask: Tensor | None = None
         self._prompt: Tensor | None = None
         self._decoding = False
 
     def begin(self, mask: Tensor | None, prompt: Tensor | None, decoding: bool) -> None:
-        """A forward starts. mask and prompt (B, S) bool or None (all tokens); decoding: the cache holds earlier tokens."""
+        """A forward starts. mask, prompt (B, S) bool or None (all tokens); decoding: the cache holds earlier tokens."""
         self._mask, self._prompt, self._decoding, self.fresh = mask, prompt, decoding, False
 
     def compute(self, x: Tensor, centroids: nn.Parameter, config: Any, training: bool) -> None:
@@ -132,7 +133,7 @@ class Router:
     def reset_statistics(self) -> None:
         self.counts = torch.zeros(self.k, dtype=torch.int64)
         self.forwards = self.changes = 0
-        self._last_group: int | None = None
+        self._last_group = None
 
     def statistics(self) -> dict[str, Any]:
         """Selections of each group, forwards, and how often one forward's group differs from the one before."""

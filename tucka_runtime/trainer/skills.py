@@ -163,3 +163,8 @@ def general(rng: random.Random) -> Pair:
     names = list(SKILLS)
     name = rng.choices(names, [WEIGHTS.get(n, 1.0) for n in names])[0]
     return SKILLS[name](rng)
+
+
+def copies(rng: random.Random) -> Pair:
+    """One example of copying alone: what pre-training starts with."""
+    return _say(rng) if rng.random() < 0.5 else _copy(rng)

@@ -1,0 +1,141 @@
+"""Makes a trainable adapter on a base, and writes a trained one in the official layout."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import peft
+import torch
+
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.trainer.config import TuckAConfig
+from tucka_runtime.trainer.model import routers
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Which adapter to make. k, t, p and the centroid settings are TuckA's alone; alpha is lora_alpha for LoRA."""
+
+    method: str = "tucka"
+    r: int = 8
+    k: int = 4
+    t: int = 2
+    p: int = 2
+    alpha: float = 64.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    centroids: str = "data"
+    ec_perturb_scale: float = 1.0
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("tucka", "lora"):
+            raise ConfigError("method must be tucka or lora")
+        if self.centroids not in ("data", "kaiming"):
+            raise ConfigError("centroids must be data (set from the first batch) or kaiming")
+
+    def peft_config(self) -> peft.PeftConfig:
+        """The PEFT configuration; ValueError for sizes that cannot work."""
+        targets: Any = "all-linear" if self.target_modules == ("all-linear",) else list(self.target_modules)
+        if self.method == "lora":
+            return peft.LoraConfig(
+                r=self.r, lora_alpha=round(self.alpha), target_modules=targets, task_type="CAUSAL_LM"
+            )
+        return TuckAConfig(
+            r=self.r, k=self.k, t=self.t, p=self.p, alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM",
+            ec_perturb_scale=self.ec_perturb_scale, use_kaiming_init_ec=self.centroids == "kaiming",
+            use_alb=self.balance > 0, alb_gamma=self.balance or 0.001,
+        )  # fmt: skip
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def attach(base: Any, settings: AdapterSettings, seed: int) -> Any:
+    """A PeftModel with one fresh adapter named "default"; initialised from `seed` alone."""
+    seed_all(seed)
+    try:
+        return peft.get_peft_model(base, settings.peft_config())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def router_of(model: Any) -> Any:
+    """The router of the adapter "default"; None for LoRA."""
+    try:
+        return routers(model)["default"]
+    except ValueError:
+        return None
+
+
+def trainable_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def write(model: Any, folder: Path, base_name: str, training: dict[str, Any]) -> None:
+    """Save the adapter with training.json beside it; only the base's bare name is recorded, never a local path."""
+    model.peft_config["default"].base_model_name_or_path = base_name
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    config_path = folder / "adapter_config.json"
+    config = json.loads(config_path.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+
+
+def digest(data: bytes | Iterable[str]) -> str:
+    """SHA-256 of a file's bytes, or of lines each ended by a newline."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256("".join(f"{line}\n" for line in data).encode()).hexdigest()
+
+
+def manifest(
+    settings: AdapterSettings,
+    loop: Any,
+    history: Any,
+    result: Any,
+    *,
+    base_name: str,
+    base_fingerprint: str,
+    data: dict[str, Any],
+    parameters: int,
+    router: Any,
+    seconds: float,
+) -> dict[str, Any]:
+    """training.json: enough to make the adapter again and to know what it can do."""
+    out: dict[str, Any] = {
+        "made_by": "tucka train",
+        "method": settings.method,
+        "base": base_name,
+        "base_fingerprint": base_fingerprint,
+        "data": data,
+        "adapter": asdict(settings),
+        "loop": asdict(loop),
+        "trainable_parameters": parameters,
+        "steps": len(history.loss),
+        "stopped_early": history.stopped_early,
+        "final_loss": round(history.loss[-1], 5) if history.loss else None,
+        "seconds": round(seconds, 1),
+    }
+    if router is not None:
+        out["route"] = "batch" if loop.route_batch == "batch" else "request"
+        out["routing"] = router.statistics()
+    if result is not None:
+        out["eval"] = {
+            "loss": round(result.loss, 5),
+            "exact_match": round(result.exact, 4),
+            "by_task": {task: round(v, 4) for task, v in result.by_task.items()},
+        }
+        if result.groups:
+            out["eval"]["groups_by_task"] = result.groups
+    return out

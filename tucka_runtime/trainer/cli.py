@@ -1,0 +1,209 @@
+"""`tucka train`: a JSONL file and a base model in, an adapter out."""
+
+import argparse
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tucka_runtime.errors import ConfigError, TuckaError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `tucka train`; imports nothing heavy."""
+    a = parser.add_argument
+    a("--model", type=Path, default=None, metavar="DIR", help="folder of the base model (default: the embedded one)")
+    a("--data", type=Path, required=True, metavar="JSONL", help="records: prompt/completion, or chat messages")
+    a("--out", type=Path, required=True, metavar="DIR", help="folder of the adapter")
+    a("--eval-data", type=Path, metavar="JSONL", help="held-out records (default: a share of --data)")
+    a("--eval-fraction", type=float, default=0.1, help="share of --data that is held out")
+    a("--max-length", type=int, default=1024, help="longest record in tokens; longer ones are refused")
+    a("--method", choices=("tucka", "lora"), default="tucka")
+    a("--r", type=int, default=8, help="rank")
+    a("--k", type=int, default=4, help="expert groups")
+    a("--t", type=int, default=2, help="experts in a group")
+    a("--p", type=int, default=2, help="slices of the core that a group shares")
+    a("--alpha", type=float, default=64.0, help="scale of the change (LoRA: lora_alpha)")
+    a("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="layers to adapt, or all-linear")
+    a("--centroids", choices=("data", "kaiming"), default="data", help="set them from the first batch, or draw them")
+    a("--ec-perturb-scale", type=float, default=1.0, help="noise around the first batch's mean")
+    a("--balance", type=float, default=0.0, metavar="GAMMA", help="step of the load-balancing bias; 0 is off")
+    a("--route-batch", choices=("batch", "per-sample", "mixed"), default="mixed", help="which tokens share a route")
+    a("--epochs", type=float, default=3.0, help="passes over the data")
+    a("--steps", type=int, help="optimiser steps, instead of --epochs")
+    a("--batch-size", type=int, default=32)
+    a("--accumulate", type=int, default=1, help="batches in one optimiser step")
+    a("--lr", type=float, default=2e-3)
+    a("--warmup", type=float, default=0.05, help="share of the steps")
+    a("--weight-decay", type=float, default=0.0)
+    a("--eval-every", type=int, default=0, metavar="STEPS", help="default: ten times in all")
+    a("--patience", type=int, default=0, metavar="EVALS", help="stop after so many evaluations without a better loss")
+    a("--checkpoint-every", type=int, default=0, metavar="STEPS")
+    a("--resume", action="store_true", help="continue from the checkpoint in --out")
+    a(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="type of the base (auto: stored; CPU: float32)",
+    )
+    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    a("--seed", type=int, default=0)
+    a("--publish", metavar="URL", help="load the adapter into this running server afterwards")
+    a("--name", help="name to publish under (default: the name of --out)")
+    a("--api-key", help="key for --publish")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns the exit status. Errors that a user can mend are printed without a traceback."""
+    try:
+        _run(args)
+    except TuckaError as error:
+        print(f"tucka train: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load_base(folder: Path, dtype: str, device: str) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, torch device) from a folder. Raises ConfigError when it cannot be used."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but torch sees none. Use --device cpu.")
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto" and where.type == "cpu":
+        dtype = "float32"  # bf16 products are slower than fp32 on most CPUs
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: --model must be the folder of a Hugging Face model.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"The tokenizer in {folder} has no end-of-sequence token, so completions could not end.")
+    return model.to(where), tokenizer, where
+
+
+def _run(args: argparse.Namespace) -> None:
+    from tucka_runtime.trainer import data
+    from tucka_runtime.trainer.adapter import (
+        AdapterSettings,
+        attach,
+        digest,
+        manifest,
+        router_of,
+        seed_all,
+        trainable_parameters,
+        write,
+    )  # fmt: skip
+    from tucka_runtime.trainer.loop import Loop, LoopConfig
+    from tucka_runtime.trainer.plot import figure
+    from tucka_runtime.weights import fingerprint
+
+    started = time.monotonic()
+    folder = args.model or Path(__file__).parent.parent / "default" / "base"
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError("--eval-fraction must be from 0 to below 1")
+    settings = AdapterSettings(
+        method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=args.alpha,
+        target_modules=tuple(args.target_modules), centroids=args.centroids,
+        ec_perturb_scale=args.ec_perturb_scale, balance=args.balance,
+    )  # fmt: skip
+    base, tokenizer, device = load_base(folder, args.dtype, args.device)
+    examples = data.load(args.data, tokenizer, args.max_length)
+    if args.eval_data:
+        train, held = examples, data.load(args.eval_data, tokenizer, args.max_length)
+    else:
+        train, held = data.split(examples, args.eval_fraction, args.seed)
+    per_step = args.batch_size * args.accumulate
+    steps = args.steps or max(1, round(args.epochs * len(train) / per_step))
+    config = LoopConfig(
+        steps=steps, batch_size=args.batch_size, accumulate=args.accumulate, lr=args.lr, warmup=args.warmup,
+        weight_decay=args.weight_decay, route_batch=args.route_batch, eval_every=args.eval_every or max(1, steps // 10),
+        patience=args.patience, checkpoint_every=args.checkpoint_every, seed=args.seed,
+    )  # fmt: skip
+    model = attach(base, settings, args.seed)
+    router = router_of(model)
+    seed_all(args.seed)
+    print(
+        f"{args.method}: {trainable_parameters(model):,} trainable parameters; {len(train)} examples to train on, "
+        f"{len(held)} held out; {steps} steps of {per_step}"
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    loop = Loop(model, train, held, config, pad=pad, device=device, router=router, folder=args.out)
+    checkpoint = args.out / "checkpoint.pt"
+    if args.resume:
+        if not checkpoint.is_file():
+            raise ConfigError(f"--resume: there is no checkpoint in {args.out}. Start without it.")
+        loop.resume(checkpoint)
+        print(f"continuing after step {loop.step}")
+    loop.progress, close = _bar(steps, loop.step)
+    try:
+        history = loop.run()
+    finally:
+        close()
+    result = loop.evaluate() if held else None
+    source = {"file": args.data.name, "sha256": digest(args.data.read_bytes())}
+    source |= {"train": len(train), "held_out": len(held)}
+    training = manifest(
+        settings, config, history, result, base_name=folder.name, base_fingerprint=fingerprint(folder),
+        data=source,
+        parameters=trainable_parameters(model), router=router, seconds=time.monotonic() - started,
+    )  # fmt: skip
+    write(model, args.out, folder.name, training)
+    figure(history, result, args.out / "training.png", f"{args.method} · {args.data.name} · {len(history.loss)} steps")
+    if result:
+        print(f"held out: loss {result.loss:.4f}, exact match {result.exact:.3f}")
+        for task, value in result.by_task.items():
+            groups = f"   groups {result.groups[task]}" if result.groups else ""
+            print(f"  {task:<16} {value:.3f}{groups}")
+    print(f"written to {args.out}")
+    if args.publish:
+        publish(args.publish, args.name or args.out.resolve().name, args.out, args.api_key)
+
+
+def _bar(steps: int, done: int) -> tuple[Callable[[int, float, list[int]], None], Callable[[], None]]:
+    from tqdm import tqdm
+
+    bar = tqdm(total=steps, initial=done, unit="step", disable=None, file=sys.stderr)
+
+    def show(step: int, loss: float, load: list[int]) -> None:
+        bar.update(1)
+        total = max(1, sum(load))
+        experts = f" experts {'/'.join(f'{100 * n // total}' for n in load)}%" if load else ""
+        bar.set_postfix_str(f"loss {loss:.4f}{experts}", refresh=False)
+
+    return show, bar.close
+
+
+def publish(url: str, name: str, folder: Path, api_key: str | None) -> None:
+    """POST /v1/load_lora_adapter. Raises ConfigError with the server's answer when it refuses."""
+    body = json.dumps({"lora_name": name, "lora_path": str(folder.resolve())}).encode()
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/load_lora_adapter", data=body, method="POST")
+    request.add_header("Content-Type", "application/json")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=60):
+            print(f"published as {name!r} at {url}")
+    except urllib.error.HTTPError as error:
+        answer = error.read().decode(errors="replace")
+        raise ConfigError(f"The adapter is in {folder}, but the server refused it ({error.code}): {answer}") from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ConfigError(f"The adapter is in {folder}, but {url} cannot be reached: {error}") from error
+
+
+def main() -> int:
+    """`python -m tucka_runtime.trainer.cli`: the same command without the server's CLI."""
+    parser = argparse.ArgumentParser(prog="tucka train", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

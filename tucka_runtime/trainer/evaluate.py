@@ -1,0 +1,73 @@
+"""Evaluation by teacher forcing: the loss, and exact match without generating.
+
+Where the route does not depend on what is generated together (scopes "request" and "decode"), greedy decoding yields
+the completion exactly when the argmax at every completion token, given the true ones before it, is the true token.
+Under "batch" this holds only for the training-time route, over prompt and completion.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tucka_runtime.trainer.data import Example, collate
+
+
+@dataclass
+class Evaluation:
+    """Mean loss of a completion token; exact match over all examples and by sub-task; groups chosen by sub-task."""
+
+    loss: float
+    exact: float
+    by_task: dict[str, float]
+    groups: dict[str, list[int]] = field(default_factory=dict)
+
+
+def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the completion tokens and their number; logits (B, S, V), labels (B, S)."""
+    target = labels[:, 1:].reshape(-1)
+    loss = nn.functional.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), target, reduction="sum")
+    return loss, int((target != -100).sum())
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, examples: list[Example], pad: int, device: torch.device, batch_size: int = 64, router: Any = None
+) -> Evaluation:
+    """Evaluate in eval mode under the route scope that is set; `router` (of the adapter) fills `groups`.
+
+    Statistics of the router are left as they were.
+    """
+    training = model.training
+    kept = router.state_dict() if router is not None else None
+    model.eval()
+    order = sorted(examples, key=lambda e: (e.task, len(e.ids)))
+    total, tokens = 0.0, 0
+    right: dict[str, list[bool]] = defaultdict(list)
+    groups: dict[str, list[int]] = {}
+    for i in range(0, len(order), batch_size):
+        batch = order[i : i + batch_size]
+        ids, mask, labels = (x.to(device) for x in collate(batch, pad))
+        logits = model(input_ids=ids, attention_mask=mask, labels=labels).logits
+        loss, count = completion_loss(logits, labels)
+        total, tokens = total + float(loss), tokens + count
+        hit = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
+        for example, ok in zip(batch, hit.all(dim=1).tolist(), strict=True):
+            right[example.task].append(ok)
+        if router is not None:
+            group = router.route.group
+            rows = (group[:, 0] if group.ndim == 2 else group.expand(len(batch))).tolist()
+            for example, g in zip(batch, rows, strict=True):
+                groups.setdefault(example.task, [0] * router.k)[g] += 1
+    if router is not None:
+        router.load_state_dict(kept)
+    model.train(training)
+    everything = [ok for task in right.values() for ok in task]
+    return Evaluation(
+        total / max(tokens, 1),
+        sum(everything) / max(len(everything), 1),
+        {task: sum(v) / len(v) for task, v in sorted(right.items())},
+        dict(sorted(groups.items())),
+    )

@@ -1,0 +1,202 @@
+"""The training loop: accumulation, warm-up and cosine, evaluation, early stop, checkpoints that resume bit for bit."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.trainer.data import Example, collate, epoch
+from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
+from tucka_runtime.trainer.model import set_route_scope
+
+# What --route-batch means: which scopes the steps of a run take in turn.
+ROUTES = {"batch": ("batch",), "per-sample": ("request",), "mixed": ("request", "decode", "batch")}
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train; `steps` are optimiser steps, each over batch_size · accumulate examples."""
+
+    steps: int
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 2e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    route_batch: str = "per-sample"
+    eval_every: int = 0
+    patience: int = 0
+    checkpoint_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1")
+        if self.lr <= 0 or not 0 <= self.warmup < 1:
+            raise ConfigError("lr must be above 0, and warmup a share of the steps from 0 to below 1")
+        if self.route_batch not in ROUTES:
+            raise ConfigError(f"route_batch must be one of {', '.join(ROUTES)}")
+        if self.patience and not self.eval_every:
+            raise ConfigError("patience counts evaluations: set eval_every too")
+
+
+@dataclass
+class History:
+    """What the figures need, one entry a step (or an evaluation)."""
+
+    loss: list[float] = field(default_factory=list)
+    load: list[list[int]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    best: float = math.inf
+    since_best: int = 0
+    stopped_early: bool = False
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """Linear warm-up, then cosine to zero."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+class Loop:
+    """Trains the parameters that require gradients; `router` is the adapter's (None for LoRA)."""
+
+    def __init__(
+        self, model: Any, train: list[Example], held: list[Example], config: LoopConfig, *, pad: int,
+        device: torch.device, router: Any = None, folder: Path | None = None,
+        progress: Callable[[int, float, list[int]], None] | None = None,
+    ):  # fmt: skip
+        self.model, self.train, self.held, self.config = model, train, held, config
+        self.pad, self.device, self.router, self.folder, self.progress = pad, device, router, folder, progress
+        self.parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [p for _, p in self.parameters], lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.history = History()
+        self.step = 0
+        self.best: dict[str, torch.Tensor] | None = None
+        self._epoch: tuple[int, list[list[Example]]] = (-1, [])
+
+    def run(self) -> History:
+        """Train to the last step or the early stop; afterwards the model holds the best evaluated weights."""
+        self.model.train()
+        started = time.monotonic()
+        while self.step < self.config.steps and not self.history.stopped_early:
+            loss, load = self._optimise()
+            self.history.loss.append(loss)
+            self.history.load.append(load)
+            self.step += 1
+            if self.progress:
+                self.progress(self.step, loss, load)
+            every = self.config.eval_every
+            if self.held and every and (self.step % every == 0 or self.step == self.config.steps):
+                self._evaluate(time.monotonic() - started)
+            if self.folder and self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
+                self.save(self.folder / "checkpoint.pt")
+        if self.best is not None:
+            with torch.no_grad():
+                for name, p in self.parameters:
+                    p.copy_(self.best[name])
+        return self.history
+
+    def _micro_batch(self, index: int) -> list[Example]:
+        by_task = self.config.route_batch == "batch"
+        if self._epoch[0] < 0:
+            self._epoch = (0, epoch(self.train, self.config.batch_size, self.config.seed, 0, by_task))
+        per_epoch = len(self._epoch[1])  # the same in every epoch
+        number, at = divmod(index, per_epoch)
+        if self._epoch[0] != number:
+            self._epoch = (number, epoch(self.train, self.config.batch_size, self.config.seed, number, by_task))
+        return self._epoch[1][at]
+
+    def _optimise(self) -> tuple[float, list[int]]:
+        """One optimiser step; the loss is the mean over all its completion tokens, however they fall into batches."""
+        c = self.config
+        if self.router is not None:
+            scopes = ROUTES[c.route_batch]
+            set_route_scope(self.model, scopes[self.step % len(scopes)])
+            # Serving has no balancing bias: fade it out, so that the routes that were learnt are the ones served.
+            self.router.bias_scale = max(0.0, 1 - 2 * self.step / c.steps)
+            before = self.router.counts.clone()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(c, self.step)
+        batches = [collate(self._micro_batch(self.step * c.accumulate + i), self.pad) for i in range(c.accumulate)]
+        tokens = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in batches)
+        total = 0.0
+        for ids, mask, labels in batches:
+            labels = labels.to(self.device)
+            out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), labels=labels)
+            loss = completion_loss(out.logits, labels)[0] / tokens
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
+                )
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_([p for _, p in self.parameters], c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        load = [] if self.router is None else (self.router.counts - before).tolist()
+        return total, load
+
+    def evaluate(self) -> Evaluation:
+        """Held-out figures under the scope that serving would take."""
+        if self.router is not None:
+            set_route_scope(self.model, "batch" if self.config.route_batch == "batch" else "request")
+        by_task_size = 64
+        return evaluate(self.model, self.held, self.pad, self.device, by_task_size, self.router)
+
+    def _evaluate(self, seconds: float) -> None:
+        result = self.evaluate()
+        h = self.history
+        h.evals.append({"step": self.step, "loss": result.loss, "exact": result.exact})
+        if result.loss < h.best:
+            h.best, h.since_best = result.loss, 0
+            self.best = {n: p.detach().clone() for n, p in self.parameters}
+        else:
+            h.since_best += 1
+            h.stopped_early = bool(self.config.patience) and h.since_best >= self.config.patience
+
+    def save(self, path: Path) -> None:
+        """Write everything a resumed run needs to continue as if never stopped; the old file stays until the end."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "config": asdict(self.config), "step": self.step, "history": asdict(self.history),
+            "parameters": {n: p.detach() for n, p in self.parameters}, "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(), "best": self.best,
+            "router": self.router.state_dict() if self.router is not None else None,
+        }  # fmt: skip
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ."""
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        if state["config"] != asdict(self.config):
+            changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v]
+            raise ConfigError(
+                f"The checkpoint was made with other settings ({', '.join(changed)}): it cannot continue bit for bit. "
+                "Use the same settings, or start anew without --resume."
+            )
+        if {n: p.shape for n, p in self.parameters} != {n: p.shape for n, p in state["parameters"].items()}:
+            raise ConfigError("The checkpoint is of another adapter or base: start anew without --resume.")
+        with torch.no_grad():
+            for name, p in self.parameters:
+                p.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        self.history, self.step, self.best = History(**state["history"]), state["step"], state["best"]
+        if self.router is not None:
+            self.router.load_state_dict(state["router"])
