@@ -49,7 +49,7 @@ class Batch:
         ids = torch.tensor([t for w in works for t in w.seq.tokens[w.start : w.start + w.count]]).to(device)
         positions = torch.tensor([p for w in works for p in range(w.start, w.start + w.count)]).to(device)
         lengths = None
-        if rope_limit is not None and any(w.start + w.count > rope_limit for w in works):
+        if rope_limit is not None and any(max(w.seq.num_prompt, w.start + w.count) > rope_limit for w in works):
             known = [max(w.seq.num_prompt, p + 1) for w in works for p in range(w.start, w.start + w.count)]
             lengths = torch.tensor(known).to(device)
         spans = [(first, w.count, w.start + w.count) for first, w in zip(first_rows, works, strict=True)]

@@ -33,7 +33,10 @@ class Engine:
     def __init__(self, config: EngineConfig, fused: bool | None = None):
         self.runner = Runner(config, fused)
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
-        self.scheduler = Scheduler(self.blocks, config.max_num_batched_tokens, config.max_num_seqs)
+        rotary = self.runner.model.rotary
+        self.scheduler = Scheduler(
+            self.blocks, config.max_num_batched_tokens, config.max_num_seqs, rotary.stretch_from if rotary else None
+        )
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
         self.layout = base_layout(self.runner.arch, self.runner.fingerprint)

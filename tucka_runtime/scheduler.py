@@ -25,32 +25,23 @@ class Work:
         return self.start + self.count == len(self.seq) and self.seq.route_sum is None
 
 
-def cache_namespace(seq: Sequence) -> bytes | None:
-    """Under what its KV may be shared: tenant and weights. None: not at all, since its route is its batch's or its own,
-    or since its prompt has to be scored."""
+def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
+    """Under what its KV may be shared: tenant, weights, and, where rotary positions stretch with a prompt longer than
+    `rope_limit`, its length. None: not at all, since its route is its batch's or its own, or since its prompt has to be
+    scored."""
     if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or seq.sampling.prompt_logprobs is not None:
         return None
-    adapter = f"{seq.adapter.name}\0{seq.adapter.generation}" if seq.adapter else ""
-    return f"{seq.request.cache_salt}\0{adapter}".encode()
-
-
-def _hashes(seq: Sequence, pages: int, size: int) -> list[bytes]:
-    """Hashes of a sequence's first full pages, each computed once; none if it does not share its KV."""
-    namespace = cache_namespace(seq)
-    if namespace is None:
-        return []
-    known = seq.block_hashes
-    while len(known) < pages:
-        start = len(known) * size
-        known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
-    return known[:pages]
+    adapter = (seq.adapter.name, seq.adapter.generation) if seq.adapter else None
+    stretched = seq.num_prompt if rope_limit is not None and seq.num_prompt > rope_limit else None
+    return repr((seq.request.cache_salt, adapter, stretched)).encode()
 
 
 class Scheduler:
-    """Waiting and running sequences. `max_tokens` and `max_seqs` bound one step."""
+    """Waiting and running sequences. `max_tokens` and `max_seqs` bound one step; `rope_limit` is cache_namespace's."""
 
-    def __init__(self, blocks: BlockManager, max_tokens: int, max_seqs: int):
+    def __init__(self, blocks: BlockManager, max_tokens: int, max_seqs: int, rope_limit: int | None = None):
         self.blocks = blocks
+        self.rope_limit = rope_limit
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.waiting: deque[Sequence] = deque()
@@ -132,7 +123,7 @@ class Scheduler:
     def _place(self, seq: Sequence) -> bool:
         """Pages for a waiting sequence, cached ones first; at least its last token is left to compute."""
         size = self.blocks.block_size
-        reuse = self.blocks.match(_hashes(seq, (len(seq) - 1) // size, size))
+        reuse = self.blocks.match(self._hashes(seq, (len(seq) - 1) // size))
         need = self.blocks.blocks_for(len(seq)) - len(reuse)
         if not self.blocks.can_allocate(need, reuse):
             return False
@@ -142,12 +133,23 @@ class Scheduler:
         seq.cached_tokens = max(seq.cached_tokens, seq.num_computed)
         return True
 
+    def _hashes(self, seq: Sequence, pages: int) -> list[bytes]:
+        """Hashes of a sequence's first full pages, each computed once; none if it does not share its KV."""
+        namespace = cache_namespace(seq, self.rope_limit)
+        if namespace is None:
+            return []
+        known, size = seq.block_hashes, self.blocks.block_size
+        while len(known) < pages:
+            start = len(known) * size
+            known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
+        return known[:pages]
+
     def computed(self, seq: Sequence, count: int) -> None:
         """Notes that `count` more tokens have their KV, and offers full pages for reuse."""
         size = self.blocks.block_size
         full = seq.num_computed // size
         seq.num_computed += count
-        hashes = _hashes(seq, seq.num_computed // size, size)
+        hashes = self._hashes(seq, seq.num_computed // size)
         for page in range(full, len(hashes)):
             self.blocks.register(seq.block_table[page], hashes[page])
 
