@@ -24,7 +24,7 @@ from adapter_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load, load_file, save
@@ -107,11 +107,35 @@ def test_lora_scales_follow_the_patterns(tmp_path, base):
     assert torch.equal(module.a, tensors[f"{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight"])
 
 
-def test_a_configuration_as_peft_writes_it(tmp_path, base):
-    config = LoraConfig(r=R, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="gaussian")
-    config.save_pretrained(tmp_path)
-    put(tmp_path, (tmp_path / CONFIG_NAME).read_bytes(), lora_tensors(base))
-    assert len(read_adapter(tmp_path, base).modules) == 4
+def test_lora_as_peft_saves_it(tmp_path, base):
+    """Read back, every module's change is the one PEFT adds to its weight."""
+    root = torch.nn.Module()
+    for path, (d_in, d_out) in base.linears.items():
+        *parents, last = path.split(".")
+        node = root
+        for name in parents:
+            if not hasattr(node, name):
+                node.add_module(name, torch.nn.Module())
+            node = getattr(node, name)
+        node.add_module(last, torch.nn.Linear(d_in, d_out, bias=False))
+    config = LoraConfig(
+        r=R,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=r".*(layers\.0.*q_proj|down_proj)",
+        rank_pattern={r"layers\.\d\.mlp\..*": 3},
+        alpha_pattern={"q_proj": 5},
+        init_lora_weights=False,
+        task_type="FEATURE_EXTRACTION",
+    )
+    theirs = get_peft_model(root, config)
+    theirs.save_pretrained(tmp_path)
+    ours = read_adapter(tmp_path, base)
+    assert len(ours.modules) == 3
+    for path, module in ours.modules.items():
+        assert isinstance(module, LoRAModule)
+        delta = theirs.get_submodule(PREFIX + path).get_delta_weight("default")
+        torch.testing.assert_close(module.scale * module.b @ module.a, delta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -109,7 +109,10 @@ def parse_config(data: bytes | bytearray) -> AdapterConfig:
         raise _invalid("it is not a JSON object")
     for name in _CODE_FIELDS:
         if table.pop(name, None) is not None:
-            raise _invalid(f"`{name}` is set. Adapters bring no code: remove it or set it to null")
+            raise _invalid(
+                f"`{name}` is set. Adapters bring no code: set it to null (PEFT fills `auto_mapping` in when an "
+                "adapter is made without a `task_type`; it is not needed here)"
+            )
     peft_type = table.pop("peft_type", None)
     if peft_type == "TUCKA":
         return _parse(table, TuckAConfig, required=("r", "k", "t", "p", "alpha", "target_modules"))

@@ -141,7 +141,7 @@ def _expected_module(
 
 
 def check_names(names: Set[str], expected: Set[str], targets: list[str], base: BaseLayout) -> None:
-    """Raise BaseModelMismatchError if whole modules are too many or too few, InvalidAdapterError if single tensors are."""
+    """Raise BaseModelMismatchError for whole modules missing or foreign, InvalidAdapterError for single tensors."""
     extra = sorted(names - expected)
     missing = sorted(expected - names)
     foreign = [name for name in extra if _adapted_path(name) not in (None, *base.linears)]
