@@ -15,8 +15,8 @@ from torch import Tensor
 # r 16, 8 segments of one row): 0.10 ms a site against 0.55 ms in bf16. Above it the wasted products cost more.
 DENSE_ROWS = 64
 
-# The fused kernels work on tiles: up to this many rows of one segment, or of the base. 16 is the least that a tensor core
-# takes and all that a decoding segment has; long batches take 64, so that factors are read once per 64 rows.
+# The fused kernels work on tiles: up to this many rows of one segment, or of the base. 16 is the least that a tensor
+# core takes and all that a decoding segment has; long batches take 64, so that factors are read once per 64 rows.
 # Unmeasured: chosen from the bytes (kernels/README.md).
 SMALL_TILE, LARGE_TILE, SMALL_BATCH = 16, 64, 256
 

@@ -35,7 +35,7 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     values = values.masked_fill(values < kth, float("-inf"))
     p = torch.softmax(values, dim=-1)
     before = torch.cumsum(p, dim=-1) - p
-    out = (before >= top_p[:, None]) | (p < min_p[:, None] * p[:, :1])
+    out = ((before >= top_p[:, None]) & (top_p < 1)[:, None]) | (p < min_p[:, None] * p[:, :1])
     out[:, 0] = False
     values = values.masked_fill(out, float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, values)

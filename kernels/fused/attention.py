@@ -1,0 +1,365 @@
+"""Paged causal attention with grouped queries and an optional sliding window. Reference: reference/attention.py.
+
+All query heads of one KV head are one block's rows, so that keys and values are read once for them. Softmax in fp32,
+online, in base 2.
+
+Decode, grid (programs, KV heads): contexts are cut into splits of SPLIT keys, counted off on the device from the
+lengths; a program takes splits p, p + P, …, so that the grid is fixed whatever the lengths are, and balanced. The last
+split of a sequence to end merges all of them in order. Where splits lie depends on the sequence alone, so its output
+does not depend on the batch. Prefill, grid (tiles, KV heads, blocks of a tile).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tucka_runtime.kernels.fused.blocks import arrive, counters, dot
+from tucka_runtime.kernels.pages import TILE, PagePlan
+
+SPLIT = 512
+"""Keys per split: at D 128 in bf16 256 KB to read, several times what a program's start costs; 64 contexts of 1k with 8
+KV heads make 1024 splits, eight per SM. Unmeasured."""
+MAX_PROGRAMS = 1056
+"""Programs of a decode: eight per SM of an H200 (132). Unmeasured."""
+BLOCK_N = 64
+"""Keys per step. Unmeasured."""
+BLOCK_M = 128
+"""Rows times query heads per prefill block: two warpgroups' wgmma. Unmeasured."""
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: PagePlan, scale: float, window: int | None = None
+) -> Tensor:
+    """q (T, H, D) -> (T, H, D). Caches (slots, KV heads, D) already hold this step's keys and values.
+
+    A query at position i sees the keys at j <= i, and with a window only those with i - j < window. Rows of sequences
+    without a context (length 0: they fill up a graph's bucket) are left unwritten.
+    """
+    out = torch.empty_like(q)
+    decode(q, k_cache, v_cache, out, pages, scale, window, SPLIT, BLOCK_N)
+    prefill(q, k_cache, v_cache, out, pages, scale, window, BLOCK_M, BLOCK_N)
+    return out
+
+
+def _common(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, pages: PagePlan, scale: float, window: int | None
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    heads, d = q.shape[1:]
+    kv_heads = k_cache.shape[1]
+    group = heads // kv_heads
+    strides = (*q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], *out.stride()[:2])
+    args = (q, k_cache, v_cache, out, pages.start, pages.length, pages.tables, pages.tables.stride(0), *strides)
+    options = {
+        "D": d,
+        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "GROUP": group,
+        "BLOCK_G": triton.next_power_of_2(group),
+        "PAGE": pages.block_size,
+        "WINDOWED": window is not None,
+    }
+    return (*args, scale * math.log2(math.e), window or 0), options
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    pages: PagePlan,
+    scale: float,
+    window: int | None,
+    split: int,
+    block_n: int,
+) -> None:
+    """The sequences of one row, `pages.singles`."""
+    count, (heads, d), kv_heads = pages.singles.shape[0], q.shape[1:], k_cache.shape[1]
+    if not count:
+        return
+    splits = triton.cdiv(pages.tables.shape[1] * pages.block_size, split)
+    args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
+    options["BLOCK_G"] = max(16, triton.next_power_of_2(heads // kv_heads))
+    part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
+    stats = q.new_empty(2, count, splits, heads, dtype=torch.float32)
+    programs = min(count * splits, max(1, MAX_PROGRAMS // kv_heads))
+    _decode[(programs, kv_heads)](
+        *args,
+        part,
+        stats,
+        counters("attention", count * kv_heads, q.device),
+        pages.singles,
+        count,
+        splits,
+        heads,
+        kv_heads,
+        **options,
+        BLOCK_B=max(16, triton.next_power_of_2(count)),
+        BLOCK_N=block_n,
+        SPLIT=split,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    pages: PagePlan,
+    scale: float,
+    window: int | None,
+    block_m: int,
+    block_n: int,
+) -> None:
+    """The sequences of several rows, `pages.tiles`."""
+    if not pages.tiles.shape[0]:
+        return
+    args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
+    group = triton.next_power_of_2(q.shape[1] // k_cache.shape[1])
+    block_m = max(block_m, group)
+    rows = min(TILE, block_m // group)
+    _prefill[(pages.tiles.shape[0], k_cache.shape[1], TILE // rows)](
+        *args,
+        pages.tiles,
+        **options,
+        ROWS=rows,
+        BLOCK_M=rows * group,
+        BLOCK_N=block_n,
+        TILE=TILE,
+        num_warps=8 if rows * group >= 128 else 4,
+        num_stages=2,
+    )
+
+
+@triton.jit
+def _attend(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    position,
+    begin,
+    stop,
+    scale,
+    window,
+    k_slot,
+    v_slot,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Softmax-weighted sums (BLOCK_M, BLOCK_D) of values at begin..stop, not yet divided; row maxima; row sums.
+
+    q (BLOCK_M, BLOCK_D) at `position` (BLOCK_M,); caches at their head. A row that sees no key has maximum -inf, sum 0.
+    """
+    i = tl.arange(0, BLOCK_D)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in range(begin, stop, BLOCK_N):
+        j = n + tl.arange(0, BLOCK_N)
+        real = j < stop
+        slot = tl.load(table + j // PAGE, mask=real, other=0).to(tl.int64) * PAGE + j % PAGE
+        mask = real[:, None] & (i < D)[None, :]
+        k = tl.load(k_cache + slot[:, None] * k_slot + i[None, :], mask=mask, other=0.0)
+        v = tl.load(v_cache + slot[:, None] * v_slot + i[None, :], mask=mask, other=0.0)
+        s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+        seen = real[None, :] & (j[None, :] <= position[:, None])
+        if WINDOWED:
+            seen = seen & (position[:, None] - j[None, :] < window)
+        s = tl.where(seen, s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, 1))
+        zero = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - zero[:, None])
+        shrink = tl.exp2(best - zero)
+        total = total * shrink + tl.sum(p, 1)
+        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        best = new
+    return acc, best, total
+
+
+@triton.jit
+def _prefill(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    start,
+    lengths,
+    tables,
+    table_stride,
+    q_row,
+    q_head,
+    k_slot,
+    k_head,
+    v_slot,
+    v_head,
+    out_row,
+    out_head,
+    scale,
+    window,
+    tiles,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    seq = tl.load(tiles + tl.program_id(0) * 2)
+    first = tl.load(tiles + tl.program_id(0) * 2 + 1) + tl.program_id(2) * ROWS
+    head = tl.program_id(1)
+    row = tl.load(start + seq)
+    count = tl.load(start + seq + 1) - row
+    if first >= count:
+        return
+    length = tl.load(lengths + seq)
+    m = tl.arange(0, BLOCK_M)
+    own, member = first + m // BLOCK_G, m % BLOCK_G
+    i = tl.arange(0, BLOCK_D)
+    mask = ((own < count) & (member < GROUP))[:, None] & (i < D)[None, :]
+    heads = (head * GROUP + member)[:, None]
+    rows = (row + own)[:, None].to(tl.int64)
+    x = tl.load(q + rows * q_row + heads * q_head + i[None, :], mask=mask, other=0.0)
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(length - count + first - window + 1, 0)
+    acc, _, total = _attend(
+        x,
+        k_cache + head * k_head,
+        v_cache + head * v_head,
+        tables + seq.to(tl.int64) * table_stride,
+        length - count + own,
+        begin,
+        tl.minimum(length, length - count + first + ROWS),
+        scale,
+        window,
+        k_slot,
+        v_slot,
+        D,
+        BLOCK_D,
+        PAGE,
+        WINDOWED,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    y = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + rows * out_row + heads * out_head + i[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _decode(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    start,
+    lengths,
+    tables,
+    table_stride,
+    q_row,
+    q_head,
+    k_slot,
+    k_head,
+    v_slot,
+    v_head,
+    out_row,
+    out_head,
+    scale,
+    window,
+    part,
+    stats,
+    counter,
+    singles,
+    count,
+    max_splits,
+    num_heads,
+    kv_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    head = tl.program_id(1)
+    b = tl.arange(0, BLOCK_B)
+    all_lengths = tl.load(lengths + tl.load(singles + b, mask=b < count, other=0), mask=b < count, other=0)
+    firsts = tl.zeros((BLOCK_B,), tl.int32)
+    if WINDOWED:
+        firsts = tl.maximum(all_lengths - window, 0)
+    all_splits = (all_lengths - firsts + SPLIT - 1) // SPLIT
+    border = tl.cumsum(all_splits, 0)
+    member = tl.arange(0, BLOCK_G)
+    i = tl.arange(0, BLOCK_D)
+    mask = (member < GROUP)[:, None] & (i < D)[None, :]
+    heads = head * GROUP + member
+    for item in range(tl.program_id(0), tl.sum(all_splits, 0), tl.num_programs(0)):
+        before = border <= item
+        which = tl.sum(before.to(tl.int32), 0)
+        split = item - tl.sum(tl.where(before, all_splits, 0), 0)
+        seq = tl.load(singles + which)
+        length = tl.load(lengths + seq)
+        first = 0
+        if WINDOWED:
+            first = tl.maximum(length - window, 0)
+        splits = (length - first + SPLIT - 1) // SPLIT
+        begin = first + split * SPLIT
+        row = tl.load(start + seq).to(tl.int64)
+        x = tl.load(q + row * q_row + heads[:, None] * q_head + i[None, :], mask=mask, other=0.0)
+        acc, best, total = _attend(
+            x,
+            k_cache + head * k_head,
+            v_cache + head * v_head,
+            tables + seq.to(tl.int64) * table_stride,
+            tl.full((BLOCK_G,), 0, tl.int32) + length - 1,
+            begin,
+            tl.minimum(begin + SPLIT, length),
+            scale,
+            window,
+            k_slot,
+            v_slot,
+            D,
+            BLOCK_D,
+            PAGE,
+            WINDOWED,
+            BLOCK_G,
+            BLOCK_N,
+        )
+        out_at = out + row * out_row + heads[:, None] * out_head + i[None, :]
+        if splits == 1:
+            tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        else:
+            own = (which.to(tl.int64) * max_splits + split) * num_heads + heads
+            size = count.to(tl.int64) * max_splits * num_heads
+            tl.store(part + own[:, None] * D + i[None, :], acc, mask=mask)
+            tl.store(stats + own, best, mask=member < GROUP)
+            tl.store(stats + size + own, total, mask=member < GROUP)
+            if arrive(counter + which * kv_heads + head, splits):
+                best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+                total = tl.zeros((BLOCK_G,), tl.float32)
+                acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+                for other in range(0, splits):
+                    at = (which.to(tl.int64) * max_splits + other) * num_heads + heads
+                    theirs = tl.load(stats + at, mask=member < GROUP, other=0.0, cache_modifier=".cg")
+                    weight = tl.load(stats + size + at, mask=member < GROUP, other=1.0, cache_modifier=".cg")
+                    value = tl.load(part + at[:, None] * D + i[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                    new = tl.maximum(best, theirs)
+                    old_scale, their_scale = tl.exp2(best - new), tl.exp2(theirs - new)
+                    total = total * old_scale + weight * their_scale
+                    acc = acc * old_scale[:, None] + value * their_scale[:, None]
+                    best = new
+                tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,98 @@
+"""What the fused kernels share: tiles of rows, factors behind pointer tables, products, the last of many programs.
+
+Three rules hold in every kernel here. Offsets that may pass 2^31 elements are int64. What lies outside is masked, with
+0 for `other`: never wrapped around, never multiplied by what happens to be there. Sums have a fixed order.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 16
+"""Ranks go by chunks of this many: the least K of a tensor-core product. An adapter pays for ceil(r / 16) of them."""
+
+
+@triton.jit
+def load_tile(tiles, index):
+    """First row, end row, segment and adapter of a tile (Segments.tiles)."""
+    at = tiles + index * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in fp32. fp32 operands are multiplied as such: TF32 would be off by 3e-4."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def arrive(counter, expected):
+    """Whether this program is the last of `expected` to come here; the counter is 0 again then.
+
+    The barrier puts every thread's stores before the one thread's add, whose release and acquire order them before the
+    last program's loads. Those must go past the L1 cache (".cg").
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def find_target(borders, column, n):
+    """The target of a site whose columns hold `column`: the number of inner borders at or before it."""
+    target = tl.full((), 0, tl.int32)
+    for j in range(1, n):
+        target += (tl.load(borders + j) <= column).to(tl.int32)
+    return target
+
+
+@triton.jit
+def delta_block(
+    h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN: tl.constexpr
+):
+    """(BLOCK_M, BLOCK_N) fp32 of h_j E_j: the delta of the rows of one tile at columns of the packed output.
+
+    columns (BLOCK_N,) and the mask `wanted` lie within one target. A tile of the base (adapter -1) has rank 0: no loop.
+    """
+    at = adapter * n + target
+    r = tl.load(rank + at, mask=adapter >= 0, other=0)
+    # Starts of factors are multiples of 16 bytes (DeltaSite.build sees to it), rows of E are where ALIGN says so:
+    # without the hints a loaded address would be read two bytes at a time.
+    address = tl.multiple_of(tl.load(e_ptr + at, mask=adapter >= 0, other=0), 16)
+    e = address.to(tl.pointer_type(h.dtype.element_ty))
+    begin = tl.multiple_of(tl.load(borders + target), ALIGN)
+    width = tl.multiple_of(tl.load(borders + target + 1) - begin, ALIGN)
+    own = columns - begin
+    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for c in range(0, r, 16):
+        i = c + tl.arange(0, 16)
+        h_at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + i[None, :]
+        e_at = e + i[:, None].to(tl.int64) * width + own[None, :]
+        a = tl.load(h_at, mask=inside[:, None] & (i < r)[None, :], other=0.0)
+        b = tl.load(e_at, mask=(i < r)[:, None] & wanted[None, :], other=0.0)
+        acc = dot(a, b, acc)
+    return acc
+
+
+def alignment(columns: Sequence[int]) -> int:
+    """The largest power of two up to 16 that divides every border."""
+    return math.gcd(16, *columns)
+
+
+_counters: dict[tuple[str, torch.device], list[Tensor]] = {}
+
+
+def counters(name: str, size: int, device: torch.device) -> Tensor:
+    """Zeros that `arrive` counts in and leaves at zero. One buffer per kernel and device, so launches of one kernel
+    must not overlap each other on several streams. Outgrown buffers are kept: captured graphs hold their addresses.
+    """
+    kept = _counters.setdefault((name, device), [])
+    if not kept or kept[-1].numel() < size:
+        kept.append(torch.zeros(max(1024, triton.next_power_of_2(size)), dtype=torch.int32, device=device))
+    return kept[-1]

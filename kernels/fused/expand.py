@@ -1,0 +1,79 @@
+"""Expand: the delta back to the output, y_j += h_j E_j for every target j of a site. Reference: reference/expand.py.
+
+Grid (tiles, blocks of columns, targets); programs of base tiles end at once. `add` is the same product with a residual.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tucka_runtime.kernels.fused.blocks import alignment, delta_block, load_tile
+from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+
+BLOCK_N = 64
+"""Columns per program: 2 KB of E per chunk and 64 programs for d 4096, so that few tiles fill the SMs too. Unmeasured.
+128 is not shipped: on sm_90 a peer's expand of that width computes NaN (a code generation fault)."""
+
+
+def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:
+    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R) is shrink_core's."""
+    return run(y, h, site, plan, BLOCK_N)
+
+
+def run(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, block_n: int) -> Tensor:
+    """`expand` with blocks of `block_n` columns."""
+    segments = plan.segments
+    widest = max(b - a for a, b in zip(site.columns, site.columns[1:], strict=False))
+    grid = (segments.tiles.shape[0], triton.cdiv(widest, block_n), len(site.columns) - 1)
+    if grid[0]:
+        _expand[grid](
+            y,
+            h,
+            site.e_ptr,
+            site.rank,
+            site.borders,
+            segments.tiles,
+            len(site.columns) - 1,
+            plan.max_rank,
+            y.stride(0),
+            ALIGN=alignment(site.columns),
+            BLOCK_M=segments.tile_rows,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return y
+
+
+@triton.jit
+def _expand(
+    y,
+    h,
+    e_ptr,
+    rank,
+    borders,
+    tiles,
+    n,
+    width_h,
+    y_stride,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first, end, segment, adapter = load_tile(tiles, tl.program_id(0))
+    target = tl.program_id(2)
+    begin = tl.multiple_of(tl.load(borders + target), ALIGN)
+    stop = tl.load(borders + target + 1)
+    column = begin + tl.program_id(1) * BLOCK_N
+    if (segment < 0) | (first >= end) | (column >= stop):
+        return
+    if tl.load(rank + adapter * n + target) == 0:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < end
+    columns = column + tl.arange(0, BLOCK_N)
+    wanted = columns < stop
+    acc = delta_block(h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN)
+    at = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
+    mask = inside[:, None] & wanted[None, :]
+    acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,175 @@
+"""What stands between the packed qkv product and attention, in one pass: delta, head norms, rotary, KV write.
+
+Reference: reference/expand_qkv_rope_kv.py. Grid (tiles, heads): a program has one head of a tile of rows as its two
+halves, so that rotary pairs lie in the same place of both. Values stay in fp32 from the product to the store.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile
+from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
+
+
+def expand_qkv_rope_kv(
+    qkv: Tensor,
+    h: Tensor | None,
+    site: DeltaSite | None,
+    plan: SitePlan | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    write_slots: Tensor,
+) -> Tensor:
+    """qkv (T, (H + 2·KV)·D) -> rotated queries (T, H, D); keys and values go to their slots of the caches.
+
+    cos, sin (T, 1, D/2) or None without rotary; head_norms are q's and k's RMSNorm weights, (D,) or (T, 1, D), or None;
+    h, site, plan None: no adapter in the batch. A negative slot is not written (rows that fill up a graph's bucket).
+    """
+    num_rows, (kv_heads, d) = qkv.shape[0], k_cache.shape[1:]
+    heads = qkv.shape[1] // d - 2 * kv_heads
+    q = qkv.new_empty(num_rows, heads, d)
+    if not num_rows:
+        return q
+    if cos is not None and d % 2:
+        raise ValueError(f"rotary pairs need an even head size, not {d}")
+    q_norm, k_norm = head_norms if head_norms is not None else (q, q)
+    has_rope = cos is not None and sin is not None
+    own: tuple[object, ...] = (q, q, q, q, q, 0, 0)
+    num_tiles, tile_rows, align = triton.cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1
+    if h is not None and site is not None and plan is not None:
+        if any(c % d for c in site.columns):
+            raise ValueError(f"a head of {d} columns must lie within one target: {site.columns}")
+        tiles, n = plan.segments.tiles, len(site.columns) - 1
+        own = (h, site.e_ptr, site.rank, site.borders, tiles, n, plan.max_rank)
+        num_tiles, tile_rows, align = tiles.shape[0], plan.segments.tile_rows, alignment(site.columns)
+    _qkv[(num_tiles, heads + 2 * kv_heads)](
+        qkv,
+        q,
+        k_cache,
+        v_cache,
+        write_slots,
+        *own,
+        cos if has_rope else q,
+        sin if has_rope else q,
+        q_norm,
+        k_norm,
+        eps,
+        num_rows,
+        heads,
+        kv_heads,
+        qkv.stride(0),
+        *k_cache.stride()[:2],
+        *v_cache.stride()[:2],
+        cos.stride(0) if cos is not None else 0,
+        q_norm.stride(0) if q_norm.dim() > 1 else 0,
+        D=d,
+        HALF=(d + 1) // 2,
+        BLOCK_H=max(16, triton.next_power_of_2((d + 1) // 2)),
+        BLOCK_M=tile_rows,
+        ALIGN=align,
+        HAS_DELTA=h is not None,
+        HAS_ROPE=has_rope,
+        HAS_NORM=head_norms is not None,
+        num_warps=4,  # unmeasured
+    )
+    return q
+
+
+@triton.jit
+def _qkv(
+    qkv,
+    q,
+    k_cache,
+    v_cache,
+    slots,
+    h,
+    e_ptr,
+    rank,
+    borders,
+    tiles,
+    n,
+    width_h,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    eps,
+    num_rows,
+    heads,
+    kv_heads,
+    stride,
+    k_slot,
+    k_head,
+    v_slot,
+    v_head,
+    angle_stride,
+    norm_stride,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    if HAS_DELTA:
+        first, end, _, adapter = load_tile(tiles, tl.program_id(0))
+    else:
+        first = tl.program_id(0) * BLOCK_M
+        end = tl.minimum(first + BLOCK_M, num_rows)
+        adapter = -1
+    if first >= end:
+        return
+    head = tl.program_id(1)
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < end
+    row = rows[:, None].to(tl.int64)
+    i = tl.arange(0, BLOCK_H)
+    in_a, in_b = i < HALF, i < D - HALF
+    mask_a, mask_b = inside[:, None] & in_a[None, :], inside[:, None] & in_b[None, :]
+    column = head * D
+    at = qkv + row * stride + column + i[None, :]
+    a = tl.load(at, mask=mask_a, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=mask_b, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        target = find_target(borders, column, n)
+        a += delta_block(h, e_ptr, rank, borders, rows, inside, adapter, target, column + i, in_a, n, width_h, ALIGN)
+        b += delta_block(
+            h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN
+        )
+    dtype = q.dtype.element_ty
+    if head < heads + kv_heads:
+        if HAS_NORM:
+            scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
+            weight = q_norm
+            if head >= heads:
+                weight = k_norm
+            weight_at = weight + row * norm_stride + i[None, :]
+            a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight_at, mask=mask_a, other=0.0).to(tl.float32)
+            b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight_at + HALF, mask=mask_b, other=0.0).to(tl.float32)
+        if HAS_ROPE:
+            angle = row * angle_stride + i[None, :]
+            c = tl.load(cos + angle, mask=mask_a, other=0.0).to(tl.float32)
+            s = tl.load(sin + angle, mask=mask_a, other=0.0).to(tl.float32)
+            a, b = a * c - b * s, b * c + a * s
+    if head < heads:
+        out = q + (row * heads + head) * D + i[None, :]
+        tl.store(out, a.to(dtype), mask=mask_a)
+        tl.store(out + HALF, b.to(dtype), mask=mask_b)
+    else:
+        slot = tl.load(slots + rows, mask=inside, other=-1)[:, None]
+        real = slot >= 0
+        if head < heads + kv_heads:
+            out = k_cache + slot * k_slot + (head - heads) * k_head + i[None, :]
+            tl.store(out, a.to(dtype), mask=mask_a & real)
+            tl.store(out + HALF, b.to(dtype), mask=mask_b & real)
+        else:
+            out = v_cache + slot * v_slot + (head - heads - kv_heads) * v_head + i[None, :]
+            tl.store(out, a.to(dtype), mask=mask_a & real)
+            tl.store(out + HALF, b.to(dtype), mask=mask_b & real)

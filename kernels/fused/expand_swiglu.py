@@ -1,0 +1,114 @@
+"""Delta of the packed gate/up product, then SwiGLU, in one pass. Reference: reference/expand_swiglu.py.
+
+Grid (tiles, blocks of columns): a program adds both deltas to its block of gate and of up, and writes their product.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile
+from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
+
+BLOCK_N = 64
+"""Columns of gate and of up per program, 4 KB of E per chunk; see expand.BLOCK_N. Unmeasured."""
+
+
+def expand_swiglu(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePlan | None) -> Tensor:
+    """gate_up (T, 2·F) -> silu(gate) · up (T, F)."""
+    return run(gate_up, h, site, plan, BLOCK_N)
+
+
+def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePlan | None, block_n: int) -> Tensor:
+    """`expand_swiglu` with blocks of `block_n` columns."""
+    num_rows, f = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_rows, f)
+    if not num_rows:
+        return out
+    if h is None or site is None or plan is None:
+        _swiglu[(triton.cdiv(num_rows, SMALL_TILE), triton.cdiv(f, block_n))](
+            gate_up,
+            out,
+            out,
+            out,
+            out,
+            out,
+            out,
+            0,
+            0,
+            num_rows,
+            f,
+            gate_up.stride(0),
+            ALIGN=1,
+            HAS_DELTA=False,
+            BLOCK_M=SMALL_TILE,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+        return out
+    if not set(site.columns) <= {0, f, 2 * f}:
+        raise ValueError(f"gate and up must be the targets, or one target together: {site.columns}")
+    _swiglu[(plan.segments.tiles.shape[0], triton.cdiv(f, block_n))](
+        gate_up,
+        out,
+        h,
+        site.e_ptr,
+        site.rank,
+        site.borders,
+        plan.segments.tiles,
+        len(site.columns) - 1,
+        plan.max_rank,
+        num_rows,
+        f,
+        gate_up.stride(0),
+        ALIGN=alignment(site.columns),
+        HAS_DELTA=True,
+        BLOCK_M=plan.segments.tile_rows,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _swiglu(
+    gate_up,
+    out,
+    h,
+    e_ptr,
+    rank,
+    borders,
+    tiles,
+    n,
+    width_h,
+    num_rows,
+    f,
+    stride,
+    ALIGN: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    if HAS_DELTA:
+        first, end, _, adapter = load_tile(tiles, tl.program_id(0))
+    else:
+        first = tl.program_id(0) * BLOCK_M
+        end = tl.minimum(first + BLOCK_M, num_rows)
+        adapter = -1
+    if first >= end:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < end
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = columns < f
+    mask = inside[:, None] & wanted[None, :]
+    row = rows[:, None].to(tl.int64)
+    at = gate_up + row * stride + columns[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + f, mask=mask, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        other = find_target(borders, f, n)
+        gate += delta_block(h, e_ptr, rank, borders, rows, inside, adapter, 0, columns, wanted, n, width_h, ALIGN)
+        up += delta_block(h, e_ptr, rank, borders, rows, inside, adapter, other, columns + f, wanted, n, width_h, ALIGN)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * f + columns[None, :], y.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,272 @@
+"""Shrink: x to each row's own adapter's rank, and through its core: h = (x Uᵀ) M. Reference: reference/shrink_core.py.
+
+Grid (tiles, chunk blocks, splits of d_in). A program multiplies a tile of rows with 16 or 64 rank rows over its span of
+d_in and stores the product in fp32; the last program of a tile and target (one launch), or a second launch, adds up the
+spans in their order and multiplies with the core. No float atomics: repeats agree bit for bit.
+
+Chunks of rank rows are numbered rank first, target second: chunk c is target c mod n, ranks 16·(c div n) and up. So the
+targets of a small rank lie in one block, x is read once for them, and blocks above an adapter's rank end at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, counters, dot, load_tile
+from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, SitePlan
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the product is cut. No constant here has been chosen by a device yet: the bench is what shall."""
+
+    block_k: int
+    """Columns of x per step."""
+    span: int
+    """Columns of x per program; sums of spans are added in order."""
+    chunks: int
+    """Chunks of 16 rank rows per program."""
+    one_launch: bool
+    """The last program of a tile and target finishes it; needs chunks = 1."""
+    warps: int
+    stages: int
+
+
+def config(num_rows: int, d_in: int, rank: int) -> Config:
+    """By shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the batch."""
+    if num_rows <= SMALL_BATCH:
+        # 512 columns: 16 KB of U a program, so 32 adapters of r 16 at q and v of d 4096 make 512 programs, four per SM.
+        # Over r 32 the sums of a tile are too long a tail for one program (128 KB at r 128), hence the second launch.
+        return Config(block_k=256, span=512, chunks=1, one_launch=rank <= 32, warps=4, stages=3)
+    # Prompts: 64 rank rows share one read of x; spans shrink while tiles are too few for 132 SMs.
+    span = 512 if num_rows <= 1024 else 1024 if num_rows <= 4096 else max(CHUNK, triton.next_power_of_2(d_in))
+    return Config(block_k=64, span=span, chunks=4, one_launch=False, warps=4, stages=3)
+
+
+def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> Tensor:
+    """x (T, d_in) -> h (T, n, R). Unlike the reference's, h is unwritten beyond a row's own ranks and on base rows:
+    nothing that takes h reads them.
+    """
+    return run(x, site, cores, plan, config(x.shape[0], x.shape[1], plan.max_rank))
+
+
+def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: Config) -> Tensor:
+    """`shrink_core` in a given configuration, for the bench and the sweep."""
+    num_rows, d_in = x.shape
+    n, rank, segments = len(site.columns) - 1, plan.max_rank, plan.segments
+    h = x.new_empty(num_rows, n, rank)
+    num_tiles = segments.tiles.shape[0]
+    if not num_tiles:
+        return h
+    rank_chunks, splits = triton.cdiv(rank, CHUNK), triton.cdiv(d_in, how.span)
+    part = x.new_empty(splits, num_rows, n, rank_chunks * CHUNK, dtype=torch.float32)
+    m = x if cores is None else cores
+    core_size = 0 if cores is None else cores.shape[-1]
+    strides = (0, 0, 0) if cores is None else cores.stride()[:3]
+    shared = (
+        part,
+        h,
+        m,
+        *strides,
+        core_size,
+        site.rank,
+        segments.tiles,
+        num_rows,
+        n,
+        rank,
+        rank_chunks * CHUNK,
+        splits,
+    )
+    blocks = triton.cdiv(n * rank_chunks, how.chunks)
+    _shrink[(num_tiles, blocks, splits)](
+        x,
+        site.u_ptr,
+        counters("shrink_core", num_tiles * n, x.device),
+        *shared,
+        d_in,
+        x.stride(0),
+        SPAN=how.span,
+        CHUNKS=how.chunks,
+        BLOCK_M=segments.tile_rows,
+        BLOCK_K=how.block_k,
+        ONE_LAUNCH=how.one_launch,
+        num_warps=how.warps,
+        num_stages=how.stages,
+    )
+    if not how.one_launch:
+        _finish[(num_tiles, n, rank_chunks)](*shared, BLOCK_M=segments.tile_rows, num_warps=4)
+    return h
+
+
+@triton.jit
+def _shrink(
+    x,
+    u_ptr,
+    counter,
+    part,
+    h,
+    cores,
+    core_s,
+    core_n,
+    core_r,
+    core_size,
+    rank,
+    tiles,
+    num_rows,
+    n,
+    width_h,
+    width_part,
+    splits,
+    d_in,
+    x_stride,
+    SPAN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(2)
+    first, end, segment, adapter = load_tile(tiles, tile)
+    if (segment < 0) | (first >= end):
+        return
+    lane = tl.arange(0, CHUNKS * 16)
+    chunk = tl.program_id(1) * CHUNKS + lane // 16
+    target = chunk % n
+    i = chunk // n * 16 + lane % 16
+    live = i < tl.load(rank + adapter * n + target)
+    if tl.max(live.to(tl.int32), 0) == 0:
+        return
+    # Factors start at multiples of 16 bytes (DeltaSite.build); see blocks.delta_block.
+    address = tl.multiple_of(tl.load(u_ptr + adapter * n + target), 16)
+    u = address.to(tl.pointer_type(x.dtype.element_ty)) + i.to(tl.int64) * d_in
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < end
+    x_row = x + rows.to(tl.int64) * x_stride
+    acc = tl.zeros((BLOCK_M, CHUNKS * 16), tl.float32)
+    for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, d_in), BLOCK_K):
+        column = k + tl.arange(0, BLOCK_K)
+        real = column < d_in
+        a = tl.load(x_row[:, None] + column[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+        b = tl.load(u[None, :] + column[:, None], mask=real[:, None] & live[None, :], other=0.0)
+        acc = dot(a, b, acc)
+    row = (split * num_rows + rows).to(tl.int64)
+    at = part + (row[:, None] * n + target[None, :]) * width_part + i[None, :]
+    tl.store(at, acc, mask=inside[:, None] & live[None, :])
+    if ONE_LAUNCH:
+        own = tl.program_id(1) % n
+        r = tl.load(rank + adapter * n + own)
+        if arrive(counter + tile * n + own, (r + 15) // 16 * splits):
+            for out in range(0, r, 16):
+                _mix(
+                    part,
+                    h,
+                    cores + segment.to(tl.int64) * core_s + own * core_n,
+                    core_r,
+                    core_size,
+                    rows,
+                    inside,
+                    own,
+                    r,
+                    out,
+                    num_rows,
+                    n,
+                    width_h,
+                    width_part,
+                    splits,
+                    BLOCK_M,
+                )
+
+
+@triton.jit
+def _finish(
+    part,
+    h,
+    cores,
+    core_s,
+    core_n,
+    core_r,
+    core_size,
+    rank,
+    tiles,
+    num_rows,
+    n,
+    width_h,
+    width_part,
+    splits,
+    BLOCK_M: tl.constexpr,
+):
+    """The second launch: grid (tiles, targets, chunks of h)."""
+    first, end, segment, adapter = load_tile(tiles, tl.program_id(0))
+    if (segment < 0) | (first >= end):
+        return
+    target, out = tl.program_id(1), tl.program_id(2) * 16
+    r = tl.load(rank + adapter * n + target)
+    if out < r:
+        rows = first + tl.arange(0, BLOCK_M)
+        _mix(
+            part,
+            h,
+            cores + segment.to(tl.int64) * core_s + target * core_n,
+            core_r,
+            core_size,
+            rows,
+            rows < end,
+            target,
+            r,
+            out,
+            num_rows,
+            n,
+            width_h,
+            width_part,
+            splits,
+            BLOCK_M,
+        )
+
+
+@triton.jit
+def _mix(
+    part,
+    h,
+    core,
+    core_r,
+    core_size,
+    rows,
+    inside,
+    target,
+    r,
+    out,
+    num_rows,
+    n,
+    width_h,
+    width_part,
+    splits,
+    BLOCK_M: tl.constexpr,
+):
+    """h[rows, target, out : out + 16] from the sums over the spans, through the core where the rank has one."""
+    column = out + tl.arange(0, 16)
+    if r <= core_size:
+        acc = tl.zeros((BLOCK_M, 16), tl.float32)
+        for c in range(0, r, 16):
+            i = c + tl.arange(0, 16)
+            total = _sum_spans(part, rows, inside, target, i, r, num_rows, n, width_part, splits, BLOCK_M)
+            real = (i < r)[:, None] & (column < r)[None, :]
+            m = tl.load(core + i[:, None] * core_r + column[None, :], mask=real, other=0.0)
+            acc = dot(total.to(m.dtype), m, acc)
+    else:
+        acc = _sum_spans(part, rows, inside, target, column, r, num_rows, n, width_part, splits, BLOCK_M)
+    at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + column[None, :]
+    tl.store(at, acc.to(h.dtype.element_ty), mask=inside[:, None] & (column < r)[None, :])
+
+
+@triton.jit
+def _sum_spans(part, rows, inside, target, i, r, num_rows, n, width_part, splits, BLOCK_M: tl.constexpr):
+    total = tl.zeros((BLOCK_M, 16), tl.float32)
+    mask = inside[:, None] & (i < r)[None, :]
+    for split in range(splits):
+        row = (split * num_rows + rows).to(tl.int64)
+        at = part + (row[:, None] * n + target) * width_part + i[None, :]
+        total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
