@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from tucka_runtime.errors import ConfigError
 
+COUNTS = {"fixed": 1, "uniform": 2, "normal": 2, "lognormal": 2}  # numbers that each kind takes
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -34,10 +36,9 @@ def parse(text: str, flag: str) -> Lengths:
         if not rest:
             kind, rest = "fixed", [kind]
         numbers = [float(r) for r in rest]
-        right_count = len(numbers) == (1 if kind == "fixed" else 2)
-        ordered = kind != "uniform" or numbers[0] <= numbers[1]
-        known = kind in ("fixed", "uniform", "normal", "lognormal")
-        if known and right_count and ordered and numbers[0] >= 1 and all(0 <= n < 1e7 for n in numbers):
+        known = COUNTS.get(kind) == len(numbers)
+        ordered = kind != "uniform" or numbers == sorted(numbers)
+        if known and ordered and numbers[0] >= 1 and all(0 <= n < 1e7 for n in numbers):
             return Lengths(kind, *numbers)
     except ValueError:
         pass

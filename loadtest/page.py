@@ -173,11 +173,13 @@ def adapters(result: dict[str, Any]) -> str:
         (k for k in reversed(list(next(iter(per_adapter.values()), {}))) if k.endswith("_ttft_ms")), "p99_ttft_ms"
     )
     ttft = [
-        (n, a["median_ttft_ms"] or 0.0, a[top], f"{number(a['median_ttft_ms'])} / {number(a[top])}")
+        (n, a["median_ttft_ms"] or 0.0, a[top], f"{a['median_ttft_ms'] or 0:.0f} / {a[top] or 0:.0f} ms")
         for n, a in per_adapter.items()
     ]
     what = "within the SLO" if result["goodput_slo_ms"] else "answered (no SLO given)"
     cards = [card("Requests", svg.bars(requests, "requests")), card(f"Share {what}", svg.bars(good, "share", 1.0))]
+    speed = [(n, a["tokens_per_second_of_a_request"] or 0.0) for n, a in per_adapter.items()]
+    cards.append(card("Tokens per second of one request", svg.bars([(n, v, None, number(v)) for n, v in speed], "1/s")))
     cards.append(card(f"TTFT: median, whisker to {top.split('_')[0]}", svg.bars(ttft, "ms")))
     if result["score"] is not None:
         scored = [(n, a["score"], None, f"{a['score']:.1%}") for n, a in per_adapter.items() if a["score"] is not None]

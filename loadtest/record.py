@@ -37,11 +37,11 @@ class Record:
         return self.cause is None
 
     def to_json(self) -> dict[str, Any]:
-        """Fields that say something; `events` in microseconds since `start`, which keeps the file small."""
+        """Fields that are set; `events` in microseconds since `start`, which keeps the file small."""
         values = {name: getattr(self, name) for name in self.__slots__}
         values["events"] = [[round((t - self.start) * 1e6), chars] for t, chars in self.events]
         values |= {name: round(values[name], 6) for name in ("start", "end", "planned") if values[name] is not None}
-        return {k: v for k, v in values.items() if v not in (None, "", 0) or k in ("start", "index")}
+        return {k: v for k, v in values.items() if v is not None and v != ""}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":

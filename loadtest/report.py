@@ -45,7 +45,7 @@ def run_json(run: RunResult, settings: Settings) -> dict[str, Any]:
         "churn_events": run.churn_events,
         "redirected": run.redirected,
         "interrupted": run.interrupted,
-        "seed": settings.seed,
+        "seed": run.seed,
     }
     if not settings.no_raw:
         result["requests"] = [r.to_json() for r in run.records]

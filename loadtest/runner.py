@@ -28,6 +28,7 @@ class RunResult:
     finished: list[Record] = field(default_factory=list)  # those of kind load, in order of their end
     churn_events: list[dict[str, Any]] = field(default_factory=list)
     duration: float = 0.0
+    seed: int = 0
     redirected: int = 0
     loop_lags: list[float] = field(default_factory=list)
     cpu_share: float = 0.0
@@ -52,7 +53,7 @@ class Run:
     ) -> None:
         self.settings, self.client, self.workload, self.canaries = settings, client, workload, canaries
         self.to_base = to_base
-        self.result = RunResult()
+        self.result = RunResult(seed=settings.seed)
         self.stop = asyncio.Event()
         self.next_index = 0
         limit = settings.concurrency if settings.open_loop else None
@@ -121,7 +122,7 @@ class Run:
         for number, turn in enumerate(conversation.turns):
             if turn.think:
                 await self.sleep(turn.think)
-            if number and self.stop.is_set():
+            if number and (self.stop.is_set() or not self.churn.serves(model)):
                 return
             planned = conversation.at if number == 0 else None
             record = Record("load", model, conversation.index, number, planned, expected=turn.expected)

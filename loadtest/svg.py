@@ -60,11 +60,11 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 of each decade; only the decades where there are many."""
+    """1, 2, 5 of each decade; only the decades where there are many; evenly spaced values where there is hardly one."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
     inside = [m * 10.0**d for d in decades for m in steps if low * 0.999 <= m * 10.0**d <= high * 1.001]
-    return inside if len(inside) > 1 else [low, high]
+    return inside if len(inside) > 1 else linear_ticks(low, high)
 
 
 def short(value: float) -> str:
@@ -133,7 +133,7 @@ def bars(rows: Sequence[tuple[str, float, float | None, str]], unit: str, full: 
     if not rows:
         return '<p class="none">no samples</p>'
     top = full or max(max(value, whisker or 0.0) for _, value, whisker, _ in rows) or 1.0
-    left, right, step = 130, 84, 22
+    left, right, step = 130, 100, 22
     height = step * len(rows) + 24
     x = Axis(0.0, top, left, WIDTH - right)
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(unit)} by adapter">']

@@ -30,7 +30,9 @@ class Behaviour:
     final_event: bool = False  # finish_reason comes in an event of its own, without text
     usage: bool = True
     done: bool = True  # send [DONE]
+    stamps: bool = False  # the answer's words are the times (CLOCK_MONOTONIC) at which they were sent
     every: int = 0
+    after: int = 0  # behave for this many requests first
     misbehave: str = ""  # status:429 | cut | error_event | stall | garbage | leak | random
     refuse_route: bool = False  # answer 400 to the field `route`
     adapters: dict[str, str] = field(default_factory=dict)  # name -> path
@@ -96,7 +98,7 @@ class FakeServer:
     async def generate(self, writer: asyncio.StreamWriter, body: dict[str, Any], chat: bool) -> None:
         b, loop = self.behaviour, asyncio.get_running_loop()
         self.count += 1
-        mischief = b.misbehave if b.every and self.count % b.every == 0 else ""
+        mischief = b.misbehave if b.every and self.count > b.after and self.count % b.every == 0 else ""
         model = body["model"]
         if model != "base" and model not in self.adapters:
             return self.plain(writer, 404, {"error": {"message": "no such model", "code": "model_not_found"}})
@@ -134,7 +136,8 @@ class FakeServer:
                         self.event(writer, {"error": {"message": "engine died", "code": "engine_unavailable"}})
                         return self.chunk(writer, b"")
                 finish = "length" if last and not b.final_event else None
-                self.event(writer, self.choice("".join(words[start : start + b.bundle]), finish, chat))
+                text = f" {loop.time():.6f}" if b.stamps else "".join(words[start : start + b.bundle])
+                self.event(writer, self.choice(text, finish, chat))
         if b.final_event:
             self.event(writer, self.choice("", "length", chat))
         if b.usage:

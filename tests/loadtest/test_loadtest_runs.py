@@ -1,0 +1,335 @@
+"""Whole tests against the fake server: loops, churn, canaries, saturation, sweep, and the files they leave."""
+
+import asyncio
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.loadtest import cli, compare, page, report, saturation, sweep, table
+from tucka_runtime.loadtest.churn import Adapter, adapters
+from tucka_runtime.loadtest.client import ModelCard, ServerError
+from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.session import choose_models
+from tucka_runtime.loadtest.settings import Settings
+
+ADAPTERS = {"a": "/adapters/a", "b": "/adapters/b", "c": "/adapters/c"}
+REFERENCES = 2 + 4 * 3  # requests before the load: token counts, and three canaries to each of four models
+
+
+def test_closed_loop_keeps_its_concurrency_and_knows_its_throughput(fake, load_test):
+    # 3 in flight, each 20 + 9 · 10 ms: 27.3 requests/s and 273 tokens/s if nothing is lost between
+    result = load_test(fake(ttft=0.02, itl=0.01), concurrency=3, requests=45, max_tokens="10")
+    assert (result["completed"], result["failed"], result["max_concurrent_requests"]) == (45, 0, 3)
+    assert result["request_throughput"] == pytest.approx(27.3, rel=0.12)
+    assert result["output_throughput"] == pytest.approx(273, rel=0.12)
+    assert result["per_adapter"].keys() == {"base"}
+
+
+def test_open_loop_sends_when_planned_and_does_not_wait(fake, load_test):
+    result = load_test(fake(ttft=0.1, slots=1), rate="50", requests=20, max_tokens="1", popularity="uniform")
+    requests = result["runs"][0]["requests"]
+    lags = [r["start"] - r["planned"] for r in requests]
+    assert min(lags) >= 0 and sorted(lags)[10] < 0.02
+    # the server does 10 a second: all were sent while the first ones waited, so the queue shows in TTFT
+    assert result["max_concurrent_requests"] > 10
+    assert result["p99_ttft_ms"] > 1000
+
+
+def test_conversations_carry_their_history(fake, load_test):
+    for endpoint in ("completions", "chat"):
+        result = load_test(fake(), endpoint=endpoint, requests=2, turns="3", prompt_tokens="10", concurrency=1)
+        requests = result["runs"][0]["requests"]
+        assert [r["turn"] for r in requests] == [0, 1, 2] * 2
+        sizes = [r["prompt_tokens"] for r in requests[:3]]
+        assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_scores(fake, load_test, tmp_path):
+    url = fake(adapters=ADAPTERS)
+    truth = load_test(url, requests=1, models="a", concurrency=1, max_tokens="5")["runs"][0]["requests"][0]
+    prompt = " ".join(["the"] * 5)
+    right = tmp_path / "right.jsonl"
+    lines = [{"prompt": prompt, "model": "a", "max_tokens": 3, "expected": "wrong"}]
+    right.write_text("\n".join(json.dumps(line) for line in lines))
+    result = load_test(url, dataset=str(right), models="a", requests=3)
+    assert (result["score"], result["per_adapter"]["a"]["score"]) == (0.0, 0.0)
+    expected = result["runs"][0]["requests"][0]["text"]
+    right.write_text(json.dumps(lines[0] | {"expected": expected}))
+    assert load_test(url, dataset=str(right), models="a", requests=3)["score"] == 1.0
+    assert truth["text"]
+
+
+def test_churn_changes_adapters_and_puts_them_back(fake, load_test):
+    url = fake(adapters=ADAPTERS, cold=0.15, ttft=0.01, itl=0.002)
+    result = load_test(url, rate="30", duration=2.5, churn_rate=6.0, canary_rate=10.0, turns="1")
+    [run] = result["runs"]
+    assert {e["action"] for e in run["churn_events"]} == {"load", "reload", "unload"}
+    assert all(e["ok"] for e in run["churn_events"])
+    assert set(result["failures"]) <= {"unloaded"}
+    assert result["correct"] and not result["unloaded_but_answered"]
+    assert result["cold"]["cold_requests"] >= 3
+    assert result["cold"]["median_cold_ttft_ms"] == pytest.approx(162, abs=25)
+    assert result["cold"]["median_warm_ttft_ms"] < 60
+    # everything is loaded again
+    assert {c.name for c in asyncio.run(cards(url))} == {"base", "a", "b", "c"}
+
+
+async def cards(url):
+    from tucka_runtime.loadtest.client import Client
+
+    async with Client(Settings(url=url)) as client:
+        return await client.models()
+
+
+def test_churn_with_two_paths_has_a_reference_for_each(fake, load_test):
+    flags = ("a=/adapters/a,/adapters/a2",)
+    url = fake(adapters=ADAPTERS)
+    result = load_test(url, rate="20", duration=2.0, churn_rate=6.0, churn_adapter=flags, canary_rate=20.0)
+    paths = {e["path"] for e in result["runs"][0]["churn_events"]}
+    assert paths == {"/adapters/a", "/adapters/a2"}
+    assert result["correct"] and result["canaries"]["outcomes"]["own"] > 10
+    assert next(c.root for c in asyncio.run(cards(url)) if c.name == "a") == "/adapters/a"
+
+
+def test_paths_for_churn():
+    served = [ModelCard("base", None, "base"), ModelCard("a", "base", "/p"), ModelCard("b", "base", None)]
+    assert [(a.name, a.paths) for a in adapters((), served, ["a", "b"])] == [("a", ("/p",))]
+    given = adapters(("x=/1,/2",), served, [])
+    assert given == [Adapter("x", ("/1", "/2"))]
+    for wrong in ("x", "=/1", "x=", "x=/1,"):
+        with pytest.raises(ConfigError, match="--churn-adapter"):
+            adapters((wrong,), served, [])
+    with pytest.raises(ConfigError, match="does not tell"):
+        adapters((), served, ["b"])
+
+
+def test_a_leak_is_seen_and_named(fake, load_test):
+    result = load_test(
+        fake(adapters=ADAPTERS, every=3, after=REFERENCES, misbehave="leak"), rate="20", duration=1, canary_rate=20
+    )
+    assert not result["correct"]
+    leaks = [w for w in result["canaries"]["wrong"] if w["outcome"] == "leaked"]
+    assert leaks and all(w["answered_as"] in {"base", "a"} for w in leaks)
+    assert "WRONG ANSWERS" in table.render(result)
+
+
+def test_what_is_not_deterministic_is_seen(fake, load_test):
+    url = fake(adapters=ADAPTERS, every=3, after=REFERENCES, misbehave="random")
+    result = load_test(url, rate="20", duration=1.5, canary_rate=20.0)
+    assert result["canaries"]["outcomes"]["changed"] and result["canaries"]["route_request"]
+    assert not result["correct"]
+
+
+def test_a_server_without_route_scope_gets_canaries_without(fake, load_test):
+    result = load_test(fake(adapters=ADAPTERS, refuse_route=True), rate="10", duration=1.0, canary_rate=10.0)
+    assert result["canaries"]["route_request"] is False
+    assert result["canaries"]["outcomes"] == {"own": result["canaries"]["sent"]}
+    assert result["canaries"]["twins"] == []
+
+
+def test_adapters_that_answer_alike_are_named(fake, load_test):
+    url = fake(adapters={"a": "/same", "b": "/same"})
+    result = load_test(url, requests=4, canary_rate=5.0)
+    assert result["canaries"]["twins"] == [["a", "b"]]
+
+
+def test_repeats_give_intervals_and_pairs_give_ratios(fake, load_test):
+    result = load_test(fake(adapters=ADAPTERS, ttft=0.02), requests=12, repeats=3, versus_base=True, max_tokens="2")
+    assert (len(result["runs"]), len(result["base_runs"]), result["completed"]) == (3, 3, 36)
+    interval = result["confidence"]["median_ttft_ms"]
+    assert interval["from"] == "repeats"
+    assert interval["low"] < result["median_ttft_ms"] < interval["high"]
+    ratio = result["ratio_to_base"]["median_ttft_ms"]
+    assert ratio["pairs"] == 3
+    assert ratio["ratio"] == pytest.approx(1, abs=0.35)
+    assert {r["model"] for run in result["base_runs"] for r in run["requests"]} == {"base"}
+    assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
+
+
+def test_a_blocked_event_loop_is_called_the_limit(fake, load_test, monkeypatch):
+    """A client made slow on purpose: every request holds the event loop for 60 ms."""
+    from tucka_runtime.loadtest.client import Client
+
+    generate = Client.generate
+
+    async def slow(self, record, body):
+        import time
+
+        time.sleep(0.06)
+        return await generate(self, record, body)
+
+    monkeypatch.setattr(Client, "generate", slow)
+    result = load_test(fake(ttft=0.01), rate="30", duration=1.5, max_tokens="2")
+    assert result["client_limited"]
+    reasons = " ".join(result["runs"][0]["client"]["reasons"])
+    assert "event loop" in reasons and "late" in reasons
+
+
+def test_verdicts():
+    good = {"loop_lags": [0.001] * 100, "cpu_share": 0.2, "send_lags": [0.001] * 9, "mean_gap": 0.1, "median_ttft": 0.1}
+    assert not saturation.verdict(**good, capped=False)["client_limited"]
+    for wrong, word in (({"cpu_share": 0.95}, "core"), ({"loop_lags": [0.2] * 100}, "event loop"),
+                        ({"send_lags": [0.5] * 9}, "late")):  # fmt: skip
+        verdict = saturation.verdict(**(good | wrong), capped=False)
+        assert verdict["client_limited"] and word in verdict["reasons"][0]
+    held = saturation.verdict(**(good | {"send_lags": [0.5] * 9}), capped=True)
+    assert "--concurrency" in held["reasons"][0]
+    # a lag that is small beside what is measured does not matter
+    assert not saturation.verdict(**(good | {"loop_lags": [0.05] * 100, "median_ttft": 2.0}), capped=False)[
+        "client_limited"
+    ]
+
+
+def test_choosing_models():
+    served = [ModelCard("base", None, None), ModelCard("a", "base", None), ModelCard("b", "base", None)]
+    assert choose_models(Settings(), served) == (["a", "b"], "base")
+    assert choose_models(Settings(models="b,base"), served) == (["b", "base"], "base")
+    assert choose_models(Settings(), served[:1]) == (["base"], "base")
+    with pytest.raises(ConfigError, match="1 of 1"):
+        choose_models(Settings(models="x"), served)
+    with pytest.raises(ConfigError, match="--versus-base"):
+        choose_models(Settings(versus_base=True), served[:1])
+    with pytest.raises(ServerError):
+        choose_models(Settings(), [])
+
+
+def test_the_first_request_failing_says_why(fake, load_test):
+    with pytest.raises(ServerError, match="http_503"):
+        load_test(fake(every=1, misbehave="status:503"))
+
+
+# ---- files and commands
+
+
+def test_the_command_writes_json_and_html(fake, tmp_path, capsys):
+    out, html = tmp_path / "a.json", tmp_path / "a.html"
+    url = fake(adapters={"<b>bold</b>": "/p", "two": "/q"}, ttft=0.01)
+    flags = ["--url", url, "--requests", "12", "--goodput", "ttft:500", "--canary-rate", "5", "--api-key", "secret-key"]
+    assert cli.main([*flags, "--json", str(out), "--html", str(html), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert "requests answered / failed" in shown and "goodput" in shown
+    text = out.read_text()
+    assert "secret-key" not in text
+    result = json.loads(text)
+    for name in ("request_throughput", "output_throughput", "total_token_throughput", "mean_ttft_ms", "median_tpot_ms",
+                 "p99_itl_ms", "std_e2el_ms", "completed", "failed", "duration", "total_input_tokens", "num_prompts",
+                 "request_goodput", "max_concurrency", "burstiness", "request_rate", "backend"):  # fmt: skip
+        assert name in result, name
+    raw = [Record.from_json(r) for r in result["runs"][0]["requests"] if r["kind"] == "load"]
+    assert len(raw) == 12
+    again = report.metrics.Figures(raw, result["duration"], {}).summary()
+    assert again["mean_ttft_ms"] == pytest.approx(result["mean_ttft_ms"], abs=0.01)
+    check_page(html.read_text())
+    assert cli.main(["report", str(out), str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == html.read_text()
+
+
+class Tags(HTMLParser):
+    """Balanced tags, no reference to anything outside."""
+
+    void = ("meta", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        assert not {"src", "href"} & {name for name, _ in attrs}
+        self.seen.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(html):
+    tags = Tags()
+    tags.feed(html)
+    assert tags.open == []
+    assert "svg" in tags.seen and "b>bold" not in html
+    assert "nan" not in html.lower().replace("<td>name", "")
+    assert "url(" not in html and "script" not in tags.seen
+
+
+def test_commands_that_fail_say_so(fake, tmp_path, capsys):
+    assert cli.main(["--url", "http://127.0.0.1:9", "--quiet"]) == 1
+    assert cli.main(["--rate", "-1"]) == 1
+    assert cli.main(["compare", str(tmp_path / "x"), str(tmp_path / "y")]) == 1
+    assert "tucka loadtest:" in capsys.readouterr().err
+    leaky = fake(adapters=ADAPTERS, every=3, after=REFERENCES, misbehave="leak")
+    canaries = ["--canary-rate", "20", "--duration", "1", "--rate", "5", "--warmup", "0", "--quiet"]
+    assert cli.main(["--url", leaky, *canaries]) == 2
+
+
+def test_help_shows_defaults_and_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for name in Settings.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in shown
+    assert "zipf:1" in shown and "examples" in shown
+
+
+def test_compare_calls_noise_noise():
+    def result(ttft, half, source="repeats"):
+        interval = {"low": ttft - half, "high": ttft + half, "from": source}
+        return {"request_throughput": 5.0, "mean_ttft_ms": ttft, "confidence": {"mean_ttft_ms": interval}}
+
+    def verdict(a, b):
+        return next(r["verdict"] for r in compare.compare(a, b) if r["name"] == "mean_ttft_ms")
+
+    assert verdict(result(100, 1), result(110, 1)) == "worse"
+    assert verdict(result(100, 1), result(90, 1)) == "better"
+    assert verdict(result(100, 10), result(110, 10)) == "same"
+    assert verdict(result(100, 1), result(110, 1, "order statistics")) == "worse?"
+    vllm = {"request_throughput": 6.0, "mean_ttft_ms": 50.0, "median_itl_ms": 3.0}
+    rows = compare.compare(result(100, 1), vllm)
+    assert [(r["name"], r["verdict"]) for r in rows] == [("request_throughput", "better?"), ("mean_ttft_ms", "better?")]
+    assert "B / A" in compare.render(result(100, 1), vllm, ("a.json", "b.json"))
+    check = page.render(vllm | {"completed": 3, "failed": 0, "output_throughput": 1.0, "median_ttft_ms": 1.0,
+                                "median_tpot_ms": 2.0})  # fmt: skip
+    assert "Latency" in check
+
+
+@pytest.mark.parametrize("capacity", [0.4, 3.0, 12.34, 100.0])
+def test_the_sweep_finds_the_knee_of_a_known_server(capacity):
+    async def measure(rate):
+        return {"good_share": 1.0 if rate <= capacity else 0.5, "client_limited": False}
+
+    search = sweep.Sweep(measure, 0.95, 1.0, 0.05, 40)
+    outcome = asyncio.run(search.execute())
+    assert outcome["ended"] == "found"
+    assert outcome["knee"] <= capacity < outcome["fails_at"] <= outcome["knee"] * 1.05
+    assert len(search.points) < 25
+
+
+def test_the_sweep_stops_when_the_client_is_the_limit():
+    async def measure(rate):
+        return {"good_share": 1.0, "client_limited": rate > 4}
+
+    outcome = asyncio.run(sweep.Sweep(measure, 0.95, 1.0, 0.05, 40).execute())
+    assert outcome["ended"] == "client"
+    assert outcome["knee"] == pytest.approx(3.375)
+    assert math.isinf(outcome["fails_at"] or math.inf)
+
+
+def test_the_sweep_command(fake, tmp_path, capsys):
+    # one slot of 50 ms: 20 requests a second at the very most
+    url, html = fake(ttft=0.05, slots=1), tmp_path / "s.html"
+    flags = ["--url", url, "--max-tokens", "1", "--duration", "1", "--canary-rate", "0", "--quiet", "--warmup", "0"]
+    code = cli.main(["sweep", *flags, "--goodput", "ttft:200", "--start-rate", "8", "--tolerance", "0.5", "--most-runs",
+                     "4", "--share", "0.8", "--html", str(html), "--json", str(tmp_path / "s.json")])  # fmt: skip
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert "knee:" in shown
+    assert 5 < json.loads((tmp_path / "s.json").read_text())["knee"] < 40
+    check_page(html.read_text())

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.loadtest.settings import Settings
+from tucka_runtime.loadtest.workload import TokenScale, Workload
+
+
+def workload(models=("a", "b", "c"), base="base", **changes):
+    return Workload(Settings(**changes), list(models), base, TokenScale())
+
+
+def jsonl(path, *items):
+    path.write_text("\n".join(json.dumps(item) for item in items))
+    return str(path)
+
+
+def test_the_same_seed_sends_the_same_and_another_does_not():
+    one, same, other = (workload(rate="20", seed=s, turns="uniform:1:3").plan() for s in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_a_conversation_does_not_depend_on_those_before_it():
+    assert workload().conversation(17) == workload().conversation(17)
+
+
+def test_lengths_prefixes_and_turns():
+    plan = workload(rate="100", prompt_tokens="5", prefixes=2, prefix_tokens="9", turns="3", think=0.5).plan()
+    assert all(len(c.turns) == 3 for c in plan)
+    assert all(len(c.turns[0].text.split()) == 14 and len(c.turns[1].text.split()) == 5 for c in plan)
+    assert len({c.turns[0].text.rsplit(" ", 5)[0] for c in plan}) == 2
+    pauses = [t.think for c in plan for t in c.turns[1:]]
+    assert 0.45 < sum(pauses) / len(pauses) < 0.55
+    assert all(c.turns[0].think == 0 for c in plan)
+
+
+def test_the_base_gets_its_share():
+    plan = workload(rate="100", base_share=0.3).plan()
+    assert sum(c.model == "base" for c in plan) / len(plan) == pytest.approx(0.3, abs=0.04)
+
+
+def test_token_scale_turns_tokens_to_words():
+    scale = TokenScale(offset=10, per_word=1.5)
+    assert scale.words(160) == 100
+    assert scale.words(1) == 1
+
+
+def test_trace_replay(tmp_path):
+    trace = jsonl(
+        tmp_path / "t.jsonl",
+        {"timestamp": 3000, "input_length": 8, "output_length": 4},
+        {"at": 1, "model": "b", "prompt": "hello", "max_tokens": 2, "expected": "x"},
+    )
+    first, second = workload(trace=trace, trace_speed=2.0).plan()
+    assert (first.at, first.model, first.turns[0].text, first.turns[0].expected) == (0, "b", "hello", "x")
+    assert (second.at, len(second.turns[0].text.split()), second.turns[0].max_tokens) == (1.0, 8, 4)
+
+
+def test_dataset_lines_go_to_their_models(tmp_path):
+    data = jsonl(tmp_path / "d.jsonl", {"model": "a", "prompt": "for a"}, {"prompt": "for all"})
+    plan = workload(rate="50", dataset=data).plan()
+    assert all(c.turns[0].text == ("for a" if c.model == "a" else "for all") for c in plan)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("", {}, "has no lines"),
+        ("[1]", {}, "line 1"),
+        ('{"prompt": "x"}\nnonsense', {}, "line 2"),
+        ('{"model": "a", "prompt": "x"}', {}, "no line for some"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', {}, "--endpoint chat"),
+    ],
+)
+def test_bad_datasets_are_refused(tmp_path, content, flags, message):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        workload(dataset=str(tmp_path / "d.jsonl"), **flags)
+
+
+def test_a_trace_without_times_and_a_missing_file_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'at'"):
+        workload(trace=jsonl(tmp_path / "t.jsonl", {"prompt": "x"}))
+    with pytest.raises(ConfigError, match="FileNotFoundError"):
+        workload(trace=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": "ftp://x"},
+        {"rate": "inf"},
+        {"rate": "0"},
+        {"base_share": 1.5},
+        {"percentiles": "50,100"},
+        {"goodput": ("ttft",)},
+        {"goodput": ("speed:3",)},
+        {"versus_base": True, "churn_rate": 1.0},
+        {"concurrency": 0},
+        {"duration": 0.0},
+        {"extra_body": "[]"},
+        {"extra_body": "{"},
+        {"timeout": float("nan")},
+    ],
+)
+def test_bad_settings_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        Settings(**wrong)
