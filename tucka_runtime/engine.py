@@ -24,6 +24,7 @@ from tucka_runtime.sequence import (
     SequenceOutput,
     Status,
     Timing,
+    TokenLogprob,
 )
 
 
@@ -126,8 +127,10 @@ class Engine:
         if result.route is not None:
             self._note_route(seq, work, result.route)
         if result.prompt_logprobs is not None and not seq.num_generated:
-            before = seq.prompt_logprobs if work.start else [None]  # from the start again after a preemption
-            seq.prompt_logprobs = before + result.prompt_logprobs
+            before: list[TokenLogprob | None] = (
+                seq.prompt_logprobs if work.start else [None]
+            )  # from the start again after a preemption
+            seq.prompt_logprobs = [*before, *result.prompt_logprobs]
         if not work.samples:
             return None
         out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)

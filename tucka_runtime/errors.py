@@ -18,6 +18,8 @@ TuckaError
 never repeat what the client sent.
 """
 
+from typing import Any
+
 
 class TuckaError(Exception):
     """Root of the tree. `param` names the offending request field where there is one."""
@@ -31,8 +33,8 @@ class TuckaError(Exception):
         self.message = message
         self.param = param
 
-    def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
-        return type(self), (self.message, self.param)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.__class__, (self.message, self.param)
 
 
 class ConfigError(TuckaError):

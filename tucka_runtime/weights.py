@@ -104,7 +104,6 @@ class _Checkpoint:
     """The tensors of a folder by name, read on demand; knows which were not asked for."""
 
     def __init__(self, folder: Path, arch: Architecture):
-        self.files = []
         self.where: dict[str, tuple[Any, str]] = {}
         ignored = re.compile(arch.ignored)
         for path in _files(folder):

@@ -116,9 +116,12 @@ class EngineClient:
     async def _spawn(self) -> EngineInfo:
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: the working directory must not shadow the installed package.
+            # -P: the working directory must not shadow the installed package. Passive: torch's threads that spin while
+            # they wait take the cores from the API process and from each other (2 cores, load 5: 50 tok/s instead of
+            # 213 in `python -m tucka_runtime.bench`).
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tucka_runtime.worker", str(theirs.fileno())],
+                env={"OMP_WAIT_POLICY": "passive", **os.environ},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

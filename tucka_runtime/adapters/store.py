@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tucka_runtime.adapters.format import Adapter, BaseLayout, LoRAModule, TuckAModule
+from tucka_runtime.adapters.format import Adapter, BaseLayout, LoRAModule, TuckAConfig, TuckAModule
 from tucka_runtime.core import ActiveSet, FoldedAdapter, Router, TuckACores, Where
 from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, InvalidAdapterError, ModelNotFoundError
 from tucka_runtime.models.architecture import Architecture
@@ -65,6 +65,7 @@ def fold(key: AdapterKey, adapter: Adapter, model: Decoder, pinned: Route | None
             first = sum(site.widths[: at.target])
             base = weights.layers[at.layer].linears[at.site][first : first + site.widths[at.target]].float()
             g, c, unit = _normalised(module, device)
+            assert isinstance(adapter.config, TuckAConfig)
             u, e = unit.T, (adapter.config.alpha * (base @ unit)).T
             if pinned is not None:
                 u = (unit @ _pinned_core(g, c, pinned)).T
