@@ -62,7 +62,7 @@ def _expand(
     first, end, segment, adapter = load_tile(tiles, tl.program_id(0))
     target = tl.program_id(2)
     begin = tl.multiple_of(tl.load(borders + target), ALIGN)
-    stop = tl.load(borders + target + 1)
+    stop = tl.multiple_of(tl.load(borders + target + 1), ALIGN)  # so that the mask does not split wide accesses
     column = begin + tl.program_id(1) * BLOCK_N
     if (segment < 0) | (first >= end) | (column >= stop):
         return
