@@ -1,0 +1,47 @@
+"""Stop strings against their definition, one character after the other."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tucka_runtime.server.stops import StopStrings, stop_table
+
+texts = st.text("ab", max_size=40)
+stop_lists = st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
+    """The definition: the stop that ends first; of several ending at once, the longest."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return end, max(ending, key=len)
+    return None
+
+
+@given(st.lists(texts, max_size=5), stop_lists)
+def test_pieces_match_as_the_whole_text_does(pieces: list[str], stops: list[str]) -> None:
+    matcher = StopStrings(stop_table(tuple(stops)))
+    found = None
+    consumed = 0
+    for piece in pieces:
+        if match := matcher.feed(piece):
+            found = consumed + match[0], match[1]
+            break
+        consumed += len(piece)
+    assert found == first_stop("".join(pieces), stops)
+
+
+@given(texts, stop_lists)
+def test_held_back_is_the_longest_end_that_may_become_a_stop(text: str, stops: list[str]) -> None:
+    matcher = StopStrings(stop_table(tuple(stops)))
+    if matcher.feed(text):
+        return
+    beginnings = {stop[:size] for stop in stops for size in range(1, len(stop))}
+    ends = [size for size in range(1, len(text) + 1) if text[-size:] in beginnings]
+    assert matcher.held == max(ends, default=0)
+
+
+def test_without_stops_nothing_is_held() -> None:
+    matcher = StopStrings(())
+    assert matcher.feed("anything") is None
+    assert matcher.held == 0
