@@ -43,7 +43,9 @@ def adapters(given: Iterable[str], cards: Iterable[ModelCard], in_use: Iterable[
             raise ConfigError("--churn-adapter must be NAME=PATH or NAME=PATH,PATH")
         pool.append(Adapter(name, tuple(paths.split(","))))
     if not pool:
-        roots = {c.name: c.root for c in cards if c.parent is not None and c.root}
+        cards = list(cards)
+        bases = {c.name for c in cards if c.parent is None} | {c.root for c in cards if c.parent is None}
+        roots = {c.name: c.root for c in cards if c.parent is not None and c.root and c.root not in bases}
         pool = [Adapter(name, (str(roots[name]),)) for name in in_use if name in roots]
     if not pool:
         raise ConfigError("--churn-rate needs --churn-adapter NAME=PATH: /v1/models does not tell the adapters' paths")

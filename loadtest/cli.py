@@ -34,6 +34,7 @@ an unloaded adapter answered). docs/loadtest.md defines every figure.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Measure an OpenAI-compatible server the way it will be used, and check its answers meanwhile."
+    parser.usage = "%(prog)s [--url URL] [flags] [ACTION ...]"
     parser.epilog = EXAMPLES
     settings.add_flags(parser)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (default: run once)")

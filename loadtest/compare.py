@@ -46,7 +46,7 @@ def _noise(a: dict[str, Any], b: dict[str, Any], name: str) -> float | None:
 def differing_settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Settings that are not the same, as lines: figures of different loads do not compare."""
     ours, theirs = a.get("settings", {}), b.get("settings", {})
-    ignored = {"json", "html", "label", "quiet", "url", "no_raw"}
+    ignored = {"label", "url", "no_raw"}
     names = sorted((ours.keys() | theirs.keys()) - ignored)
     return [f"{n}: {ours.get(n)} / {theirs.get(n)}" for n in names if ours.get(n) != theirs.get(n)]
 

@@ -82,6 +82,13 @@ def ratios(runs: Iterable[dict[str, Any]], base_runs: Iterable[dict[str, Any]]) 
     return result
 
 
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """What was asked for, without keys and without where the results went."""
+    left_out = (*SECRET, "json", "html", "quiet")
+    values = {k: v for k, v in asdict(settings).items() if k not in left_out and v is not None}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -145,7 +152,7 @@ def build(session: SessionResult) -> dict[str, Any]:
         "correct": not answered_away and (canaries is None or canary.passed([canaries])),
         "ratio_to_base": ratios(runs, base_runs),
         "all_traffic": totals(everything),
-        "settings": {k: v for k, v in asdict(settings).items() if k not in SECRET and v is not None},
+        "settings": settings_json(settings),
         "runs": runs,
         "base_runs": base_runs,
     }

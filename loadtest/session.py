@@ -89,8 +89,9 @@ class Session:
     async def measure_tokens(self, client: Client, model: str, result: SessionResult) -> TokenScale:
         """How many tokens the server makes of words. It is also the first test that it answers at all."""
         counts = []
-        for words in (16, 64):
-            body = client.body(model, " ".join(WORDS[:words]), 1, 0.0)
+        few, many = 4, 16  # short: a small model's context must hold them, whatever its tokenizer
+        for words in (few, many):
+            body = client.body(model, " ".join(WORDS[:: len(WORDS) // words][:words]), 1, 0.0)
             record = await client.generate(Record("warmup", model), body)
             result.prepared.append(record)
             if not record.ok:
@@ -98,8 +99,8 @@ class Session:
             counts.append(record.prompt_tokens)
         if None in counts or counts[0] == counts[1]:
             return TokenScale()
-        per_word = (counts[1] - counts[0]) / 48
-        return TokenScale(counts[0] - 16 * per_word, per_word)
+        per_word = (counts[1] - counts[0]) / (many - few)
+        return TokenScale(counts[0] - few * per_word, per_word)
 
     async def record_references(self, client: Client, result: SessionResult, pool: list[churn.Adapter]) -> None:
         """Each canaried model alone, the base too; an adapter under churn once from each of its paths."""
