@@ -3,6 +3,7 @@
 `ActiveSet` holds what depends on which adapters are in a batch, `Delta` what depends on the batch itself.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -171,6 +172,8 @@ class Delta:
     sums: dict[tuple[int, int], list[RouteSum]] = field(default_factory=dict)
     saved: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
     plans: dict[tuple[tuple[int, ...], ...], SitePlan] = field(default_factory=dict)
+    route_seconds: float = 0.0
+    """Host time of what was routed from token ids."""
 
     @property
     def replaces(self) -> bool:
@@ -210,8 +213,10 @@ class Delta:
         if active.num_slots:
             rank = active.core_rank
             delta.cores = torch.zeros(len(spans), active.num_slots, rank, rank, dtype=dtype, device=device)
+        begin = time.monotonic()
         for s, segment in enumerate(segments):
             delta._start(s, segment)
+        delta.route_seconds = time.monotonic() - begin
         return delta
 
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:

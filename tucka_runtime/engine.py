@@ -79,7 +79,6 @@ class Engine:
             # One request's answers differ; the multiplier spreads indices over the seed's upper half.
             seed = (base_seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
             seq = Sequence(request, index, scope, seed, time.monotonic())
-            self.runner.start_routing(seq, self.scheduler.max_tokens)
             sequences.append(seq)
         self.requests[request.id] = sequences
         for seq in sequences:
@@ -99,15 +98,26 @@ class Engine:
         scheduled = time.monotonic()
         for work in works:
             work.seq.scheduled_at = work.seq.scheduled_at or scheduled
-        results = self.runner.execute(works) if works else []
+        results, stages = self.runner.execute(works) if works else ([], None)
+        ran = time.monotonic()
         outputs = [out for work, result in results if (out := self._account(work, result)) is not None]
         decodes = sum(w.start >= w.seq.num_prompt for w in works)
+        routes = {
+            (result.segment, w.seq.adapter): result.route
+            for w, result in results
+            if result.route is not None and w.seq.adapter is not None
+        }
         return outputs, StepStats(
             schedule=scheduled - begin,
-            run=time.monotonic() - scheduled,
+            batch=stages.batch if stages else 0.0,
+            route=stages.route if stages else 0.0,
+            forward=stages.forward if stages else 0.0,
+            sample=stages.sample if stages else 0.0,
+            output=time.monotonic() - ran,
             prefill_tokens=sum(w.count for w in works) - decodes,
             decode_tokens=decodes,
             adapters=len({w.seq.adapter for w in works if w.seq.adapter}),
+            routes=tuple((key, route) for (_, key), route in routes.items()),
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             blocks_used=self.blocks.num_blocks - self.blocks.num_free,

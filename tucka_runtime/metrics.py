@@ -66,8 +66,8 @@ class Metrics:
     def on_step(self, stats: StepStats) -> None:
         """Takes the figures of one engine step."""
         self.steps.inc()
-        self.step_seconds.labels("schedule").inc(stats.schedule)
-        self.step_seconds.labels("run").inc(stats.run)
+        for stage in ("schedule", "batch", "route", "forward", "sample", "output"):
+            self.step_seconds.labels(stage).inc(getattr(stats, stage))
         self.step_tokens.labels("prefill").inc(stats.prefill_tokens)
         self.step_tokens.labels("decode").inc(stats.decode_tokens)
         self.running.set(stats.running)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tucka_runtime.sequence import AdapterKey
+from tucka_runtime.sequence import AdapterKey, Route
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,20 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One step in figures: seconds, tokens, adapters in the batch, sequences, pages, preemptions since the start."""
+    """One step in figures. `schedule` to `output` are seconds on the host: choosing the work, packing the batch, routes
+    and cores, the layers, choosing tokens, booking them. `routes` has every routed segment's adapter and route;
+    `preemptions` counts since the start."""
 
     schedule: float
-    run: float
+    batch: float
+    route: float
+    forward: float
+    sample: float
+    output: float
     prefill_tokens: int
     decode_tokens: int
     adapters: int
+    routes: tuple[tuple[AdapterKey, Route], ...]
     running: int
     waiting: int
     blocks_used: int

@@ -1,6 +1,7 @@
 """The device: model, KV tensors, one forward pass per step."""
 
 import os
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from tucka_runtime.kernels.reference.route import select
 from tucka_runtime.models.decoder import Decoder
 from tucka_runtime.sampler import Sampler, logprobs
 from tucka_runtime.scheduler import Work
-from tucka_runtime.sequence import Route, RouteScope, Sequence, TokenLogprob
+from tucka_runtime.sequence import Route, RouteScope, TokenLogprob
 from tucka_runtime.weights import fingerprint, load_weights, read_config
 
 CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the operating system's, and other processes'
@@ -26,10 +27,22 @@ GPU_MEMORY_SHARE = 0.90  # of what is free once the weights are loaded; the rest
 SCORED_ROWS = 256  # prompt rows whose logits exist at once
 
 
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Seconds of one pass on the host: packing the batch, routes and cores known from token ids, the layers, and the
+    choice of tokens."""
+
+    batch: float
+    route: float
+    forward: float
+    sample: float
+
+
 @dataclass(eq=False)
 class Result:
-    """What one piece of work brought: the next token if it was due, the route of its segment, prompt scores."""
+    """What one piece of work brought: the next token if it was due, its segment and that one's route, prompt scores."""
 
+    segment: int | None = None
     token: int | None = None
     logprob: TokenLogprob | None = None
     route: Route | None = None
@@ -86,10 +99,11 @@ class Runner:
             )
         return -(-wanted // self.block_size)
 
-    def start_routing(self, seq: Sequence, chunk: int) -> None:
-        """Request scope: a prompt that exceeds one chunk and whose router is inside the model is routed before it is
+    def start_routing(self, work: Work) -> None:
+        """Request scope: a prompt that comes in chunks and whose router is inside the model is routed before it is
         computed, so that the route does not depend on how it is cut."""
-        if seq.scope is not RouteScope.REQUEST or seq.route is not None or seq.num_prompt <= chunk:
+        seq = work.seq
+        if seq.scope is not RouteScope.REQUEST or seq.route is not None or work.start or work.count >= seq.num_prompt:
             return
         assert seq.adapter is not None
         routed = self.store.loaded[seq.adapter].folded.routed
@@ -97,25 +111,36 @@ class Runner:
             seq.route_sum = RouteSum(seq.adapter)
 
     @torch.inference_mode()
-    def execute(self, works: Rows[Work]) -> list[tuple[Work, Result]]:
+    def execute(self, works: Rows[Work]) -> tuple[list[tuple[Work, Result]], Stages]:
         """Runs one forward pass and chooses the tokens that are due."""
+        begin = time.monotonic()
+        for work in works:
+            self.start_routing(work)
         keys = {w.seq.adapter for w in works if w.seq.adapter is not None}
         active = self.store.activate(keys) if keys else None
         rotary = self.model.rotary
         limit = rotary.stretch_from if rotary else None
         batch = Batch.build(works, active, self.block_size, limit, self.ops, self.dtype, self.device)
+        prepared = time.monotonic()
         hidden = self.model.forward(batch.ids, batch.positions, batch.lengths, batch.pages, self.caches, batch.delta)
+        computed = time.monotonic()
         results = [Result() for _ in batch.works]
         self._choose(batch, hidden, results)
         self._score(batch, hidden, results)
         routes = [None if r is None else Route(int(r[0]), tuple(r[1].tolist())) for r in batch.delta.routes]
         for segment, result in zip(batch.segment_of, results, strict=True):
             if segment is not None:
-                result.route = routes[segment]
+                result.segment, result.route = segment, routes[segment]
         for work, result in zip(batch.works, results, strict=True):
             if isinstance(work.seq.route_sum, RouteSum) and work.start + work.count >= work.seq.num_prompt:
                 result.route = self._summed_route(work.seq.route_sum)
-        return list(zip(batch.works, results, strict=True))
+        stages = Stages(
+            batch=prepared - begin - batch.delta.route_seconds,
+            route=batch.delta.route_seconds,
+            forward=computed - prepared,
+            sample=time.monotonic() - computed,
+        )
+        return list(zip(batch.works, results, strict=True)), stages
 
     def _choose(self, batch: Batch, hidden: Tensor, results: list[Result]) -> None:
         due = [i for i, w in enumerate(batch.works) if w.samples and w.seq.sampling.max_tokens > 0]
