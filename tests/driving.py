@@ -181,16 +181,15 @@ class Recorder:
             return hidden
 
         def recorded_execute(works: Any) -> Any:
-            routing = {id(w.seq): w.seq.route_sum is not None for w in works}
-            results = execute(works)
+            results, stages = execute(works)
             first, logits = 0, rows.pop()
             for work, result in results:
                 own = logits[first : first + work.count].clone()
                 first += work.count
-                if not routing[id(work.seq)]:
+                if work.seq.route_sum is None:
                     self.logits.setdefault(work.seq.key, {}).update(enumerate(own, work.start))
                     self.routes.setdefault(work.seq.key, []).append(result.route)
-            return results
+            return results, stages
 
         def recorded_route(x: Tensor, *rest: Any) -> Any:
             self.router_means.append(x.mean(dim=0).clone())

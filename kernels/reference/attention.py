@@ -55,9 +55,11 @@ def _decode(
         ahead = decode.length[:, None] - 1 - torch.arange(longest, device=q.device)
         hidden = (ahead < 0) if window is None else (ahead < 0) | (ahead >= window)
         pages.memo[mask_key] = torch.zeros(batch, longest, device=q.device).masked_fill_(hidden, float("-inf"))
-    k = k_cache.view(-1, d).index_select(0, pages.memo[key]).view(batch * kv_heads, longest, d)
-    v = v_cache.view(-1, d).index_select(0, pages.memo[key]).view(batch * kv_heads, longest, d)
-    scores = torch.bmm(q.reshape(batch * kv_heads, heads // kv_heads, d), k.transpose(1, 2)).float()
+    # In fp32 whatever the caches' type: bf16 products round scores and probabilities, which doubles attention's error and
+    # breaks the promise to be as near to float64 as transformers (1.3 times its error). It costs nothing measurable.
+    k = k_cache.view(-1, d).index_select(0, pages.memo[key]).float().view(batch * kv_heads, longest, d)
+    v = v_cache.view(-1, d).index_select(0, pages.memo[key]).float().view(batch * kv_heads, longest, d)
+    scores = torch.bmm(q.float().reshape(batch * kv_heads, heads // kv_heads, d), k.transpose(1, 2))
     scores = torch.add(pages.memo[mask_key][:, None, None], scores.view(batch, kv_heads, -1, longest), alpha=scale)
-    p = torch.softmax(scores, dim=-1).to(q.dtype)
-    return torch.bmm(p.view(batch * kv_heads, -1, longest), v).view(batch, heads, d)
+    p = torch.softmax(scores, dim=-1)
+    return torch.bmm(p.view(batch * kv_heads, -1, longest), v).view(batch, heads, d).to(q.dtype)
