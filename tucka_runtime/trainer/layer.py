@@ -40,9 +40,10 @@ def routed_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, route: Route) -> Te
         core = torch.einsum("bp,bpij->bij", mix, unit(g.float(), dims=3)[route.group]).to(x.dtype)
         h = torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core).view(h.shape)
     else:
-        every = torch.einsum("bsi,kpij->bskpj", h, unit(g.float(), dims=3).to(x.dtype))
-        chosen = every.gather(2, route.group[..., None, None, None].expand(-1, -1, 1, *every.shape[3:])).squeeze(2)
-        h = (chosen * mix.to(x.dtype)[..., None]).sum(dim=2)
+        # One product for all tokens: each token's h is laid out in its group's place, weighted slice by slice.
+        place = nn.functional.one_hot(route.group, g.shape[0]).to(mix.dtype)[..., None] * mix[..., None, :]
+        wide = h[..., None, None, :] * place.to(h.dtype)[..., None]
+        h = wide.flatten(-3) @ unit(g.float(), dims=3).to(h.dtype).flatten(0, 2)
     return h @ u_hat.T
 
 
