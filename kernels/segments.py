@@ -6,6 +6,7 @@ that share an adapter and a route.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -159,32 +160,36 @@ class SitePlan:
     """How one batch's rows meet one site's rank rows. Sites with equal `ranks` share it."""
 
     segments: Segments
+    ranks: tuple[tuple[int, ...], ...]
     max_rank: int
-    gather: Tensor | None
-    """(T, n·R) int64 columns of x @ u_allᵀ that are the row's own, P where it has none; None: go by segment."""
+    dense: bool
+    """Whether the reference takes all adapters' rank rows at once (`gather`) or goes by segment."""
     stops: tuple[int, ...]
     """(n + 1) borders of the targets among the P rank rows."""
 
     @staticmethod
-    def build(segments: Segments, ranks: tuple[tuple[int, ...], ...]) -> "SitePlan":
-        n = len(ranks[0])
-        max_rank = max(max(r) for r in ranks)
-        totals = [sum(r[j] for r in ranks) for j in range(n)]
+    def build(segments: Segments, ranks: tuple[tuple[int, ...], ...], max_rank: int | None = None) -> "SitePlan":
+        """`max_rank` is the width of h, the largest rank by default; a larger one fits adapters yet to come."""
         stops = [0]
-        for total in totals:
-            stops.append(stops[-1] + total)
-        gather = None
-        if len(segments.spans) > 1 and segments.num_rows <= DENSE_ROWS:
-            pad = stops[-1]
-            table = []
-            begin = list(stops[:-1])
-            for row in ranks:
-                columns = []
-                for j, r in enumerate(row):
-                    columns += [*range(begin[j], begin[j] + r)] + [pad] * (max_rank - r)
-                    begin[j] += r
-                table.append(columns)
-            table.append([pad] * (n * max_rank))
-            device = segments.adapter.device
-            gather = torch.tensor(table, dtype=torch.int64).to(device).index_select(0, segments.adapter)
-        return SitePlan(segments, max_rank, gather, tuple(stops))
+        for j in range(len(ranks[0])):
+            stops.append(stops[-1] + sum(r[j] for r in ranks))
+        dense = len(segments.spans) > 1 and segments.num_rows <= DENSE_ROWS
+        return SitePlan(segments, ranks, max_rank or max(max(r) for r in ranks), dense, tuple(stops))
+
+    @cached_property
+    def gather(self) -> Tensor | None:
+        """(T, n·R) int64 columns of x @ u_allᵀ that are the row's own, P where it has none; None: go by segment."""
+        if not self.dense:
+            return None
+        pad = self.stops[-1]
+        table = []
+        begin = list(self.stops[:-1])
+        for row in self.ranks:
+            columns = []
+            for j, r in enumerate(row):
+                columns += [*range(begin[j], begin[j] + r)] + [pad] * (self.max_rank - r)
+                begin[j] += r
+            table.append(columns)
+        table.append([pad] * (len(begin) * self.max_rank))
+        adapter = self.segments.adapter
+        return torch.tensor(table, dtype=torch.int64).to(adapter.device).index_select(0, adapter)

@@ -20,7 +20,7 @@ LIMIT = 1e-5
 
 
 def by_segment(plan: SitePlan) -> SitePlan:
-    return dataclasses.replace(plan, gather=None)
+    return dataclasses.replace(plan, dense=False)
 
 
 def check(case: delta_cases.Case) -> None:
