@@ -94,7 +94,6 @@ async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
         print(f"no --goodput given; from requests sent one at a time: {' '.join(test.goodput)}", file=sys.stderr)
 
     async def measure(rate: float) -> dict[str, Any]:
-        # a rate's number of conversations is fixed by its duration, so that low rates do not end early
         return await run_once(replace(test, rate=repr(rate), label=f"{rate:g}/s"))
 
     search = sweep.Sweep(measure, args.share, args.start_rate, args.tolerance, args.most_runs)

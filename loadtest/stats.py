@@ -43,7 +43,7 @@ def percentile_interval(values: Sequence[float], p: float) -> tuple[float, float
     ordered = np.sort(values)
     n, q = len(ordered), p / 100
     half = 1.96 * math.sqrt(n * q * (1 - q))
-    low, high = max(0, math.floor(n * q - half)), min(n - 1, math.ceil(n * q + half))
+    low, high = max(0, math.floor(n * q - half) - 1), min(n - 1, math.ceil(n * q + half))
     return float(ordered[low]), float(ordered[high])
 
 
