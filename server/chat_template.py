@@ -4,6 +4,7 @@ The parent keeps one child and speaks length-prefixed JSON with it; `python -m` 
 """
 
 import asyncio
+import contextlib
 import json
 import struct
 import sys
@@ -34,14 +35,15 @@ class ChatTemplate:
                 async with asyncio.timeout(RENDER_SECONDS):
                     answer = await _ask(child, messages)
             except (TimeoutError, EOFError, OSError):
+                await self.stop()
                 raise InvalidRequestError(
                     f"The model's chat template did not render these messages within {RENDER_SECONDS} s and 1 GiB. "
                     "Shorten the conversation, or render it yourself and use /v1/completions.",
                     "messages",
                 ) from None
-            finally:
-                if sys.exc_info()[0] is not None:  # also when cancelled: an answer nobody read must not be the next one
-                    self.stop()
+            except BaseException:  # cancelled: an answer that nobody read must not be taken for the next one
+                await self.stop()
+                raise
         if "text" in answer:
             return answer["text"]
         # The template's own words are fine to show; what it may have built from the messages is not.
@@ -49,10 +51,13 @@ class ChatTemplate:
         said = f': "{reason}"' if reason and len(reason) < 200 and reason in self._template else ""
         raise InvalidRequestError(f"The model's chat template refused these messages{said}.", "messages")
 
-    def stop(self) -> None:
-        if self._child is not None and self._child.returncode is None:
-            self._child.kill()
-        self._child = None
+    async def stop(self) -> None:
+        """Ends the child, if there is one. The next rendering starts another."""
+        child, self._child = self._child, None
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
 
     async def _start(self) -> asyncio.subprocess.Process:
         self._child = await asyncio.create_subprocess_exec(

@@ -93,8 +93,10 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Closes the connection that has waited longest for its request; if all are at work, this one."""
-        waiting = [c for c in self.connections if isinstance(c, Connection) and c.conn.our_state is h11.IDLE]
-        oldest = min(waiting, key=lambda c: c._deadline)
+        opened = [c for c in self.connections if isinstance(c, Connection) and not c.transport.is_closing()]
+        if len(opened) <= self.max_connections:
+            return
+        oldest = min((c for c in opened if c.conn.our_state is h11.IDLE), key=lambda c: c._deadline)
         if oldest is self:
             self._refuse(OverloadedError("The server has too many connections open. Try again later."))
         else:

@@ -100,6 +100,8 @@ class Generation:
 
     def route(self, report: RouteReport | None) -> dict[str, Any] | None:
         """`choice.route`: None for the base and for adapters that have no router."""
+        if self.adapter is not None and self.adapter.pinned is not None:
+            report = RouteReport(self.adapter.pinned, 0)
         if self.adapter is None or report is None:
             return None
         return {

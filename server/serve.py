@@ -80,7 +80,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     finally:
         await engine.stop(STOP_ENGINE_SECONDS)
         if service is not None and service.template is not None:
-            service.template.stop()
+            await service.template.stop()
         registry.close()
         listener.close()
 

@@ -1,0 +1,88 @@
+"""The command itself: how it starts, stops, and comes back."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from servers import GOLDEN, start_command
+
+BASE = str(GOLDEN / "bases" / "llama-tiny")
+ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
+
+
+def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
+    """One server's life: an adapter over HTTP, its engine killed, a stream through Ctrl-C, and another life after."""
+    arguments = ("--model", BASE, "--state-dir", str(tmp_path / "state"), "--adapter-root", str(GOLDEN))
+    process, url = start_command(*arguments, "--shutdown-timeout", "20", log=tmp_path / "log")
+    client = httpx.Client(timeout=30, base_url=url)
+    ask = {"model": "kept", "prompt": "Hello", "max_tokens": 8, "temperature": 0, "route": "request"}
+    client.post("/v1/adapters", json={"name": "kept", "path": ONE}).raise_for_status()
+    expected = client.post("/v1/completions", json=ask).json()["choices"]
+
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (engine,) = (int(c) for c in children if b"tucka_runtime.worker" in Path(f"/proc/{c}/cmdline").read_bytes())
+    long = ask | {"max_tokens": 240, "ignore_eos": True, "stream": True, "n": 8}
+    with client.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        os.kill(engine, signal.SIGKILL)
+        seen = [line for line in lines if line]
+    assert "engine_unavailable" in seen[-1] and "[DONE]" not in seen[-1]
+    assert client.get("/health").status_code == 200
+    answer = client.get("/ready")
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+    answer = client.post("/v1/completions", json=ask)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_unavailable"
+    deadline = time.monotonic() + 60
+    while client.get("/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert client.post("/v1/completions", json=ask).json()["choices"] == expected
+
+    with client.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url + "/health")
+        seen = [line for line in lines if line]
+    assert seen[-1] == "data: [DONE]", "a running request may finish"
+    assert process.wait(20) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+    process, url = start_command(*arguments, log=tmp_path / "log2")
+    assert httpx.post(url + "/v1/completions", json=ask, timeout=30).json()["choices"] == expected
+    with httpx.stream("POST", url + "/v1/completions", json=long, timeout=30) as stream:
+        next(stream.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 8
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tucka_runtime.server.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("serve", "--model", BASE, "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1 and "Cannot listen on" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    done = run("serve", "--model", str(tmp_path), "--port", "0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
