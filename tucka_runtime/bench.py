@@ -77,21 +77,23 @@ def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: in
 def floor(engine: Engine, sequences: int, prompt: int, new: int) -> float:
     """Seconds of the model's matrix products alone: the prompts' rows once, then one row per sequence and token."""
     weights = engine.runner.model.weights
+    like = weights.embed
+    matrices = [torch.randn(m.shape).to(like) for layer in weights.layers for m in layer.linears]
+    head = torch.randn(weights.head.shape).to(like)
+    widths = {m.shape[1] for m in [*matrices, head]}
+    inputs = {(r, w): torch.randn(r, w).to(like) for r in (sequences, sequences * prompt) for w in widths}
 
     def products(rows: int) -> None:
-        for layer in weights.layers:
-            for matrix in layer.linears:
-                linear(inputs[rows, matrix.shape[1]], matrix)
-        linear(inputs[sequences, weights.head.shape[1]], weights.head)
+        for matrix in matrices:
+            linear(inputs[rows, matrix.shape[1]], matrix)
+        linear(inputs[sequences, head.shape[1]], head)
 
-    widths = {m.shape[1] for layer in weights.layers for m in layer.linears} | {weights.head.shape[1]}
-    inputs = {(r, w): torch.randn(r, w).to(weights.head) for r in (sequences, sequences * prompt) for w in widths}
     begin = time.perf_counter()
     with torch.inference_mode():
         products(sequences * prompt)
         for _ in range(new - 1):
             products(sequences)
-        if weights.head.is_cuda:
+        if like.is_cuda:
             torch.cuda.synchronize()
     return time.perf_counter() - begin
 

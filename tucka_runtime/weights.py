@@ -19,6 +19,7 @@ from torch import Tensor
 from tucka_runtime.errors import ModelLoadError
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.families import FAMILIES
+from tucka_runtime.models.linear import Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -26,24 +27,23 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass
 class LayerWeights:
-    """One layer. `linears` and `biases` are packed by site (out, in); norms are (weight, bias or None)."""
+    """One layer. `linears` are packed by site; norms are (weight, bias or None)."""
 
     input_norm: tuple[Tensor, Tensor | None]
     post_norm: tuple[Tensor, Tensor | None]
     head_norms: tuple[Tensor, Tensor] | None
-    linears: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
+    linears: tuple[Linear, ...]
 
 
 @dataclass
 class Weights:
-    """The whole model. `head` is `embed` itself where they are tied."""
+    """The whole model. `head` is made of `embed` where they are tied."""
 
     embed: Tensor
     positions: Tensor | None
     layers: list[LayerWeights]
     final_norm: tuple[Tensor, Tensor | None]
-    head: Tensor
+    head: Linear
 
 
 def read_config(folder: Path) -> tuple[Any, Architecture]:
@@ -194,12 +194,12 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
     positions = read(f"{arch.positions}.weight") if arch.positions else None
     layers = []
     for i in range(arch.num_layers):
-        linears, biases = [], []
+        linears = []
         for site in arch.sites:
             parts = [read(arch.path(i, f"{target}.weight")) for target in site.targets]
-            linears.append(torch.cat([p.T if arch.transposed else p for p in parts]).contiguous())
             bias = [read(arch.path(i, f"{target}.bias")) for target in site.targets] if site.bias else None
-            biases.append(torch.cat(bias) if bias else None)
+            packed = torch.cat([p.T if arch.transposed else p for p in parts]).contiguous()
+            linears.append(Linear(packed, torch.cat(bias) if bias else None))
         norms = [read(arch.path(i, f"{name}.weight")) for name in arch.head_norms or ()]
         layers.append(
             LayerWeights(
@@ -207,7 +207,6 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
                 post_norm=norm(arch.path(i, arch.post_norm)),
                 head_norms=(norms[0], norms[1]) if norms else None,
                 linears=tuple(linears),
-                biases=tuple(biases),
             )
         )
     final_norm = norm(arch.final_norm)
@@ -218,4 +217,4 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
     else:
         head = read(head_name)
     checkpoint.check()
-    return Weights(embed, positions, layers, final_norm, head), kind
+    return Weights(embed, positions, layers, final_norm, Linear(head)), kind

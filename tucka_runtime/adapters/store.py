@@ -56,14 +56,17 @@ def fold(key: AdapterKey, adapter: Adapter, model: Decoder, pinned: Route | None
     where = locate(arch)
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
     cores: list[tuple[Where, Tensor, Tensor]] = []
+    dense_at, dense = (-1, -1), torch.empty(0)
     for path, module in adapter.modules.items():
         at = where[path]
         if isinstance(module, LoRAModule):
             u, e = module.a.float(), module.b.float().T * module.scale
         else:
             site = arch.sites[at.site]
+            if (at.layer, at.site) != dense_at:  # modules come site by site
+                dense_at, dense = (at.layer, at.site), weights.layers[at.layer].linears[at.site].dense()
             first = sum(site.widths[: at.target])
-            base = weights.layers[at.layer].linears[at.site][first : first + site.widths[at.target]].float()
+            base = dense[first : first + site.widths[at.target]].float()
             g, c, unit = _normalised(module, device)
             assert isinstance(adapter.config, TuckAConfig)
             u, e = unit.T, (adapter.config.alpha * (base @ unit)).T

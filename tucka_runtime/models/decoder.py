@@ -74,7 +74,7 @@ class Decoder:
     def logits(self, hidden: Tensor, rows: Tensor, delta: Delta) -> Tensor:
         """Logits (N, vocab) fp32 of the batch's rows `rows` (N,) int64."""
         chosen = hidden.index_select(0, rows)
-        out = linear(chosen, self.weights.head).float()
+        out = self.weights.head(chosen).float()
         for own, head in delta.replaced(f"{self.arch.head}.weight"):
             mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
             out[mine] = linear(chosen[mine], head).float()
@@ -96,14 +96,14 @@ class Decoder:
         return x
 
     def _linear(self, layer: int, site: int, x: Tensor, delta: Delta) -> Tensor:
-        weights = self.weights.layers[layer]
-        y = linear(x, weights.linears[site], weights.biases[site])
+        base = self.weights.layers[layer].linears[site]
+        y = base(x)
         if delta.replaces:
             spec = self.arch.sites[site]
             first = 0
             for target, width in zip(spec.targets, spec.widths, strict=True):
                 path = self.arch.path(layer, target)
-                bias = weights.biases[site]
+                bias = base.bias
                 biases = {rows.start: b for rows, b in delta.replaced(f"{path}.bias")}
                 for rows, weight in delta.replaced(f"{path}.weight"):
                     own = biases.get(rows.start, None if bias is None else bias[first : first + width])

