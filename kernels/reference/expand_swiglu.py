@@ -8,8 +8,8 @@ from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 
 def expand_swiglu(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePlan | None) -> Tensor:
-    """gate_up (T, 2·F) -> silu(gate) · up (T, F). gate_up is used up."""
+    """gate_up (T, 2·F) -> silu(gate) · up (T, F), in fp32 and rounded once. gate_up is used up."""
     if h is not None and site is not None and plan is not None:
         expand(gate_up, h, site, plan)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate).mul_(up)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return silu(gate).mul_(up).to(gate_up.dtype)

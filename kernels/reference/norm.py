@@ -6,10 +6,10 @@ from torch.nn.functional import layer_norm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., d) / rms(x) in fp32, cast back, times weight (d,)."""
+    """x (..., d) / rms(x) times weight (d,), in fp32 and rounded once."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
+    return (y * weight).to(x.dtype)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
