@@ -141,10 +141,9 @@ class Churn:
         if self.callbacks:
             await asyncio.wait(self.callbacks)
         for adapter in self.pool.values():
-            first = adapter.generation % len(adapter.paths) == 0
-            if adapter.loaded and first:
-                continue
-            if adapter.loaded:
-                await self.client.adapter("unload", adapter.name)
-            await self.client.adapter("load", adapter.name, adapter.paths[0])
-            adapter.generation, adapter.loaded, adapter.steady, adapter.absent = 0, True, True, []
+            if not (adapter.loaded and adapter.path == adapter.paths[0]):
+                if adapter.loaded:
+                    await self.tell("restore", "unload", adapter)
+                adapter.generation = 0
+                adapter.loaded = adapter.steady = await self.tell("restore", "load", adapter)
+            adapter.generation, adapter.absent = 0, []

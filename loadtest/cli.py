@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
             write_page(report.read(args.result), args.page)
             return 0
         test = settings.from_args(args)
+        for path in (test.json, test.html):
+            if path and not Path(path).resolve().parent.is_dir():
+                raise ConfigError(f"{path} cannot be written: its folder does not exist")
         outcome = asyncio.run(run_sweep(test, args) if args.action == "sweep" else run_once(test))
     except TuckaError as error:
         print(f"tucka loadtest: {error.message}", file=sys.stderr)

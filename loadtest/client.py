@@ -75,7 +75,8 @@ class Client:
 
     async def __aenter__(self) -> "Client":
         # no limit of connections here: whoever caps concurrency does it visibly, in the runner
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        # idle connections are dropped before uvicorn drops them (after 5 s): a request must not meet a closing one
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
         self.session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         return self
 

@@ -145,6 +145,7 @@ def over_time(result: dict[str, Any]) -> str:
                 e["at"], f"{e['action']} {e['name']}: {e['call']} {e['status']}", e["action"] if e["ok"] else "wrong"
             )
             for e in run["churn_events"]
+            if e["action"] != "restore"
         ]
         marks += [svg.Mark(w["at"], f"canary {w['outcome']}: {w['model']}", "wrong") for w in wrong]
         end = run["duration"]

@@ -86,7 +86,14 @@ def settings_json(settings: Settings) -> dict[str, Any]:
     """What was asked for, without keys and without where the results went."""
     left_out = (*SECRET, "json", "html", "quiet")
     values = {k: v for k, v in asdict(settings).items() if k not in left_out and v is not None}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _json(v) for k, v in values.items()}
+
+
+def _json(value: Any) -> Any:
+    """As it will be read back: no tuples, no infinity."""
+    if isinstance(value, tuple):
+        return list(value)
+    return "inf" if value == math.inf else value
 
 
 def _number(value: float) -> float | None:
@@ -135,7 +142,7 @@ def build(session: SessionResult) -> dict[str, Any]:
         "models": session.models,
         "num_prompts": len(load),
         "request_rate": float(settings.rate) if constant else settings.rate,
-        "burstiness": settings.burstiness,
+        "burstiness": _json(settings.burstiness),
         "max_concurrency": settings.concurrency or (None if settings.open_loop else CLOSED_LOOP_CONCURRENCY),
         **top,
         "repeats": len(runs),

@@ -18,6 +18,7 @@ from tucka_runtime.loadtest.settings import Settings
 from tucka_runtime.loadtest.workload import Conversation, Turn, Workload
 
 CLOSED_LOOP_CONCURRENCY = 4
+PAUSE_AFTER_FAILURE = 0.1  # seconds; a closed loop around a dead server would only count how fast it can fail
 
 
 @dataclass
@@ -104,7 +105,8 @@ class Run:
                 if most is not None and self.next_index >= most:
                     return
                 index, self.next_index = self.next_index, self.next_index + 1
-                await self.converse(self.workload.conversation(index))
+                if not await self.converse(self.workload.conversation(index)):
+                    await self.sleep(PAUSE_AFTER_FAILURE)
 
         await asyncio.gather(*(worker() for _ in range(workers)))
 
@@ -114,8 +116,8 @@ class Run:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), seconds)
 
-    async def converse(self, conversation: Conversation) -> None:
-        """All turns; the first failure ends it."""
+    async def converse(self, conversation: Conversation) -> bool:
+        """All turns; the first failure ends it. Whether all that was sent was answered."""
         model = self.to_base or self.present(conversation)
         history: list[dict[str, Any]] = []
         text = ""
@@ -123,7 +125,7 @@ class Run:
             if turn.think:
                 await self.sleep(turn.think)
             if number and (self.stop.is_set() or not self.churn.serves(model)):
-                return
+                break
             planned = conversation.at if number == 0 else None
             record = Record("load", model, conversation.index, number, planned, expected=turn.expected)
             history += turn.messages or [{"role": "user", "content": turn.text}]
@@ -131,9 +133,10 @@ class Run:
             async with self.cap:
                 await self.send(record, turn, history if self.client.chat else text)
             if not record.ok:
-                return
+                return False
             history.append({"role": "assistant", "content": record.text})
             text += record.text
+        return True
 
     def present(self, conversation: Conversation) -> str:
         """Its model, or another one drawn by popularity while that is away."""

@@ -149,6 +149,23 @@ def test_repeats_give_intervals_and_pairs_give_ratios(fake, load_test):
     assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
 
 
+def test_a_closed_loop_does_not_hammer_a_server_that_fails(fake, load_test):
+    result = load_test(fake(every=1, after=2, misbehave="status:503"), duration=0.5, concurrency=2)
+    assert 2 <= result["failed"] <= 12
+    assert result["failures"] == {"http_503": result["failed"]}
+    assert result["mean_ttft_ms"] is None
+    json.dumps(result, allow_nan=False)
+    check_page(page.render(result))
+    assert "http_503" in table.render(result)
+
+
+def test_a_metronome_is_valid_json(fake, load_test):
+    result = load_test(fake(), rate="40", burstiness=float("inf"), duration=0.5)
+    assert json.loads(json.dumps(result, allow_nan=False))["burstiness"] == "inf"
+    starts = sorted(r["planned"] for r in result["runs"][0]["requests"])
+    assert starts == pytest.approx([0.025 * i for i in range(1, len(starts) + 1)], abs=1e-6)
+
+
 def test_a_blocked_event_loop_is_called_the_limit(fake, load_test, monkeypatch):
     """A client made slow on purpose: every request holds the event loop for 60 ms."""
     from tucka_runtime.loadtest.client import Client
@@ -264,6 +281,9 @@ def test_commands_that_fail_say_so(fake, tmp_path, capsys):
     assert cli.main(["--url", "http://127.0.0.1:9", "--quiet"]) == 1
     assert cli.main(["--rate", "-1"]) == 1
     assert cli.main(["compare", str(tmp_path / "x"), str(tmp_path / "y")]) == 1
+    assert cli.main(["--json", str(tmp_path / "no" / "a.json")]) == 1
+    assert "folder does not exist" in capsys.readouterr().err
+    assert cli.main(["--url", "http://127.0.0.1:9", "sweep", "--share", "0.9"]) == 1
     assert "tucka loadtest:" in capsys.readouterr().err
     leaky = fake(adapters=ADAPTERS, every=3, after=REFERENCES, misbehave="leak")
     canaries = ["--canary-rate", "20", "--duration", "1", "--rate", "5", "--warmup", "0", "--quiet"]
