@@ -170,3 +170,44 @@ def test_legacy_rope_scaling_is_understood(tmp_path: Path):
     check_against(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path, PROMPTS[:2])
 
 
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 4}),
+        ("mistral", {"sliding_window": 9}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_low_precision_is_as_near_to_the_truth_as_transformers(
+    kind: str, changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+):
+    """Relative L2 error against float64 at most 1.1 times that of transformers as it comes, in the same dtype on the
+    same input: for prefill and for decode, each over a few models and prompts, since a single short text is noise."""
+    prefill, decode = [], []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        save_model(folder, kind, seed, dtype=dtype, **changes)
+        truth = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        assert peer.dtype == dtype
+        prompts = (prompt(37, seed), prompt(12, seed))
+        engine = build(folder)
+        assert engine.runner.dtype == dtype
+        recorder = Recorder(engine)
+        (answers,) = run(engine, ask(*prompts, sampling=replace(GREEDY, max_tokens=16)))
+        for i, (answer, ids) in enumerate(zip(answers, prompts, strict=True)):
+            text = [*ids, *answer.token_ids[:-1]]
+            exact = step_by_step(truth, text, len(ids))
+            rows = (recorder.of("r", i).double(), step_by_step(peer, text, len(ids)).double(), exact)
+            prefill.append([part[: len(ids)] for part in rows])
+            decode.append([part[len(ids) :] for part in rows])
+    for parts in (prefill, decode):
+        ours, theirs, exact = (torch.cat(part) for part in zip(*parts, strict=True))
+        norm = torch.linalg.vector_norm
+        assert norm(ours - exact) <= 1.1 * norm(theirs - exact)
