@@ -1,19 +1,57 @@
-"""Kernel tests run on a GPU as they are, elsewhere in Triton's interpreter (tests/conftest.py switches it on)."""
+"""Kernel tests. What is fused runs twice: on the CPU in Triton's interpreter, and on a GPU (marked `gpu`) as it is.
+
+A test that takes the fixture `device` or `dtype` has both; all it makes lies on that device. tests/conftest.py switches
+the interpreter on where there is no GPU; where there is one, the CPU's half is deselected, for Triton then compiles.
+"""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreted: needs Triton's interpreter (deselected where there is a GPU)")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU the tests that need one are deselected, and said to be so in pytest's last line."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """What cannot run here is deselected, and said to be so in pytest's last line."""
+    unfit = "interpreted" if torch.cuda.is_available() else "gpu"
+    out = [item for item in items if item.get_closest_marker(unfit)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if not item.get_closest_marker(unfit)]
+
+
+def _use(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_device("cpu")
+
+
+CPU, GPU = pytest.mark.interpreted, pytest.mark.gpu
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=GPU)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the test's tensors are made."""
+    for _ in _use(request.param):
+        yield torch.device(request.param)
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param(("cpu", dtype), marks=CPU) for dtype in (torch.float32, torch.float16)),
+        *(pytest.param(("cuda", dtype), marks=GPU) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    ],
+    ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""),
+)
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """What the test's tensors are, on either device. bf16 on a GPU alone: the interpreter is silently wrong."""
+    for _ in _use(request.param[0]):
+        yield request.param[1]
 
 
 @pytest.fixture

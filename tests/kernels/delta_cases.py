@@ -8,6 +8,9 @@ from torch import Tensor
 
 from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
 
+# Relative L2 of the delta against float64.
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
+
 Layout = tuple[int, tuple[tuple[int, int], ...]]
 """Base rows, then (rows, adapter) of each segment."""
 
@@ -23,23 +26,23 @@ class Case:
     cores: Tensor | None
 
     def oracle(self) -> tuple[Tensor, Tensor]:
-        """h (T, n, R) and delta (T, columns[-1]) in float64 on the CPU, straight from the equation, row by row."""
+        """h (T, n, R) and delta (T, columns[-1]) in float64, straight from the equation, row by row."""
         n, rank = len(self.site.columns) - 1, self.plan.max_rank
-        x = self.x.double().cpu()
-        h = torch.zeros(len(x), n, rank, dtype=torch.float64)
-        delta = torch.zeros(len(x), self.site.columns[-1], dtype=torch.float64)
+        x = self.x.double()
+        h = x.new_zeros(len(x), n, rank)
+        delta = x.new_zeros(len(x), self.site.columns[-1])
         for s, (first, end, a) in enumerate(self.plan.segments.spans):
             for j in range(n):
                 u, e = self.site.u[a][j], self.site.e[a][j]
                 if u is None or e is None:
                     continue
                 r = len(u)
-                core = torch.eye(r, dtype=torch.float64)
+                core = torch.eye(r).to(x)
                 if self.cores is not None and r <= self.cores.shape[-1]:
-                    core = self.cores[s, j, :r, :r].double().cpu()
-                own = x[first:end] @ u.double().cpu().T @ core
+                    core = self.cores[s, j, :r, :r].double()
+                own = x[first:end] @ u.double().T @ core
                 h[first:end, j, :r] = own
-                delta[first:end, self.site.columns[j] : self.site.columns[j + 1]] = own @ e.double().cpu()
+                delta[first:end, self.site.columns[j] : self.site.columns[j + 1]] = own @ e.double()
         return h, delta
 
     def adapted(self) -> Tensor:
@@ -59,21 +62,20 @@ def make(
     core_size: int | None = None,
     lora: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
     seed: int = 0,
 ) -> Case:
     """A batch for adapters of `ranks` (A, n), 0 where a target is absent; `core_size` None: no core tensor at all."""
-    gen = torch.Generator().manual_seed(seed)
+    where = torch.get_default_device()
+    gen = torch.Generator("cpu").manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen).to(device, dtype)
+        return torch.randn(*shape, generator=gen, device="cpu").to(where, dtype)
 
     u = [[randn(r, d_in) / d_in**0.5 if r else None for r in row] for row in ranks]
     e = [[randn(r, w) / r**0.5 if r else None for r, w in zip(row, widths, strict=True)] for row in ranks]
     columns = [0]
     for w in widths:
         columns.append(columns[-1] + w)
-    where = torch.device(device)
     site = DeltaSite.build(u, e, columns, d_in, dtype, where, pool=True)
     base, parts = layout
     spans, row = [], base
@@ -84,7 +86,7 @@ def make(
     plan = SitePlan.build(segments, site.ranks)
     cores = None
     if core_size is not None:
-        cores = torch.empty(len(parts), len(widths), core_size, core_size, device=device, dtype=dtype)
+        cores = torch.empty(len(parts), len(widths), core_size, core_size, dtype=dtype)
         for s, (_, adapter) in enumerate(parts):
             for j in range(len(widths)):
                 cores[s, j] = torch.eye(core_size)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import delta_cases
 import pytest
 import torch
+from delta_cases import LIMITS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,35 +27,29 @@ from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
 from tucka_runtime.kernels.reference import norm as norm_ref
 from tucka_runtime.kernels.segments import Segments, SitePlan
 
-# Relative L2 of the delta against float64. The interpreter computes bf16 wrongly and says nothing: never tested here.
-LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def poison(poisoned: None) -> None:
-    """tests/kernels/conftest.py"""
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check_delta(case: delta_cases.Case, limit: float, shrink: Callable[..., Tensor] = shrink_core.shrink_core) -> None:
     h_true, delta_true = case.oracle()
     h = shrink(case.x, case.site, case.cores, case.plan)
     own = case.adapted()
-    assert delta_cases.relative(h.cpu()[own], h_true[own]) <= limit
+    assert delta_cases.relative(h[own], h_true[own]) <= limit
     # From exactly the factors' product on: on zeros the delta itself is seen, on y that nothing else is touched.
     delta = expand.expand(torch.zeros_like(case.y), h, case.site, case.plan)
     assert delta_cases.relative(delta, delta_true) <= limit
     y = expand.expand(case.y.clone(), h, case.site, case.plan)
-    assert delta_cases.relative(y, case.y.cpu().double() + delta_true) <= limit
+    assert delta_cases.relative(y, case.y.double() + delta_true) <= limit
     untouched = delta_true == 0
-    assert torch.equal(y.cpu()[untouched], case.y.cpu()[untouched])
+    assert torch.equal(y[untouched], case.y[untouched])
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", delta_cases.MIXES)
 def test_every_mix(name: str, dtype: torch.dtype) -> None:
     check_delta(delta_cases.mix(name, dtype=dtype), LIMITS[dtype])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize("name", ["half-base", "absent-targets", "odd-ranks"])
 def test_sums_over_many_spans(name: str, one_launch: bool) -> None:
@@ -72,6 +67,7 @@ SHIPPED = {
 }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("how", SHIPPED.values(), ids=[str(key) for key in SHIPPED])
 @pytest.mark.parametrize("tile_rows", [16, 64])
 def test_every_shipped_shrink_with_nan_around_its_rows(how: shrink_core.Config, tile_rows: int) -> None:
@@ -81,6 +77,7 @@ def test_every_shipped_shrink_with_nan_around_its_rows(how: shrink_core.Config, 
     check_delta(case, 1e-5, lambda *args: shrink_core.run(*args, how))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("tile_rows", [16, 64])
 @pytest.mark.parametrize("block_n", [32, 64, 128, 256])
 def test_every_expand_block_with_nan_around_its_rows(block_n: int, tile_rows: int) -> None:
@@ -132,6 +129,7 @@ def surrounded(name: str, **options: object) -> delta_cases.Case:
     return dataclasses.replace(case, site=built, x=wide[:, : case.x.shape[1]], cores=cores)
 
 
+@pytest.mark.usefixtures("device")
 def test_repeats_agree_bit_for_bit() -> None:
     how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=True, warps=4, stages=3)
     case = delta_cases.mix("half-base", d_in=77)
@@ -139,6 +137,7 @@ def test_repeats_agree_bit_for_bit() -> None:
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.usefixtures("device")
 def test_a_row_does_not_depend_on_the_others() -> None:
     """Alone or among others, a segment's h is the same bits."""
     case = delta_cases.mix("half-base", d_in=600)
@@ -162,6 +161,7 @@ ranks = st.lists(st.lists(st.sampled_from([0, 1, 6, 8, 17]), min_size=2, max_siz
 )
 
 
+@pytest.mark.usefixtures("device")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layout=layouts, table=ranks, core_size=st.sampled_from([None, 17]), seed=st.integers(0, 9))
 def test_any_layout(layout: delta_cases.Layout, table: list[list[int]], core_size: int | None, seed: int) -> None:
@@ -170,16 +170,16 @@ def test_any_layout(layout: delta_cases.Layout, table: list[list[int]], core_siz
 
 def test_fixed_number_of_tiles() -> None:
     spans = [(2, 4, 0), (4, 5, 1)]
-    segments = Segments.build(spans, 5, 2, torch.device("cpu"), num_tiles=5)
+    segments = Segments.build(spans, 5, 2, torch.get_default_device(), num_tiles=5)
     assert segments.tiles.tolist() == [[0, 2, -1, -1], [2, 4, 0, 0], [4, 5, 1, 1], [0, 0, -1, -1], [0, 0, -1, -1]]
     with pytest.raises(ValueError, match="3 tiles are needed"):
-        Segments.build(spans, 5, 2, torch.device("cpu"), num_tiles=2)
+        Segments.build(spans, 5, 2, torch.get_default_device(), num_tiles=2)
 
 
 @pytest.mark.parametrize("rows", [SMALL := 200, 300])
 def test_tiles_cover_every_row_once(rows: int) -> None:
     spans = [(7, 40, 0), (40, 41, 1), (41, rows, 0)]
-    segments = Segments.build(spans, rows, 2, torch.device("cpu"))
+    segments = Segments.build(spans, rows, 2, torch.get_default_device())
     assert segments.tile_rows == (16 if rows == SMALL else 64)
     seen = [i for first, end, _, _ in segments.tiles.tolist() for i in range(first, end)]
     assert seen == list(range(rows))
@@ -203,7 +203,6 @@ def parts(name: str | None, widths: tuple[int, ...], dtype: torch.dtype) -> tupl
     return (case.y, h, case.site, case.plan), (case.y.double() + delta, None, None, None)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 8), (3, 1, 34)])
 @pytest.mark.parametrize("name", SOME)
 def test_expand_qkv_rope_kv(name: str | None, heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
@@ -211,6 +210,7 @@ def test_expand_qkv_rope_kv(name: str | None, heads: int, kv_heads: int, d: int,
     check_qkv(fused, exact, heads, kv_heads, d, dtype, rope=True, normed=None)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("rope", [True, False])
 @pytest.mark.parametrize("normed", [None, "shared", "per row"])
 def test_expand_qkv_rope_kv_options(rope: bool, normed: str | None) -> None:
@@ -218,6 +218,7 @@ def test_expand_qkv_rope_kv_options(rope: bool, normed: str | None) -> None:
     check_qkv(fused, exact, 4, 2, 8, torch.float32, rope, normed)
 
 
+@pytest.mark.usefixtures("device")
 def test_expand_qkv_rope_kv_with_one_packed_target() -> None:
     fused, exact = parts("all-distinct", (64,), torch.float32)
     check_qkv(fused, exact, 4, 2, 8, torch.float32, rope=False, normed=None)
@@ -247,6 +248,7 @@ def check_qkv(
         assert (mine[rest] == 7).all()
 
 
+@pytest.mark.usefixtures("device")
 def test_negative_slots_are_not_written() -> None:
     fused, _ = parts(None, (16, 8, 8), torch.float32)
     caches = [torch.full((4, 1, 8), 7.0) for _ in "kv"]
@@ -257,7 +259,6 @@ def test_negative_slots_are_not_written() -> None:
         assert (cache[[0, 1, 3]] == 7).all() and not (cache[2] == 7).any()
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SOME)
 def test_expand_swiglu(name: str | None, packed: bool, dtype: torch.dtype) -> None:
@@ -266,7 +267,6 @@ def test_expand_swiglu(name: str | None, packed: bool, dtype: torch.dtype) -> No
     assert delta_cases.relative(got, swiglu_ref.expand_swiglu(*exact)) <= LIMITS[dtype]
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", SOME)
 def test_expand_residual(name: str | None, bias: bool, dtype: torch.dtype) -> None:
@@ -282,7 +282,6 @@ def test_expand_residual(name: str | None, bias: bool, dtype: torch.dtype) -> No
     assert torch.equal(residual, kept)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 33), (3, 4, 16), (1, 600), (0, 8)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, bias = ((torch.randn(s) * 2).to(dtype) for s in (shape, shape[-1:], shape[-1:]))
@@ -294,11 +293,13 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert got.shape == shape and delta_cases.relative(got, want) <= LIMITS[dtype]
 
 
+@pytest.mark.usefixtures("device")
 def test_norm_of_a_slice() -> None:
     x, weight = torch.randn(6, 5, 16)[:, 1:3], torch.rand(16)
     assert delta_cases.relative(norm.norm(x, weight, None, 1e-6), norm_ref.norm(x, weight, None, 1e-6)) <= 1e-5
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("k", "t", "p", "r"), [(1, 1, 1, 4), (3, 2, 2, 8), (4, 16, 3, 6), (64, 1, 1, 4), (2, 3, 2, 40)]
 )

@@ -4,21 +4,17 @@ import math
 
 import pytest
 import torch
-from delta_cases import relative
+from delta_cases import LIMITS, relative
 from test_reference_route import PAGES, check_route, filtered64, paged
 
 from tucka_runtime.kernels.fused import attention, route, sample
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
 
-LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3}
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def poison(poisoned: None) -> None:
-    """tests/kernels/conftest.py"""
-
-
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("n", [1, 7, 300])
 @pytest.mark.parametrize(("k", "t"), [(1, 1), (3, 2), (4, 16), (64, 1), (1, 64), (5, 3)])
 def test_route(k: int, t: int, n: int) -> None:
@@ -29,11 +25,13 @@ def test_route(k: int, t: int, n: int) -> None:
     check_route(route.route_ids(ids, table, t), table.double()[ids].mean(0), t)
 
 
+@pytest.mark.usefixtures("device")
 def test_route_of_half_precision_hidden_states() -> None:
     centroids, x = torch.randn(6, 40), torch.randn(9, 40).half()
     check_route(route.route_hidden(x, centroids, 2), centroids.double() @ x.double().mean(0), 2)
 
 
+@pytest.mark.usefixtures("device")
 def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:
     group, weights = route.select(torch.tensor([1.0, 0, 0, 1, 1, 0]), 2)
     assert int(group) == 0
@@ -43,6 +41,7 @@ def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:
     assert int(group) == 2
 
 
+@pytest.mark.usefixtures("device")
 def test_route_repeats_bit_for_bit() -> None:
     table, ids = torch.randn(50, 12), torch.randint(0, 50, (700,))
     runs = [route.route_ids(ids, table, 3)[1] for _ in range(3)]
@@ -59,6 +58,7 @@ def caches(slots_of: list[list[int]], block: int, kv_heads: int, d: int, dtype: 
     return out
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(6, 2, 8), (2, 2, 20)])
@@ -72,14 +72,15 @@ def test_attention(name: str, heads: int, kv_heads: int, d: int, window: int | N
     assert relative(got, want) <= 1e-5
 
 
-def test_attention_in_half_precision() -> None:
+def test_attention_in_every_type(dtype: torch.dtype) -> None:
     plan, slots_of, total = paged(PAGES["mixed"][0], 8)
-    k, v = caches(slots_of, 8, 2, 16, torch.float16)
-    q = torch.randn(total, 4, 16).half()
+    k, v = caches(slots_of, 8, 2, 16, dtype)
+    q = torch.randn(total, 4, 16).to(dtype)
     got = attention.attention(q, k, v, plan, 0.25)
-    assert relative(got, attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.25)) <= 2e-3
+    assert relative(got, attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.25)) <= LIMITS[dtype]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("split", [16, 32, 64])
 def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +97,7 @@ def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: py
     assert torch.equal(outs[0], outs[1])
 
 
+@pytest.mark.usefixtures("device")
 def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SPLIT", 32)
     spans = [(1, 100), (1, 70)]
@@ -105,10 +107,11 @@ def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch
     both = attention.attention(q, k, v, plan, 0.3)
     tables = [[s // 16 for s in own[::16]] for own in slots_of]
     for i, (_, length) in enumerate(spans):
-        alone = type(plan).build([(0, 1, length)], [tables[i]], 16, torch.device("cpu"))
+        alone = type(plan).build([(0, 1, length)], [tables[i]], 16, torch.get_default_device())
         assert torch.equal(attention.attention(q[i : i + 1], k, v, alone, 0.3)[0], both[i])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 32), (128, 64), (128, 128)])
 def test_every_prefill_block(block_m: int, block_n: int) -> None:
     plan, slots_of, total = paged([(40, 40), (1, 9), (130, 150)], 16)
@@ -120,11 +123,13 @@ def test_every_prefill_block(block_m: int, block_n: int) -> None:
     assert relative(out, attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3)) <= 1e-5
 
 
+@pytest.mark.usefixtures("device")
 def test_uniform_is_the_references_bit_for_bit() -> None:
     seed, position = torch.tensor([0, 3, -5, 2**40 + 7, -(2**62)]), torch.tensor([0, 1, 2**20, 7, 5])
     assert torch.equal(sample.uniform(seed, position, 300), sample_ref.uniform(seed, position, 300))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("columns", [5, 300, 5000])
 def test_sample_chooses_the_references_tokens(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "SPAN", 1024)
@@ -138,11 +143,13 @@ def test_sample_chooses_the_references_tokens(columns: int, monkeypatch: pytest.
     assert torch.equal(sample.sample(logits, temperature, seed, position), want)
 
 
+@pytest.mark.usefixtures("device")
 def test_greedy_takes_the_lowest_of_equals() -> None:
     logits = torch.tensor([[1.0, 3, 3, 2], [0, 0, 0, 0], [-1, -math.inf, -0.5, -0.5]])
     assert sample.sample(logits, torch.zeros(3), torch.tensor([1, 2, 3]), torch.zeros(3).long()).tolist() == [1, 0, 2]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
     [(70, 1, 0), (1, 1, 0), (5, 1, 0), (70, 0.7, 0), (70, 0.0, 0), (70, 1, 0.2), (9, 0.8, 0.05)],
@@ -160,6 +167,7 @@ def test_filter(top_k: int, top_p: float, min_p: float) -> None:
         assert torch.equal(out[kept], row[kept])
 
 
+@pytest.mark.usefixtures("device")
 def test_filter_works_row_by_row_and_keeps_equals() -> None:
     logits = torch.tensor([[1.0, 3, 3, -2, -0.0, 0.0]] * 4)
     top_k, top_p, min_p = torch.tensor([1, 6, 6, 4]), torch.tensor([1.0, 0.5, 1, 1]), torch.tensor([0, 0, 1.0, 0])

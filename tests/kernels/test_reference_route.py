@@ -120,14 +120,14 @@ def test_attention(name: str, window: int | None) -> None:
 def paged(spans: list[tuple[int, int]], block: int) -> tuple[PagePlan, list[list[int]], int]:
     """A plan for (rows, context) sequences whose pages are shuffled; the slots of each; the number of rows."""
     need = [-(-length // block) for _, length in spans]
-    order = torch.randperm(sum(need), generator=torch.Generator().manual_seed(1)).tolist()
+    order = torch.randperm(sum(need), generator=torch.Generator("cpu").manual_seed(1), device="cpu").tolist()
     tables = [[order.pop() for _ in range(n)] for n in need]
     slots = [[t[i // block] * block + i % block for i in range(n)] for t, (_, n) in zip(tables, spans, strict=True)]
     full, row = [], 0
     for count, length in spans:
         full.append((row, count, length))
         row += count
-    return PagePlan.build(full, tables, block, torch.device("cpu")), slots, row
+    return PagePlan.build(full, tables, block, torch.get_default_device()), slots, row
 
 
 def test_write_slots_are_the_last_of_each_context() -> None:

@@ -1,0 +1,153 @@
+"""A CUDA graph of one batch bucket: adapters, ranks, cores and lengths change after capture, the graph does not.
+
+Everything that varies lies in tensors of fixed shape at fixed addresses; `Bucket.fill` writes a batch into them. Without
+a GPU the same kernels run over the same tensors, without a graph between.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import delta_cases
+import pytest
+import torch
+from torch import Tensor
+
+from tucka_runtime.kernels.fused import attention, expand, expand_qkv_rope_kv, expand_residual, shrink_core
+from tucka_runtime.kernels.pages import PagePlan
+from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
+
+ROWS, ADAPTERS, RANK, D_IN, HEADS, KV_HEADS, HEAD, BLOCK, WIDTH, SLOTS = 10, 4, 24, 40, 4, 2, 16, 16, 4, 1024
+WIDTHS = (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
+
+# Rank of each adapter; rows of the base; (rows, adapter) of each segment; context of each row, 0: only fills up.
+BATCHES = [
+    ([8, 16, 4, 24], 2, ((3, 0), (1, 1), (2, 2), (2, 3)), [5, 17, 60, 1, 2, 33, 64, 16, 15, 40]),
+    ([24, 24, 8, 8], 0, ((10, 1),), [64] * 10),
+    ([4, 4, 4, 4], 10, (), [1] * 10),
+    ([16, 0, 8, 0], 5, ((1, 0), (4, 2)), [9, 8, 7, 6, 5, 4, 3, 2, 0, 0]),
+]
+
+
+def batch(number: int) -> tuple[delta_cases.Case, PagePlan]:
+    ranks, base, parts, lengths = BATCHES[number]
+    case = delta_cases.make(
+        [[r, r, r // 2] for r in ranks], (base, parts), D_IN, WIDTHS, core_size=RANK, seed=number, dtype=torch.float32
+    )
+    tables = [[(7 * i + j) % (SLOTS // BLOCK) for j in range(WIDTH)] for i in range(ROWS)]
+    spans = [(i, 1, max(length, 1)) for i, length in enumerate(lengths)]
+    plan = PagePlan.build(spans, tables, BLOCK, case.x.device)
+    for i, length in enumerate(lengths):
+        if not length:
+            plan.length[i], plan.write_slots[i] = 0, -1
+    return case, plan
+
+
+class Bucket:
+    """Fixed tensors for any batch of ROWS rows, ADAPTERS adapters and ranks up to RANK."""
+
+    def __init__(self) -> None:
+        case, pages = batch(0)
+        device = case.x.device
+        segments = Segments.build([], ROWS, ADAPTERS, device, num_tiles=ROWS)
+        self.x, self.y = torch.zeros_like(case.x), torch.zeros_like(case.y)
+        self.residual = torch.zeros(ROWS, WIDTHS[0])
+        self.cores = torch.zeros(ROWS, 3, RANK, RANK)
+        self.caches = [torch.zeros(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
+        self.site = dataclasses.replace(
+            case.site,
+            u_ptr=torch.zeros_like(case.site.u_ptr),
+            e_ptr=torch.zeros_like(case.site.e_ptr),
+            rank=torch.zeros_like(case.site.rank),
+        )
+        self.plan = SitePlan.build(segments, case.site.ranks, max_rank=RANK)
+        self.pages = dataclasses.replace(pages, tables=torch.zeros(ROWS, WIDTH, dtype=torch.int32))
+
+    def fill(self, case: delta_cases.Case, pages: PagePlan) -> None:
+        segments = case.plan.segments
+        fixed = Segments.build(segments.spans, ROWS, ADAPTERS, case.x.device, num_tiles=ROWS)
+        self.plan.segments.tiles.copy_(fixed.tiles)
+        self.x.copy_(case.x)
+        self.y.copy_(case.y)
+        assert case.cores is not None
+        self.cores[: len(case.cores)].copy_(case.cores)
+        for name in ("u_ptr", "e_ptr", "rank"):
+            getattr(self.site, name).copy_(getattr(case.site, name))
+        self.pages.tables[:, : pages.tables.shape[1]].copy_(pages.tables)
+        for name in ("length", "write_slots"):
+            getattr(self.pages, name).copy_(getattr(pages, name))
+
+    def step(self) -> dict[str, Tensor]:
+        return step(self.x, self.y, self.site, self.plan, self.cores, self.pages, self.caches, self.residual)
+
+
+def step(
+    x: Tensor,
+    y: Tensor,
+    site: DeltaSite,
+    plan: SitePlan,
+    cores: Tensor | None,
+    pages: PagePlan,
+    caches: list[Tensor],
+    residual: Tensor,
+) -> dict[str, Tensor]:
+    """Half a layer: what of it is ours."""
+    h = shrink_core.shrink_core(x, site, cores, plan)
+    q = expand_qkv_rope_kv.expand_qkv_rope_kv(
+        y, h, site, plan, None, None, None, 1e-5, caches[0], caches[1], pages.write_slots
+    )
+    attended = attention.attention(q, *caches, pages, 0.25).flatten(1)
+    weight = torch.ones(WIDTHS[0], device=x.device)
+    normed, total = expand_residual.expand_residual(attended, None, None, None, residual, weight, None, 1e-5)
+    out = expand.expand(y.clone(), h, site, plan)
+    return {"q": q, "attended": attended, "normed": normed, "total": total, "out": out}
+
+
+def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> None:
+    """What `run` makes of the bucket is what fresh tensors of just the right size make, bit for bit."""
+    case, pages = batch(number)
+    keys = [torch.randn(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
+    for cache, value in zip(bucket.caches, keys, strict=True):
+        cache.copy_(value)
+    bucket.residual.normal_()
+    bucket.fill(case, pages)
+    got = run()
+    fresh = [value.clone() for value in keys]
+    want = step(case.x, case.y, case.site, case.plan, case.cores, pages, fresh, bucket.residual)
+    real = pages.length > 0
+    for name, value in got.items():
+        assert torch.equal(value[real], want[name][real]), name
+    for mine, true in zip(bucket.caches, fresh, strict=True):
+        assert torch.equal(mine, true)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("number", range(len(BATCHES)))
+def test_fixed_shapes_change_nothing(number: int) -> None:
+    bucket = Bucket()
+    check(bucket.step, bucket, number)
+
+
+@pytest.mark.gpu
+def test_replay_equals_eager() -> None:
+    """One capture, then every batch by replay alone."""
+    torch.set_default_device("cuda")
+    try:
+        bucket = Bucket()
+        bucket.fill(*batch(0))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            bucket.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = bucket.step()
+
+        def replay() -> dict[str, Tensor]:
+            graph.replay()
+            return out
+
+        for number in (0, 1, 2, 3, 1, 0):
+            check(replay, bucket, number)
+    finally:
+        torch.set_default_device("cpu")
