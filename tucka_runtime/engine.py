@@ -102,6 +102,7 @@ class Engine:
         ran = time.monotonic()
         outputs = [out for work, result in results if (out := self._account(work, result)) is not None]
         decodes = sum(w.start >= w.seq.num_prompt for w in works)
+        active = {w.seq.adapter for w in works if w.seq.adapter is not None}
         routes = {
             (result.segment, w.seq.adapter): result.route
             for w, result in results
@@ -116,13 +117,15 @@ class Engine:
             output=time.monotonic() - ran,
             prefill_tokens=sum(w.count for w in works) - decodes,
             decode_tokens=decodes,
-            adapters=len({w.seq.adapter for w in works if w.seq.adapter}),
+            adapters=len(active),
             routes=tuple((key, route) for (_, key), route in routes.items()),
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             blocks_total=self.blocks.num_blocks,
             preemptions=self.scheduler.num_preemptions,
+            sequences=len(works),
+            active=tuple(active),
         )
 
     def _account(self, work: Work, result: Result) -> SequenceOutput | None:
@@ -146,6 +149,7 @@ class Engine:
         out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
         if not seq.num_generated:
             seq.first_token_at = time.monotonic()
+            out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
             if seq.sampling.prompt_logprobs is not None:
                 out.prompt_logprobs = seq.prompt_logprobs
         if result.token is None:
@@ -193,8 +197,11 @@ class Engine:
         self, key: AdapterKey, folder: Path, pinned: Route | None = None
     ) -> tuple[FoldedAdapter, AdapterInfo]:
         """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError."""
+        begin = time.monotonic()
         adapter = read_adapter(folder, self.layout)
+        checked = time.monotonic()
         folded = fold(key, adapter, self.runner.model, pinned)
+        folding = time.monotonic() - checked
         config = adapter.config
         tucka = config if isinstance(config, TuckAConfig) else None
         alpha = config.alpha if isinstance(config, TuckAConfig) else config.lora_alpha
@@ -216,6 +223,7 @@ class Engine:
             scope=scope,
             bytes=folded.num_bytes,
             training=adapter.training,
+            load_seconds={"read": checked - begin, "fold": folding},
         )
 
     def add_adapter(self, folded: FoldedAdapter) -> None:

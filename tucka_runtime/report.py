@@ -1,6 +1,6 @@
 """What the engine tells of itself, its adapters and its steps. Standard library only: it crosses the process border."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tucka_runtime.sequence import AdapterKey, Route
@@ -24,7 +24,7 @@ class EngineInfo:
 @dataclass(frozen=True)
 class AdapterInfo:
     """A loaded adapter. `kind` is "tucka" or "lora"; `scope` is set where the adapter pins its route; `bytes` are those
-    of its tensors on the device; `training` is its manifest."""
+    of its tensors on the device; `training` is its manifest; `load_seconds` what each stage of loading it took."""
 
     key: AdapterKey
     digest: str
@@ -40,13 +40,14 @@ class AdapterInfo:
     scope: str | None
     bytes: int
     training: dict[str, Any] | None
+    load_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """One step in figures. `schedule` to `output` are seconds on the host: choosing the work, packing the batch, routes
     and cores, the layers, choosing tokens, booking them. `routes` has every routed segment's adapter and route;
-    `preemptions` counts since the start."""
+    `preemptions` counts since the start; `sequences` and `active` are those of this step, the latter their adapters."""
 
     schedule: float
     batch: float
@@ -63,3 +64,5 @@ class StepStats:
     blocks_used: int
     blocks_total: int
     preemptions: int
+    sequences: int = 0
+    active: tuple[AdapterKey, ...] = ()

@@ -96,7 +96,8 @@ class RouteReport:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """`time.monotonic()` of the engine at each border of a sequence's life; seconds."""
+    """`time.monotonic()` of the engine at each border of a sequence's life; seconds. A border that was not reached
+    is 0."""
 
     arrived: float
     scheduled: float
@@ -116,8 +117,8 @@ class SequenceOutput:
     """What one step brought for one sequence. The one that has `finish_reason` is the last, and there always is one.
 
     `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
-    first. `stop_token_id` is the token that ended the sequence (it is the last of `token_ids`). `error` has the
-    message when `finish_reason` is "error".
+    first. `stop_token_id` is the token that ended the sequence (it is the last of `token_ids`). `timing` comes
+    with the first token and with the finish reason. `error` has the message when `finish_reason` is "error".
     """
 
     request_id: str
