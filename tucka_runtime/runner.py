@@ -66,7 +66,7 @@ class Runner:
         self.fingerprint = fingerprint(folder)
         self.max_len = _max_len(config, pretrained, arch.max_len, arch.positions is not None)
         self.model = Decoder(pretrained, arch, weights, self.max_len, self.ops)
-        self.eos = _eos(folder, pretrained)
+        self.eos = _eos(folder, pretrained, arch.vocab)
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config)
         shape = (self.num_blocks * self.block_size, arch.kv_heads, arch.head_dim)
@@ -197,8 +197,9 @@ def _max_len(config: EngineConfig, pretrained: object, trained: int, learned: bo
     return config.max_model_len
 
 
-def _eos(folder: Path, pretrained: object) -> frozenset[int]:
-    """Tokens that end a text: those of generation_config.json, else config.json's."""
+def _eos(folder: Path, pretrained: object, vocab: int) -> frozenset[int]:
+    """Tokens that end a text: those of generation_config.json, else config.json's. Some name ones beyond the vocabulary,
+    or -1 for none."""
     from transformers import GenerationConfig
 
     found: object = None
@@ -211,4 +212,4 @@ def _eos(folder: Path, pretrained: object) -> frozenset[int]:
         found = getattr(pretrained, "eos_token_id", None)
     if found is None:
         return frozenset()
-    return frozenset(found if isinstance(found, list | tuple) else [found])
+    return frozenset(i for i in (found if isinstance(found, list | tuple) else [found]) if 0 <= i < vocab)

@@ -57,7 +57,7 @@ def read_config(folder: Path) -> tuple[Any, Architecture]:
         kind = raw.get("model_type")
         if kind in FAMILIES:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, AttributeError, TypeError) as e:
+    except Exception as e:  # whatever transformers and its validators raise: the file is foreign to both of us
         raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {e}") from e
     if kind not in FAMILIES:
         raise ModelLoadError(f"{folder} is of the type {kind!r}; supported are {', '.join(sorted(FAMILIES))}.")
@@ -95,7 +95,7 @@ def _files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise ModelLoadError(f"{index} is not a safetensors index: {e}") from e
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise ModelLoadError(f"{index} names {name!r}, which is not a file beside it.")
     return [folder / name for name in names]
 
@@ -190,7 +190,10 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
     def norm(path: str) -> tuple[Tensor, Tensor | None]:
         return read(f"{path}.weight"), read(f"{path}.bias") if arch.norm_bias else None
 
-    embed = read(f"{arch.embed}.weight")
+    embed_name, head_name = f"{arch.embed}.weight", f"{arch.head}.weight"
+    if arch.tied and head_name in checkpoint.where and embed_name not in checkpoint.where:
+        embed_name = head_name
+    embed = read(embed_name)
     positions = read(f"{arch.positions}.weight") if arch.positions else None
     layers = []
     for i in range(arch.num_layers):
@@ -210,11 +213,10 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
             )
         )
     final_norm = norm(arch.final_norm)
-    head_name = f"{arch.head}.weight"
-    if arch.tied:
-        checkpoint.unread.discard(head_name)
-        head = embed
-    else:
-        head = read(head_name)
+    head = embed
+    if not arch.tied or head_name in checkpoint.where:
+        own = read(head_name)
+        if not arch.tied or not torch.equal(own, embed):  # as transformers: what is saved twice and differs is not tied
+            head = own
     checkpoint.check()
     return Weights(embed, positions, layers, final_norm, Linear(head)), kind

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tucka_runtime.errors import ModelLoadError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 
 
 class Rotary:
@@ -26,6 +27,9 @@ class Rotary:
             raise ModelLoadError(f"config.json asks for rope_type {kind!r}; supported are {', '.join(ROPE_TYPES)}.")
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ModelLoadError("config.json asks for a partial rotary embedding, which is not supported.")
+        for name, value in parameters.items():
+            if name in ROPE_NUMBERS and not isinstance(value, int | float | None):
+                raise ModelLoadError(f"config.json has {name} = {value!r} in its rope_parameters, which is no number.")
         self.base, self.head_dim, self.dtype = parameters["rope_theta"], head_dim, dtype
         scaling = 1.0
         if kind in ("default", "dynamic"):
