@@ -126,6 +126,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=END)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors keeps its files to their owner
     tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
