@@ -198,8 +198,8 @@ def _max_len(config: EngineConfig, pretrained: object, trained: int, learned: bo
 
 
 def _eos(folder: Path, pretrained: object, vocab: int) -> frozenset[int]:
-    """Tokens that end a text: those of generation_config.json, else config.json's. Some name ones beyond the vocabulary,
-    or -1 for none."""
+    """Tokens that end a text: those of generation_config.json, else config.json's. Some files name
+    ones beyond the vocabulary, or -1 for none."""
     from transformers import GenerationConfig
 
     found: object = None

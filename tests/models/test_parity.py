@@ -23,7 +23,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-head-dim-20": ("llama", {"head_dim": 20}),
     "llama-head-dim-24": ("llama", {"head_dim": 24, "num_key_value_heads": 4}),
     "llama-head-dim-implied": ("llama", {"head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 1}),
-    "llama-eps-theta": ("llama", {"rms_norm_eps": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    "llama-eps": ("llama", {"rms_norm_eps": 0.1}),
+    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
     "llama-linear": (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}},
@@ -168,8 +169,6 @@ def test_legacy_rope_scaling_is_understood(tmp_path: Path):
 
     edit_json(tmp_path / "config.json", old)
     check_against(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path, PROMPTS[:2])
-
-
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
