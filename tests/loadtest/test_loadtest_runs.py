@@ -345,7 +345,7 @@ def test_the_sweep_stops_when_the_client_is_the_limit():
 def test_the_sweep_command(fake, tmp_path, capsys):
     # one slot of 50 ms: 20 requests a second at the very most
     url, html = fake(ttft=0.05, slots=1), tmp_path / "s.html"
-    flags = ["--url", url, "--max-tokens", "1", "--duration", "1", "--canary-rate", "0", "--quiet", "--warmup", "0"]
+    flags = ["--url", url, "--max-tokens", "1", "--duration", "0.7", "--canary-rate", "0", "--quiet", "--warmup", "0"]
     code = cli.main(["sweep", *flags, "--goodput", "ttft:200", "--start-rate", "8", "--tolerance", "0.5", "--most-runs",
                      "4", "--share", "0.8", "--html", str(html), "--json", str(tmp_path / "s.json")])  # fmt: skip
     assert code == 0
