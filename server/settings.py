@@ -17,6 +17,8 @@ from tucka_runtime.errors import ConfigError
 
 C = TypeVar("C", EngineConfig, ServerConfig)
 
+_SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per field; what is not given stays out of the namespace."""
@@ -27,6 +29,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             text = field.metadata["help"]
             if field.default is not None and not repeatable:
                 text += f" (default: {field.default})"
+            if _kind(field) is bool:
+                action = argparse.BooleanOptionalAction
+                group.add_argument(_flag(field), dest=field.name, action=action, default=argparse.SUPPRESS, help=text)
+                continue
             metavar = field.metadata.get("metavar") or ("N" if _kind(field) is int else None)
             choices = field.metadata.get("choices")
             group.add_argument(
@@ -69,6 +75,10 @@ def _build(kind: type[C], flags: Mapping[str, Any], environment: Mapping[str, st
 def _from_text(field: Field[Any], text: str, variable: str) -> Any:
     if isinstance(field.default, tuple):
         return [item for item in text.split(",") if item]
+    if _kind(field) is bool:
+        if text.lower() not in _SWITCHES:
+            raise ConfigError(f"{variable} must be true or false.")
+        return _SWITCHES[text.lower()]
     try:
         return _kind(field)(text)
     except ValueError:
@@ -101,7 +111,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _kind(field: Field[Any]) -> type:
-    """int or str: of the field itself, of its items, or beside None."""
+    """int, str or bool: of the field itself, of its items, or beside None."""
     inner = [item for item in typing.get_args(field.type) if item not in (type(None), Ellipsis)]
     return inner[0] if inner else field.type  # type: ignore[return-value]
 

@@ -11,14 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from tucka_runtime.errors import ModelLoadError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_CHAR_TO_BYTE = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 class Tokenizer:
@@ -40,6 +36,8 @@ class Tokenizer:
         """The folder's tokenizer, or None when it holds none. Raises ModelLoadError if it cannot be used."""
         if not any((folder / name).is_file() for name in _FILES):
             return None
+        from transformers import AutoTokenizer  # takes seconds: here, the engine loads the model meanwhile
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -122,3 +120,13 @@ class Detokenizer:
     def flush(self) -> str:
         """What is left when no token follows: the replacement character for an unfinished one."""
         return self._decoder.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others by code points from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_CHAR_TO_BYTE = _byte_alphabet()

@@ -4,14 +4,16 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 from servers import GOLDEN, start_command
+
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.server import serve
 
 BASE = str(GOLDEN / "bases" / "llama-tiny")
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
@@ -70,19 +72,13 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
         assert time.monotonic() - began < 8
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tucka_runtime.server.cli", *arguments], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run("serve", "--model", BASE, "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 1 and "Cannot listen on" in done.stderr and "Traceback" not in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="Choose another"):
+        serve._bind(ServerConfig(port=taken.getsockname()[1]))
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(serve, "set_up_logging", lambda: None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
-    done = run("serve", "--model", str(tmp_path), "--port", "0")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert serve.serve(EngineConfig(model=str(tmp_path)), ServerConfig(port=0)) == 1
+    assert "nothing" in caplog.text and "Traceback" not in caplog.text
