@@ -56,7 +56,7 @@ def _decode(
         hidden = (ahead < 0) if window is None else (ahead < 0) | (ahead >= window)
         pages.memo[mask_key] = torch.zeros(batch, longest, device=q.device).masked_fill_(hidden, float("-inf"))
     # In fp32 whatever the caches' type: bf16 products round scores and probabilities, which doubles attention's error
-    # and breaks the promise to be as near to float64 as transformers (1.3 times its error); it costs as good as nothing.
+    # and breaks the promise to be as near to float64 as transformers (1.3 times its error); it costs next to none.
     k = k_cache.view(-1, d).index_select(0, pages.memo[key]).float().view(batch * kv_heads, longest, d)
     v = v_cache.view(-1, d).index_select(0, pages.memo[key]).float().view(batch * kv_heads, longest, d)
     scores = torch.bmm(q.float().reshape(batch * kv_heads, heads // kv_heads, d), k.transpose(1, 2))
