@@ -53,9 +53,9 @@ class Generation:
         self._started = started
         self.adapter = service.find(ask.model)
         own = self.adapter.info.scope if self.adapter else None
-        if own is not None and ask.scope is not None and own != ask.scope:
-            raise InvalidRequestError("This adapter fixes its own route scope. Leave `route` out.", "route")
-        self.scope = RouteScope(own or ask.scope or service.config.route)
+        if own == RouteScope.PINNED and ask.scope is not None:
+            raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
+        self.scope = RouteScope(ask.scope or own or service.config.route)
         request = Request(
             id=uuid.uuid4().hex,
             prompts=ask.prompts,

@@ -206,8 +206,10 @@ class Engine:
         tucka = config if isinstance(config, TuckAConfig) else None
         alpha = config.alpha if isinstance(config, TuckAConfig) else config.lora_alpha
         scope = None
-        if tucka is not None and pinned is not None:
-            scope = RouteScope.PINNED
+        if tucka is not None:
+            trained = (adapter.training or {}).get("route")
+            scope = RouteScope(trained) if trained in (RouteScope.BATCH, RouteScope.REQUEST) else None
+            scope = RouteScope.PINNED if pinned is not None else scope
         return folded, AdapterInfo(
             key=key,
             digest=adapter.digest,

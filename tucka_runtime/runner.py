@@ -202,7 +202,7 @@ def _eos(folder: Path, pretrained: object, vocab: int) -> frozenset[int]:
     ones beyond the vocabulary, or -1 for none."""
     from transformers import GenerationConfig
 
-    found: object = None
+    found: int | list[int] | None = None
     if (folder / "generation_config.json").is_file():
         try:
             found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
@@ -212,4 +212,4 @@ def _eos(folder: Path, pretrained: object, vocab: int) -> frozenset[int]:
         found = getattr(pretrained, "eos_token_id", None)
     if found is None:
         return frozenset()
-    return frozenset(i for i in (found if isinstance(found, list | tuple) else [found]) if 0 <= i < vocab)
+    return frozenset(i for i in (found if isinstance(found, list) else [found]) if 0 <= i < vocab)
