@@ -1,0 +1,122 @@
+"""A whole decoding step at a decoder's shape: every layer with weights, caches and factors of its own, in one graph.
+
+What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
+weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tucka_runtime.kernels.bench import model
+from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, pages
+from tucka_runtime.kernels.bench.timing import Case, Result, measure
+from tucka_runtime.kernels.pages import PagePlan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights (d_out, d_in) by site, caches, and what adapters there are at each site."""
+
+    weights: dict[str, Tensor]
+    caches: tuple[Tensor, Tensor]
+    deltas: dict[str, Batch]
+
+
+class Chain:
+    """All layers' tensors. 16 GB of weights and, at 64 rows of 1024, 8.6 GB of keys and values for a Llama-3-8B."""
+
+    def __init__(self, sweep: Sweep, rows: int, context: int):
+        shape, self.sweep = sweep.shape, sweep
+        self.plan: PagePlan = pages(rows, context, True, sweep.device)
+        slots = (int(self.plan.tables.max()) + 1) * self.plan.block_size
+
+        def randn(*size: int) -> Tensor:
+            return torch.empty(size, dtype=sweep.dtype, device=sweep.device).normal_(std=size[-1] ** -0.5)
+
+        self.layers = [
+            Layer(
+                {site: randn(sum(widths), d_in) for site, (d_in, widths) in shape.sites.items()},
+                (randn(slots, shape.kv_heads, shape.head), randn(slots, shape.kv_heads, shape.head)),
+                {},
+            )
+            for _ in range(shape.layers)
+        ]
+        self.head = randn(shape.vocab, shape.d)
+        self.x = randn(rows, shape.d)
+        self.ones = torch.ones(shape.d, dtype=sweep.dtype, device=sweep.device)
+        angle = torch.rand(rows, 1, shape.head // 2, device=sweep.device)
+        self.cos, self.sin = angle.cos().to(sweep.dtype), angle.sin().to(sweep.dtype)
+        self.side = torch.cuda.Stream(sweep.device) if sweep.device.type == "cuda" else None
+
+    def adapt(self, targets: str | None, adapters: int, rank: int) -> None:
+        """Gives every layer new adapters at `targets` of model.TARGETS; None: takes them away."""
+        rows = self.x.shape[0]
+        for layer in self.layers:
+            layer.deltas.clear()
+            for site, chosen in model.TARGETS[targets].items() if targets else ():
+                d_in, widths = self.sweep.shape.sites[site]
+                on = tuple(j in chosen for j in range(len(widths)))
+                layer.deltas[site] = batch(rows, adapters, rank, d_in, widths, self.sweep.dtype, self.sweep.device, on)
+
+    def step(self) -> Tensor:
+        """The highest logit's id of every row."""
+        ops, shape = self.sweep.ops, self.sweep.shape
+        x, y = self.x, ops.norm.norm(self.x, self.ones, None, 1e-5)
+        for layer in self.layers:
+            qkv, delta = self._linear(layer, "qkv", y)
+            q = ops.expand_qkv_rope_kv.expand_qkv_rope_kv(
+                qkv, *delta, self.cos, self.sin, None, 1e-5, *layer.caches, self.plan.write_slots
+            )
+            attended = ops.attention.attention(q, *layer.caches, self.plan, shape.head**-0.5).flatten(1)
+            out, delta = self._linear(layer, "o", attended)
+            y, x = ops.expand_residual.expand_residual(out, *delta, x, self.ones, None, 1e-5)
+            up, delta = self._linear(layer, "gate_up", y)
+            inner = ops.expand_swiglu.expand_swiglu(up, *delta)
+            down, delta = self._linear(layer, "down", inner)
+            y, x = ops.expand_residual.expand_residual(down, *delta, x, self.ones, None, 1e-5)
+        return linear(y, self.head).argmax(-1)
+
+    def _linear(self, layer: Layer, site: str, x: Tensor) -> tuple[Tensor, tuple[object, object, object]]:
+        b = layer.deltas.get(site)
+        if b is None:
+            return linear(x, layer.weights[site]), (None, None, None)
+        shrink = self.sweep.ops.shrink_core.shrink_core
+        if self.side is None:
+            return linear(x, layer.weights[site]), (shrink(x, b.site, b.cores, b.plan), b.site, b.plan)
+        main = torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            h = shrink(x, b.site, b.cores, b.plan)
+        y = linear(x, layer.weights[site])
+        main.wait_stream(self.side)
+        return y, (h, b.site, b.plan)
+
+
+def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -> list[Result]:
+    """Steps without adapters, then with q and v or all seven linears adapted by 1, 8 and 32 adapters."""
+    chain = Chain(sweep, rows, context)
+    shape = sweep.shape
+    out: list[Result] = []
+    base_bytes = model.weights(shape) + model.kv(shape, rows, context)
+    settings: list[tuple[str | None, int, int]] = [(None, 0, 0)]
+    settings += [(t, a, r) for r in sweep.ranks for t in model.TARGETS for a in (1, 8, 32) if a <= rows]
+    for targets, adapters, rank in settings:
+        chain.adapt(targets, adapters, rank)
+        moved = base_bytes + (model.factors(shape, targets, adapters, rank) if targets else 0)
+        label: dict[str, int | str] = {
+            "rows": rows,
+            "context": context,
+            "targets": targets or "none",
+            "adapters": adapters,
+            "rank": rank,
+        }
+        result = measure(Case("chain", label, moved, lambda seed: {"own": chain.step}), sweep.device)
+        if out:
+            result.micros["no adapter"] = out[0].micros["own"]
+        out.append(result)
+        say(f"chain {label}: {result.micros['own']:.0f} us")
+    return out

@@ -1,0 +1,161 @@
+"""What the compiler makes of every kernel, without a GPU: each is compiled for sm_90 through its own wrapper.
+
+Registers, spilled bytes, shared memory, and how wide it reads and writes device memory: the first things to look at
+when a kernel is slow, and a check that all of them compile. `--compile` prints it.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, pages
+from tucka_runtime.kernels.dispatch import choose
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in one specialisation. `accesses` counts its global loads and stores by width in bytes."""
+
+    op: str
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    products: str
+    accesses: dict[int, int]
+
+
+class _Device:
+    """As much of a driver as compiling takes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_all() -> list[Compiled]:
+    """Every op at the Llama-3-8B shape in bf16, decoding (64 rows, 32 adapters) and in a prompt (512 rows).
+
+    Raises RuntimeError in Triton's interpreter, which compiles nothing.
+    """
+    if not isinstance(_kernels().norm._norm, JITFunction):
+        raise RuntimeError("Triton's interpreter is on: unset TRITON_INTERPRET to compile.")
+    found: list[Compiled] = []
+    current = ""
+    run = JITFunction.run
+
+    def only_compile(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found.append(_read(current, self.__name__, kernel))
+        return kernel
+
+    before = driver._active
+    driver.set_active(_Device())
+    JITFunction.run = only_compile
+    try:
+        for current, call in _calls():  # noqa: B007 (read by only_compile)
+            call()
+    finally:
+        JITFunction.run = run
+        driver._active = before
+    return found
+
+
+def _kernels() -> SimpleNamespace:
+    return choose(torch.device("cuda"), fused=True)
+
+
+def _calls() -> list[tuple[str, Any]]:
+    ops, shape = _kernels(), LLAMA3_8B
+    qkv, residual = ops.expand_qkv_rope_kv.expand_qkv_rope_kv, ops.expand_residual.expand_residual
+    calls: list[tuple[str, Any]] = []
+    for label, rows, adapters in (("decode", 64, 32), ("prompt", 512, 1)):
+        case = batch(rows, adapters, 16, shape.d, (shape.q, shape.kv, shape.kv), torch.bfloat16, torch.device("cpu"))
+        mlp = batch(rows, adapters, 16, shape.d, (shape.f, shape.f), torch.bfloat16, torch.device("cpu"))
+        out = batch(rows, adapters, 16, shape.d, (shape.d,), torch.bfloat16, torch.device("cpu"))
+        plan = pages(rows, 1024 if label == "decode" else rows, label == "decode", torch.device("cpu"))
+        cache = torch.empty(64, shape.kv_heads, shape.head, dtype=torch.bfloat16)
+        angle = torch.empty(rows, 1, shape.head // 2, dtype=torch.bfloat16)
+        x, weight = torch.empty(rows, shape.d, dtype=torch.bfloat16), torch.empty(shape.d, dtype=torch.bfloat16)
+        q = torch.empty(rows, shape.heads, shape.head, dtype=torch.bfloat16)
+        logits = torch.empty(rows, shape.vocab)
+        column = torch.empty(rows)
+        whole = torch.empty(rows, dtype=torch.int64)
+        norms = (torch.empty(shape.head, dtype=torch.bfloat16),) * 2
+
+        def add(name: str, call: Any, label: str = label) -> None:
+            calls.append((f"{name} ({label})", call))
+
+        h = case.y.new_empty(rows, 3, 16)
+        add("shrink_core", lambda c=case: ops.shrink_core.shrink_core(c.x, c.site, c.cores, c.plan))
+        add("expand", lambda c=case, h=h: ops.expand.expand(c.y, h, c.site, c.plan))
+        for n in (None, norms):
+            add(
+                "expand_qkv_rope_kv",
+                lambda c=case, h=h, n=n, a=angle, k=cache, w=whole: qkv(c.y, h, c.site, c.plan, a, a, n, 1e-5, k, k, w),
+            )
+        add("expand_swiglu", lambda c=mlp, h=h: ops.expand_swiglu.expand_swiglu(c.y, h, c.site, c.plan))
+        add(
+            "expand_residual",
+            lambda c=out, h=h, x=x, w=weight: residual(c.y, h, c.site, c.plan, x, w, None, 1e-5),
+        )
+        add("norm", lambda x=x, w=weight: ops.norm.norm(x, w, w, 1e-5))
+        add("attention", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1))
+        add("attention, window", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1, 512))
+        add("sample", lambda x=logits, c=column, w=whole: ops.sample.sample(x, c, w, w))
+        add("filter", lambda x=logits, c=column, w=whole: ops.sample.filter_logits(x, w, c, c))
+        add("route_ids", lambda w=whole: ops.route.route_ids(w, torch.empty(shape.vocab, 8), 2))
+        add("route_hidden", lambda x=x: ops.route.route_hidden(x, torch.empty(8, shape.d), 2))
+    c, g, cores = torch.empty(64, 2, 2), torch.empty(64, 4, 2, 16, 16), torch.empty(64, 16, 16, dtype=torch.bfloat16)
+    group, s, modules = torch.zeros((), dtype=torch.int64), torch.empty(2), torch.arange(64)
+    calls.append(("core", lambda: ops.core.core(c, g, group, s, modules, cores)))
+    return calls
+
+
+def _read(op: str, name: str, kernel: Any) -> Compiled:
+    ptx = kernel.asm["ptx"]
+    accesses: Counter[int] = Counter()
+    for vector, bits in re.findall(r"\b(?:ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.(v[248]))?\.[bsuf](\d+)", ptx):
+        accesses[int(bits) // 8 * int(vector[1:] or 1) if vector else int(bits) // 8] += 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x[0-9a-f]+|\d+)", ptx):
+        accesses[int(size, 0)] += 1
+    products = [p for p in ("wgmma", "mma.sync") if p in ptx]
+    usage = _usage(kernel.asm["cubin"])
+    return Compiled(op, name, *usage, kernel.metadata.shared, "+".join(products), dict(sorted(accesses.items())))
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory, from the tool that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(triton.knobs.cache.dir) / "usage.cubin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cubin)
+    text = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    path.unlink()
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (-1, -1)
+
+
+def table(found: list[Compiled]) -> str:
+    """One line per kernel."""
+    head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}  {'products':16}"
+    lines = [head + "bytes per access: times"]
+    for c in found:
+        widths = " ".join(f"{size}:{times}" for size, times in c.accesses.items())
+        lines.append(f"{c.op:32}{c.kernel:14}{c.registers:10}{c.spilled:9}{c.shared:9}  {c.products:16}{widths}")
+    return "\n".join(lines)

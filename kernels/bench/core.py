@@ -1,0 +1,31 @@
+"""Cores of one adapter's modules (k 4, t 2, p 2): once per segment and step."""
+
+from collections.abc import Iterator
+
+import torch
+
+from tucka_runtime.kernels.bench.shapes import Sweep
+from tucka_runtime.kernels.bench.timing import Call, Case
+
+K, T, P = 4, 2, 2
+
+
+def cases(sweep: Sweep) -> Iterator[Case]:
+    """Every rank, for q and v and for all seven linears of every layer."""
+    for rank in sweep.ranks:
+        for per_layer in (2, 7):
+            yield _case(sweep, rank, per_layer * sweep.shape.layers)
+
+
+def _case(sweep: Sweep, rank: int, modules: int) -> Case:
+    def make(seed: int) -> dict[str, Call]:
+        torch.manual_seed(seed)
+        c = torch.randn(modules, T, P, device=sweep.device)
+        g = torch.randn(modules, K, P, rank, rank, device=sweep.device)
+        group, weights = torch.tensor(1, device=sweep.device), torch.rand(T, device=sweep.device)
+        rows = torch.arange(modules, device=sweep.device)
+        out = torch.zeros(modules, rank, rank, dtype=sweep.dtype, device=sweep.device)
+        return {"own": lambda: sweep.ops.core.core(c, g, group, weights, rows, out)}
+
+    moved = modules * rank * rank * (P * 4 + sweep.dtype.itemsize)
+    return Case("core", {"modules": modules, "rank": rank}, moved, make)

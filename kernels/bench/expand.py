@@ -1,0 +1,38 @@
+"""Expand alone, as it stands where nothing can be fused with it; beside it torch's gather-bmm."""
+
+from collections.abc import Iterator
+
+import torch
+
+from tucka_runtime.kernels.bench.shapes import Sweep, batch
+from tucka_runtime.kernels.bench.timing import Call, Case
+
+
+def cases(sweep: Sweep) -> Iterator[Case]:
+    """Every (rows, adapters, rank) of the sweep at every site."""
+    for site, (d_in, widths) in sweep.shape.sites.items():
+        for rows, adapters, rank in sweep.deltas:
+            yield _case(sweep, site, d_in, widths, rows, adapters, rank)
+
+
+def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int, adapters: int, rank: int) -> Case:
+    used, n, size = min(rows, adapters), len(widths), sweep.dtype.itemsize
+    moved = size * (used * rank * sum(widths) + rows * (2 * sum(widths) + n * rank))
+
+    def make(seed: int) -> dict[str, Call]:
+        torch.manual_seed(seed)
+        b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
+        h = torch.randn(rows, n, rank, device=sweep.device).to(sweep.dtype)
+        calls: dict[str, Call] = {"own": lambda: sweep.ops.expand.expand(b.y, h, b.site, b.plan)}
+        if rows <= sweep.bmm_rows:
+            e = [torch.stack([row[j] for row in b.site.e if row[j] is not None]) for j in range(n)]
+            adapter = b.plan.segments.adapter
+
+            def gather_bmm() -> torch.Tensor:
+                parts = [torch.bmm(h[:, j : j + 1], e[j].index_select(0, adapter)).squeeze(1) for j in range(n)]
+                return b.y.add_(torch.cat(parts, dim=1))
+
+            calls["gather-bmm"] = gather_bmm
+        return calls
+
+    return Case("expand", {"site": site, "rows": rows, "adapters": adapters, "rank": rank}, moved, make)

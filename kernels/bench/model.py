@@ -1,0 +1,133 @@
+"""What the issue's targets leave room for, from bytes and launches alone: no device is asked.
+
+A decoding step is bound by bytes: weights once, every context's keys and values once, factors of every active adapter
+once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, and its
+launches that nothing hides.
+"""
+
+from dataclasses import dataclass
+
+from tucka_runtime.kernels.bench.shapes import Shape
+
+EXTRA_LAUNCH = {"qkv": 1, "o": 2, "gate_up": 1, "down": 2}
+"""Launches that a delta adds at a site: the shrink (two over rank 32), and at o and down the norm, which without a
+delta is one with the sum."""
+BASE_LAUNCHES = 9
+"""Launches of a layer without adapters: four GEMMs, qkv's pass, attention, SwiGLU, two sums with norm."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """bytes/s of a large copy, the share of it that kernels are asked to reach, flop/s of large bf16 products, seconds
+    that a launch in a graph costs where nothing hides it. All assumptions until a device has been asked."""
+
+    copy: float = 4.3e12
+    efficiency: float = 0.75
+    products: float = 7.5e14
+    launch: float = 1.0e-6
+
+
+@dataclass(frozen=True)
+class Line:
+    """Microseconds and shares of one target. `at_floor` counts bytes at the copy's rate and no launch."""
+
+    what: str
+    target: float
+    base: float
+    delta_bytes: int
+    launches: int
+    at_floor: float
+    expected: float
+
+
+def weights(shape: Shape) -> int:
+    """bf16 bytes of the weights that a step reads: all linears and the head."""
+    layer = sum(d_in * sum(widths) for d_in, widths in shape.sites.values())
+    return 2 * (shape.layers * layer + shape.vocab * shape.d)
+
+
+def kv(shape: Shape, rows: int, context: int) -> int:
+    """bf16 bytes of the keys and values that decoding `rows` contexts reads."""
+    return 2 * shape.layers * rows * context * 2 * shape.kv
+
+
+TARGETS: dict[str, dict[str, tuple[int, ...]]] = {
+    "qv": {"qkv": (0, 2)},
+    "all": {"qkv": (0, 1, 2), "o": (0,), "gate_up": (0, 1), "down": (0,)},
+}
+"""Which targets of each site are adapted: q and v, or all seven linears."""
+
+
+def factors(shape: Shape, targets: str, adapters: int, rank: int) -> int:
+    """bf16 bytes of the factors of so many adapters, all layers."""
+    widths = 0
+    for site, chosen in TARGETS[targets].items():
+        d_in, outs = shape.sites[site]
+        widths += sum(d_in + outs[j] for j in chosen)
+    return 2 * shape.layers * adapters * rank * widths
+
+
+def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: int, target: float) -> Line:
+    """64 rows at context 1024."""
+    base = (weights(shape) + kv(shape, 64, 1024)) / machine.copy
+    moved = factors(shape, targets, adapters, rank)
+    launches = shape.layers * sum(EXTRA_LAUNCH[s] + (rank > 32) for s in TARGETS[targets])
+    floor = moved / machine.copy
+    expected = floor / machine.efficiency + launches * machine.launch
+    name = {"qv": "q, v", "all": "all seven"}[targets]
+    return Line(
+        f"decode 64 rows, {name} r {rank}, {adapters} adapter{'s' * (adapters > 1)}",
+        target,
+        base * 1e6,
+        moved,
+        launches,
+        floor / base,
+        expected / base,
+    )
+
+
+def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) -> Line:
+    """A prompt of one adapter that adapts all seven linears, over the base's products."""
+    base = (weights(shape) - 2 * shape.vocab * shape.d) * rows / machine.products  # 2 flops per weight, 2 bytes each
+    read = {s: d_in for s, (d_in, _) in shape.sites.items()}
+    # Shrinks read x again (once per 64 rank rows of the site); o and down store the sum once more and read it.
+    blocks = {s: -(-rank * len(shape.sites[s][1]) // 64) for s in read}
+    again = sum(read[s] * blocks[s] for s in read) + 2 * shape.d
+    moved = 2 * shape.layers * rows * again + factors(shape, "all", 1, rank)
+    # A shrink multiplies whole blocks of 64 rank rows; small products reach half of what large ones do.
+    per_row = sum(read[s] * 64 * blocks[s] + rank * sum(shape.sites[s][1]) for s in read)
+    products = 2 * shape.layers * rows * per_row / (machine.products / 2)
+    launches = shape.layers * sum(n + 1 for n in EXTRA_LAUNCH.values())
+    floor = moved / machine.copy
+    expected = max(floor / machine.efficiency, products) + launches * machine.launch
+    return Line(
+        f"prompt {rows}, all seven r {rank}", target, base * 1e6, moved, launches, floor / base, expected / base
+    )
+
+
+def lines(shape: Shape, machine: Machine) -> list[Line]:
+    """The issue's targets."""
+    return [
+        decode(shape, machine, "qv", 32, 16, 0.04),
+        decode(shape, machine, "all", 1, 16, 0.05),
+        decode(shape, machine, "all", 8, 16, 0.08),
+        decode(shape, machine, "all", 32, 16, 0.15),
+        prompt(shape, machine, 2048, 16, 0.04),
+        prompt(shape, machine, 8192, 16, 0.04),
+        prompt(shape, machine, 8192, 64, 0.06),
+    ]
+
+
+def table(shape: Shape, machine: Machine) -> str:
+    """The targets as lines of text."""
+    out = [
+        f"{shape.name}: copy {machine.copy / 1e12:.1f} TB/s, kernels at {machine.efficiency:.2f} of it, products "
+        f"{machine.products / 1e12:.0f} TFLOP/s, launch {machine.launch * 1e6:.1f} us: assumptions, not measurements",
+        f"{'what':44}{'base us':>9}{'delta MB':>10}{'launches':>10}{'floor':>8}{'expected':>10}{'target':>8}",
+    ]
+    for line in lines(shape, machine):
+        out.append(
+            f"{line.what:44}{line.base:9.0f}{line.delta_bytes / 1e6:10.0f}{line.launches:10}"
+            f"{line.at_floor:8.1%}{line.expected:10.1%}{line.target:8.0%}"
+        )
+    return "\n".join(out)

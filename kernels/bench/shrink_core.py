@@ -1,0 +1,43 @@
+"""Shrink with core: bytes of U, x, cores and h; beside it torch's gather-bmm."""
+
+from collections.abc import Iterator
+
+import torch
+
+from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, stacked
+from tucka_runtime.kernels.bench.timing import Call, Case
+
+
+def cases(sweep: Sweep) -> Iterator[Case]:
+    """Every (rows, adapters, rank) of the sweep at every site."""
+    for site, (d_in, widths) in sweep.shape.sites.items():
+        for rows, adapters, rank in sweep.deltas:
+            yield _case(sweep, site, d_in, widths, rows, adapters, rank)
+
+
+def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int, adapters: int, rank: int) -> Case:
+    used, n, size = min(rows, adapters), len(widths), sweep.dtype.itemsize
+    moved = size * (used * n * rank * (d_in + rank) + rows * (d_in + n * rank))
+
+    def make(seed: int) -> dict[str, Call]:
+        torch.manual_seed(seed)
+        b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
+        calls: dict[str, Call] = {"own": lambda: sweep.ops.shrink_core.shrink_core(b.x, b.site, b.cores, b.plan)}
+        if rows <= sweep.bmm_rows:
+            calls["gather-bmm"] = gather_bmm(b)
+        return calls
+
+    return Case("shrink_core", {"site": site, "rows": rows, "adapters": adapters, "rank": rank}, moved, make)
+
+
+def gather_bmm(b: Batch) -> Call:
+    """Each row's own U and core gathered, then two batched products."""
+    u = stacked(b.site.u)  # (A, n·r, d_in)
+    n, (rows, _) = len(b.site.columns) - 1, b.x.shape
+    adapter, segment = b.plan.segments.adapter, b.plan.segments.row
+
+    def call() -> torch.Tensor:
+        h = torch.bmm(u.index_select(0, adapter), b.x[:, :, None]).view(rows, n, 1, -1)
+        return torch.matmul(h, b.cores.index_select(0, segment))
+
+    return call
