@@ -70,11 +70,22 @@ class AdapterNames:
         Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
         name, and what the registry and the engine raise for the files.
         """
+        try:
+            return await self._load(name, source, inplace, pinned, durable)
+        except TuckaError as error:
+            self._metrics.adapter_refused(error.code)
+            raise
+
+    async def _load(
+        self, name: str, source: Path, inplace: bool, pinned: Route | None, durable: bool
+    ) -> tuple[LoadedAdapter, bool]:
         check_name(name)
         if name == self._base_name:
             raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
         async with self._lock(name):
+            begin = time.monotonic()
             stored = await asyncio.to_thread(self._registry.ingest, source)
+            copied = time.monotonic() - begin
             old = self._loaded.get(name)
             if old is not None and (old.digest, old.pinned) == (stored.digest, pinned):
                 return old, False
@@ -84,14 +95,14 @@ class AdapterNames:
                     "or load it with `load_inplace: true`.",
                     "name",
                 )
-            return await self._switch(name, stored.digest, stored.folder, pinned, str(source), durable), True
+            return await self._switch(name, stored.digest, stored.folder, pinned, str(source), durable, copied), True
 
     async def unload(self, name: str) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError."""
         async with self._lock(name):
             old = self.get(name)
             del self._loaded[name]
-            self._metrics.forget_adapter(name)
+            self._metrics.adapter_unloaded(name)
             await self._engine.unload_adapter(old.key)
             await asyncio.to_thread(self._registry.remove, name)
             await self._collect()
@@ -130,12 +141,13 @@ class AdapterNames:
                 try:
                     info = await self._engine.load_adapter(old.key, old.folder, old.pinned)
                     self._loaded[name] = replace(old, info=info)
+                    self._metrics.adapter_loaded(info, info.load_seconds)
                 except EngineDeadError:
                     raise
                 except TuckaError as error:
                     log.error("adapter %s cannot be loaded again: %s", name, error.message)
                     del self._loaded[name]
-                    self._metrics.forget_adapter(name)
+                    self._metrics.adapter_unloaded(name)
         self.ready = True
 
     def lease(self, key: AdapterKey) -> None:
@@ -147,12 +159,22 @@ class AdapterNames:
             del self._in_use[key]
 
     async def _switch(
-        self, name: str, digest: str, folder: Path, pinned: Route | None, source: str, durable: bool
+        self,
+        name: str,
+        digest: str,
+        folder: Path,
+        pinned: Route | None,
+        source: str,
+        durable: bool,
+        copied: float = 0.0,
     ) -> LoadedAdapter:
+        """`copied`: seconds that it took to check and copy the files."""
         self._generation += 1
         key = AdapterKey(name, self._generation)
         fingerprint = self._engine.info.fingerprint if self._engine.info else ""
+        begin = time.monotonic()
         info = await self._engine.load_adapter(key, folder, pinned)
+        waited = max(time.monotonic() - begin - sum(info.load_seconds.values()), 0.0)
         if durable:
             try:
                 await asyncio.to_thread(self._registry.put, name, digest, key.generation, source, pinned, fingerprint)
@@ -161,7 +183,7 @@ class AdapterNames:
                 raise
         old = self._loaded.get(name)
         self._loaded[name] = LoadedAdapter(key, digest, folder, pinned, info, int(time.time()), source)
-        self._metrics.add_adapter(name)
+        self._metrics.adapter_loaded(info, {"copy": copied, **info.load_seconds, "wait": waited})
         if old is not None:
             await self._engine.unload_adapter(old.key)
             await self._collect()

@@ -17,6 +17,7 @@ from tucka_runtime.server.errors import JSON
 from tucka_runtime.server.generate import Ask, Generation, Step
 from tucka_runtime.server.logprobs import Labels, completion_logprobs
 from tucka_runtime.server.protocol import CompletionBody, parse, route_scope
+from tucka_runtime.server.record import Origin
 from tucka_runtime.server.sampling import max_tokens_for, num_logprobs, num_sequences, sampling_params
 from tucka_runtime.server.service import Service
 from tucka_runtime.server.stream import EventStream, until_disconnect
@@ -54,7 +55,8 @@ async def completions(request: Request) -> Response:
         skip_special_tokens=body.skip_special_tokens is not False,
         cache_salt=request.state.cache_salt,
     )
-    answer = _Answer(service, body, Generation(service, ask, started), texts)
+    origin = Origin.of(request, "text_completion", body.prompt if service.config.log_prompts else None)
+    answer = _Answer(service, body, Generation(service, ask, started, origin), texts)
     if not body.stream:
         return JSON(await until_disconnect(request.receive, answer.whole()))
     chunks = answer.chunks(usage_wanted)

@@ -1,7 +1,7 @@
 """One request in the engine: submitted, its outputs turned into text per choice, aborted when nobody waits any more."""
 
+import asyncio
 import logging
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Any
 
 from tucka_runtime.errors import EngineDeadError, InvalidRequestError, TuckaError
 from tucka_runtime.sequence import FinishReason, Request, RouteReport, RouteScope, SamplingParams, SequenceOutput
+from tucka_runtime.server.record import Origin, RequestRecord, SequenceRecord
 from tucka_runtime.server.service import Service
 from tucka_runtime.server.stops import stop_table
 from tucka_runtime.server.text import Delta, SequenceText
@@ -47,10 +48,9 @@ class Generation:
     Raises ModelNotFoundError, InvalidRequestError, OverloadedError, EngineDeadError.
     """
 
-    def __init__(self, service: Service, ask: Ask, started: float):
+    def __init__(self, service: Service, ask: Ask, started: float, origin: Origin):
         self.ask = ask
         self._service = service
-        self._started = started
         self.adapter = service.find(ask.model)
         own = self.adapter.info.scope if self.adapter else None
         if own == RouteScope.PINNED and ask.scope is not None:
@@ -76,10 +76,19 @@ class Generation:
             )
             for _ in range(request.num_sequences)
         ]
-        self._last_token = [0.0] * request.num_sequences
-        self._cached_tokens = [0] * request.num_sequences
         self._stream = service.engine.submit(request)
-        service.metrics.prompt_tokens.inc(self.prompt_tokens)
+        self._record = RequestRecord(
+            service.metrics,
+            service.traces,
+            origin,
+            ask.model,
+            self.adapter,
+            self.scope,
+            ask.sampling,
+            self.prompt_tokens,
+            started,
+            [SequenceRecord() for _ in self._texts],
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -95,7 +104,9 @@ class Generation:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens[:: self.ask.n])},
+            "prompt_tokens_details": {
+                "cached_tokens": sum(s.cached_tokens for s in self._record.sequences[:: self.ask.n])
+            },
         }
 
     def route(self, report: RouteReport | None) -> dict[str, Any] | None:
@@ -125,38 +136,23 @@ class Generation:
                     continue
                 _raise_failure(output)
                 delta = text.push(output)
-                self._measure(output)
+                self._record.output(output)
+                if delta.finish_reason is not None:
+                    self._record.finished(output, delta.finish_reason)
                 yield Step(output.index, delta, output)
-                if text.finished:
-                    unfinished -= 1
-                    self._service.metrics.requests.labels(str(delta.finish_reason)).inc()
+                unfinished -= text.finished
                 if not unfinished:
                     break
+        except (asyncio.CancelledError, GeneratorExit):  # the client left
+            raise
+        except BaseException as error:
+            self._record.error = error
+            raise
         finally:
             self._stream.abort()
             if self.adapter:
                 self._service.adapters.release(self.adapter.key)
-            self._close(unfinished)
-
-    def _measure(self, output: SequenceOutput) -> None:
-        metrics = self._service.metrics
-        now = time.monotonic()
-        before = self._last_token[output.index]
-        self._last_token[output.index] = now
-        if not before:
-            metrics.first_token.observe(now - self._started)
-            metrics.cached_tokens.inc(output.cached_tokens)
-            self._cached_tokens[output.index] = output.cached_tokens
-        elif output.token_ids:
-            metrics.inter_token.observe((now - before) / len(output.token_ids))
-        metrics.generation_tokens.inc(len(output.token_ids))
-
-    def _close(self, unfinished: int) -> None:
-        metrics = self._service.metrics
-        if unfinished:
-            metrics.requests.labels(str(FinishReason.ABORT)).inc(unfinished)
-        metrics.latency.observe(time.monotonic() - self._started)
-        metrics.count_model(self.adapter.key.name if self.adapter else None, self.completion_tokens)
+            self._record.close()
 
 
 def _raise_failure(output: SequenceOutput) -> None:

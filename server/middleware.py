@@ -8,6 +8,7 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tucka_runtime.logs import fields
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.server.errors import HeadersTooLargeError, error_response, internal_error
 
@@ -64,7 +65,18 @@ class RequestScope:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(route, method, str(status)).inc()
         level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
-        log.log(level, "%s %s %d %.0f ms %s", method, route, status, seconds * 1000, request_id)
+        log.log(
+            level,
+            "%s %s %d %.0f ms %s",
+            method,
+            route,
+            status,
+            seconds * 1000,
+            request_id,
+            extra=fields(
+                event="http", method=method, route=route, code=status, seconds=round(seconds, 6), request_id=request_id
+            ),
+        )
 
 
 def _request_id(scope: Scope) -> str:

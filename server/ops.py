@@ -36,9 +36,9 @@ async def version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
-    service.metrics.engine_up.set(service.engine.ready)
-    service.metrics.engine_restarts.set(service.engine.restarts)
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    engine = service.engine
+    text = service.metrics.render(service.ready, engine.restarts, engine.info, __version__)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def tokenize(request: Request) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -15,15 +16,16 @@ import uvicorn
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.logs import set_up_logging
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.server.adapters import AdapterNames
 from tucka_runtime.server.app import create_app
 from tucka_runtime.server.chat_template import ChatTemplate
 from tucka_runtime.server.connection import connection_class
 from tucka_runtime.server.embedded import with_embedded_default
-from tucka_runtime.server.logs import set_up_logging
 from tucka_runtime.server.middleware import MAX_HEADER_BYTES
 from tucka_runtime.server.service import Service
+from tucka_runtime.server.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.worker import EngineClient
 
@@ -34,7 +36,8 @@ STOP_ENGINE_SECONDS = 5
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
-    set_up_logging()
+    set_up_logging(config.log_format, "server")
+    os.environ["TUCKA_LOG_FORMAT"] = config.log_format  # the engine's process logs alike
     try:
         engine_config, config = with_embedded_default(engine_config, config)
         return asyncio.run(_run(engine_config, config))
@@ -81,6 +84,8 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         await engine.stop(STOP_ENGINE_SECONDS)
         if service is not None and service.template is not None:
             await service.template.stop()
+        if service is not None and service.traces is not None:
+            await asyncio.to_thread(service.traces.close)
         registry.close()
         listener.close()
 
@@ -91,14 +96,16 @@ async def _start(
     """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, AdapterError."""
     folder = Path(engine_config.model or "")
     log.info("loading %s ...", folder)
+    traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     started, tokenizer = await asyncio.gather(engine.start(), asyncio.to_thread(Tokenizer.load, folder))
-    metrics = Metrics()
     name = config.served_model_name or folder.resolve().name
+    metrics = Metrics(name, engine_config.max_loaded_adapters, engine_config.block_size, config.vllm_metrics)
+    metrics.watch_engine(lambda: engine.pid)
     adapters = AdapterNames(engine, registry, name, metrics)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-    service = Service(config, name, engine, tokenizer, template, adapters, metrics)
+    service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces)
     engine.on_step = metrics.on_step
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)

@@ -10,6 +10,7 @@ from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import EngineInfo
 from tucka_runtime.server.adapters import AdapterNames, LoadedAdapter
 from tucka_runtime.server.chat_template import ChatTemplate
+from tucka_runtime.server.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.worker import EngineClient
 
@@ -25,6 +26,7 @@ class Service:
     template: ChatTemplate | None
     adapters: AdapterNames
     metrics: Metrics
+    traces: Traces | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

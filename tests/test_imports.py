@@ -87,7 +87,7 @@ def test_trainer_shares_the_format_and_not_the_engine(module):
 
 @pytest.mark.parametrize("module", below("server"))
 def test_server_uses_the_public_runtime(module):
-    public = ["errors", "config", "sequence", "report", "worker", "tokenizer", "metrics", "adapters.registry"]
+    public = ["errors", "config", "sequence", "report", "worker", "tokenizer", "metrics", "logs", "adapters.registry"]
     commands = ["trainer.cli", "loadtest.cli"] if module == f"{OURS}.server.cli" else []
     allowed = [OURS + ".server", *(f"{OURS}.{p}" for p in public + commands)]
     for name in ours(module):

@@ -10,6 +10,7 @@ from tucka_runtime.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ROUTE_SCOPES = ("batch", "request")
+LOG_FORMATS = ("text", "json")
 
 
 def _setting(default: Any, help: str, **extra: Any) -> Any:
@@ -73,6 +74,12 @@ class ServerConfig:
     max_n: int = _setting(64, "most sequences (prompts x n) in one request")
     max_connections: int = _setting(1024, "most connections open at once")
     shutdown_timeout: int = _setting(30, "seconds that running requests get to finish when the server stops")
+    vllm_metrics: bool = _setting(True, "show vLLM's metric names as well, which routers and dashboards read")
+    log_format: str = _setting("text", "how log lines look", choices=LOG_FORMATS)
+    log_prompts: bool = _setting(False, "put every request's prompt into its log line")
+    otlp_traces_endpoint: str | None = _setting(
+        None, "send a trace of every request there, as OTLP over HTTP; needs the extra otel", metavar="URL"
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)

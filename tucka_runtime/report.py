@@ -25,8 +25,8 @@ class EngineInfo:
 class AdapterInfo:
     """A loaded adapter. `kind` is "tucka" or "lora". `scope` is what it is served with unless the request says so:
     "pinned" where its route is fixed, which no request changes; what its manifest says it was trained for ("route");
-    or None. `bytes` are those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage of
-    loading it took."""
+    or None. `bytes` are those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage
+    of loading it took."""
 
     key: AdapterKey
     digest: str

@@ -203,7 +203,7 @@ def test_probes_version_and_metrics(live: Server) -> None:
     for path in ("/v1/random-1", "/v1/random-2"):
         live.get(path)
     text = live.get("/metrics").text
-    assert 'tucka_adapter_requests_total{model="adapter:one"}' in text
+    assert 'tucka_adapter_requests_total{model="one",' in text
     assert 'tucka_http_requests_total{code="404",method="GET",route="unmatched"}' in text
     assert 'route="/v1/completions"' in text and "random" not in text
     assert "tucka_time_to_first_token_seconds_bucket" in text and "tucka_kv_blocks" in text

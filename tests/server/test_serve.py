@@ -78,7 +78,7 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    monkeypatch.setattr(serve, "set_up_logging", lambda: None)
+    monkeypatch.setattr(serve, "set_up_logging", lambda *_: None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     assert serve.serve(EngineConfig(model=str(tmp_path)), ServerConfig(port=0)) == 1
     assert "nothing" in caplog.text and "Traceback" not in caplog.text
