@@ -103,7 +103,7 @@ def figures(result: dict[str, Any]) -> str:
         html += (
             f"<p>TTFT of the first request after a load: median {number(cold['median_cold_ttft_ms'])} ms "
             f"({cold['cold_requests']} loads); all others to the same adapters: "
-            f"{number(cold['median_warm_ttft_ms'])} ms.</p>"
+            f"{number(cold['median_warm_ttft_ms'])} ms ({cold['warm_requests']}).</p>"
         )
     if ratio := result.get("ratio_to_base"):
         rows = [
@@ -205,7 +205,7 @@ def correctness(result: dict[str, Any]) -> str:
         outcomes = ", ".join(f"{n} {escape(o)}" for o, n in canaries["outcomes"].items()) or "none"
         html += f"<p>{canaries['sent']} canaries to {len(canaries['models'])} models {scope}: {outcomes}.</p>"
         rows = [
-            [escape(str(w[k])) for k in ("model", "outcome", "answered_as", "expected", "text")]
+            [escape(str(w[k] or "-")[:48]) for k in ("model", "outcome", "answered_as", "expected", "text")]
             for w in canaries["wrong"][:20]
         ]
         if rows:

@@ -59,7 +59,7 @@ def confidence(runs: Sequence[metrics.Figures], summaries: Sequence[dict[str, An
         values = [s[name] for s in summaries]
         if len(values) > 1 and all(isinstance(v, int | float) for v in values):
             _, low, high = stats.mean_interval(values)
-            result[name] = {"low": low, "high": high, "from": "repeats"}
+            result[name] = {"low": max(low, 0.0), "high": high, "from": "repeats"}  # no figure can be negative
     if len(runs) == 1:
         for latency, samples in runs[0].samples.items():
             for key, p in [("median", 50.0), *((f"p{p:g}", p) for p in runs[0].percentiles)]:

@@ -106,7 +106,7 @@ class Session:
         """Each canaried model alone, the base too; an adapter under churn once from each of its paths."""
         assert result.canaries is not None
         churned = {adapter.name: adapter for adapter in pool}
-        names = dict.fromkeys([*churned, *([result.base] if result.base else []), *result.models])
+        names = dict.fromkeys([*([result.base] if result.base else []), *churned, *result.models])
         for name in list(names)[: self.settings.canary_models]:
             paths = churned[name].paths if name in churned else (None,)
             for path in reversed(paths):

@@ -133,13 +133,13 @@ def bars(rows: Sequence[tuple[str, float, float | None, str]], unit: str, full: 
     if not rows:
         return '<p class="none">no samples</p>'
     top = full or max(max(value, whisker or 0.0) for _, value, whisker, _ in rows) or 1.0
-    left, right, step = 130, 100, 22
+    left, right, step = 140, 100, 22
     height = step * len(rows) + 24
     x = Axis(0.0, top, left, WIDTH - right)
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(unit)} by adapter">']
     for i, (name, value, whisker, text) in enumerate(rows):
         y = i * step + 4
-        shown = name if len(name) <= 20 else name[:19] + "…"
+        shown = name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}"
         parts.append(f'<text class="name" x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(shown)}')
         parts.append(f"<title>{escape(name)}</title></text>")
         parts.append(

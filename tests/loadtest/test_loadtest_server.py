@@ -24,12 +24,13 @@ def served(golden: Path) -> Iterator[tuple[str, Path]]:
     command += ["--adapter-root", str(golden), "--device", "cpu", "--num-threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    url = None
+    url, seen = None, []
     for line in process.stderr:
+        seen.append(line)
         if found := re.search(r"ready at (http://\S+?)\.? ", line):
             url = found[1]
             break
-    assert url, "the server did not come up"
+    assert url, "the server did not come up:\n" + "".join(seen[-20:])
     with open("/dev/null", "w") as nowhere:
         drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=nowhere)
         wait_until_ready(url)
