@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import EngineDeadError, ModelLoadError, OverloadedError, TuckaError
+from tucka_runtime.logs import set_up_logging
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import AdapterKey, Request, Route, SequenceOutput
 
@@ -52,7 +53,7 @@ class OutputStream(AsyncIterator[SequenceOutput]):
 
     def __init__(self, client: "EngineClient", request: Request):
         self._client = client
-        self._queue: asyncio.Queue[SequenceOutput | TuckaError] = asyncio.Queue()
+        self._queue: asyncio.Queue[SequenceOutput | TuckaError | None] = asyncio.Queue()  # None: aborted
         self.request_id = request.id
         self.unfinished = request.num_sequences
 
@@ -60,6 +61,8 @@ class OutputStream(AsyncIterator[SequenceOutput]):
         if not self.unfinished and self._queue.empty():
             raise StopAsyncIteration
         item = await self._queue.get()
+        if item is None:
+            raise StopAsyncIteration
         if isinstance(item, TuckaError):
             raise item
         return item
@@ -70,9 +73,12 @@ class OutputStream(AsyncIterator[SequenceOutput]):
         self._queue.put_nowait(item)
 
     def abort(self) -> None:
-        """Ends what is left of the request in the engine; the stream is over. Harmless when it already is."""
+        """Ends what is left of the request in the engine; the stream is over, also for who waits on it. Harmless when
+        it already is."""
         self._client.forget(self)
-        self.unfinished = 0
+        if self.unfinished:
+            self.unfinished = 0
+            self._queue.put_nowait(None)
 
 
 class EngineClient:
@@ -110,8 +116,14 @@ class EngineClient:
     async def start(self) -> EngineInfo:
         """Starts the process and waits for the model. Raises ModelLoadError, or EngineDeadError if it dies of else."""
         info = await self._spawn()
-        self.ready = True
+        self._open()
         return info
+
+    def _open(self) -> None:
+        """Takes requests from now on. Raises EngineDeadError if the process has died since it said it was ready."""
+        if self._channel is None:
+            raise EngineDeadError("The engine stopped as soon as it had started; see its log above.")
+        self.ready = True
 
     async def _spawn(self) -> EngineInfo:
         ours, theirs = socket.socketpair()
@@ -142,8 +154,10 @@ class EngineClient:
                 loop.call_soon_threadsafe(self._receive, channel.recv())
         except (EOFError, OSError):
             process.wait()
-            with contextlib.suppress(RuntimeError):  # the loop may be gone when the server has stopped
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._died, channel)
+        except RuntimeError:  # the loop is gone: the server has stopped
+            pass
 
     def _receive(self, message: tuple[Any, ...]) -> None:
         match message:
@@ -176,7 +190,7 @@ class EngineClient:
     def _died(self, channel: Connection) -> None:
         if channel is not self._channel:
             return
-        self.ready = False
+        served, self.ready = self.ready, False
         channel.close()
         self._channel = None
         error = EngineDeadError("The engine stopped. It is being restarted; try again in a moment.")
@@ -188,7 +202,7 @@ class EngineClient:
         self._calls.clear()
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError("The engine stopped while it was starting; see its log above."))
-        elif not self._stopping:
+        elif served and not self._stopping:  # else `start` failed, or `_revive` is at work and finds out
             logger.error("the engine process ended with status %s", self._process and self._process.returncode)
             self._restart = asyncio.get_running_loop().create_task(self._revive())
 
@@ -201,11 +215,11 @@ class EngineClient:
                 await self._spawn()
                 if self.on_restart is not None:
                     await self.on_restart()
+                self._open()
             except TuckaError as error:
                 logger.error("the engine did not come back: %s", error.message)
                 delay = min(2 * delay, LONGEST_RESTART_DELAY)
                 continue
-            self.ready = True
             logger.info("the engine is back")
             return
 
@@ -228,8 +242,8 @@ class EngineClient:
     async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
         """Loads an adapter beside what runs. Raises AdapterError, or EngineDeadError."""
         call = next(self._numbers)
-        self._calls[call] = asyncio.get_running_loop().create_future()
         self._send("load", call, key, str(folder), pinned)
+        self._calls[call] = asyncio.get_running_loop().create_future()
         return await self._calls[call]
 
     async def unload_adapter(self, key: AdapterKey) -> None:
@@ -265,7 +279,7 @@ def main() -> None:
     """The engine process: `python -m tucka_runtime.worker FD`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
+    set_up_logging(os.environ.get("TUCKA_LOG_FORMAT", "text"), "engine")
     channel = Connection(int(sys.argv[1]))
     config: EngineConfig = channel.recv()
     from tucka_runtime.engine import Engine
