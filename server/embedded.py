@@ -19,7 +19,4 @@ def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[E
         raise ConfigError("This installation has no embedded model. Name one: tucka serve --model DIR.")
     folders = sorted(folder for folder in (FOLDER / "adapters").glob("*") if folder.is_dir())
     embedded = tuple(f"{folder.name}={folder}" for folder in folders)
-    return (
-        replace(engine, model=str(base)),
-        replace(server, adapter=embedded + server.adapter, served_model_name=server.served_model_name or "default"),
-    )
+    return replace(engine, model=str(base)), replace(server, adapter=embedded + server.adapter)

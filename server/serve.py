@@ -81,7 +81,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         await _serve_until_stopped(server, listener, engine, stopping, config.shutdown_timeout)
         return 0
     finally:
-        await engine.stop(STOP_ENGINE_SECONDS)
+        await engine.stop(0 if service is None else STOP_ENGINE_SECONDS)  # one that still loads does not listen
         if service is not None and service.template is not None:
             await service.template.stop()
         if service is not None and service.traces is not None:
@@ -93,7 +93,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
 async def _start(
     engine: EngineClient, engine_config: EngineConfig, config: ServerConfig, registry: AdapterRegistry
 ) -> Service:
-    """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, AdapterError."""
+    """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError."""
     folder = Path(engine_config.model or "")
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
@@ -113,7 +113,10 @@ async def _start(
         adapter_name, _, path = adapter.partition("=")
         if not adapter_name or not path:
             raise ConfigError("--adapter takes NAME=PATH: the name for requests and the adapter's folder.")
-        await adapters.load(adapter_name, Path(path).resolve(), inplace=True, durable=False)
+        try:
+            await adapters.load(adapter_name, Path(path).resolve(), inplace=True, durable=False)
+        except TuckaError as error:
+            raise ConfigError(f"--adapter {adapter_name}: {error.message}") from None
     adapters.ready = True
     return service
 
