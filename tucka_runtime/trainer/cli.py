@@ -173,10 +173,12 @@ def _bar(steps: int, done: int) -> tuple[Callable[[int, float, list[int]], None]
     bar = tqdm(total=steps, initial=done, unit="step", disable=None, file=sys.stderr)
 
     def show(step: int, loss: float, load: list[int]) -> None:
-        bar.update(1)
         total = max(1, sum(load))
         experts = f" experts {'/'.join(f'{100 * n // total}' for n in load)}%" if load else ""
+        bar.update(1)
         bar.set_postfix_str(f"loss {loss:.4f}{experts}", refresh=False)
+        if bar.disable and step % max(1, steps // 10) == 0:  # no terminal: ten plain lines instead of a bar
+            print(f"step {step}/{steps} loss {loss:.4f}{experts}", file=sys.stderr, flush=True)
 
     return show, bar.close
 
