@@ -49,9 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(flags: argparse.Namespace) -> int:
     engine_config, server_config = settings.from_environment(flags)
-    from tucka_runtime.server.serve import serve
+    try:
+        from tucka_runtime.server.serve import serve
 
-    return serve(engine_config, server_config)
+        return serve(engine_config, server_config)
+    except KeyboardInterrupt:  # before the server's own handler stands: as after it, no error
+        return 0
 
 
 def _doctor(flags: argparse.Namespace) -> int:

@@ -94,6 +94,7 @@ async def _start(
     engine: EngineClient, engine_config: EngineConfig, config: ServerConfig, registry: AdapterRegistry
 ) -> Service:
     """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError."""
+    first_adapters = _first_adapters(config)
     folder = Path(engine_config.model or "")
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
@@ -109,16 +110,26 @@ async def _start(
     engine.on_step = metrics.on_step
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)
-    for adapter in config.adapter:
-        adapter_name, _, path = adapter.partition("=")
-        if not adapter_name or not path:
-            raise ConfigError("--adapter takes NAME=PATH: the name for requests and the adapter's folder.")
+    for adapter_name, path in first_adapters:
         try:
-            await adapters.load(adapter_name, Path(path).resolve(), inplace=True, durable=False)
+            await adapters.load(adapter_name, path, inplace=True, durable=False)
         except TuckaError as error:
             raise ConfigError(f"--adapter {adapter_name}: {error.message}") from None
     adapters.ready = True
     return service
+
+
+def _first_adapters(config: ServerConfig) -> list[tuple[str, Path]]:
+    """The names and folders of --adapter. Raises ConfigError for what is wrong at first sight: loading takes longer."""
+    adapters = []
+    for adapter in config.adapter:
+        name, _, path = adapter.partition("=")
+        if not name or not path:
+            raise ConfigError("--adapter takes NAME=PATH: the name for requests and the adapter's folder.")
+        if not Path(path).is_dir():
+            raise ConfigError(f"--adapter {name}: there is no folder {path}.")
+        adapters.append((name, Path(path).resolve()))
+    return adapters
 
 
 async def _serve_until_stopped(
