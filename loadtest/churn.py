@@ -20,7 +20,8 @@ from tucka_runtime.loadtest.record import Record
 
 @dataclass
 class Adapter:
-    """One adapter under churn. `generation` counts its loads; `absent` are the times when it was away or changing."""
+    """One adapter under churn. `generation` counts its loads. `absent` are the times when it was away; `swapped` those
+    of reloads in place, during which it must answer, either as before or as after."""
 
     name: str
     paths: tuple[str, ...]
@@ -28,6 +29,7 @@ class Adapter:
     steady: bool = True
     generation: int = 0
     absent: list[tuple[float, float]] = field(default_factory=list)
+    swapped: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -60,11 +62,13 @@ class Churn:
         client: Client,
         pool: list[Adapter],
         rate: float,
+        inplace: bool,
         seed: int,
         on_loaded: Callable[[str], Coroutine[Any, Any, None]],
         on_probe: Callable[[Record], None],
     ) -> None:
-        self.client, self.rate, self.on_loaded, self.on_probe = client, rate, on_loaded, on_probe
+        self.client, self.rate, self.inplace = client, rate, inplace
+        self.on_loaded, self.on_probe = on_loaded, on_probe
         self.pool = {adapter.name: adapter for adapter in pool}
         self.rng = random.Random(f"{seed}/churn")
         self.events: list[dict[str, Any]] = []
@@ -81,10 +85,14 @@ class Churn:
     def path(self, model: str) -> str | None:
         return self.pool[model].path if model in self.pool else None
 
+    def absent_during(self, model: str, start: float, end: float) -> bool:
+        """Whether the model was away at any time between start and end."""
+        return model in self.pool and _overlap(self.pool[model].absent, start, end)
+
     def changed_during(self, model: str, start: float, end: float) -> bool:
-        """Whether the model was away or changing at any time between start and end."""
-        absent = self.pool[model].absent if model in self.pool else []
-        return any(away < end and start < back for away, back in absent)
+        """Whether it was away or exchanged in place."""
+        swapped = model in self.pool and _overlap(self.pool[model].swapped, start, end)
+        return swapped or self.absent_during(model, start, end)
 
     async def run(self, until: asyncio.Event) -> None:
         """Changes one adapter after another until the event is set; never unloads more than half of them."""
@@ -100,6 +108,8 @@ class Churn:
             await self.load(adapter, "load")
         elif away < len(self.pool) // 2 and self.rng.random() < 0.5:
             await self.unload(adapter, "unload")
+        elif self.inplace:
+            await self.swap(adapter)
         else:
             await self.unload(adapter, "reload")
             await self.load(adapter, "reload")
@@ -124,13 +134,29 @@ class Churn:
         if await self.tell(action, "load", adapter):
             adapter.loaded = True
             self.settle(adapter)
-            task = asyncio.create_task(self.on_loaded(adapter.name))
-            self.callbacks.add(task)
-            task.add_done_callback(self.callbacks.discard)
+            self.announce(adapter)
 
-    async def tell(self, action: str, call: str, adapter: Adapter) -> bool:
+    async def swap(self, adapter: Adapter) -> None:
+        """The next path under the same name, which stays there. What is sent from now on is compared to no answer but
+        the old or the new one; after the server's 200 only to the new."""
+        adapter.swapped.append((self.client.clock(), math.inf))
+        adapter.generation += 1
+        ok = await self.tell("reload", "load", adapter, inplace=True)
+        adapter.swapped[-1] = (adapter.swapped[-1][0], self.client.clock())
+        if ok:
+            self.announce(adapter)
+        else:
+            adapter.generation -= 1
+
+    def announce(self, adapter: Adapter) -> None:
+        task = asyncio.create_task(self.on_loaded(adapter.name))
+        self.callbacks.add(task)
+        task.add_done_callback(self.callbacks.discard)
+
+    async def tell(self, action: str, call: str, adapter: Adapter, inplace: bool = False) -> bool:
         at = self.client.clock()
-        status, detail = await self.client.adapter(call, adapter.name, adapter.path if call == "load" else None)
+        path = adapter.path if call == "load" else None
+        status, detail = await self.client.adapter(call, adapter.name, path, inplace)
         ok = 200 <= status < 300
         event = {"at": at, "action": action, "call": call, "name": adapter.name, "path": adapter.path, "status": status}
         self.events.append(event | {"seconds": self.client.clock() - at, "ok": ok} | ({} if ok else {"detail": detail}))
@@ -146,4 +172,8 @@ class Churn:
                     await self.tell("restore", "unload", adapter)
                 adapter.generation = 0
                 adapter.loaded = adapter.steady = await self.tell("restore", "load", adapter)
-            adapter.generation, adapter.absent = 0, []
+            adapter.generation, adapter.absent, adapter.swapped = 0, [], []
+
+
+def _overlap(times: list[tuple[float, float]], start: float, end: float) -> bool:
+    return any(first < end and start < last for first, last in times)

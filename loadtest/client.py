@@ -98,10 +98,12 @@ class Client:
         except (KeyError, TypeError, ValueError):
             raise ServerError("/v1/models did not answer with a list of models: is this an OpenAI API?") from None
 
-    async def adapter(self, action: str, name: str, path: str | None = None) -> tuple[int, str]:
+    async def adapter(self, action: str, name: str, path: str | None = None, inplace: bool = False) -> tuple[int, str]:
         """`load` or `unload` in vLLM's form; (status, start of the answer), status 0 where none came."""
         assert self.session is not None
-        body = {"lora_name": name} | ({"lora_path": path} if path else {})
+        body: dict[str, Any] = {"lora_name": name} | ({"lora_path": path} if path else {})
+        if inplace:
+            body["load_inplace"] = True
         try:
             async with asyncio.timeout(self.timeout):
                 url = f"{self.url}/v1/{action}_lora_adapter"

@@ -60,7 +60,8 @@ class Run:
         limit = settings.concurrency if settings.open_loop else None
         self.cap = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
         probed = self.result.records.append
-        self.churn = Churn(client, churn_pool or [], settings.churn_rate, settings.seed, self.after_load, probed)
+        rate, inplace = settings.churn_rate, settings.churn_inplace
+        self.churn = Churn(client, churn_pool or [], rate, inplace, settings.seed, self.after_load, probed)
 
     async def execute(self) -> RunResult:
         plan = self.workload.plan() if self.settings.open_loop else []
@@ -164,15 +165,14 @@ class Run:
 
     def forgive(self, record: Record) -> None:
         """A 404 to a request that met its adapter's exchange is nobody's failure; it gets a cause of its own."""
-        if record.status == 404 and self.churn.changed_during(record.model, record.start, record.end):
+        if record.status == 404 and self.churn.absent_during(record.model, record.start, record.end):
             record.cause = "unloaded"
 
     async def after_load(self, name: str) -> None:
         """The first request after a load: its TTFT is the cold one."""
         index = len(self.churn.events)
-        turn = self.workload.turn(random.Random(f"{self.settings.seed}/cold/{index}"), {})
-        prompt: Any = [{"role": "user", "content": turn.text}] if self.client.chat else turn.text
-        await self.send(Record("cold", name, index), turn, prompt)
+        turn = self.workload.opening(random.Random(f"{self.settings.seed}/cold/{index}"), name)
+        await self.send(Record("cold", name, index), turn, list(turn.messages) or turn.text)
 
     async def send_canaries(self) -> None:
         """One after another at a steady pace, every adapter and prompt in turn."""

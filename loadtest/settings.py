@@ -87,6 +87,10 @@ class Settings:
         metavar="NAME=PATH[,PATH]",
     )  # fmt: skip
 
+    churn_inplace: bool = _setting(
+        False, "churn", "reload without unloading first (load_inplace of vLLM and TuckA): requests go on meanwhile"
+    )
+
     goodput: tuple[str, ...] = _setting(
         (), "checks", "SLO in ms, as ttft:500 tpot:50 e2el:5000 itl:200 (itl: the worst gap)", metavar="NAME:MS"
     )

@@ -139,7 +139,7 @@ def bars(rows: Sequence[tuple[str, float, float | None, str]], unit: str, full: 
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(unit)} by adapter">']
     for i, (name, value, whisker, text) in enumerate(rows):
         y = i * step + 4
-        shown = name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}"
+        shown = name if len(name) <= 18 else f"{name[:12]}…{name[-5:]}"
         parts.append(f'<text class="name" x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(shown)}')
         parts.append(f"<title>{escape(name)}</title></text>")
         parts.append(

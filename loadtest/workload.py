@@ -122,12 +122,20 @@ class Workload:
         rng = random.Random(f"{self.settings.seed}/{index}")
         item = self.trace[index] if self.trace else {}
         model = item.get("model") or self.draw_model(rng)
-        if self.dataset:
-            item = rng.choice(self.by_model.get(model) or self.by_model[None]) | item
+        item = self.pick(rng, model) | item
         turns = [self.turn(rng, item)]
         if "messages" not in item:
             turns += [self.turn(rng, {}, first=False) for _ in range(self.turns.draw(rng) - 1)]
         return Conversation(index, model, tuple(turns), at)
+
+    def opening(self, rng: random.Random, model: str) -> Turn:
+        """A first turn as the model's conversations have them."""
+        return self.turn(rng, self.pick(rng, model))
+
+    def pick(self, rng: random.Random, model: str) -> dict[str, Any]:
+        """A line of the dataset; nothing without one."""
+        lines = self.by_model.get(model) or self.by_model.get(None)
+        return rng.choice(lines) if lines else {}
 
     def draw_model(self, rng: random.Random) -> str:
         if self.base is not None and rng.random() < self.settings.base_share:

@@ -94,6 +94,14 @@ def test_churn_with_two_paths_has_a_reference_for_each(fake, load_test):
     assert next(c.root for c in asyncio.run(cards(url)) if c.name == "a") == "/adapters/a"
 
 
+def test_reloads_in_place_forgive_nothing(fake, load_test):
+    flags = {"churn_rate": 8.0, "churn_adapter": ("a=/adapters/a,/adapters/a2",), "churn_inplace": True}
+    result = load_test(fake(adapters=ADAPTERS, load=0.05), rate="20", duration=2.0, canary_rate=20.0, **flags)
+    assert {(e["action"], e["call"]) for e in result["runs"][0]["churn_events"]} >= {("reload", "load")}
+    assert result["failures"] == {} and result["correct"]
+    assert result["runs"][0]["redirected"] == 0
+
+
 def test_paths_for_churn():
     served = [ModelCard("base", None, "base"), ModelCard("a", "base", "/p"), ModelCard("b", "base", None)]
     assert [(a.name, a.paths) for a in adapters((), served, ["a", "b"])] == [("a", ("/p",))]
