@@ -34,7 +34,8 @@ def _modules(kind: str) -> dict[str, ModuleType]:
 
 
 def choose(device: torch.device, fused: bool | None = None) -> SimpleNamespace:
-    """The kernels for a device, as a namespace with one module per op: `ops.route.route_ids(…)`.
+    """The kernels for a device, as a namespace with one module per op: `ops.route.route_ids(…)`; `ops.fused` says
+    which.
 
     `fused` None takes the fused ones on a GPU and the reference on a CPU. True on a CPU needs TRITON_INTERPRET=1.
     Raises RuntimeError where the fused ones were asked for and cannot run: there is no silent way back.
@@ -45,4 +46,4 @@ def choose(device: torch.device, fused: bool | None = None) -> SimpleNamespace:
         raise RuntimeError("The fused kernels need a GPU, or TRITON_INTERPRET=1 to run them in Triton's interpreter.")
     kind = "fused" if fused else "reference"
     logger.info("kernels: %s on %s", kind, device)
-    return SimpleNamespace(**_modules(kind))
+    return SimpleNamespace(fused=fused, **_modules(kind))

@@ -15,6 +15,9 @@ from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
 from tucka_runtime.models.architecture import Site
 from tucka_runtime.sequence import AdapterKey, Route
 
+# By the ranks and d_in of a site.
+Plans = dict[tuple[tuple[tuple[int, ...], ...], int], SitePlan]
+
 
 @dataclass(frozen=True, order=True)
 class Where:
@@ -81,6 +84,17 @@ class ActiveSet:
     core_rank: int
     modules: tuple[Tensor | None, ...]
     """Per adapter the rows (M,) of its cores; None where they are constant."""
+    layouts: dict[tuple[int, tuple[tuple[int, int, int], ...]], tuple[Segments, Plans]] = field(default_factory=dict)
+
+    def layout(
+        self, spans: Sequence[tuple[int, int, int]], num_rows: int, device: torch.device
+    ) -> tuple[Segments, Plans]:
+        """The metadata of a batch, kept while batches have the same members: it depends on nothing else."""
+        key = num_rows, tuple(spans)
+        if key not in self.layouts:
+            self.layouts.clear()
+            self.layouts[key] = Segments.build(spans, num_rows, len(self.adapters), device), {}
+        return self.layouts[key]
 
     @staticmethod
     def build(
@@ -171,7 +185,7 @@ class Delta:
     """Segments that are routed when the pass comes to a site."""
     sums: dict[tuple[int, int], list[RouteSum]] = field(default_factory=dict)
     saved: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
-    plans: dict[tuple[tuple[int, ...], ...], SitePlan] = field(default_factory=dict)
+    plans: Plans = field(default_factory=dict)
     route_seconds: float = 0.0
     """Host time of what was routed from token ids."""
 
@@ -209,7 +223,7 @@ class Delta:
         if not segments:
             return delta
         spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-        delta.segments = Segments.build(spans, num_rows, len(active.adapters), device)
+        delta.segments, delta.plans = active.layout(spans, num_rows, device)
         if active.num_slots:
             rank = active.core_rank
             delta.cores = torch.zeros(len(spans), active.num_slots, rank, rank, dtype=dtype, device=device)
@@ -267,9 +281,10 @@ class Delta:
         weights = self.active.sites.get(at)
         if weights is None or self.segments is None:
             return None, None, None
-        plan = self.plans.get(weights.ranks)
+        key = weights.ranks, weights.d_in
+        plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[weights.ranks] = SitePlan.build(self.segments, weights.ranks)
+            plan = self.plans[key] = SitePlan.build(self.segments, weights)
         cores = None
         if self.cores is not None and (slot := self.active.slots.get(at)) is not None:
             cores = self.cores[:, slot : slot + len(weights.columns) - 1]

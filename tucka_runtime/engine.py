@@ -200,7 +200,7 @@ class Engine:
         begin = time.monotonic()
         adapter = read_adapter(folder, self.layout)
         checked = time.monotonic()
-        folded = fold(key, adapter, self.runner.model, pinned)
+        folded = fold(key, adapter, self.runner.model, self.runner.factor_dtype, pinned)
         folding = time.monotonic() - checked
         config = adapter.config
         tucka = config if isinstance(config, TuckAConfig) else None

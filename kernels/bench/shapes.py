@@ -114,7 +114,7 @@ def batch(
         columns.append(columns[-1] + w)
     site = DeltaSite.build(u, e, columns, d_in, dtype, device, pool=device.type == "cpu")
     spans = spread(rows, adapters)
-    plan = SitePlan.build(Segments.build(spans, rows, adapters, device), site.ranks)
+    plan = SitePlan.build(Segments.build(spans, rows, adapters, device), site)
     cores = randn(len(spans), len(widths), rank, rank)
     return Batch(randn(rows, d_in), randn(rows, columns[-1]), site, plan, cores)
 

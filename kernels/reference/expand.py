@@ -6,17 +6,25 @@ from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 
 def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:
-    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R) is shrink_core's."""
+    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R), of the factors' type, is shrink_core's."""
     if plan.gather is not None:
         wide = h.new_zeros(h.shape[0], plan.stops[-1] + 1).scatter_(1, plan.gather, h.flatten(1))
         for j, e in enumerate(site.e_all):
             if e is not None:
                 part = y[:, site.columns[j] : site.columns[j + 1]]
-                part.addmm_(wide[:, plan.stops[j] : plan.stops[j + 1]], e)
+                _add_product(part, wide[:, plan.stops[j] : plan.stops[j + 1]], e)
         return y
     for first, end, a in plan.segments.spans:
         for j, e in enumerate(site.e[a]):
             if e is not None:
                 part = y[first:end, site.columns[j] : site.columns[j + 1]]
-                part.addmm_(h[first:end, j, : e.shape[0]], e)
+                _add_product(part, h[first:end, j, : e.shape[0]], e)
     return y
+
+
+def _add_product(y: Tensor, h: Tensor, e: Tensor) -> None:
+    """y += h e, summed up in the factors' type and rounded to y's once."""
+    if y.dtype == e.dtype:
+        y.addmm_(h, e)
+    else:
+        y.add_(h @ e)

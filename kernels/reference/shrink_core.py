@@ -8,13 +8,14 @@ from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 
 def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> Tensor:
-    """x (T, d_in) -> h (T, n, R), zero beyond a row's own ranks and on base rows.
+    """x (T, d_in) -> h (T, n, R) in the factors' type, zero beyond a row's own ranks and on base rows.
 
     cores (S, n, Rc, Rc), identity where a segment's core is constant; None: all are. R is the largest rank.
     An (r, r) core with r < Rc is the upper left block of its (Rc, Rc); the blocks beside it are zero. A rank over Rc
     has no core (it is a LoRA's).
     """
     n, rank = len(site.columns) - 1, plan.max_rank
+    x = x.to(site.u_all.dtype)
     if plan.gather is not None:
         h = linear(x, site.u_all).gather(1, plan.gather).view(-1, n, rank)
         if cores is not None:

@@ -83,7 +83,7 @@ def make(
         spans.append((row, row + count, adapter))
         row += count
     segments = Segments.build(spans, row, len(ranks), where)
-    plan = SitePlan.build(segments, site.ranks)
+    plan = SitePlan.build(segments, site)
     cores = None
     if core_size is not None:
         cores = torch.empty(len(parts), len(widths), core_size, core_size, dtype=dtype)

@@ -145,7 +145,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     spans = case.plan.segments.spans
     for s, (first, end, a) in enumerate(spans):
         segments = Segments.build([(0, end - first, a)], end - first, 2, case.x.device)
-        plan = SitePlan.build(segments, case.site.ranks)
+        plan = SitePlan.build(segments, case.site)
         assert case.cores is not None
         alone = shrink_core.shrink_core(case.x[first:end], case.site, case.cores[s : s + 1], plan)
         own = case.adapted()[first:end]

@@ -59,7 +59,7 @@ class Bucket:
             e_ptr=torch.zeros_like(case.site.e_ptr),
             rank=torch.zeros_like(case.site.rank),
         )
-        self.plan = SitePlan.build(segments, case.site.ranks, max_rank=RANK)
+        self.plan = SitePlan.build(segments, case.site, max_rank=RANK)
         self.pages = dataclasses.replace(pages, tables=torch.zeros(ROWS, WIDTH, dtype=torch.int32))
 
     def fill(self, case: delta_cases.Case, pages: PagePlan) -> None:

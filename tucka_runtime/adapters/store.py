@@ -45,14 +45,16 @@ def locate(arch: Architecture) -> dict[str, Where]:
     }
 
 
-def fold(key: AdapterKey, adapter: Adapter, model: Decoder, pinned: Route | None = None) -> FoldedAdapter:
-    """The serving form of an adapter, in the model's type and on its device. Everything is computed in fp32.
+def fold(
+    key: AdapterKey, adapter: Adapter, model: Decoder, dtype: torch.dtype, pinned: Route | None = None
+) -> FoldedAdapter:
+    """The serving form of an adapter, its factors in `dtype`, on the model's device. Everything is computed in fp32.
 
     With `pinned` a TuckA adapter's core is constant and folded into U: it becomes a plain low-rank delta.
     Raises InvalidAdapterError if `pinned` does not fit the adapter.
     """
     arch, weights = model.arch, model.weights
-    device, dtype = weights.embed.device, weights.embed.dtype
+    device = weights.embed.device
     where = locate(arch)
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
     cores: list[tuple[Where, Tensor, Tensor]] = []
@@ -74,7 +76,7 @@ def fold(key: AdapterKey, adapter: Adapter, model: Decoder, pinned: Route | None
                 u = (unit @ _pinned_core(g, c, pinned)).T
             cores.append((at, g, c))
         factors[at] = (u.to(device, dtype).contiguous(), e.to(device, dtype).contiguous())
-    saved = {name: value.to(device, dtype) for name, value in adapter.saved.items()}
+    saved = {name: value.to(weights.embed) for name, value in adapter.saved.items()}
     routed = None
     if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
