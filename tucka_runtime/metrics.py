@@ -53,6 +53,8 @@ class Metrics:
     def _define_requests(self) -> None:
         self.http_requests = self._counter("http_requests", "HTTP requests answered", "route", "method", "code")
         self._requests = self._counter("requests", "sequences finished, by finish reason", "finish_reason")
+        for reason in FinishReason:
+            self._requests.labels(str(reason))
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of admitted requests")
         self._cached_tokens = self._counter("cached_prompt_tokens", "prompt tokens whose KV was reused")
         self._generation_tokens = self._counter("generation_tokens", "tokens generated")

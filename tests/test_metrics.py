@@ -1,0 +1,214 @@
+"""Metrics: what is counted, that label sets stay bounded, and that a scrape's work does too."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tucka_runtime import adapter_metrics
+from tucka_runtime.adapter_metrics import MAX_STALE, AdapterMetrics
+from tucka_runtime.metrics import Metrics
+from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
+from tucka_runtime.sequence import AdapterKey, FinishReason, Route, Timing
+
+
+def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | None = None, k: int = 3) -> AdapterInfo:
+    key = AdapterKey(name, generation)
+    return AdapterInfo(key, "ab" * 32, kind, 8, k, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q", scope, 4096, None)
+
+
+def step(running: int = 1, blocks_used: int = 2, preemptions: int = 0, routes=(), active=(), **stages) -> StepStats:
+    seconds = dict.fromkeys(("schedule", "batch", "route", "forward", "sample", "output"), 0.001) | stages
+    return StepStats(
+        **seconds,
+        prefill_tokens=5,
+        decode_tokens=1,
+        adapters=len(active),
+        routes=routes,
+        running=running,
+        waiting=0,
+        blocks_used=blocks_used,
+        blocks_total=8,
+        preemptions=preemptions,
+        sequences=2,
+        active=active,
+    )
+
+
+def samples(metrics: Metrics, **state) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    found = {}
+    for family in text_string_to_metric_families(metrics.render(**state).decode()):
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in found, f"{key} twice"
+            found[key] = sample.value
+    return found
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return samples(metrics).get((name, tuple(sorted(labels.items()))))
+
+
+def serve_one(metrics: Metrics, model: str = "fin") -> None:
+    metrics.admitted(model, prompt_tokens=10, sequences=1)
+    metrics.first_token(model, 0.3, cached_tokens=4, timing=Timing(100.0, 100.1, 100.2, 0.0))
+    metrics.tokens(1, None)
+    metrics.tokens(2, 0.05)
+    metrics.decoded(0.05)
+    metrics.finished(model, FinishReason.LENGTH, route_changes=2)
+    metrics.closed(model, 0.4, generated=3, failed=False)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics("llama", max_adapters=4, block_size=16)
+    metrics.adapter_loaded(adapter("fin"), {"read": 0.1, "fold": 0.2})
+    return metrics
+
+
+def test_a_request_from_start_to_end(metrics: Metrics) -> None:
+    serve_one(metrics)
+    assert value(metrics, "tucka_requests_total", finish_reason="length") == 1
+    assert value(metrics, "tucka_requests_total", finish_reason="error") == 0
+    assert value(metrics, "tucka_prompt_tokens_total") == 10
+    assert value(metrics, "tucka_cached_prompt_tokens_total") == 4
+    assert value(metrics, "tucka_generation_tokens_total") == 3
+    assert value(metrics, "tucka_time_to_first_token_seconds_bucket", le="0.3") == 1
+    assert value(metrics, "tucka_time_to_first_token_seconds_bucket", le="0.2") == 0
+    assert value(metrics, "tucka_inter_token_seconds_sum") == pytest.approx(0.025)
+    assert value(metrics, "tucka_request_queue_seconds_sum") == pytest.approx(0.1)
+    assert value(metrics, "tucka_request_prefill_seconds_sum") == pytest.approx(0.1)
+    assert value(metrics, "tucka_request_decode_seconds_sum") == pytest.approx(0.05)
+    assert value(metrics, "tucka_adapter_requests_total", model="fin", finish_reason="length") == 1
+    assert value(metrics, "tucka_adapter_generation_tokens_total", model="fin") == 3
+    assert value(metrics, "tucka_adapter_time_to_first_token_seconds_bucket", model="fin", le="0.5") == 1
+    assert value(metrics, "tucka_adapter_request_latency_seconds_sum", model="fin") == pytest.approx(0.4)
+    assert value(metrics, "tucka_adapter_route_changes_total", model="fin") == 2
+    assert value(metrics, "tucka_adapter_errors_total", model="fin") == 0
+    assert value(metrics, "tucka_adapter_load_seconds", model="fin", stage="fold") == pytest.approx(0.2)
+    assert value(metrics, "tucka_adapter_resident_bytes", model="fin", tier="device") == 4096
+
+
+def test_what_is_in_flight_is_known_without_a_step(metrics: Metrics) -> None:
+    """A request that is aborted while nothing else runs is followed by no step that could say so."""
+    metrics.admitted("fin", 10, sequences=3)
+    metrics.on_step(step(running=2, blocks_used=3, active=(AdapterKey("fin", 1),)))
+    assert (value(metrics, "tucka_requests_running"), value(metrics, "tucka_requests_waiting")) == (2, 1)
+    assert value(metrics, "tucka_kv_blocks_used") == 3
+    metrics.finished("fin", FinishReason.ABORT, 3)
+    assert (value(metrics, "tucka_requests_running"), value(metrics, "tucka_requests_waiting")) == (0, 0)
+    assert value(metrics, "tucka_kv_blocks_used") == 0
+
+
+def test_a_dead_engine_runs_nothing(metrics: Metrics) -> None:
+    metrics.admitted("fin", 10, sequences=1)
+    metrics.on_step(step())
+    found = samples(metrics, up=False, restarts=2)
+    assert found["tucka_engine_up", ()] == 0 and found["tucka_requests_running", ()] == 0
+    assert found["tucka_engine_restarts_total", ()] == 2
+    assert samples(metrics, restarts=2)["tucka_engine_restarts_total", ()] == 2
+
+
+def test_preemptions_go_on_counting_after_a_restart(metrics: Metrics) -> None:
+    for total in (2, 5, 1):
+        metrics.on_step(step(preemptions=total))
+    assert value(metrics, "tucka_preemptions_total") == 6
+
+
+def test_steps_by_stage(metrics: Metrics) -> None:
+    metrics.on_step(step(route=0.25))
+    assert value(metrics, "tucka_step_seconds_total", stage="route") == 0.25
+    assert value(metrics, "tucka_step_duration_seconds_sum") == pytest.approx(0.255)
+    assert value(metrics, "tucka_batch_tokens_bucket", le="4.0") == 0
+    assert value(metrics, "tucka_batch_tokens_bucket", le="8.0") == 1
+    assert value(metrics, "tucka_step_tokens_total", kind="prefill") == 5
+
+
+def test_expert_groups_and_their_balance(metrics: Metrics) -> None:
+    key = AdapterKey("fin", 1)
+    assert value(metrics, "tucka_adapter_group_selections_total", model="fin", group="2") == 0
+    assert value(metrics, "tucka_adapter_load_balance", model="fin") is None
+    for group in (0, 1, 2) * 20:
+        metrics.on_step(step(routes=((key, Route(group, (0.35, 0.5, 0.65))),)))
+    assert value(metrics, "tucka_adapter_group_selections_total", model="fin", group="1") == 20
+    assert value(metrics, "tucka_adapter_load_balance", model="fin") == pytest.approx(1, abs=1e-3)
+    assert value(metrics, "tucka_adapter_route_weight_bucket", model="fin", le="0.5") == 120
+    for _ in range(20_000):  # a router that collapses shows, however well it worked before
+        metrics.adapters.routed(key, Route(1, (0.5,)))
+    assert value(metrics, "tucka_adapter_load_balance", model="fin") == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("info", [adapter("fin", 2, "lora", k=0), adapter("fin", 2, scope="pinned")])
+def test_adapters_without_a_router_have_no_expert_series(metrics: Metrics, info: AdapterInfo) -> None:
+    metrics.adapter_loaded(info, {})
+    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    assert not [key for key in samples(metrics) if "group_selections" in key[0] or "load_balance" in key[0]]
+
+
+def test_a_reload_counts_on_but_for_its_experts(metrics: Metrics) -> None:
+    serve_one(metrics)
+    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.adapter_loaded(adapter("fin", 7), {"read": 0.5})
+    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))  # a request of the old generation
+    assert value(metrics, "tucka_adapter_generation", model="fin") == 7
+    assert value(metrics, "tucka_adapter_loads_total", model="fin") == 2
+    assert value(metrics, "tucka_adapter_prompt_tokens_total", model="fin") == 10
+    assert value(metrics, "tucka_adapter_group_selections_total", model="fin", group="0") == 0
+
+
+def test_unloading_deletes_every_series_and_late_requests_add_none(metrics: Metrics) -> None:
+    metrics.admitted("fin", 10, 1)
+    metrics.on_step(step(active=(AdapterKey("fin", 1),)))
+    metrics.adapter_unloaded("fin")
+    metrics.first_token("fin", 0.1, 0, None)
+    metrics.on_step(step(active=(AdapterKey("fin", 1),), routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.finished("fin", FinishReason.STOP)
+    metrics.closed("fin", 1.0, 3, failed=False)
+    assert b'fin"' not in metrics.render() and b'="fin' not in metrics.render()
+    assert value(metrics, "tucka_requests_total", finish_reason="stop") == 1
+
+
+def test_labels_come_from_closed_sets_only(metrics: Metrics) -> None:
+    before = set(samples(metrics))
+    for i in range(1000):
+        serve_one(metrics, f"unknown-{i}")
+        metrics.adapter_refused("invalid_adapter")
+    added = set(samples(metrics)) - before
+    assert not [key for key in added if "unknown" in str(key)]
+    assert len(added) < 5
+
+
+def test_label_values_are_escaped() -> None:
+    metrics = Metrics('a"b\\c\nd%s', vllm=True)
+    serve_one(metrics, 'a"b\\c\nd%s')
+    assert value(metrics, "tucka_adapter_prompt_tokens_total", model='a"b\\c\nd%s') == 10
+    assert value(metrics, "tucka_adapter_time_to_first_token_seconds_count", model='a"b\\c\nd%s') == 1
+
+
+def test_vllm_names_can_be_left_out() -> None:
+    assert b"vllm:" in Metrics(vllm=True).render() and b"vllm:" not in Metrics(vllm=False).render()
+
+
+def test_the_engine_is_described() -> None:
+    info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048)
+    found = samples(Metrics(block_size=16), info=info, version="1.2")
+    labels = {"version": "1.2", "type": "llama", "dtype": "float32", "device": "cpu"}
+    assert found["tucka_engine_info", tuple(sorted(labels.items()))] == 1
+    assert found["tucka_kv_blocks", ()] == 256
+
+
+def test_a_scrape_writes_few_rows_however_many_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = AdapterMetrics("base")
+    for i in range(1000):
+        table.loaded(adapter(f"a{i}", i), {"read": 0.1})
+    table.render()
+    written = []
+    render = adapter_metrics._Row.render
+    monkeypatch.setattr(adapter_metrics._Row, "render", lambda row: written.append(1) or render(row))
+    for i in range(1000):
+        table.first_token(f"a{i}", 0.1)
+        assert len(table._stale) <= MAX_STALE
+    before = len(written)
+    text = table.render()
+    assert len(written) - before <= MAX_STALE
+    assert text.count(b"_time_to_first_token_seconds_count{") == 1000
+    written.clear()
+    assert table.render() == text and not written
