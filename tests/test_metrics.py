@@ -207,8 +207,8 @@ def test_a_scrape_writes_few_rows_however_many_changed(monkeypatch: pytest.Monke
         table.first_token(f"a{i}", 0.1)
         assert len(table._stale) <= MAX_STALE
     before = len(written)
-    text = table.render()
+    text = b"".join(table.render())
     assert len(written) - before <= MAX_STALE
     assert text.count(b"_time_to_first_token_seconds_count{") == 1000
     written.clear()
-    assert table.render() == text and not written
+    assert b"".join(table.render()) == text and not written

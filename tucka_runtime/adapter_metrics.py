@@ -11,7 +11,7 @@ from itertools import accumulate
 from tucka_runtime.report import AdapterInfo
 from tucka_runtime.sequence import AdapterKey, FinishReason, Route
 
-MAX_STALE = 64  # rows written again at one scrape at most, 20 us each
+MAX_STALE = 32  # rows written again at one scrape at most, 20 us each
 TTFT_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5)
 LATENCY_SECONDS = (0.5, 1, 2, 5, 10, 30)
 WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)  # a route's weight is in [0.269, 0.731]: sigmoid of a cosine
@@ -36,7 +36,9 @@ _FAMILIES = (
 )
 _PREFIX = "tucka_adapter_"
 FAMILIES = tuple(_PREFIX + name for name, _, _ in _FAMILIES)
-_HEADS = tuple(f"# HELP {_PREFIX}{name} {help}\n# TYPE {_PREFIX}{name} {kind}\n" for name, kind, help in _FAMILIES)
+_HEADS = tuple(
+    f"# HELP {_PREFIX}{name} {help}\n# TYPE {_PREFIX}{name} {kind}\n".encode() for name, kind, help in _FAMILIES
+)
 
 
 class AdapterMetrics:
@@ -102,10 +104,14 @@ class AdapterMetrics:
             row.experts.select(route)
             self._changed(key.name)
 
-    def render(self) -> bytes:
+    def render(self) -> list[bytes]:
+        """The exposition text, in parts."""
         self._write_stale()
-        columns = zip(*self._text.values(), strict=True)
-        return b"".join([part for head, column in zip(_ENCODED, columns, strict=True) for part in (head, *column)])
+        parts: list[bytes] = []
+        for head, column in zip(_HEADS, zip(*self._text.values(), strict=True), strict=True):
+            parts.append(head)
+            parts += column
+        return parts
 
     def _changed(self, name: str) -> None:
         self._stale.add(name)
@@ -116,9 +122,6 @@ class AdapterMetrics:
         for name in self._stale:
             self._text[name] = self._rows[name].render()
         self._stale.clear()
-
-
-_ENCODED = tuple(head.encode() for head in _HEADS)
 
 
 class _Row:

@@ -195,7 +195,7 @@ class Metrics:
         self._slots.set(self._max_adapters)
         if info is not None:
             self._engine_info.labels(version, info.model_type, info.dtype, info.device).set(1)
-        parts = [generate_latest(self._registry), self.adapters.render()]
+        parts = [generate_latest(self._registry), *self.adapters.render()]
         if self._vllm is not None:
             active = {key.name for key in stats.active} if stats and running else set()
             asked = {name for name in self._in_flight if name in self.adapters}

@@ -3,7 +3,7 @@ model-server protocol (its endpoint picker reads them as tests/test_vllm_metrics
 """
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 GAUGES = {
@@ -29,7 +29,7 @@ class Load:
     block_size: int
     num_blocks: int
     max_adapters: int
-    loaded: Collection[str]
+    loaded: list[str]
     running_adapters: Collection[str]
     waiting_adapters: Collection[str]
 
@@ -42,6 +42,7 @@ class VLLMMetrics:
         self._labels = f'model_name="{escaped}",engine="0"'
         self._adapters: tuple[str, str] | None = None
         self._changed = 0.0
+        self._loaded: tuple[list[str], str] = ([], "")  # names, and the series that say so
 
     def render(self, load: Load) -> bytes:
         """The exposition text. One series of vllm:lora_requests_info exists at a time: readers take the latest."""
@@ -51,22 +52,25 @@ class VLLMMetrics:
         labels = self._labels
         states = f'running_lora_adapters="{adapters[0]}",waiting_lora_adapters="{adapters[1]}"'
         info = f'max_lora="{load.max_adapters}",{states}'
-        loaded = (f'{labels},adapter_name="{name}",level="gpu",pinned="true"' for name in load.loaded)
-        samples: dict[str, Iterable[tuple[str, object]]] = {
-            "vllm:num_requests_running": [(labels, load.running)],
-            "vllm:num_requests_waiting": [(labels, load.waiting)],
-            "vllm:kv_cache_usage_perc": [(labels, f"{load.kv_usage:.6f}")],
-            "vllm:cache_config_info": [
-                (f'{labels},block_size="{load.block_size}",num_gpu_blocks="{load.num_blocks}"', 1)
-            ],
-            "vllm:lora_requests_info": [(info, f"{self._changed:.3f}")],
-            "vllm:max_gpu_lora_adapters": [(labels, load.max_adapters)],
-            "vllm:num_gpu_loaded_lora_adapters": [(labels, len(load.loaded))],
-            "vllm:num_cpu_loaded_lora_adapters": [(labels, len(load.loaded))],
-            "vllm:lora_adapter_loaded": [(series, 1) for series in loaded],
+        samples: dict[str, tuple[str, object]] = {
+            "vllm:num_requests_running": (labels, load.running),
+            "vllm:num_requests_waiting": (labels, load.waiting),
+            "vllm:kv_cache_usage_perc": (labels, f"{load.kv_usage:.6f}"),
+            "vllm:cache_config_info": (
+                f'{labels},block_size="{load.block_size}",num_gpu_blocks="{load.num_blocks}"',
+                1,
+            ),
+            "vllm:lora_requests_info": (info, f"{self._changed:.3f}"),
+            "vllm:max_gpu_lora_adapters": (labels, load.max_adapters),
+            "vllm:num_gpu_loaded_lora_adapters": (labels, len(load.loaded)),
+            "vllm:num_cpu_loaded_lora_adapters": (labels, len(load.loaded)),
         }
-        lines = []
+        if load.loaded != self._loaded[0]:
+            series = f'vllm:lora_adapter_loaded{{{labels},adapter_name="%s",level="gpu",pinned="true"}} 1\n'
+            self._loaded = (load.loaded, "".join([series.replace("%s", name) for name in load.loaded]))
+        parts = []
         for name, help in GAUGES.items():
-            lines.append(f"# HELP {name} {help}\n# TYPE {name} gauge\n")
-            lines += [f"{name}{{{series}}} {value}\n" for series, value in samples[name]]
-        return "".join(lines).encode()
+            parts.append(f"# HELP {name} {help}\n# TYPE {name} gauge\n")
+            if name in samples:
+                parts.append("{}{{{}}} {}\n".format(name, *samples[name]))
+        return "".join([*parts, self._loaded[1]]).encode()
