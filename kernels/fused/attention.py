@@ -24,10 +24,22 @@ SPLIT = 512
 KV heads make 1024 splits, eight per SM. Unmeasured."""
 MAX_PROGRAMS = 1056
 """Programs of a decode: eight per SM of an H200 (132). Unmeasured."""
-BLOCK_N = 64
-"""Keys per step. Unmeasured."""
-BLOCK_M = 128
-"""Rows times query heads per prefill block: two warpgroups' wgmma. Unmeasured."""
+
+
+def prompt_blocks(d: int, size: int) -> tuple[int, int]:
+    """(rows times query heads, keys) per step of a prompt for heads of d elements of `size` bytes.
+
+    128 are two warpgroups' wgmma. Larger heads take smaller blocks to stay within 227 KB of shared memory, and fp32,
+    which no tensor core multiplies exactly, to stay within registers. Unmeasured.
+    """
+    if size == 4:
+        return (32, 32) if d <= 64 else (16, 16)
+    return (128, 64) if d <= 128 else (64, 32)
+
+
+def decode_block(d: int, size: int) -> int:
+    """Keys per step of a decode: 16 KB each of keys and values at D 128 in bf16. Unmeasured."""
+    return 64 if d * size <= 256 else 32 if d * size <= 512 else 16
 
 
 def attention(
@@ -39,8 +51,9 @@ def attention(
     without a context (length 0: they fill up a graph's bucket) are left unwritten.
     """
     out = torch.empty_like(q)
-    decode(q, k_cache, v_cache, out, pages, scale, window, SPLIT, BLOCK_N)
-    prefill(q, k_cache, v_cache, out, pages, scale, window, BLOCK_M, BLOCK_N)
+    d, size = q.shape[2], q.element_size()
+    decode(q, k_cache, v_cache, out, pages, scale, window, SPLIT, decode_block(d, size))
+    prefill(q, k_cache, v_cache, out, pages, scale, window, *prompt_blocks(d, size))
     return out
 
 
@@ -99,7 +112,7 @@ def decode(
         BLOCK_N=block_n,
         SPLIT=split,
         num_warps=4,
-        num_stages=3,
+        num_stages=5,  # page numbers and what they point to share them: keys and values are two deep, 72 KB
     )
 
 

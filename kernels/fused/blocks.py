@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16
-"""Ranks go by chunks of this many: the least K of a tensor-core product. An adapter pays for ceil(r / 16) of them."""
+"""Ranks go by chunks of this many: the least side of a tensor core's product. An adapter pays for ceil(r / 16)."""
 
 
 @triton.jit
@@ -54,7 +54,20 @@ def find_target(borders, column, n):
 
 @triton.jit
 def delta_block(
-    h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN: tl.constexpr
+    h,
+    e_ptr,
+    rank,
+    borders,
+    rows,
+    inside,
+    adapter,
+    target,
+    columns,
+    wanted,
+    n,
+    width_h,
+    ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) fp32 of h_j E_j: the delta of the rows of one tile at columns of the packed output.
 
@@ -70,14 +83,21 @@ def delta_block(
     width = tl.multiple_of(tl.load(borders + target + 1) - begin, ALIGN)
     own = columns - begin
     acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for c in range(0, r, 16):
-        i = c + tl.arange(0, 16)
+    for c in range(0, r, BLOCK_R):
+        i = c + tl.arange(0, BLOCK_R)
         h_at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + i[None, :]
         e_at = e + i[:, None].to(tl.int64) * width + own[None, :]
         a = tl.load(h_at, mask=inside[:, None] & (i < r)[None, :], other=0.0)
         b = tl.load(e_at, mask=(i < r)[:, None] & wanted[None, :], other=0.0)
         acc = dot(a, b, acc)
     return acc
+
+
+def rank_block(max_rank: int) -> int:
+    """Rank rows of E that `delta_block` has in flight at once: all of them up to 64, for a read's latency is most of
+    its time. What is over an adapter's own rank is masked: not read, and its product is a tensor core's few zeros.
+    """
+    return max(CHUNK, min(64, triton.next_power_of_2(max_rank)))
 
 
 def alignment(columns: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, delta_block, load_tile
+from tucka_runtime.kernels.fused.blocks import alignment, delta_block, load_tile, rank_block
 from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 BLOCK_N = 64
@@ -37,6 +37,7 @@ def run(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, block_n: int) -> 
             plan.max_rank,
             y.stride(0),
             ALIGN=alignment(site.columns),
+            BLOCK_R=rank_block(plan.max_rank),
             BLOCK_M=segments.tile_rows,
             BLOCK_N=block_n,
             num_warps=4,
@@ -56,6 +57,7 @@ def _expand(
     width_h,
     y_stride,
     ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,7 +74,9 @@ def _expand(
     inside = rows < end
     columns = column + tl.arange(0, BLOCK_N)
     wanted = columns < stop
-    acc = delta_block(h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN)
+    acc = delta_block(
+        h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN, BLOCK_R
+    )
     at = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
     mask = inside[:, None] & wanted[None, :]
     acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile
+from tucka_runtime.kernels.fused.blocks import CHUNK, alignment, delta_block, find_target, load_tile, rank_block
 from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
 
 
@@ -40,13 +40,14 @@ def expand_qkv_rope_kv(
     q_norm, k_norm = head_norms if head_norms is not None else (q, q)
     has_rope = cos is not None and sin is not None
     own: tuple[object, ...] = (q, q, q, q, q, 0, 0)
-    num_tiles, tile_rows, align = triton.cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1
+    num_tiles, tile_rows, align, chunk = triton.cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1, CHUNK
     if h is not None and site is not None and plan is not None:
         if any(c % d for c in site.columns):
             raise ValueError(f"a head of {d} columns must lie within one target: {site.columns}")
         tiles, n = plan.segments.tiles, len(site.columns) - 1
         own = (h, site.e_ptr, site.rank, site.borders, tiles, n, plan.max_rank)
-        num_tiles, tile_rows, align = tiles.shape[0], plan.segments.tile_rows, alignment(site.columns)
+        num_tiles, tile_rows = tiles.shape[0], plan.segments.tile_rows
+        align, chunk = alignment(site.columns), rank_block(plan.max_rank)
     _qkv[(num_tiles, heads + 2 * kv_heads)](
         qkv,
         q,
@@ -72,6 +73,7 @@ def expand_qkv_rope_kv(
         BLOCK_H=max(16, triton.next_power_of_2((d + 1) // 2)),
         BLOCK_M=tile_rows,
         ALIGN=align,
+        BLOCK_R=chunk,
         HAS_DELTA=h is not None,
         HAS_ROPE=has_rope,
         HAS_NORM=head_norms is not None,
@@ -114,6 +116,7 @@ def _qkv(
     BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -139,9 +142,11 @@ def _qkv(
     b = tl.load(at + HALF, mask=mask_b, other=0.0).to(tl.float32)
     if HAS_DELTA:
         target = find_target(borders, column, n)
-        a += delta_block(h, e_ptr, rank, borders, rows, inside, adapter, target, column + i, in_a, n, width_h, ALIGN)
+        a += delta_block(
+            h, e_ptr, rank, borders, rows, inside, adapter, target, column + i, in_a, n, width_h, ALIGN, BLOCK_R
+        )
         b += delta_block(
-            h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN
+            h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN, BLOCK_R
         )
     dtype = q.dtype.element_ty
     if head < heads + kv_heads:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile
+from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile, rank_block
 from tucka_runtime.kernels.fused.expand import BLOCK_N
 from tucka_runtime.kernels.fused.norm import add_norm, norm
 from tucka_runtime.kernels.segments import DeltaSite, SitePlan
@@ -59,6 +59,7 @@ def add(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, residual: Tensor,
             residual.stride(0),
             total.stride(0),
             ALIGN=alignment(site.columns),
+            BLOCK_R=rank_block(plan.max_rank),
             BLOCK_M=segments.tile_rows,
             BLOCK_N=block_n,
             num_warps=4,
@@ -83,6 +84,7 @@ def _add(
     residual_stride,
     total_stride,
     ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -95,7 +97,9 @@ def _add(
     columns = column + tl.arange(0, BLOCK_N)
     wanted = columns < width
     target = find_target(borders, column, n)
-    acc = delta_block(h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN)
+    acc = delta_block(
+        h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN, BLOCK_R
+    )
     mask = inside[:, None] & wanted[None, :]
     row = rows[:, None].to(tl.int64)
     acc += tl.load(y + row * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)

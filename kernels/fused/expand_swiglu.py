@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile
+from tucka_runtime.kernels.fused.blocks import CHUNK, alignment, delta_block, find_target, load_tile, rank_block
 from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
 
 BLOCK_N = 64
@@ -40,6 +40,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
             f,
             gate_up.stride(0),
             ALIGN=1,
+            BLOCK_R=CHUNK,
             HAS_DELTA=False,
             BLOCK_M=SMALL_TILE,
             BLOCK_N=block_n,
@@ -62,6 +63,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
         f,
         gate_up.stride(0),
         ALIGN=alignment(site.columns),
+        BLOCK_R=rank_block(plan.max_rank),
         HAS_DELTA=True,
         BLOCK_M=plan.segments.tile_rows,
         BLOCK_N=block_n,
@@ -85,6 +87,7 @@ def _swiglu(
     f,
     stride,
     ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -108,7 +111,11 @@ def _swiglu(
     up = tl.load(at + f, mask=mask, other=0.0).to(tl.float32)
     if HAS_DELTA:
         other = find_target(borders, f, n)
-        gate += delta_block(h, e_ptr, rank, borders, rows, inside, adapter, 0, columns, wanted, n, width_h, ALIGN)
-        up += delta_block(h, e_ptr, rank, borders, rows, inside, adapter, other, columns + f, wanted, n, width_h, ALIGN)
+        gate += delta_block(
+            h, e_ptr, rank, borders, rows, inside, adapter, 0, columns, wanted, n, width_h, ALIGN, BLOCK_R
+        )
+        up += delta_block(
+            h, e_ptr, rank, borders, rows, inside, adapter, other, columns + f, wanted, n, width_h, ALIGN, BLOCK_R
+        )
     y = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + row * f + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
