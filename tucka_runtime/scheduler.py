@@ -130,7 +130,8 @@ class Scheduler:
         self.blocks.hold(reuse)
         seq.block_table = reuse + self.blocks.allocate(need)
         seq.num_computed = len(reuse) * size
-        seq.cached_tokens = max(seq.cached_tokens, seq.num_computed)
+        if not seq.scheduled_at:  # its own pages, found again after a preemption, are no gift of the cache
+            seq.cached_tokens = seq.num_computed
         return True
 
     def _hashes(self, seq: Sequence, pages: int) -> list[bytes]:
