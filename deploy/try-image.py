@@ -27,6 +27,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SUITE = "bookworm"  # Debian 12
+CHROOT = shutil.which("chroot") or "/usr/sbin/chroot"
 
 
 @dataclass
@@ -167,7 +168,7 @@ def run(command: str, stage: Stage, flags: argparse.Namespace) -> None:
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     environment = {"PATH": path, "HOME": "/root"} | stage.env | stage.args | extra
     try:
-        inside = ["chroot", str(stage.root), "/bin/sh", "-c", f"cd {shlex.quote(stage.workdir)} && {{ {command}\n}}"]
+        inside = [CHROOT, str(stage.root), "/bin/sh", "-c", f"cd {shlex.quote(stage.workdir)} && {{ {command}\n}}"]
         done = subprocess.run(inside, env=environment, check=False, capture_output=True, text=True)
     finally:
         for target in reversed(mounts):
@@ -214,7 +215,7 @@ def try_out(stage: Stage, flags: argparse.Namespace) -> int:
         os.chown(here, owner.st_uid, owner.st_gid)
         subprocess.run(["mount", "--bind", str(here), str(stage.root / volume.strip("/"))], check=True)
 
-    inside = ["chroot", "--userspec", f"{stage.user}:{stage.user}", str(stage.root)]
+    inside = [CHROOT, "--userspec", f"{stage.user}:{stage.user}", str(stage.root)]
     began = time.monotonic()
     server = subprocess.Popen([*inside, *stage.entrypoint, *stage.command], env=environment)
     try:
