@@ -22,7 +22,9 @@ COPY tucka_runtime ./tucka_runtime
 COPY kernels ./kernels
 COPY server ./server
 COPY loadtest ./loadtest
-RUN /opt/tucka/bin/pip install --no-cache-dir ".[otel]"
+# Triton is for GPUs only, and a gigabyte.
+RUN /opt/tucka/bin/pip install --no-cache-dir ".[otel]" \
+    && if [ "$DEVICE" != cuda ]; then /opt/tucka/bin/pip uninstall --yes triton; fi
 
 FROM debian:12.12-slim
 ARG DEVICE=cpu

@@ -28,10 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="show what this machine has and what would be used")
     doctor.set_defaults(run=_doctor)
 
-    top = commands.add_parser("top", help="watch a server's load")
+    top = commands.add_parser("top", help="watch a server's load, its adapters and their experts")
+    top.add_argument("server", nargs="?", default=None, metavar="URL", help="the server's address, as --url")
     _add_server_flags(top)
-    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="time between lines (default: 2)")
-    top.add_argument("--lines", type=int, default=None, metavar="N", help="stop after so many (default: never)")
+    top.add_argument(
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="time between pictures (default: 2)"
+    )
+    top.add_argument("--once", action="store_true", help="print one picture and end")
     top.set_defaults(run=_top)
 
     _add_other(commands, "train", "tucka_runtime.trainer.cli", "train an adapter", arguments)
@@ -67,7 +70,7 @@ def _top(flags: argparse.Namespace) -> int:
     from tucka_runtime.server.client import Client
     from tucka_runtime.server.top import top
 
-    return top(Client(flags.url, flags.api_key), flags.interval, flags.lines)
+    return top(Client(flags.server or flags.url, flags.api_key), flags.interval, flags.once)
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:

@@ -164,6 +164,6 @@ def test_the_command(live: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", "load", "cli", TWO, "--replace", *url]) == 0
     assert main(["adapters", "unload", "cli", *url]) == 0
     assert main(["adapters", "unload", "cli", *url]) == 1
-    assert main(["top", "--interval", "0.1", "--lines", "2", *url]) == 0
+    assert main(["top", "--interval", "0.1", "--once", *url]) == 0
     assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1
     assert "Is the server running" in capsys.readouterr().err
