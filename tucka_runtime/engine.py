@@ -68,6 +68,8 @@ class Engine:
         for prompt in request.prompts:
             if not prompt or len(prompt) + request.sampling.max_tokens > limit:
                 raise InvalidRequestError(f"A prompt is empty or does not fit the context of {limit} tokens.", "prompt")
+        if request.id in self.requests:
+            raise InvalidRequestError("Another request of this id is in flight.")
         store = self.runner.store
         base_seed = request.sampling.seed if request.sampling.seed is not None else self.random.getrandbits(63)
         sequences = []
