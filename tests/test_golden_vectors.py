@@ -82,8 +82,10 @@ def check_cores(case: Case, name: str, route: Route) -> None:
     routed = case.engine.runner.store.loaded[KEY].folded.routed
     assert routed is not None
     count, _, _, r, _ = routed.g.shape
-    out = torch.zeros(count, r, r)
-    core(routed.c, routed.g, torch.tensor(route.group), torch.tensor(route.weights), torch.arange(count), out)
+    stack, zero = torch.zeros(1, count, r, r), torch.zeros(1, dtype=torch.int64)
+    group, weights = torch.tensor([route.group]), torch.tensor([route.weights])
+    core(routed.c[None], routed.g[None], zero, group, weights, torch.arange(count), zero, stack)
+    out = stack[0]
     where = locate(case.engine.runner.arch)
     paths = [key.removeprefix(f"{name}.M.") for key in case.data if key.startswith(f"{name}.M.")]
     assert sorted(paths) == sorted(case.meta["adapted_modules"])
@@ -205,9 +207,9 @@ def test_padded_rows(name: str, tmp_path: Path):
     if routed.router.table is not None:
         logits = routed.router.table[ids.flatten()].mean(dim=0)
         assert torch.allclose(scores_of(case, logits), data["scores"], rtol=0, atol=TOLERANCE)
-        group, weights = select(logits, routed.router.t)
+        group, weights = select(logits[None], routed.router.t)
         assert int(group) == int(data["group"])
-        assert torch.allclose(weights, data["weights"], rtol=0, atol=TOLERANCE)
+        assert torch.allclose(weights[0], data["weights"], rtol=0, atol=TOLERANCE)
     pinned = AdapterKey("pinned", 1)
     engine = build(case.folder / case.meta["base"], dtype="float32")
     engine.load_adapter(pinned, case.folder / "adapter", Route(int(data["group"]), tuple(data["weights"].tolist())))
@@ -220,9 +222,9 @@ def test_padded_rows(name: str, tmp_path: Path):
     run(case.engine, *own)
     (route,) = set(case.recorder.routes["unpadded", 0])
     if routed.router.table is not None:
-        group, weights = select(routed.router.table[ids[mask]].mean(dim=0), routed.router.t)
-        check_route(route, group, weights)
-        assert not torch.allclose(weights, data["weights"], rtol=0, atol=TOLERANCE)
+        group, weights = select(routed.router.table[ids[mask]].mean(dim=0)[None], routed.router.t)
+        check_route(route, group, weights[0])
+        assert not torch.allclose(weights[0], data["weights"], rtol=0, atol=TOLERANCE)
 
 
 def test_a_router_that_runs_late_is_refused(golden: Path):

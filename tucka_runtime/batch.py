@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from tucka_runtime.core import ActiveSet, Delta, RouteSum, Segment
+from tucka_runtime.core import ActiveSet
+from tucka_runtime.delta import Delta, RouteSum, Segment
 from tucka_runtime.kernels.pages import PagePlan
 from tucka_runtime.scheduler import Work
 from tucka_runtime.sequence import AdapterKey, RouteScope

@@ -12,10 +12,9 @@ from torch import Tensor
 from tucka_runtime.adapters.store import AdapterStore
 from tucka_runtime.batch import Batch
 from tucka_runtime.config import EngineConfig
-from tucka_runtime.core import RouteSum
+from tucka_runtime.delta import RouteSum
 from tucka_runtime.errors import ModelLoadError
 from tucka_runtime.kernels import dispatch
-from tucka_runtime.kernels.reference.route import select
 from tucka_runtime.models.decoder import Decoder
 from tucka_runtime.sampler import Sampler, logprobs
 from tucka_runtime.scheduler import Work
@@ -129,10 +128,10 @@ class Runner:
         results = [Result() for _ in batch.works]
         self._choose(batch, hidden, results)
         self._score(batch, hidden, results)
-        routes = [None if r is None else Route(int(r[0]), tuple(r[1].tolist())) for r in batch.delta.routes]
+        routes = batch.delta.host_routes()
         for segment, result in zip(batch.segment_of, results, strict=True):
             if segment is not None:
-                result.segment, result.route = segment, routes[segment]
+                result.segment, result.route = segment, routes.get(segment)
         for work, result in zip(batch.works, results, strict=True):
             if isinstance(work.seq.route_sum, RouteSum) and work.start + work.count >= work.seq.num_prompt:
                 result.route = self._summed_route(work.seq.route_sum)
@@ -174,8 +173,9 @@ class Runner:
     def _summed_route(self, part: RouteSum) -> Route:
         routed = self.store.loaded[part.adapter].folded.routed
         assert routed is not None and part.total is not None
-        group, weights = select(routed.router.centroids @ (part.total / part.count), routed.router.t)
-        return Route(int(group), tuple(weights.tolist()))
+        logits = routed.router.centroids @ (part.total / part.count)
+        groups, weights = self.ops.route.select(logits[None], routed.router.t)
+        return Route(int(groups[0]), tuple(weights[0].tolist()))
 
 
 def _device(name: str) -> str:

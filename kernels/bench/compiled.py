@@ -119,11 +119,11 @@ def _calls() -> list[tuple[str, Any]]:
         add("attention, window", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1, 512))
         add("sample", lambda x=logits, c=column, w=whole: ops.sample.sample(x, c, w, w))
         add("filter", lambda x=logits, c=column, w=whole: ops.sample.filter_logits(x, w, c, c))
-        add("route_ids", lambda w=whole: ops.route.route_ids(w, torch.empty(shape.vocab, 8), 2))
+        add("route_ids", lambda w=whole: ops.route.route_ids([w], [torch.empty(shape.vocab, 8)], 2))
         add("route_hidden", lambda x=x: ops.route.route_hidden(x, torch.empty(8, shape.d), 2))
-    c, g, cores = torch.empty(64, 2, 2), torch.empty(64, 4, 2, 16, 16), torch.empty(64, 16, 16, dtype=torch.bfloat16)
-    group, s, modules = torch.zeros((), dtype=torch.int64), torch.empty(2), torch.arange(64)
-    calls.append(("core", lambda: ops.core.core(c, g, group, s, modules, cores)))
+    c, g, cores = torch.empty(1, 64, 2, 2), torch.empty(1, 64, 4, 2, 16, 16), torch.empty(1, 64, 16, 16).bfloat16()
+    zero, s, modules = torch.zeros(1, dtype=torch.int64), torch.empty(1, 2), torch.arange(64)
+    calls.append(("core", lambda: ops.core.core(c, g, zero, zero, s, modules, zero, cores)))
     return calls
 
 

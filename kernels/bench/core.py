@@ -20,12 +20,12 @@ def cases(sweep: Sweep) -> Iterator[Case]:
 def _case(sweep: Sweep, rank: int, modules: int) -> Case:
     def make(seed: int) -> dict[str, Call]:
         torch.manual_seed(seed)
-        c = torch.randn(modules, T, P, device=sweep.device)
-        g = torch.randn(modules, K, P, rank, rank, device=sweep.device)
-        group, weights = torch.tensor(1, device=sweep.device), torch.rand(T, device=sweep.device)
-        rows = torch.arange(modules, device=sweep.device)
-        out = torch.zeros(modules, rank, rank, dtype=sweep.dtype, device=sweep.device)
-        return {"own": lambda: sweep.ops.core.core(c, g, group, weights, rows, out)}
+        c = torch.randn(1, modules, T, P, device=sweep.device)
+        g = torch.randn(1, modules, K, P, rank, rank, device=sweep.device)
+        first, group = (torch.full((1,), i, device=sweep.device) for i in (0, 1))
+        weights, places = torch.rand(1, T, device=sweep.device), torch.arange(modules, device=sweep.device)
+        out = torch.zeros(1, modules, rank, rank, dtype=sweep.dtype, device=sweep.device)
+        return {"own": lambda: sweep.ops.core.core(c, g, first, group, weights, places, first, out)}
 
     moved = modules * rank * rank * (P * 4 + sweep.dtype.itemsize)
     return Case("core", {"modules": modules, "rank": rank}, moved, make)

@@ -21,6 +21,6 @@ def _case(sweep: Sweep, tokens: int) -> Case:
         torch.manual_seed(seed)
         table = torch.randn(sweep.shape.vocab, K * T, device=sweep.device)
         ids = torch.randint(0, sweep.shape.vocab, (tokens,), device=sweep.device)
-        return {"own": lambda: sweep.ops.route.route_ids(ids, table, T)}
+        return {"own": lambda: sweep.ops.route.route_ids([ids], [table], T)}
 
     return Case("route", {"tokens": tokens}, tokens * (K * T * 4 + 8), make)

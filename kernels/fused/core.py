@@ -1,6 +1,6 @@
-"""Core: the routed (r, r) matrix between shrink and expand, for an adapter's modules. Reference: reference/core.py.
+"""Core: the routed (r, r) matrix between shrink and expand, for many segments at once. Reference: reference/core.py.
 
-Grid (modules, blocks of r²). The group is read on the device, so that only its slices of g are; they are read once.
+Grid (segments, modules, blocks of r²). The group is read on the device, so that only its slices of g are, once.
 """
 
 import triton
@@ -11,29 +11,36 @@ BLOCK = 1024
 """Entries of a core per program; r 16 takes one program a module, 224 in a Llama-3-8B. Unmeasured."""
 
 
-def core(c: Tensor, g: Tensor, group: Tensor, weights: Tensor, modules: Tensor, out: Tensor) -> None:
-    """out[modules[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights_i C[m, i, j].
+def core(
+    c: Tensor, g: Tensor, member: Tensor, groups: Tensor, weights: Tensor, modules: Tensor, rows: Tensor, out: Tensor
+) -> None:
+    """out[rows[s], modules[m], :r, :r] = Σ_j w_j G[a, m, groups[s], j] with w_j = Σ_i weights[s, i] C[a, m, i, j] and
+    a = member[s].
 
-    c (M, t, p), g (M, k, p, r, r) fp32, both normalised; group () int64, weights (t,) fp32; modules (M,) int64 rows of
-    out (N, R, R), R >= r.
+    c (A, M, t, p), g (A, M, k, p, r, r) fp32, both normalised; member, groups, rows (S,) int64; weights (S, t) fp32;
+    modules (M,) int64; out (·, N, R, R), R >= r.
     """
-    m, k, p, r, _ = g.shape
-    t = c.shape[1]
-    if not m:
+    m, k, p, r, _ = g.shape[1:]
+    t = c.shape[2]
+    if not m or not len(rows):
         return
-    _core[(m, triton.cdiv(r * r, BLOCK))](
+    _core[(len(rows), m, triton.cdiv(r * r, BLOCK))](
         c.contiguous(),
         g.contiguous(),
-        group,
+        member,
+        groups,
         weights.contiguous(),
         modules,
+        rows,
         out,
+        m,
         k,
         t,
         p,
         r,
         out.stride(0),
         out.stride(1),
+        out.stride(2),
         BLOCK_T=triton.next_power_of_2(t),
         BLOCK=BLOCK,
         num_warps=4,
@@ -41,15 +48,19 @@ def core(c: Tensor, g: Tensor, group: Tensor, weights: Tensor, modules: Tensor, 
 
 
 @triton.jit
-def _core(c, g, group, weights, modules, out, k, t, p, r, out_m, out_r, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
-    m = tl.program_id(0)
+def _core(
+    c, g, member, groups, weights, modules, rows, out, count, k, t, p, r, out_s, out_m, out_r,
+    BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s, m = tl.program_id(0), tl.program_id(1)
+    which = tl.load(member + s) * count + m
     mix_core(
-        c + m.to(tl.int64) * t * p,
-        g + m.to(tl.int64) * k * p * r * r,
-        tl.load(group),
-        weights,
-        out + tl.load(modules + m) * out_m,
-        tl.program_id(1) * BLOCK + tl.arange(0, BLOCK),
+        c + which * t * p,
+        g + which * k * p * r * r,
+        tl.load(groups + s),
+        weights + s * t,
+        out + tl.load(rows + s) * out_s + tl.load(modules + m) * out_m,
+        tl.program_id(2) * BLOCK + tl.arange(0, BLOCK),
         t,
         p,
         r,

@@ -4,6 +4,8 @@ The mean is summed up in parts of PART tokens, in order: a long prompt's parts b
 segment adds them up in order and chooses. The logits of a part are linear in it, so both routes share the second step.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,45 +18,57 @@ ROWS = 16
 
 
 def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Group () int64 and weights (t,) fp32 from router logits (k·t,) fp32: see the reference."""
-    return _choose(logits.view(1, -1), 1, t)
+    """Groups (S,) int64 and weights (S, t) fp32 from router logits (S, k·t) fp32: see the reference."""
+    one = torch.ones(logits.shape[0], dtype=torch.int64, device=logits.device)
+    return _choose(logits[:, None], one, t)
 
 
-def route_ids(ids: Tensor, table: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Route of a segment from its token ids alone. ids (n,) int64; table (vocab, k·t) fp32."""
-    count, kt = ids.shape[0], table.shape[1]
-    parts = triton.cdiv(count, PART)
-    sums = table.new_empty(parts, kt)
-    _bag[(parts,)](ids, table, sums, count, kt, BLOCK=triton.next_power_of_2(kt), ROWS=ROWS, PART=PART, num_warps=1)
-    return _choose(sums, count, t)
+def route_ids(ids: Sequence[Tensor], tables: Sequence[Tensor], t: int) -> tuple[Tensor, Tensor]:
+    """Routes of S segments from their token ids alone, in two launches. ids: S of (n_s,) int64; tables: S of
+    (vocab, k·t) fp32.
+    """
+    kt, device = tables[0].shape[1], tables[0].device
+    where = [(own.data_ptr(), table.data_ptr(), own.shape[0]) for own, table in zip(ids, tables, strict=True)]
+    addresses = torch.tensor(where, dtype=torch.int64).to(device)
+    parts = triton.cdiv(max(count for _, _, count in where), PART)
+    sums = tables[0].new_empty(len(where), parts, kt)
+    block = triton.next_power_of_2(kt)
+    _bag[(len(where), parts)](addresses, sums, kt, BLOCK=block, ROWS=ROWS, PART=PART, num_warps=1)
+    return _choose(sums, addresses[:, 2], t)
 
 
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Route of a segment from its router inputs. x (n, d); centroids (k·t, d) fp32."""
+    """Route of one segment from its router inputs. x (n, d); centroids (k·t, d) fp32. Returns (1,) and (1, t)."""
     (count, d), kt = x.shape, centroids.shape[0]
     parts = triton.cdiv(count, PART)
     means = x.new_empty(parts, d, dtype=torch.float32)
     _column_sums[(parts, triton.cdiv(d, 64))](
         x, means, count, d, x.stride(0), BLOCK=64, ROWS=ROWS, PART=PART, num_warps=2
     )
-    sums = means.new_empty(1, kt)
+    sums = means.new_empty(1, 1, kt)
     _project[(kt,)](means, centroids, sums, parts, d, BLOCK=min(1024, triton.next_power_of_2(d)), num_warps=4)
-    return _choose(sums, count, t)
+    return _choose(sums, torch.full((1,), count, dtype=torch.int64, device=x.device), t)
 
 
-def _choose(sums: Tensor, count: int, t: int) -> tuple[Tensor, Tensor]:
-    """The choice for sums (parts, k·t) over `count` tokens."""
-    parts, kt = sums.shape
-    group = torch.empty((), dtype=torch.int64, device=sums.device)
-    weights = sums.new_empty(t)
+def _choose(sums: Tensor, counts: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The choices for sums (S, parts, k·t) over counts (S,) int64 tokens."""
+    segments, parts, kt = sums.shape
+    groups = torch.empty(segments, dtype=torch.int64, device=sums.device)
+    weights = sums.new_empty(segments, t)
     blocks = {"BLOCK_K": triton.next_power_of_2(kt // t), "BLOCK_T": triton.next_power_of_2(t)}
-    _pick[(1,)](sums, group, weights, parts, count, kt // t, t, **blocks, num_warps=1)
-    return group, weights
+    _pick[(segments,)](
+        sums.contiguous(), groups, weights, parts, counts, counts.stride(0), kt // t, t, **blocks, num_warps=1
+    )
+    return groups, weights
 
 
 @triton.jit
-def _bag(ids, table, sums, count, kt, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
-    part = tl.program_id(0)
+def _bag(addresses, sums, kt, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
+    """The sum of one part of a segment's table rows, 0 where it has no such part. `addresses` (S, 3): ids, table, n."""
+    s, part = tl.program_id(0), tl.program_id(1)
+    ids = tl.load(addresses + s * 3).to(tl.pointer_type(tl.int64))
+    table = tl.load(addresses + s * 3 + 1).to(tl.pointer_type(tl.float32))
+    count = tl.load(addresses + s * 3 + 2)
     i = tl.arange(0, BLOCK)
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
     for begin in range(part * PART, tl.minimum(part * PART + PART, count), ROWS):
@@ -62,7 +76,7 @@ def _bag(ids, table, sums, count, kt, BLOCK: tl.constexpr, ROWS: tl.constexpr, P
         row = tl.load(ids + token, mask=token < count, other=0)
         mask = (token < count)[:, None] & (i < kt)[None, :]
         acc += tl.load(table + row[:, None] * kt + i[None, :], mask=mask, other=0.0)
-    tl.store(sums + part * kt + i, tl.sum(acc, 0), mask=i < kt)
+    tl.store(sums + (s * tl.num_programs(1) + part) * kt + i, tl.sum(acc, 0), mask=i < kt)
 
 
 @triton.jit
@@ -92,19 +106,40 @@ def _project(sums, centroids, out, parts, d, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pick(sums, group, weights, parts, count, k, t, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
-    choose(sums, group, weights, parts, count, k, t, BLOCK_K, BLOCK_T)
+def _pick(sums, groups, weights, parts, counts, stride, k, t, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
+    s = tl.program_id(0).to(tl.int64)
+    choose(
+        sums + s * parts * k * t,
+        groups + s,
+        weights + s * t,
+        parts,
+        tl.load(counts + s * stride),
+        k,
+        t,
+        BLOCK_K,
+        BLOCK_T,
+    )
 
 
 @triton.jit
 def choose(sums, group, weights, parts, count, k, t, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The mean's logits (k, t), each row over its L2 norm, sigmoid; the lowest group with the best score wins."""
+    """`decide` for the sum of parts (parts, k·t), in order."""
     g, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
     real = (g < k)[:, None] & (e < t)[None, :]
     at = g[:, None] * t + e[None, :]
     z = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
     for part in range(0, parts):
         z += tl.load(sums + part * k * t + at, mask=real, other=0.0)
+    decide(z, real, count, group, weights, t, k, BLOCK_K, BLOCK_T)
+
+
+@triton.jit
+def decide(z, real, count, group, weights, width, k, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The mean's logits (k, t), each row over its L2 norm, sigmoid; the lowest group with the best score wins.
+
+    z (BLOCK_K, BLOCK_T) are the sums over `count` tokens, 0 where not `real`. Writes `width` weights, 0 beyond t.
+    """
+    g, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
     z = z / count.to(tl.float32)
     norm = tl.sqrt(tl.sum(z * z, 1))
     z = z / tl.maximum(norm, 1.17549435e-38)[:, None]
@@ -113,5 +148,5 @@ def choose(sums, group, weights, parts, count, k, t, BLOCK_K: tl.constexpr, BLOC
     top = tl.max(best, 0)
     winner = tl.min(tl.where((best == top) & (g < k), g, BLOCK_K), 0)
     tl.store(group, winner.to(tl.int64))
-    own = tl.sum(tl.where(g[:, None] == winner, score, 0.0), 0)
-    tl.store(weights + e, own, mask=e < t)
+    own = tl.sum(tl.where((g[:, None] == winner) & real, score, 0.0), 0)
+    tl.store(weights + e, own, mask=e < width)

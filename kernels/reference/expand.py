@@ -6,7 +6,7 @@ from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 
 def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:
-    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R), of the factors' type, is shrink_core's."""
+    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R) is of the factors' type."""
     if plan.gather is not None:
         wide = h.new_zeros(h.shape[0], plan.stops[-1] + 1).scatter_(1, plan.gather, h.flatten(1))
         for j, e in enumerate(site.e_all):

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPU it is written for, which takes no GPU; how well is told by the compiler's report."""
+"""Every kernel compiles for the GPU it is written for, which takes no GPU; the compiler's report tells how well."""
 
 import json
 import os

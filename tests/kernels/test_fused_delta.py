@@ -304,10 +304,11 @@ def test_norm_of_a_slice() -> None:
     ("k", "t", "p", "r"), [(1, 1, 1, 4), (3, 2, 2, 8), (4, 16, 3, 6), (64, 1, 1, 4), (2, 3, 2, 40)]
 )
 def test_core(k: int, t: int, p: int, r: int) -> None:
-    c, g = torch.randn(3, t, p), torch.randn(3, k, p, r, r)
-    group, weights, modules = torch.tensor(k - 1), torch.rand(t), torch.tensor([4, 0, 2])
-    got, want = torch.full((5, r + 2, r + 2), 7.0), torch.full((5, r + 2, r + 2), 7.0, dtype=torch.float64)
-    core.core(c, g, group, weights, modules, got)
-    core_ref.core(c.double(), g.double(), group, weights.double(), modules, want)
+    c, g = torch.randn(2, 3, t, p), torch.randn(2, 3, k, p, r, r)
+    member, groups, rows = torch.tensor([1, 0, 1]), torch.tensor([k - 1, 0, 0]), torch.tensor([2, 0, 3])
+    weights, modules = torch.rand(3, t), torch.tensor([4, 0, 2])
+    got, want = torch.full((4, 5, r + 2, r + 2), 7.0), torch.full((4, 5, r + 2, r + 2), 7.0, dtype=torch.float64)
+    core.core(c, g, member, groups, weights, modules, rows, got)
+    core_ref.core(c.double(), g.double(), member, groups, weights.double(), modules, rows, want)
     assert delta_cases.relative(got, want) <= 1e-5
     assert torch.equal(got == 7, want == 7)

@@ -22,7 +22,10 @@ def test_route(k: int, t: int, n: int) -> None:
     centroids, x = torch.randn(k * t, d), torch.randn(n, d + 3)[:, :d]
     check_route(route.route_hidden(x, centroids, t), centroids.double() @ x.double().mean(0), t)
     table, ids = torch.randn(vocab, k * t), torch.randint(0, vocab, (n,))
-    check_route(route.route_ids(ids, table, t), table.double()[ids].mean(0), t)
+    others = torch.randn(vocab, k * t), torch.randint(0, vocab, (n + 3,))
+    groups, weights = route.route_ids([ids, others[1]], [table, others[0]], t)
+    for s, (rows, own) in enumerate(((table, ids), others)):
+        check_route((groups[s : s + 1], weights[s : s + 1]), rows.double()[own].mean(0), t)
 
 
 @pytest.mark.usefixtures("device")
@@ -33,18 +36,18 @@ def test_route_of_half_precision_hidden_states() -> None:
 
 @pytest.mark.usefixtures("device")
 def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:
-    group, weights = route.select(torch.tensor([1.0, 0, 0, 1, 1, 0]), 2)
+    group, weights = route.select(torch.tensor([[1.0, 0, 0, 1, 1, 0]]), 2)
     assert int(group) == 0
-    group, weights = route.select(torch.zeros(9), 3)
-    assert int(group) == 0 and weights.tolist() == [0.5, 0.5, 0.5]
-    group, _ = route.select(torch.tensor([0.0, 0, -1, -1, 3, 4]), 2)
+    group, weights = route.select(torch.zeros(1, 9), 3)
+    assert int(group) == 0 and weights.tolist() == [[0.5, 0.5, 0.5]]
+    group, _ = route.select(torch.tensor([[0.0, 0, -1, -1, 3, 4]]), 2)
     assert int(group) == 2
 
 
 @pytest.mark.usefixtures("device")
 def test_route_repeats_bit_for_bit() -> None:
     table, ids = torch.randn(50, 12), torch.randint(0, 50, (700,))
-    runs = [route.route_ids(ids, table, 3)[1] for _ in range(3)]
+    runs = [route.route_ids([ids], [table], 3)[1] for _ in range(3)]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 

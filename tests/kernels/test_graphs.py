@@ -1,7 +1,7 @@
 """A CUDA graph of one batch bucket: adapters, ranks, cores and lengths change after capture, the graph does not.
 
-Everything that varies lies in tensors of fixed shape at fixed addresses; `Bucket.fill` writes a batch into them. Without
-a GPU the same kernels run over the same tensors, without a graph between.
+Everything that varies lies in tensors of fixed shape at fixed addresses; `Bucket.fill` writes a batch into them.
+Without a GPU the same kernels run over the same tensors, without a graph between.
 """
 
 import dataclasses

@@ -73,17 +73,19 @@ def test_any_layout(layout: delta_cases.Layout, table: list[list[int]], core_siz
     ("k", "t", "p", "r"), [(1, 1, 1, 4), (3, 2, 2, 8), (4, 16, 3, 6), (64, 1, 1, 4), (1, 64, 2, 4)]
 )
 def test_core(k: int, t: int, p: int, r: int) -> None:
-    m, rows, size = 3, 5, r + 2
-    c, g = torch.randn(m, t, p), torch.randn(m, k, p, r, r)
-    group, weights = torch.tensor(k - 1), torch.rand(t)
-    modules = torch.tensor([4, 0, 2])
-    out = torch.full((rows, size, size), 7.0)
-    core(c, g, group, weights, modules, out)
-    for i, row in enumerate(modules.tolist()):
-        want = torch.einsum("i,ij,jab->ab", weights.double(), c[i].double(), g[i, k - 1].double())
-        assert delta_cases.relative(out[row, :r, :r], want) <= LIMIT
+    m, size = 3, r + 2
+    c, g = torch.randn(2, m, t, p), torch.randn(2, m, k, p, r, r)
+    member, groups, rows = torch.tensor([1, 0, 1]), torch.tensor([k - 1, 0, 0]), torch.tensor([2, 0, 3])
+    weights, modules = torch.rand(3, t), torch.tensor([4, 0, 2])
+    out = torch.full((4, 5, size, size), 7.0)
+    core(c, g, member, groups, weights, modules, rows, out)
     untouched = torch.ones_like(out, dtype=torch.bool)
-    untouched[modules, :r, :r] = False
+    for s in range(3):
+        a, group = int(member[s]), int(groups[s])
+        for i, row in enumerate(modules.tolist()):
+            want = torch.einsum("i,ij,jab->ab", weights[s].double(), c[a, i].double(), g[a, i, group].double())
+            assert delta_cases.relative(out[rows[s], row, :r, :r], want) <= LIMIT
+            untouched[rows[s], row, :r, :r] = False
     assert (out[untouched] == 7).all()
 
 

@@ -29,8 +29,8 @@ def check_route(got: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor, t:
     group, weights, margin = route64(logits, t)
     if margin >= 1e-4:
         assert int(got[0]) == group
-        assert relative(got[1], weights) <= LIMIT
-    assert got[0].dtype == torch.int64 and got[0].shape == () and got[1].shape == (t,)
+        assert relative(got[1][0], weights) <= LIMIT
+    assert got[0].dtype == torch.int64 and got[0].shape == (1,) and got[1].shape == (1, t)
 
 
 @pytest.mark.parametrize(("k", "t"), [(1, 1), (3, 2), (4, 16), (64, 1), (1, 64), (8, 8)])
@@ -41,15 +41,18 @@ def test_route(k: int, t: int) -> None:
     check_route(route.route_hidden(x, centroids, t), logits, t)
     check_route(route.route_hidden(x[:1].half(), centroids, t), centroids.double() @ x[0].half().double(), t)
     table, ids = torch.randn(vocab, k * t), torch.randint(0, vocab, (n,))
-    check_route(route.route_ids(ids, table, t), table.double()[ids].mean(0), t)
+    others = torch.randn(vocab, k * t), torch.randint(0, vocab, (n + 3,))
+    groups, weights = route.route_ids([ids, others[1]], [table, others[0]], t)
+    for s, (rows, own) in enumerate(((table, ids), others)):
+        check_route((groups[s : s + 1], weights[s : s + 1]), rows.double()[own].mean(0), t)
 
 
 def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:
-    group, weights = route.select(torch.tensor([1.0, 0, 0, 1, 1, 0]), 2)
+    group, weights = route.select(torch.tensor([[1.0, 0, 0, 1, 1, 0]]), 2)
     assert int(group) == 0
-    group, weights = route.select(torch.zeros(6), 3)
-    assert int(group) == 0 and weights.tolist() == [0.5, 0.5, 0.5]
-    group, _ = route.select(torch.tensor([0.0, 0, -1, -1, 3, 4]), 2)
+    group, weights = route.select(torch.zeros(1, 6), 3)
+    assert int(group) == 0 and weights.tolist() == [[0.5, 0.5, 0.5]]
+    group, _ = route.select(torch.tensor([[0.0, 0, -1, -1, 3, 4]]), 2)
     assert int(group) == 2
 
 
@@ -57,7 +60,7 @@ def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:
 @given(k=st.integers(1, 8), t=st.integers(1, 8), seed=st.integers(0, 1000), scale=st.sampled_from([1e-18, 1.0, 1e15]))
 def test_select_at_any_scale(k: int, t: int, seed: int, scale: float) -> None:
     logits = torch.randn(k * t, generator=torch.Generator().manual_seed(seed)) * scale
-    check_route(route.select(logits, t), logits, t)
+    check_route(route.select(logits[None], t), logits, t)
 
 
 @pytest.mark.parametrize("shape", [(5, 33), (3, 4, 16)])

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from tucka_runtime.core import Delta
+from tucka_runtime.delta import Delta
 from tucka_runtime.kernels.pages import PagePlan
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.rotary import Rotary
