@@ -119,7 +119,8 @@ class Run:
 
     async def converse(self, conversation: Conversation) -> bool:
         """All turns; the first failure ends it. Whether all that was sent was answered."""
-        model = self.to_base or self.present(conversation)
+        conversation = self.redirected(conversation)
+        model = self.to_base or conversation.model
         history: list[dict[str, Any]] = []
         text = ""
         for number, turn in enumerate(conversation.turns):
@@ -139,18 +140,18 @@ class Run:
             text += record.text
         return True
 
-    def present(self, conversation: Conversation) -> str:
-        """Its model, or another one drawn by popularity while that is away."""
+    def redirected(self, conversation: Conversation) -> Conversation:
+        """The same; or, while its model is away, one to another model drawn by popularity."""
         model = conversation.model
         if self.churn.serves(model):
-            return model
+            return conversation
         self.result.redirected += 1
         rng = random.Random(f"{self.settings.seed}/{conversation.index}/redirected")
         for _ in range(100):
             model = self.workload.popularity.draw(rng)
             if self.churn.serves(model):
                 break
-        return model
+        return self.workload.conversation(conversation.index, conversation.at, model)
 
     async def send(self, record: Record, turn: Turn, prompt: str | list[dict[str, Any]]) -> None:
         body = self.client.body(record.model, prompt, turn.max_tokens, self.settings.temperature)

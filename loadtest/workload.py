@@ -118,10 +118,13 @@ class Workload:
             times = arrivals.open_loop(s.rate, s.span, s.burstiness, rng, s.requests)
         return [self.conversation(i, at) for i, at in enumerate(times)]
 
-    def conversation(self, index: int, at: float | None = None) -> Conversation:
+    def conversation(self, index: int, at: float | None = None, instead: str | None = None) -> Conversation:
+        """The index-th one; `instead` gives it to another model, with a prompt that is meant for that one."""
         rng = random.Random(f"{self.settings.seed}/{index}")
         item = self.trace[index] if self.trace else {}
         model = item.get("model") or self.draw_model(rng)
+        if instead is not None and instead != model:
+            model, item = instead, {k: v for k, v in item.items() if k != "expected"}
         item = self.pick(rng, model) | item
         turns = [self.turn(rng, item)]
         if "messages" not in item:

@@ -64,6 +64,18 @@ def test_dataset_lines_go_to_their_models(tmp_path):
     assert all(c.turns[0].text == ("for a" if c.model == "a" else "for all") for c in plan)
 
 
+def test_a_conversation_given_to_another_model_has_that_ones_prompt(tmp_path):
+    lines = ({"model": m, "prompt": f"for {m}", "expected": m} for m in "abc")
+    load = workload(dataset=jsonl(tmp_path / "d.jsonl", *lines))
+    first = load.conversation(3)
+    other = load.conversation(3, instead="b" if first.model == "a" else "a")
+    assert other.model != first.model
+    assert other.turns[0].text == f"for {other.model}" and other.turns[0].expected == other.model
+    traced = workload(trace=jsonl(tmp_path / "t.jsonl", {"at": 0, "model": "a", "prompt": "x", "expected": "y"}))
+    assert traced.conversation(0).turns[0].expected == "y"
+    assert traced.conversation(0, instead="b").turns[0].expected is None
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
