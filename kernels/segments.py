@@ -7,6 +7,7 @@ that share an adapter and a route.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class DeltaSite:
     borders: Tensor
     """(n + 1,) int32: `columns` on the device."""
     d_in: int
+    dtype: torch.dtype
+    """Of all factors."""
 
     @staticmethod
     def build(
@@ -60,8 +63,8 @@ class DeltaSite:
     ) -> "DeltaSite":
         """Collects the factors of A adapters at one site. `pool` also stacks them, which only the reference reads.
 
-        Raises ValueError where a factor cannot be read through its address: it is not contiguous, or, on a GPU, does
-        not start at a multiple of 16 bytes, which the kernels' wide loads need.
+        Raises ValueError where a factor cannot be read through its address: its shape or type is another, it is not
+        contiguous, or, on a GPU, does not start at a multiple of 16 bytes, which the kernels' wide loads need.
         """
         n = len(columns) - 1
         ranks = tuple(tuple(0 if w is None else w.shape[0] for w in row) for row in u)
@@ -73,10 +76,17 @@ class DeltaSite:
             stacks = [[w for row in e if (w := row[j]) is not None] for j in range(n)]
             e_all = tuple(torch.cat(s) if s else None for s in stacks)
 
+        for w, r, width in [
+            *((w, r, d_in) for row, own in zip(u, ranks, strict=True) for w, r in zip(row, own, strict=True)),
+            *(
+                (w, r, end - begin)
+                for row, own in zip(e, ranks, strict=True)
+                for w, r, (begin, end) in zip(row, own, pairwise(columns), strict=True)
+            ),
+        ]:
+            _check_factor(w, r, width, dtype)
+
         def address(table: Sequence[Sequence[Tensor | None]]) -> Tensor:
-            for w in (w for row in table for w in row if w is not None):
-                if not w.is_contiguous() or (w.is_cuda and w.data_ptr() % 16):
-                    raise ValueError("an adapter's factors must be contiguous and start at a multiple of 16 bytes")
             values = [[0 if w is None else w.data_ptr() for w in row] for row in table]
             return torch.tensor(values, dtype=torch.int64).view(-1, n).to(device)
 
@@ -92,7 +102,16 @@ class DeltaSite:
             rank=torch.tensor(ranks, dtype=torch.int32).view(-1, n).to(device),
             borders=torch.tensor(columns, dtype=torch.int32).to(device),
             d_in=d_in,
+            dtype=dtype,
         )
+
+
+def _check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) -> None:
+    shape = (0, width) if w is None else tuple(w.shape)
+    if shape != (rank, width):
+        raise ValueError(f"a factor must be {(rank, width)}, not {shape}")
+    if w is not None and (w.dtype != dtype or not w.is_contiguous() or (w.is_cuda and w.data_ptr() % 16)):
+        raise ValueError(f"a factor must be {dtype}, contiguous, and start at a multiple of 16 bytes")
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,8 @@ def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan
 def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: Config) -> Tensor:
     """`shrink_core` in a given configuration, for the bench and the sweep."""
     num_rows, d_in = x.shape
+    if x.dtype != site.dtype or d_in != site.d_in:
+        raise ValueError(f"x is {x.dtype} of width {d_in}, the factors are {site.dtype} of width {site.d_in}")
     n, rank, segments = len(site.columns) - 1, plan.max_rank, plan.segments
     h = x.new_empty(num_rows, n, rank)
     num_tiles = segments.tiles.shape[0]

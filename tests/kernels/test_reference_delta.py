@@ -14,7 +14,7 @@ from tucka_runtime.kernels.reference.expand_qkv_rope_kv import expand_qkv_rope_k
 from tucka_runtime.kernels.reference.expand_residual import expand_residual
 from tucka_runtime.kernels.reference.expand_swiglu import expand_swiglu
 from tucka_runtime.kernels.reference.shrink_core import shrink_core
-from tucka_runtime.kernels.segments import SitePlan
+from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 LIMIT = 1e-5
 
@@ -168,3 +168,17 @@ def test_expand_residual(name: str | None, bias: bool) -> None:
     assert delta_cases.relative(new, total) <= LIMIT
     assert delta_cases.relative(got, want + shift.double() if shift is not None else want) <= LIMIT
     assert torch.equal(residual, kept)
+
+
+def test_factors_that_cannot_be_read_through_their_address_are_refused() -> None:
+    good = torch.randn(4, 8)
+    for u, e, dtype in [
+        (good, torch.randn(5, 16), torch.float32),
+        (good, torch.randn(4, 15), torch.float32),
+        (torch.randn(4, 9), torch.randn(4, 16), torch.float32),
+        (torch.randn(8, 4).T, torch.randn(4, 16), torch.float32),
+        (good, None, torch.float32),
+        (good, torch.randn(4, 16), torch.float16),
+    ]:
+        with pytest.raises(ValueError, match="a factor must be"):
+            DeltaSite.build([[u]], [[e]], (0, 16), 8, dtype, torch.device("cpu"), pool=False)
