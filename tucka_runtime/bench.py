@@ -7,6 +7,7 @@ interleaved, so that what else the machine does hits all alike; the medians' rat
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -63,9 +64,9 @@ def make_adapter(folder: Path, engine: Engine, targets: list[str], rank: int, se
 
 
 def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: int, scope: RouteScope) -> float:
-    """Seconds that one request per key takes, all at once."""
+    """Seconds that one request per key takes, all at once. Prompts are new each time: KV is never reused."""
     for i, key in enumerate(keys):
-        ids = tuple(10 + (7919 * i + 104729 * j) % (VOCAB - 10) for j in range(prompt))
+        ids = tuple(random.randrange(10, VOCAB) for _ in range(prompt))
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         engine.add(Request(f"bench-{i}", (ids,), sampling, adapter=key, route_scope=scope))
     begin = time.perf_counter()

@@ -136,7 +136,7 @@ class Delta:
             groups = torch.tensor([r.group for r in routes]).to(device)
             self._finish(bank, own, groups, torch.tensor([r.weights for r in routes]).to(device))
         for bank, own in by_ids.items():
-            routers = [a.router for s in own if (a := self._adapter(s).routed) is not None]
+            routers = [known.router for s in own if (known := self._adapter(s).routed) is not None]
             ids = [segments[s].ids for s in own]
             self._finish(bank, own, *self.ops.route.route_ids(ids, [r.table for r in routers], routers[0].t))
 
