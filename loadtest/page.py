@@ -1,5 +1,6 @@
 """The report: one HTML page with nothing outside itself. All text that came from a server is escaped."""
 
+from datetime import datetime
 from html import escape
 from typing import Any
 
@@ -40,14 +41,16 @@ def header(result: dict[str, Any]) -> str:
         load = f"closed loop, {result['max_concurrency']} conversations at a time"
     else:
         load = f"open loop, {result['request_rate']} conversations/s, burstiness {s['burstiness']:g}"
-    what = f"{len(result['models'])} models, popularity {s['popularity']}"
-    what += f", prompts {s['prompt_tokens']} and answers up to {s['max_tokens']} tokens"
+    what = f"{len(result['models'])} models, popularity {s['popularity']}, "
+    what += "prompts of a dataset" if s.get("dataset") else f"prompts of {s['prompt_tokens']} tokens"
+    what += "" if s.get("dataset") else f", answers of up to {s['max_tokens']}"
     churn = f", churn {s['churn_rate']:g}/s" if s.get("churn_rate") else ""
     repeats = f", {result['repeats']} repeats" if result["repeats"] > 1 else ""
+    day = datetime.strptime(result["date"], "%Y%m%d-%H%M%S")
     title = result["label"] or result["model_id"]
     return (
         f"<h1>Load test: {escape(str(title))}</h1>"
-        f'<p class="soft">{escape(load)}; {escape(what + churn + repeats)}; {escape(result["date"])} UTC</p>'
+        f'<p class="soft">{escape(load)}; {escape(what + churn + repeats)}; {day:%Y-%m-%d %H:%M} UTC</p>'
     )
 
 

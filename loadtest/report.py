@@ -34,12 +34,11 @@ def run_json(run: RunResult, settings: Settings) -> dict[str, Any]:
     starts = sorted(r.planned for r in run.load if r.planned is not None)
     lags = [r.start - r.planned for r in run.load if r.planned is not None]
     gap = (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else None
-    median = stats.percentile(f.samples["ttft"], 50) if f.samples["ttft"] else None
     capped = settings.open_loop and settings.concurrency is not None
     result = {
         **summary,
         "failures": metrics.failures(run.load),
-        "client": saturation.verdict(run.loop_lags, run.cpu_share, lags, gap, median, capped),
+        "client": saturation.verdict(run.loop_lags, run.cpu_share, lags, gap, f.samples["ttft"], capped),
         "cdf_ms": {k: [round(v * 1000, 4) for v in stats.quantile_curve(s)] for k, s in f.samples.items()},
         "series": metrics.series(run.load, run.duration),
         "churn_events": run.churn_events,

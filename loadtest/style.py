@@ -18,7 +18,7 @@ h1 { font-size:24px; margin:0 0 2px; } h2 { font-size:17px; margin:34px 0 10px; 
 p { margin:4px 0; } .soft { color:var(--soft); } .small { font-size:13px; }
 .banner { padding:9px 14px; border-radius:8px; margin:10px 0; background:var(--warnbg); color:var(--warn); }
 .banner.bad { background:var(--badbg); color:var(--bad); font-weight:600; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(146px,1fr)); gap:12px; margin:18px 0; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(128px,1fr)); gap:12px; margin:18px 0; }
 .tile, .card { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:12px 14px; }
 .tile b { display:block; font-size:23px; font-weight:650; line-height:1.25; font-variant-numeric:tabular-nums; }
 .tile b.good { color:var(--good); } .tile b.bad { color:var(--bad); } .tile span { color:var(--soft);

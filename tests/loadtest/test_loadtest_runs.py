@@ -194,7 +194,7 @@ def test_a_blocked_event_loop_is_called_the_limit(fake, load_test, monkeypatch):
 
 
 def test_verdicts():
-    good = {"loop_lags": [0.001] * 100, "cpu_share": 0.2, "send_lags": [0.001] * 9, "mean_gap": 0.1, "median_ttft": 0.1}
+    good = {"loop_lags": [0.001] * 100, "cpu_share": 0.2, "send_lags": [0.001] * 9, "mean_gap": 0.1, "ttfts": [0.1]}
     assert not saturation.verdict(**good, capped=False)["client_limited"]
     for wrong, word in (({"cpu_share": 0.95}, "core"), ({"loop_lags": [0.2] * 100}, "event loop"),
                         ({"send_lags": [0.5] * 9}, "late")):  # fmt: skip
@@ -203,7 +203,7 @@ def test_verdicts():
     held = saturation.verdict(**(good | {"send_lags": [0.5] * 9}), capped=True)
     assert "--concurrency" in held["reasons"][0]
     # a lag that is small beside what is measured does not matter
-    assert not saturation.verdict(**(good | {"loop_lags": [0.05] * 100, "median_ttft": 2.0}), capped=False)[
+    assert not saturation.verdict(**(good | {"loop_lags": [0.05] * 100, "ttfts": [2.0]}), capped=False)[
         "client_limited"
     ]
 
