@@ -29,7 +29,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Line:
-    """Microseconds and shares of one target. `at_floor` counts bytes at the copy's rate and no launch."""
+    """Microseconds and shares of one target. `at_floor` counts bytes at the copy's rate and no launch, `expected` every
+    launch, `overlapped` only those that no side stream can hide: all but the shrinks."""
 
     what: str
     target: float
@@ -38,6 +39,7 @@ class Line:
     launches: int
     at_floor: float
     expected: float
+    overlapped: float
 
 
 def weights(shape: Shape) -> int:
@@ -74,6 +76,7 @@ def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: in
     launches = shape.layers * sum(EXTRA_LAUNCH[s] + (rank > 32) for s in TARGETS[targets])
     floor = moved / machine.copy
     expected = floor / machine.efficiency + launches * machine.launch
+    exposed = shape.layers * sum(EXTRA_LAUNCH[s] - 1 for s in TARGETS[targets]) * machine.launch
     name = {"qv": "q, v", "all": "all seven"}[targets]
     return Line(
         f"decode 64 rows, {name} r {rank}, {adapters} adapter{'s' * (adapters > 1)}",
@@ -83,6 +86,7 @@ def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: in
         launches,
         floor / base,
         expected / base,
+        (floor / machine.efficiency + exposed) / base,
     )
 
 
@@ -99,9 +103,17 @@ def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) 
     products = 2 * shape.layers * rows * per_row / (machine.products / 2)
     launches = shape.layers * sum(n + 1 for n in EXTRA_LAUNCH.values())
     floor = moved / machine.copy
-    expected = max(floor / machine.efficiency, products) + launches * machine.launch
+    busy = max(floor / machine.efficiency, products)
+    expected = busy + launches * machine.launch
     return Line(
-        f"prompt {rows}, all seven r {rank}", target, base * 1e6, moved, launches, floor / base, expected / base
+        f"prompt {rows}, all seven r {rank}",
+        target,
+        base * 1e6,
+        moved,
+        launches,
+        floor / base,
+        expected / base,
+        busy / base,
     )
 
 
@@ -123,11 +135,12 @@ def table(shape: Shape, machine: Machine) -> str:
     out = [
         f"{shape.name}: copy {machine.copy / 1e12:.1f} TB/s, kernels at {machine.efficiency:.2f} of it, products "
         f"{machine.products / 1e12:.0f} TFLOP/s, launch {machine.launch * 1e6:.1f} us: assumptions, not measurements",
-        f"{'what':44}{'base us':>9}{'delta MB':>10}{'launches':>10}{'floor':>8}{'expected':>10}{'target':>8}",
+        f"{'what':44}{'base us':>9}{'delta MB':>10}{'launches':>10}{'floor':>8}{'expected':>10}{'overlapped':>12}"
+        f"{'target':>8}",
     ]
     for line in lines(shape, machine):
         out.append(
             f"{line.what:44}{line.base:9.0f}{line.delta_bytes / 1e6:10.0f}{line.launches:10}"
-            f"{line.at_floor:8.1%}{line.expected:10.1%}{line.target:8.0%}"
+            f"{line.at_floor:8.1%}{line.expected:10.1%}{line.overlapped:12.1%}{line.target:8.0%}"
         )
     return "\n".join(out)
