@@ -13,7 +13,8 @@ from tucka_runtime.server.client import Client
 
 BARS = " ▁▂▃▄▅▆▇█"
 BOLD, DIM, RED, GREEN, YELLOW, OFF = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
-CLEAR = "\x1b[H\x1b[2J"
+HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+_COLOUR = re.compile(r"\x1b\[\d+m")
 COLLAPSED = 0.5  # a load balance below this is shown in red
 STAGES = ("schedule", "batch", "route", "forward", "sample", "output")
 
@@ -80,8 +81,11 @@ def top(client: Client, interval: float, once: bool) -> int:
         now = Scrape.of(client.get("/metrics").decode(), time.monotonic())
         columns, rows = shutil.get_terminal_size()
         lines = draw(Change(before, now), columns, None if once else rows - 1)
-        text = "\n".join(lines) + "\n"
-        sys.stdout.write((CLEAR + text) if colours else re.sub(r"\x1b\[\d*m", "", text))
+        if colours:
+            lines = [clip(line, columns) + REST_OF_LINE for line in lines]
+            sys.stdout.write(HOME + "\n".join(lines) + "\n" + REST_OF_SCREEN)
+        else:
+            sys.stdout.write(_COLOUR.sub("", "\n".join(lines)) + "\n")
         sys.stdout.flush()
         if once:
             return 0
@@ -98,6 +102,15 @@ def draw(change: Change, width: int, height: int | None) -> list[str]:
     if len(names) > room:
         lines.append(f"{DIM}... and {len(names) - room} more{OFF}")
     return lines
+
+
+def clip(line: str, width: int) -> str:
+    """The line's first `width` visible characters; colours take no room."""
+    shown, left = [], width
+    for colour, text in re.findall(r"(\x1b\[\d+m)|([^\x1b]+)", line):
+        shown.append(colour or text[:left])
+        left -= len(text[:left])
+    return "".join(shown) + OFF
 
 
 def _server(change: Change, width: int) -> list[str]:

@@ -18,6 +18,7 @@ from prometheus_client import (
 )
 
 from tucka_runtime.adapter_metrics import AdapterMetrics
+from tucka_runtime.errors import AdapterError
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import FinishReason, Timing
 from tucka_runtime.vllm_metrics import Load, VLLMMetrics
@@ -90,6 +91,8 @@ class Metrics:
             "load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"
         )
         self._load_failures = self._counter("load_failures", "loads refused or failed, by error code", "code")
+        for error in AdapterError.__subclasses__():
+            self._load_failures.labels(error.code or "error")
 
     def watch_engine(self, pid: Callable[[], int | None]) -> None:
         """Shows memory, CPU time and open files of the engine's process beside this one's."""

@@ -1,0 +1,115 @@
+"""What is shipped to run the server elsewhere says true things."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from monitoring import DEPLOY, ROOT
+
+from tucka_runtime.config import EngineConfig, ServerConfig
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+EXACT_TAG = re.compile(r"[\w./-]+:v?\d+(\.\d+)+(-\w+)?")
+
+
+@pytest.fixture(scope="module")
+def try_image() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("try_image", DEPLOY / "try-image.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    __import__("sys").modules["try_image"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def steps(try_image: ModuleType) -> list[tuple[str, str]]:
+    return try_image.instructions(DOCKERFILE)
+
+
+def test_the_bases_are_pinned(steps: list[tuple[str, str]]) -> None:
+    images = [rest.split()[0] for word, rest in steps if word == "FROM"]
+    assert len(images) == 2 and all(EXACT_TAG.fullmatch(image) for image in images)
+
+
+def test_what_is_copied_is_there_and_not_ignored(steps: list[tuple[str, str]]) -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    sources = [
+        source for word, rest in steps if word == "COPY" and "--from" not in rest for source in rest.split()[:-1]
+    ]
+    assert set(sources) == kept and all((ROOT / source).exists() for source in sources)
+
+
+def test_the_image_is_not_roots_and_stops_by_draining(steps: list[tuple[str, str]]) -> None:
+    last = dict(steps)
+    assert last["USER"] == "tucka" and last["STOPSIGNAL"] == "SIGTERM"
+    assert json.loads(last["ENTRYPOINT"]) + json.loads(last["CMD"]) == ["tucka", "serve"]
+    assert "/ready" in last["HEALTHCHECK"]
+    assert json.loads(last["VOLUME"]) == ["/models", "/adapters", "/state"]
+
+
+def test_its_environment_names_real_settings(steps: list[tuple[str, str]]) -> None:
+    env = dict(item.split("=", 1) for word, rest in steps if word == "ENV" for item in shlex.split(rest))
+    known = {f"TUCKA_{field.name.upper()}" for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    assert {name for name in env if name.startswith("TUCKA_")} <= known
+    torch = re.search(r"ARG TORCH=(\S+)", DOCKERFILE)
+    assert torch and f"torch=={torch[1]}" in (DEPLOY / "install.sh").read_text(), "one version of torch everywhere"
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict:
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def test_compose_has_the_three(compose: dict) -> None:
+    services = compose["services"]
+    assert set(services) == {"tucka", "prometheus", "grafana"}
+    assert services["tucka"]["read_only"] and services["tucka"]["tmpfs"] == ["/tmp"]
+    for name in ("prometheus", "grafana"):
+        assert EXACT_TAG.fullmatch(services[name]["image"])
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_compose_mounts_what_is_there(compose: dict) -> None:
+    named = set(compose["volumes"])
+    for service in compose["services"].values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if not source.startswith("$"):
+                assert source in named or (DEPLOY / source).exists(), volume
+    context = DEPLOY / compose["services"]["tucka"]["build"]["context"]
+    assert Path(os.path.normpath(context)) == ROOT
+
+
+def test_grafana_finds_prometheus_and_the_dashboard(compose: dict) -> None:
+    folder = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((folder / "dashboards" / "tucka.yml").read_text())["providers"]
+    mounts = [volume.split(":") for volume in compose["services"]["grafana"]["volumes"]]
+    assert any(m[0] == "./grafana/tucka.json" and m[1].startswith(provider["options"]["path"]) for m in mounts)
+
+
+def test_the_dashboards_panels_do_not_overlap() -> None:
+    panels = json.loads((DEPLOY / "grafana" / "tucka.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert [panel["title"] for panel in panels if panel["type"] == "row"] == [
+        "Overview",
+        "Per adapter",
+        "Expert load",
+        "Engine",
+    ]
+    taken: set[tuple[int, int]] = set()
+    for position in (panel["gridPos"] for panel in panels):
+        cells = {(x, y) for x in range(position["x"], position["x"] + position["w"])
+                 for y in range(position["y"], position["y"] + position["h"])}  # fmt: skip
+        assert not cells & taken and position["x"] + position["w"] <= 24
+        taken |= cells
