@@ -136,6 +136,8 @@ class Generation:
                     continue
                 _raise_failure(output)
                 delta = text.push(output)
+                if text.finished and output.finish_reason is None:  # a stop string: the engine does not know of those
+                    self._stream.end(output.index)
                 self._record.output(output)
                 if delta.finish_reason is not None:
                     self._record.finished(output, delta.finish_reason)

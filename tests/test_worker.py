@@ -427,3 +427,20 @@ def test_it_does_not_outlive_its_parent(folder: Path):
             assert ended, "the engine went on without its parent"
         finally:
             os.close(child)
+
+
+def test_one_sequence_ends_and_its_siblings_go_on(client: Watched, loop: asyncio.Runner):
+    """As when a stop string is found, which the engine does not know of."""
+
+    async def one_of_two() -> dict[int, list[FinishReason | None]]:
+        stream = client.submit(ask(prompt(5), id="two", sampling=replace(GREEDY, max_tokens=40), n=2))
+        reasons: dict[int, list[FinishReason | None]] = {0: [], 1: []}
+        async for output in stream:
+            reasons[output.index].append(output.finish_reason)
+            if len(reasons[0]) == 2 and output.index == 0:
+                stream.end(0)
+        return reasons
+
+    reasons = loop.run(one_of_two())
+    assert len(reasons[1]) == 40 and reasons[1][-1] is FinishReason.LENGTH
+    assert len(reasons[0]) < 40 and reasons[0][-1] is FinishReason.ABORT

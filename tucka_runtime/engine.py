@@ -86,11 +86,12 @@ class Engine:
         for seq in sequences:
             self.scheduler.add(seq)
 
-    def abort(self, request_id: str) -> list[SequenceOutput]:
-        """Ends what is left of a request. Unknown ids are nothing to do."""
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]:
+        """Ends what is left of a request, or one sequence of it. Unknown ones are nothing to do."""
         return [
             self._finish(seq, SequenceOutput(request_id, seq.index), FinishReason.ABORT)
             for seq in self.requests.get(request_id, [])[:]
+            if index is None or seq.index == index
         ]
 
     def step(self) -> tuple[list[SequenceOutput], StepStats]:
@@ -142,13 +143,14 @@ class Engine:
         if result.route is not None:
             self._note_route(seq, work, result.route)
         if result.prompt_logprobs is not None and not seq.num_generated:
-            before: list[TokenLogprob | None] = (
-                seq.prompt_logprobs if work.start else [None]
-            )  # from the start again after a preemption
+            # After a preemption it starts over.
+            before: list[TokenLogprob | None] = seq.prompt_logprobs if work.start else [None]
             seq.prompt_logprobs = [*before, *result.prompt_logprobs]
         if not work.samples:
             return None
         out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
+        if seq.prompt_route is not None:
+            out.route = RouteReport(seq.prompt_route, seq.route_changes)
         if not seq.num_generated:
             seq.first_token_at = time.monotonic()
             out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
@@ -183,8 +185,6 @@ class Engine:
         if seq.status is not Status.FINISHED:
             self.scheduler.finish(seq)
         seq.finish_reason = out.finish_reason = reason
-        if seq.prompt_route is not None:
-            out.route = RouteReport(seq.prompt_route, seq.route_changes)
         out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, time.monotonic())
         self.runner.sampler.forget(seq)
         if seq.adapter is not None:

@@ -4,9 +4,10 @@
 speaks pickled tuples over it: nobody else can write there. Messages are ordered, which is what leases rely on: a
 request sent before an unload is taken on before it.
 
-    to the engine:    ("submit", Request) ("abort", id) ("load", call, key, folder, pinned) ("unload", key) ("stop",)
+    to the engine:    ("submit", Request) ("abort", id, index or None) ("load", call, key, folder, pinned)
+                      ("unload", key) ("stop",)
     from the engine:  ("ready", EngineInfo) ("failed", error) ("step", [SequenceOutput], StepStats)
-                      ("rejected", id, error) ("loaded", call, AdapterInfo or error)
+                      ("ended", [SequenceOutput]) ("rejected", id, error) ("loaded", call, AdapterInfo or error)
 
 The process ends when its channel closes, so it never outlives its parent. When it dies, every stream in flight raises
 EngineDeadError, and it is started again.
@@ -71,6 +72,10 @@ class OutputStream(AsyncIterator[SequenceOutput]):
         if isinstance(item, TuckaError) or item.finish_reason is not None:
             self.unfinished = 0 if isinstance(item, TuckaError) else self.unfinished - 1
         self._queue.put_nowait(item)
+
+    def end(self, index: int) -> None:
+        """Ends one sequence in the engine, whose last output then says "abort"; the others go on."""
+        self._client.end(self, index)
 
     def abort(self) -> None:
         """Ends what is left of the request in the engine; the stream is over, also for who waits on it. Harmless when
@@ -166,6 +171,9 @@ class EngineClient:
                     self._deliver(output.request_id, output)
                 if self.on_step is not None:
                     self.on_step(stats)
+            case ("ended", outputs):
+                for output in outputs:
+                    self._deliver(output.request_id, output)
             case ("rejected", request_id, error):
                 self._deliver(request_id, error)
             case ("loaded", call, result):
@@ -237,7 +245,12 @@ class EngineClient:
     def forget(self, stream: OutputStream) -> None:
         """OutputStream.abort's half."""
         if self._streams.pop(stream.request_id, None) is not None:
-            self._send("abort", stream.request_id)
+            self._send("abort", stream.request_id, None)
+
+    def end(self, stream: OutputStream, index: int) -> None:
+        """OutputStream.end's half."""
+        if stream.request_id in self._streams:
+            self._send("abort", stream.request_id, index)
 
     async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
         """Loads an adapter beside what runs. Raises AdapterError, or EngineDeadError."""
@@ -330,8 +343,10 @@ def _handle(
                 engine.add(request)
             except TuckaError as error:
                 channel.send(("rejected", request.id, error))
-        case ("abort", request_id):
-            engine.abort(request_id)
+        case ("abort", request_id, index):
+            ended = engine.abort(request_id, index)
+            if index is not None and ended:
+                channel.send(("ended", ended))
         case ("load", *call):
             loads.put(tuple(call))
         case ("prepared", call, folded, info):

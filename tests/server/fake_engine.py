@@ -31,6 +31,7 @@ class FakeEngine:
         self.submit_error: Exception | None = None
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
+        self.ended: set[tuple[str, int]] = set()
         self.loaded: dict[AdapterKey, Path] = {}
         self.load_error: TuckaError | None = None
 
@@ -69,6 +70,9 @@ class FakeStream(AsyncIterator[SequenceOutput]):
 
     async def __anext__(self) -> SequenceOutput:
         return await anext(self._outputs)
+
+    def end(self, index: int) -> None:
+        self._engine.ended.add((self.request_id, index))
 
     def abort(self) -> None:
         self._engine.aborted.add(self.request_id)
