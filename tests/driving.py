@@ -16,7 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tucka_runtime.adapters.format import BaseLayout, LoRAConfig, TuckAConfig, write_adapter
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.core import FoldedAdapter, Where
 from tucka_runtime.engine import Engine
+from tucka_runtime.kernels.reference.core import core
+from tucka_runtime.kernels.reference.route import select
 from tucka_runtime.sequence import (
     AdapterKey,
     FinishReason,
@@ -207,11 +210,37 @@ class Recorder:
         return torch.stack([rows[i] for i in range(len(rows))])
 
 
+def routed_cores(folded: FoldedAdapter, route: Route) -> dict[Where, Tensor]:
+    """The core M of every linear that a TuckA adapter adapts, under a route."""
+    routed = folded.routed
+    assert routed is not None
+    count, r = len(routed.places), routed.g.shape[-1]
+    out = torch.zeros(1, count, r, r)
+    one = torch.zeros(1, dtype=torch.int64)
+    groups, weights = torch.tensor([route.group]), torch.tensor([route.weights])
+    core(routed.c[None], routed.g[None], one, groups, weights, torch.arange(count), one, out)
+    return dict(zip(routed.places, out[0], strict=True))
+
+
+def route_of(logits: Tensor, t: int) -> Route:
+    """The route that router logits (k·t,) lead to."""
+    groups, weights = select(logits[None], t)
+    return Route(int(groups), tuple(weights[0].tolist()))
+
+
+def table_route(folded: FoldedAdapter, ids: Sequence[int]) -> Route:
+    """The route of some tokens together, where it is a function of their ids."""
+    assert folded.routed is not None
+    router = folded.routed.router
+    assert router.table is not None
+    return route_of(router.table[torch.tensor(ids)].mean(dim=0), router.t)
+
+
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest of all rows' relative L2 errors; NaN counts as infinite."""
+    """The largest of all rows' relative L2 errors; NaN counts as infinite, a row of zeros must be met exactly."""
     ours, theirs = ours.double(), theirs.double()
     error = torch.linalg.vector_norm(ours - theirs, dim=-1) / torch.linalg.vector_norm(theirs, dim=-1)
-    return float(error.nan_to_num(float("inf")).max())
+    return float(error.nan_to_num(float("inf")).where((ours != theirs).any(dim=-1), 0.0).max())
 
 
 def matching(base: BaseLayout, targets: Sequence[str], layers: Sequence[int] | None = None) -> list[str]:

@@ -26,6 +26,7 @@ from driving import (
     save_lora,
     save_model,
     save_tucka,
+    table_route,
 )
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -274,18 +275,11 @@ def test_batch_scope_is_one_route_for_all_of_an_adapters_tokens(folder: Path):
     ]
     run(engine, *requests)
     both = [*prompt(5), *prompt(14)]
-    assert recorder.routes["a", 0] == recorder.routes["b", 0] == [table_route(engine, TUCKA, both)]
-    assert recorder.routes["apart", 0] == [table_route(engine, TUCKA, prompt(6))]
-    assert recorder.routes["head", 0] == [table_route(engine, HEAD, prompt(7))]
+    tucka, head = (engine.runner.store.loaded[key].folded for key in (TUCKA, HEAD))
+    assert recorder.routes["a", 0] == recorder.routes["b", 0] == [table_route(tucka, both)]
+    assert recorder.routes["apart", 0] == [table_route(tucka, prompt(6))]
+    assert recorder.routes["head", 0] == [table_route(head, prompt(7))]
     assert recorder.routes["base", 0] == recorder.routes["lora", 0] == [None]
-
-
-def table_route(engine: Engine, key: AdapterKey, ids: Any) -> Route:
-    from tucka_runtime.kernels.reference.route import route_ids
-
-    routed = engine.runner.store.loaded[key].folded.routed
-    group, weights = route_ids(torch.tensor(list(ids)), routed.router.table, routed.router.t)
-    return Route(int(group), tuple(weights.tolist()))
 
 
 def test_route_reports(folder: Path):
