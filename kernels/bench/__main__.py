@@ -24,6 +24,7 @@ Times every kernel at a Llama-3-8B's shape and says how near to the limit it is.
   python -m tucka_runtime.kernels.bench --op shrink_core      one op; --op may be repeated; `--op chain`: whole steps
   python -m tucka_runtime.kernels.bench --rows 64 --adapters 32 --ranks 16
   python -m tucka_runtime.kernels.bench --quick               small shapes; on a CPU: the reference kernels
+  python -m tucka_runtime.kernels.bench --sweep --rows 64     constants: every configuration of ops that have any
   python -m tucka_runtime.kernels.bench --json > bench.json   for docs/measurements/
   python -m tucka_runtime.kernels.bench --model               bytes and launches against the targets; no device needed
   python -m tucka_runtime.kernels.bench --compile             registers, spills, widths of accesses; no device needed
@@ -42,6 +43,9 @@ columns:
 
 Rows are shared evenly among the adapters. An op is timed only if its tests pass on this device.
 """
+
+SWEPT = ("shrink_core", "expand", "attention")
+"""Ops with configurations to choose from."""
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -66,6 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, metavar="L,…", help="tokens a decoding row attends to (1024,8192)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="(bfloat16; float32 on a CPU)")
     parser.add_argument("--json", action="store_true", help="results as JSON on standard output, progress on the other")
+    parser.add_argument("--sweep", action="store_true", help=f"time configurations instead: {', '.join(SWEPT)} (a GPU)")
     parser.add_argument("--skip-tests", action="store_true", help="time ops whose tests have not been run")
     parser.add_argument("--model", action="store_true", help="print the model of bytes and launches, time nothing")
     parser.add_argument("--compile", action="store_true", help="print what the compiler makes of all, time nothing")
@@ -95,14 +100,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(op: str, what: Sweep, skip_tests: bool) -> list[Result]:
-    """Times one op, or says why not."""
+def run(op: str, what: Sweep, skip_tests: bool, configurations: bool) -> list[Result]:
+    """Times one op, or its configurations, or says why not."""
+    if configurations and op not in SWEPT:
+        say(f"{op} has no configurations to choose from; those that have: {', '.join(SWEPT)}")
+        return []
     if not skip_tests and (trouble := check.passes(op, what.device)):
         say(f"{op} is not timed: {trouble}")
         return []
     if op == "chain":
         return chain.results(what, max(what.rows) if what.shape is TINY else 64, what.contexts[0], say)
-    cases = importlib.import_module(f"tucka_runtime.kernels.bench.{op}").cases(what)
+    module = importlib.import_module(f"tucka_runtime.kernels.bench.{op}")
+    cases = module.variants(what) if configurations else module.cases(what)
     found = []
     for case in cases:
         found.append(measure(case, what.device))
@@ -143,13 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"compiled": [asdict(c) for c in found]}) if args.json else compiled.table(found))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.quick:
+    if device.type == "cpu" and (args.sweep or not args.quick):
         say("There is no GPU. --quick times the reference kernels on small shapes; --model and --compile need none.")
         return 1
     if device.type == "cpu":
         say("No GPU: this times the reference kernels on a CPU, on small shapes. It says nothing about the fused ones.")
     what = sweep(args, device)
-    results = {op: run(op, what, args.skip_tests) for op in args.op or [*OPS, "chain"]}
+    results = {
+        op: run(op, what, args.skip_tests, args.sweep) for op in args.op or (SWEPT if args.sweep else [*OPS, "chain"])
+    }
     results = {op: found for op, found in results.items() if found}
     where = environment(what)
     if args.json:

@@ -1,12 +1,14 @@
 """Paged attention, decoding and prompts: against torch's own on gathered keys and values (the gathering not timed)."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tucka_runtime.kernels.bench.shapes import PAGE, Sweep, pages
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.pages import PagePlan
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -24,11 +26,7 @@ def _case(sweep: Sweep, rows: int, context: int, decoding: bool) -> Case:
     moved = size * (sequences * context * 2 * shape.kv + 2 * rows * shape.q)
 
     def make(seed: int) -> dict[str, Call]:
-        torch.manual_seed(seed)
-        plan = pages(rows, context, decoding, sweep.device)
-        slots = -(-context // PAGE) * PAGE * sequences
-        k, v = (torch.randn(slots, shape.kv_heads, shape.head, device=sweep.device).to(sweep.dtype) for _ in "kv")
-        q = torch.randn(rows, shape.heads, shape.head, device=sweep.device).to(sweep.dtype)
+        q, k, v, plan = _tensors(sweep, rows, context, decoding, seed)
         scale = shape.head**-0.5
         # (sequences, heads, rows or context, D), contiguous: as good as it gets for torch's kernel.
         q_all = (q[:, :, None] if decoding else q.transpose(0, 1)[None]).contiguous()
@@ -45,3 +43,52 @@ def _case(sweep: Sweep, rows: int, context: int, decoding: bool) -> Case:
 
     label: dict[str, int | str] = {"kind": "decode" if decoding else "prompt", "rows": rows, "context": context}
     return Case("attention", label, moved, make)
+
+
+def variants(sweep: Sweep) -> Iterator[Case]:
+    """Splits of a context and blocks, on a GPU alone: what `fused.attention` should say."""
+    for rows in sweep.rows:
+        for context in sweep.contexts:
+            for split, block_n in product((256, 512, 1024), (32, 64, 128)):
+                yield _decode_variant(sweep, rows, context, split, block_n)
+    for rows in sweep.prompts:
+        for block_m, block_n in product((64, 128), (32, 64, 128)):
+            yield _prompt_variant(sweep, rows, block_m, block_n)
+
+
+def _decode_variant(sweep: Sweep, rows: int, context: int, split: int, block_n: int) -> Case:
+    from tucka_runtime.kernels.fused.attention import decode
+
+    case = _case(sweep, rows, context, decoding=True)
+
+    def make(seed: int) -> dict[str, Call]:
+        q, k, v, plan = _tensors(sweep, rows, context, True, seed)
+        out, scale = torch.empty_like(q), sweep.shape.head**-0.5
+        return {"own": lambda: decode(q, k, v, out, plan, scale, None, split, block_n)}
+
+    return Case(case.op, {**case.shape, "split": split, "block_n": block_n}, case.moved, make)
+
+
+def _prompt_variant(sweep: Sweep, rows: int, block_m: int, block_n: int) -> Case:
+    from tucka_runtime.kernels.fused.attention import prefill
+
+    case = _case(sweep, rows, rows, decoding=False)
+
+    def make(seed: int) -> dict[str, Call]:
+        q, k, v, plan = _tensors(sweep, rows, rows, False, seed)
+        out, scale = torch.empty_like(q), sweep.shape.head**-0.5
+        return {"own": lambda: prefill(q, k, v, out, plan, scale, None, block_m, block_n)}
+
+    return Case(case.op, {**case.shape, "block_m": block_m, "block_n": block_n}, case.moved, make)
+
+
+def _tensors(
+    sweep: Sweep, rows: int, context: int, decoding: bool, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagePlan]:
+    """q (T, H, D), caches (slots, KV, D) and the pages of `rows` sequences, or of one."""
+    torch.manual_seed(seed)
+    shape = sweep.shape
+    slots = -(-context // PAGE) * PAGE * (rows if decoding else 1)
+    k, v = (torch.randn(slots, shape.kv_heads, shape.head, device=sweep.device).to(sweep.dtype) for _ in "kv")
+    q = torch.randn(rows, shape.heads, shape.head, device=sweep.device).to(sweep.dtype)
+    return q, k, v, pages(rows, context, decoding, sweep.device)

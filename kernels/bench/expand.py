@@ -36,3 +36,25 @@ def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int
         return calls
 
     return Case("expand", {"site": site, "rows": rows, "adapters": adapters, "rank": rank}, moved, make)
+
+
+def variants(sweep: Sweep) -> Iterator[Case]:
+    """Widths of a block, on a GPU alone: what `fused.expand.BLOCK_N` should be."""
+    for rows, adapters, rank in sweep.deltas:
+        for block_n in (32, 64, 128, 256):
+            yield _variant(sweep, rows, adapters, rank, block_n)
+
+
+def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, block_n: int) -> Case:
+    from tucka_runtime.kernels.fused.expand import run
+
+    d_in, widths = sweep.shape.sites["gate_up"]
+    case = _case(sweep, "gate_up", d_in, widths, rows, adapters, rank)
+
+    def make(seed: int) -> dict[str, Call]:
+        torch.manual_seed(seed)
+        b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
+        h = torch.randn(rows, len(widths), rank, device=sweep.device).to(sweep.dtype)
+        return {"own": lambda: run(b.y, h, b.site, b.plan, block_n)}
+
+    return Case(case.op, {**case.shape, "block_n": block_n}, case.moved, make)

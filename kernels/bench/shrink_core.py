@@ -1,11 +1,17 @@
 """Shrink with core: bytes of U, x, cores and h; beside it torch's gather-bmm."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 
 from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, stacked
 from tucka_runtime.kernels.bench.timing import Call, Case
+
+if TYPE_CHECKING:
+    from tucka_runtime.kernels.fused.shrink_core import Config
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -41,3 +47,29 @@ def gather_bmm(b: Batch) -> Call:
         return torch.matmul(h, b.cores.index_select(0, segment))
 
     return call
+
+
+def variants(sweep: Sweep) -> Iterator[Case]:
+    """Every configuration worth asking, on a GPU alone: what `fused.shrink_core.config` should say."""
+    from tucka_runtime.kernels.fused.shrink_core import Config
+
+    for rows, adapters, rank in sweep.deltas:
+        for block_k, span, chunks, warps in product((64, 128, 256), (256, 512, 1024, 4096), (1, 4), (2, 4)):
+            for one_launch in (False, True) if chunks == 1 else (False,):
+                if block_k <= span:
+                    how = Config(block_k, span, chunks, one_launch, warps, 3)
+                    yield _variant(sweep, rows, adapters, rank, how)
+
+
+def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, how: "Config") -> Case:
+    from tucka_runtime.kernels.fused.shrink_core import run
+
+    d_in, widths = sweep.shape.sites["qkv"]
+    case = _case(sweep, "qkv", d_in, widths, rows, adapters, rank)
+
+    def make(seed: int) -> dict[str, Call]:
+        torch.manual_seed(seed)
+        b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
+        return {"own": lambda: run(b.x, b.site, b.cores, b.plan, how)}
+
+    return Case(case.op, {**case.shape, **asdict(how)}, case.moved, make)

@@ -162,7 +162,7 @@ ranks = st.lists(st.lists(st.sampled_from([0, 1, 6, 8, 17]), min_size=2, max_siz
 
 
 @pytest.mark.usefixtures("device")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layout=layouts, table=ranks, core_size=st.sampled_from([None, 17]), seed=st.integers(0, 9))
 def test_any_layout(layout: delta_cases.Layout, table: list[list[int]], core_size: int | None, seed: int) -> None:
     check_delta(delta_cases.make(table, layout, d_in=24, core_size=core_size, seed=seed), 1e-5)
@@ -312,3 +312,28 @@ def test_core(k: int, t: int, p: int, r: int) -> None:
     core_ref.core(c.double(), g.double(), member, groups, weights.double(), modules, rows, want)
     assert delta_cases.relative(got, want) <= 1e-5
     assert torch.equal(got == 7, want == 7)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("block_n", [32, 128])
+def test_other_blocks_of_what_is_fused(block_n: int) -> None:
+    """Not shipped, but what a sweep on a device may choose next."""
+    fused, exact = parts("half-base", (160, 160), torch.float32)
+    want = swiglu_ref.expand_swiglu(*exact)
+    assert delta_cases.relative(expand_swiglu.run(*fused, block_n), want) <= 1e-5
+    fused, exact = parts("half-base", (160,), torch.float32)
+    y, h, site, plan = fused
+    residual = torch.randn_like(y)
+    assert h is not None
+    got = expand_residual.add(y, h, site, plan, residual, block_n)
+    assert delta_cases.relative(got, residual.double() + exact[0]) <= 1e-5
+
+
+@pytest.mark.usefixtures("device")
+def test_one_launch_and_two_agree_bit_for_bit() -> None:
+    case = delta_cases.mix("absent-targets", d_in=77)
+    first, second = (
+        shrink_core.run(case.x, case.site, case.cores, case.plan, how)[case.adapted()]
+        for how in (shrink_core.Config(16, 32, 1, one, 4, 3) for one in (True, False))
+    )
+    assert torch.equal(first, second)
