@@ -59,6 +59,10 @@ def banners(result: dict[str, Any]) -> str:
     lines = [f'<div class="banner">The client, not the server, was the limit: {escape(r)}.</div>' for r in reasons]
     if not result["correct"]:
         lines.insert(0, '<div class="banner bad">Wrong answers under load: see Correctness.</div>')
+    failed = [e for run in result["runs"] for e in run["churn_events"] if not e["ok"]]
+    if failed:
+        what = escape(f"{failed[0]['call']} {failed[0]['name']}: {failed[0]['detail']}")
+        lines.append(f'<div class="banner">{len(failed)} adapter calls failed; the first, {what}</div>')
     if any(run["interrupted"] for run in result["runs"]):
         lines.append('<div class="banner">The run was interrupted: figures are of what had run by then.</div>')
     return "".join(lines)

@@ -62,6 +62,8 @@ class Session:
             result = SessionResult(settings, models, base)
             scale = await self.measure_tokens(client, models[0], result)
             pool = churn.adapters(settings.churn_adapter, cards, models) if settings.churn_rate else []
+            for adapter in pool:
+                await self.put(client, adapter.name, adapter.paths[0])
             if settings.canary_rate and not settings.versus_base:
                 result.canaries = Canaries(settings, client)
                 await self.record_references(client, result, pool)
@@ -115,10 +117,14 @@ class Session:
                 result.prepared += await result.canaries.record_references(name, path)
 
     async def put(self, client: Client, name: str, path: str) -> None:
-        await client.adapter("unload", name)
-        status, detail = await client.adapter("load", name, path)
+        """Loads in place; servers that cannot do that say "already loaded" and get an unload first. Nothing is unloaded
+        before its path has been looked at, so that a wrong one leaves the server as it was."""
+        status, detail = await client.adapter("load", name, path, inplace=True)
+        if "already" in detail:
+            await client.adapter("unload", name)
+            status, detail = await client.adapter("load", name, path)
         if not 200 <= status < 300:
-            raise ServerError(f"an adapter could not be loaded before the test (status {status}): {detail}")
+            raise ServerError(f"{name} could not be loaded from its path before the test (status {status}): {detail}")
 
     async def warm_up(self, client: Client, workload: Workload, result: SessionResult) -> None:
         for index in range(self.settings.warmup):

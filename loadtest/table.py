@@ -39,6 +39,12 @@ def warnings(result: dict[str, Any]) -> list[str]:
         lines += [f"! the client was the limit: {reason}" for reason in run["client"]["reasons"]]
     if not result["correct"]:
         lines.append("! WRONG ANSWERS: see the canaries below")
+    failed = [e for run in result["runs"] for e in run["churn_events"] if not e["ok"]]
+    if failed:
+        first = failed[0]
+        lines.append(
+            f"! {len(failed)} adapter calls failed; the first, {first['call']} {first['name']}: {first['detail']}"
+        )
     if any(run["interrupted"] for run in result["runs"]):
         lines.append("! interrupted: the figures are of what had run by then")
     return list(dict.fromkeys(lines))

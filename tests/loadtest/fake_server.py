@@ -79,6 +79,8 @@ class FakeServer:
             self.plain(writer, 200, {"object": "list", "data": cards})
         elif path == "/v1/load_lora_adapter":
             await asyncio.sleep(self.behaviour.load)
+            if "missing" in body["lora_path"]:
+                return self.plain(writer, 400, {"error": {"message": "no such folder"}})
             if body["lora_name"] in self.adapters and not body.get("load_inplace"):
                 return self.plain(writer, 400, {"error": {"message": "already loaded"}})
             self.adapters[body["lora_name"]] = body["lora_path"]

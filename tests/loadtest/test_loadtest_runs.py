@@ -66,7 +66,7 @@ def test_churn_changes_adapters_and_puts_them_back(fake, load_test):
     url = fake(adapters=ADAPTERS, cold=0.15, ttft=0.01, itl=0.002)
     result = load_test(url, rate="30", duration=2.5, churn_rate=6.0, canary_rate=10.0, turns="1")
     [run] = result["runs"]
-    assert {e["action"] for e in run["churn_events"]} == {"load", "reload", "unload"}
+    assert {e["action"] for e in run["churn_events"]} - {"restore"} == {"load", "reload", "unload"}
     assert all(e["ok"] for e in run["churn_events"])
     assert set(result["failures"]) <= {"unloaded"}
     assert result["correct"] and not result["unloaded_but_answered"]
@@ -100,6 +100,13 @@ def test_reloads_in_place_forgive_nothing(fake, load_test):
     assert {(e["action"], e["call"]) for e in result["runs"][0]["churn_events"]} >= {("reload", "load")}
     assert result["failures"] == {} and result["correct"]
     assert result["runs"][0]["redirected"] == 0
+
+
+def test_a_wrong_path_ends_the_test_before_anything_is_unloaded(fake, load_test):
+    url = fake(adapters=ADAPTERS)
+    with pytest.raises(ServerError, match=r"a could not be loaded .*no such folder"):
+        load_test(url, churn_rate=1.0, churn_adapter=("a=/missing",))
+    assert {c.name for c in asyncio.run(cards(url))} == {"base", "a", "b", "c"}
 
 
 def test_paths_for_churn():
