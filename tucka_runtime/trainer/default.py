@@ -89,23 +89,18 @@ def train_all(base: Path, work: Path, out: Path, names: list[str], jobs: int, st
 
 
 def measure(base: Path, adapter: Path, held: Path) -> dict[str, Any]:
-    """Exact match of the base alone and of the adapter under each way of serving it; routes by sub-task.
-
-    The scopes: "request" (a route a request), "batch_alone" (batch scope, one request at a time), "batch_16" (batch
-    scope, sixteen requests of all sub-tasks admitted at once).
-    """
+    """Exact match of the base alone and of the adapter under each way of serving it; routes by sub-task."""
     import peft
 
-    from tucka_runtime.trainer import set_route_scope
     from tucka_runtime.trainer.adapter import router_of, trainable_parameters
     from tucka_runtime.trainer.cli import load_base
     from tucka_runtime.trainer.data import load
     from tucka_runtime.trainer.evaluate import evaluate
-    from tucka_runtime.trainer.together import decode_together
+    from tucka_runtime.trainer.together import serving_scopes
 
     model, tokenizer, device = load_base(base, "float32", "cpu")
     examples = load(held, tokenizer, 1024)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
     row: dict[str, Any] = {"base": evaluate(model, examples, pad, device).exact}
     model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
     row["parameters"] = trainable_parameters(model)
@@ -114,18 +109,7 @@ def measure(base: Path, adapter: Path, held: Path) -> dict[str, Any]:
     if router is None:
         result = evaluate(model, examples, pad, device)
         return row | {"exact_match": {"lora": result.exact}, "by_task": result.by_task}
-    set_route_scope(model, "request")
-    result = evaluate(model, examples, pad, device, router=router)
-    exact = {"request": result.exact}
-    set_route_scope(model, "decode")
-    exact["batch_alone"] = evaluate(model, examples, pad, device, router=router).exact
-    set_route_scope(model, "batch")
-    right = 0
-    for i in range(0, len(examples), 16):
-        group = examples[i : i + 16]
-        said = decode_together(model, [list(e.ids[: e.start]) for e in group], eos, pad)
-        right += sum(tuple(s) == e.ids[e.start : -1] for s, e in zip(said, group, strict=True))
-    exact["batch_16"] = right / len(examples)
+    exact, result = serving_scopes(model, router, examples, pad, tokenizer.eos_token_id)
     return row | {"exact_match": exact, "by_task": result.by_task, "groups_by_task": result.groups}
 
 

@@ -1,11 +1,12 @@
-"""The paper's claims at our scale: `python -m tucka_runtime.trainer.paper a|b|c|d` prints the figures and draws them.
+"""The paper's claims at our scale: `python -m tucka_runtime.trainer.paper a|b|c|d|routes` prints and draws them.
 
 a  trainable parameters by formula, against LoRA, and their growth with the number of experts
 b  expert load and centroids under Kaiming and data-aware initialisation
 c  accuracy against trainable parameters for TuckA and LoRA: three budgets, three seeds
 d  accuracy over rank and number of experts
+routes  what becomes of accuracy when serving routes another way than training did
 
-b, c and d train on the embedded base with the trainer's own loop.
+All but a train on the embedded base with the trainer's own loop.
 """
 
 import argparse
@@ -170,6 +171,18 @@ def claim_d(images: Path, steps: int) -> None:
     _save(fig, images / "paper-d.png")
 
 
+def claim_routes(images: Path, steps: int) -> None:
+    from tucka_runtime.trainer.adapter import AdapterSettings
+    from tucka_runtime.trainer.together import serving_scopes
+
+    print(f"Exact match on `formats` by training route and serving scope, {steps} steps, seed 0\n")
+    print(f"{'--route-batch':<15}{'request':>9}{'batch, alone':>14}{'batch, 16 mixed':>17}")
+    for route in ("batch", "per-sample", "mixed"):
+        run = _train("formats", AdapterSettings(r=8, k=4, t=2, p=2, alpha=64, balance=0.01), steps, 0, route)
+        exact, _ = serving_scopes(run.model, run.router, run.held, pad=0, eos=run.model.config.eos_token_id)
+        print(f"{route:<15}{exact['request']:>9.3f}{exact['batch_alone']:>14.3f}{exact['batch_16']:>17.3f}", flush=True)
+
+
 @dataclass
 class _Run:
     """A trained adapter and what the figures need of it."""
@@ -243,7 +256,7 @@ def _save(fig: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tucka_runtime.trainer.paper", description=__doc__)
-    parser.add_argument("claim", choices=("a", "b", "c", "d"))
+    parser.add_argument("claim", choices=("a", "b", "c", "d", "routes"))
     parser.add_argument("--images", type=Path, default=Path("docs/img"))
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
@@ -253,7 +266,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    {"b": claim_b, "c": claim_c, "d": claim_d}[args.claim](args.images, args.steps)
+    {"b": claim_b, "c": claim_c, "d": claim_d, "routes": claim_routes}[args.claim](args.images, args.steps)
 
 
 if __name__ == "__main__":

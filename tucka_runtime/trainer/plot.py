@@ -31,7 +31,7 @@ def figure(history: Any, result: Evaluation | None, path: Path, title: str) -> N
     loss.set(xlabel="step", ylabel="loss of a completion token", yscale="log")
     loss.legend()
     if history.load and history.load[0]:
-        width = max(1, len(history.load) // 50)
+        width = 3 * max(1, len(history.load) // 100)  # whole turns of `mixed`, whose scopes count differently
         totals = [max(1, sum(row)) for row in history.load]
         shares = [
             _smooth([row[g] / n for row, n in zip(history.load, totals, strict=True)], width)
