@@ -1,0 +1,90 @@
+"""/metrics over HTTP: closed label sets whatever clients send (row 46), adapters that come and go, a dead engine."""
+
+import time
+
+from prometheus_client.parser import text_string_to_metric_families
+from servers import GOLDEN, Server
+
+ASK = {"prompt": "hello", "max_tokens": 3, "temperature": 0}
+
+
+def series(server: Server) -> dict[str, float]:
+    """Values by `name{labels}`, both as the server writes them."""
+    lines = server.get("/metrics").text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def vllm_adapters(server: Server, state: str) -> set[str]:
+    families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics").text)}
+    (sample,) = families["vllm:lora_requests_info"].samples
+    return set(filter(None, sample.labels[f"{state}_lora_adapters"].split(",")))
+
+
+def test_row_46_what_clients_make_up_never_becomes_a_label(live: Server) -> None:
+    def nonsense(i: int) -> None:
+        live.post("/v1/completions", ASK | {"model": f"made-up-{i}"})
+        live.get(f"/made-up-{i}")
+        live.get(f"/v1/models/made-up-{i}")
+        live.client.request(f"MADEUP{i}", live.url + "/v1/completions")
+        live.client.delete(f"{live.url}/v1/adapters/made-up-{i}")
+        live.post("/v1/adapters", {"name": f"made-up-{i}", "path": f"made-up-{i}"})
+
+    nonsense(0)
+    series(live)
+    before = set(series(live))
+    for i in range(1, 10):
+        nonsense(i)
+    after = series(live)
+    assert set(after) == before
+    assert not [name for name in after if "made-up" in name.lower() or "MADEUP" in name]
+
+
+def test_an_adapter_comes_and_goes(live: Server) -> None:
+    path = str(GOLDEN / "llama-qv-r16k4t2-a512" / "adapter")
+    for _ in range(2):  # the second time from nothing again
+        assert live.post("/v1/adapters", {"name": "guest", "path": path}).status_code == 201
+        assert live.post("/v1/completions", ASK | {"model": "guest"}).status_code == 200
+        found = series(live)
+        assert found['tucka_adapter_requests_total{model="guest",finish_reason="length"}'] == 1
+        assert found['tucka_adapter_generation_tokens_total{model="guest"}'] == 3
+        assert sum(found[f'tucka_adapter_group_selections_total{{model="guest",group="{i}"}}'] for i in range(4)) == 3
+        assert all(
+            found[f'tucka_adapter_load_seconds{{model="guest",stage="{stage}"}}'] > 0
+            for stage in ("copy", "read", "fold", "wait")
+        )
+        assert [name for name in found if name.startswith("vllm:lora_adapter_loaded") and '"guest"' in name]
+        assert live.client.delete(live.url + "/v1/adapters/guest").status_code == 200
+        assert not [name for name in series(live) if "guest" in name]
+
+
+def test_routers_see_who_is_at_work(live: Server) -> None:
+    body = ASK | {"model": "one", "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with live.client.stream("POST", live.url + "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        for _ in range(6):
+            next(lines)
+        assert vllm_adapters(live, "running") | vllm_adapters(live, "waiting") == {"one"}
+        assert series(live)['vllm:num_requests_running{model_name="llama-tiny",engine="0"}'] == 1
+    deadline = time.monotonic() + 2
+    while series(live)["tucka_requests_running"]:  # the client left; no step follows that could say so
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert vllm_adapters(live, "running") == vllm_adapters(live, "waiting") == set()
+    assert series(live)["tucka_kv_blocks_used"] == 0
+
+
+def test_a_dead_engine_is_seen(start_fake) -> None:
+    server = start_fake()
+    assert series(server)["tucka_engine_up"] == 1
+    server.engine.ready, server.engine.restarts = False, 3
+    assert series(server)["tucka_engine_up"] == 0 and series(server)["tucka_engine_restarts_total"] == 3
+
+
+def test_failures_count_as_errors(start_fake) -> None:
+    server = start_fake()
+    server.engine.fail_after = 1
+    assert server.post("/v1/completions", ASK | {"model": "base"}).status_code == 503
+    found = series(server)
+    assert found['tucka_requests_total{finish_reason="error"}'] == 1
+    assert found['tucka_adapter_errors_total{model="base"}'] == 1
+    assert found["tucka_requests_running"] == found["tucka_requests_waiting"] == 0
