@@ -9,7 +9,7 @@ ORDER = (*HIGHER, "mean_", "median_", "p")
 
 
 def comparable(result: dict[str, Any]) -> dict[str, float]:
-    names = [k for k in result if k in HIGHER or (k.endswith("_ms") and k.split("_")[0] not in ("std",))]
+    names = [k for k in result if k in HIGHER or (k.endswith("_ms") and k.split("_")[0] not in ("std", "p50"))]
     return {k: result[k] for k in names if isinstance(result[k], int | float)}
 
 

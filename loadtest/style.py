@@ -20,7 +20,8 @@ p { margin:4px 0; } .soft { color:var(--soft); } .small { font-size:13px; }
 .banner.bad { background:var(--badbg); color:var(--bad); font-weight:600; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(128px,1fr)); gap:12px; margin:18px 0; }
 .tile, .card { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:12px 14px; }
-.tile b { display:block; font-size:20px; white-space:nowrap; font-weight:650; line-height:1.25; font-variant-numeric:tabular-nums; }
+.tile b { display:block; font-size:20px; white-space:nowrap; font-weight:650;
+  line-height:1.25; font-variant-numeric:tabular-nums; }
 .tile b.good { color:var(--good); } .tile b.bad { color:var(--bad); } .tile span { color:var(--soft);
   font-size:13px; }
 .two { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr)); gap:14px; }
