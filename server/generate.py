@@ -88,6 +88,7 @@ class Generation:
             self.prompt_tokens,
             started,
             [SequenceRecord() for _ in self._texts],
+            ask.n,
         )
 
     @property
@@ -104,9 +105,7 @@ class Generation:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(s.cached_tokens for s in self._record.sequences[:: self.ask.n])
-            },
+            "prompt_tokens_details": {"cached_tokens": self._record.cached_tokens},
         }
 
     def route(self, report: RouteReport | None) -> dict[str, Any] | None:

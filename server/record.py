@@ -72,6 +72,7 @@ class RequestRecord:
     prompt_tokens: int
     started: float
     sequences: list[SequenceRecord]
+    answers: int  # sequences of one prompt; they stand together
     ended: float = 0.0
     error: BaseException | None = None
     trace_id: str | None = field(default=None, init=False)
@@ -86,8 +87,9 @@ class RequestRecord:
         sequence.tokens += len(output.token_ids)
         if not sequence.first:
             sequence.first = now
-            sequence.cached_tokens = output.cached_tokens
-            self.metrics.first_token(self.model, now - self.started, output.cached_tokens, output.timing)
+            # A prompt counts once, whatever the number of its answers, as in prompt_tokens.
+            sequence.cached_tokens = output.cached_tokens if output.index % self.answers == 0 else 0
+            self.metrics.first_token(self.model, now - self.started, sequence.cached_tokens, output.timing)
         self.metrics.tokens(len(output.token_ids), now - sequence.last if sequence.last else None)
         sequence.last = now
 

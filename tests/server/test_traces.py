@@ -1,6 +1,9 @@
 """Traces, read with OpenTelemetry's in-memory exporter."""
 
 import asyncio
+import gzip
+import http.server
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -131,6 +134,31 @@ def test_a_failure(spans) -> None:
     root = spans({"model": "fin"})["text_completion fin"]
     assert root.status.status_code is StatusCode.ERROR and root.attributes["error.type"]
     assert root.attributes["gen_ai.response.finish_reasons"] == ("error",)
+
+
+def test_spans_reach_a_collector() -> None:
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        traces = Traces.to(f"http://127.0.0.1:{collector.server_port}/v1/traces")
+        traces._tracer.start_span("text_completion fin").end()
+        traces.close()
+        collector.shutdown()
+    assert [path for path, _ in received] == ["/v1/traces"] and b"text_completion fin" in gunzipped(received[0][1])
+
+
+def gunzipped(body: bytes) -> bytes:
+    return gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
 
 
 def test_without_the_extra_the_flag_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
