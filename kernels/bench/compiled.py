@@ -49,7 +49,8 @@ class _Device:
 
 
 def compile_all() -> list[Compiled]:
-    """Every op at the Llama-3-8B shape in bf16, decoding (64 rows, 32 adapters) and in a prompt (512 rows).
+    """Every op at the Llama-3-8B shape in bf16: decoding 64 rows of 32 adapters, decoding one row (Triton compiles
+    another kernel where a number is 1), and a prompt of 512 rows.
 
     Raises RuntimeError in Triton's interpreter, which compiles nothing.
     """
@@ -84,11 +85,11 @@ def _calls() -> list[tuple[str, Any]]:
     ops, shape = _kernels(), LLAMA3_8B
     qkv, residual = ops.expand_qkv_rope_kv.expand_qkv_rope_kv, ops.expand_residual.expand_residual
     calls: list[tuple[str, Any]] = []
-    for label, rows, adapters in (("decode", 64, 32), ("prompt", 512, 1)):
+    for label, rows, adapters in (("decode", 64, 32), ("single", 1, 1), ("prompt", 512, 1)):
         case = batch(rows, adapters, 16, shape.d, (shape.q, shape.kv, shape.kv), torch.bfloat16, torch.device("cpu"))
         mlp = batch(rows, adapters, 16, shape.d, (shape.f, shape.f), torch.bfloat16, torch.device("cpu"))
         out = batch(rows, adapters, 16, shape.d, (shape.d,), torch.bfloat16, torch.device("cpu"))
-        plan = pages(rows, 1024 if label == "decode" else rows, label == "decode", torch.device("cpu"))
+        plan = pages(rows, rows if label == "prompt" else 1024, label != "prompt", torch.device("cpu"))
         cache = torch.empty(64, shape.kv_heads, shape.head, dtype=torch.bfloat16)
         angle = torch.empty(rows, 1, shape.head // 2, dtype=torch.bfloat16)
         x, weight = torch.empty(rows, shape.d, dtype=torch.bfloat16), torch.empty(shape.d, dtype=torch.bfloat16)

@@ -95,12 +95,13 @@ def decode(
     args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
     options["BLOCK_G"] = max(16, triton.next_power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
-    stats = q.new_empty(2, count, splits, heads, dtype=torch.float32)
+    part_best, part_total = q.new_empty(2, count, splits, heads, dtype=torch.float32)
     programs = min(count * splits, max(1, MAX_PROGRAMS // kv_heads))
     _decode[(programs, kv_heads)](
         *args,
         part,
-        stats,
+        part_best,
+        part_total,
         counters("attention", count * kv_heads, q.device),
         pages.singles,
         count,
@@ -291,7 +292,8 @@ def _decode(
     scale,
     window,
     part,
-    stats,
+    part_best,
+    part_total,
     counter,
     singles,
     count,
@@ -357,18 +359,17 @@ def _decode(
             tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
         else:
             own = (which.to(tl.int64) * max_splits + split) * num_heads + heads
-            size = count.to(tl.int64) * max_splits * num_heads
             tl.store(part + own[:, None] * D + i[None, :], acc, mask=mask)
-            tl.store(stats + own, best, mask=member < GROUP)
-            tl.store(stats + size + own, total, mask=member < GROUP)
+            tl.store(part_best + own, best, mask=member < GROUP)
+            tl.store(part_total + own, total, mask=member < GROUP)
             if arrive(counter + which * kv_heads + head, splits):
                 best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
                 total = tl.zeros((BLOCK_G,), tl.float32)
                 acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
                 for other in range(0, splits):
                     at = (which.to(tl.int64) * max_splits + other) * num_heads + heads
-                    theirs = tl.load(stats + at, mask=member < GROUP, other=0.0, cache_modifier=".cg")
-                    weight = tl.load(stats + size + at, mask=member < GROUP, other=1.0, cache_modifier=".cg")
+                    theirs = tl.load(part_best + at, mask=member < GROUP, other=0.0, cache_modifier=".cg")
+                    weight = tl.load(part_total + at, mask=member < GROUP, other=1.0, cache_modifier=".cg")
                     value = tl.load(part + at[:, None] * D + i[None, :], mask=mask, other=0.0, cache_modifier=".cg")
                     new = tl.maximum(best, theirs)
                     old_scale, their_scale = tl.exp2(best - new), tl.exp2(theirs - new)
