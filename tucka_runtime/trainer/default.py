@@ -80,7 +80,7 @@ def train_all(base: Path, work: Path, out: Path, names: list[str], jobs: int, st
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             command = train_command(base, work, out, name, steps)
-            log(f"training {name}: tucka train {' '.join(command[7:])}")
+            log(f"training {name}: tucka train ... {' '.join(command[9:])}")
             running[name] = subprocess.Popen(command, env=environment)
         time.sleep(0.2)
         for name in [n for n, p in running.items() if p.poll() is not None]:
