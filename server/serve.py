@@ -222,8 +222,9 @@ def _greet(service: Service, listener: socket.socket) -> None:
     else:
         path, ask = "completions", '"prompt": "Hello"' if service.tokenizer else '"prompt": [1, 2, 3]'
     log.info("ready at %s. Try:", url)
-    print(
-        f"  curl {url}/v1/{path} {key}-H 'Content-Type: application/json' -d '{{\"model\": \"{model}\", {ask}}}'",
-        file=sys.stderr,
-        flush=True,
-    )
+    if service.config.log_format == "text":
+        print(
+            f"  curl {url}/v1/{path} {key}-H 'Content-Type: application/json' -d '{{\"model\": \"{model}\", {ask}}}'",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,5 +1,8 @@
 """Metrics: what is counted, that label sets stay bounded, and that a scrape's work does too."""
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -212,3 +215,12 @@ def test_a_scrape_writes_few_rows_however_many_changed(monkeypatch: pytest.Monke
     assert text.count(b"_time_to_first_token_seconds_count{") == 1000
     written.clear()
     assert b"".join(table.render()) == text and not written
+
+
+def test_the_engine_knows_nothing_of_metrics() -> None:
+    """They are counted in the HTTP process, so that neither counting nor a scrape takes a step's time."""
+    ours = {"metrics.py", "adapter_metrics.py", "vllm_metrics.py", "bench_scrape.py"}
+    package = Path(adapter_metrics.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name not in ours:
+            assert not re.search(r"import.*metrics|prometheus_client", path.read_text()), path

@@ -38,7 +38,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     assert process.wait(30) == 0
     raw = (folder / "log").read_bytes()
     assert not [byte for byte in raw if byte < 32 and byte != 10] and raw.isascii()
-    return [json.loads(line) for line in raw.decode().splitlines() if not line.startswith("  curl ")]
+    return [json.loads(line) for line in raw.decode().splitlines()]
 
 
 def events(lines: list[dict[str, object]], event: str) -> list[dict[str, object]]:
