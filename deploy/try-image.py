@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set during RUN")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--request", default=None, metavar="JSON", help="body for /v1/completions")
+    parser.add_argument("--request", default=None, metavar="JSON", help="body for /v1/chat/completions")
     parser.add_argument("--keep", action="store_true", help="run the roots that an earlier call has built")
     flags = parser.parse_args()
     if os.environ.get("TRY_IMAGE_UNSHARED") != "1":  # mounts vanish with the namespace
@@ -230,8 +230,9 @@ def try_out(stage: Stage, flags: argparse.Namespace) -> int:
         print("cannot write to /opt:", not can_write(inside, environment))
         models = json.loads(call(f"{url}/v1/models"))["data"]
         print("models:", ", ".join(card["id"] for card in models))
-        body = flags.request or json.dumps({"model": models[-1]["id"], "prompt": "Hello", "max_tokens": 8})
-        print("answer:", call(f"{url}/v1/completions", body)[:400])
+        message = {"role": "user", "content": "2024-03-05"}
+        body = flags.request or json.dumps({"model": "formats", "messages": [message], "temperature": 0})
+        print("answer:", call(f"{url}/v1/chat/completions", body)[:400])
         return drain(server, stage, url, models[0]["id"])
     finally:
         if server.poll() is None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -79,6 +80,8 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         server = _Server(_uvicorn_config(service))
         listener.listen(config.max_connections)  # who reads that it is ready may connect
         _greet(service, listener)
+        gc.collect()
+        gc.freeze()  # imported modules stay: no collection walks them again, the last one, at exit, neither (2 s)
         await _serve_until_stopped(server, listener, engine, stopping, config.shutdown_timeout)
         return 0
     finally:
