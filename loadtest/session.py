@@ -99,10 +99,11 @@ class Session:
             if not record.ok:
                 raise ServerError(f"the first request failed ({record.cause}): {record.detail or 'no details'}")
             counts.append(record.prompt_tokens)
-        if None in counts or counts[0] == counts[1]:
+        least, most = counts
+        if least is None or most is None or least == most:
             return TokenScale()
-        per_word = (counts[1] - counts[0]) / (many - few)
-        return TokenScale(counts[0] - few * per_word, per_word)
+        per_word = (most - least) / (many - few)
+        return TokenScale(least - few * per_word, per_word)
 
     async def record_references(self, client: Client, result: SessionResult, pool: list[churn.Adapter]) -> None:
         """Each canaried model alone, the base too; an adapter under churn once from each of its paths."""

@@ -168,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(out, indent=1))
     else:
         print("\n".join(f"{key}: {value}" for key, value in where.items()))
-        for found in results.values():
-            print("\n" + table(found))
+        for timed in results.values():
+            print("\n" + table(timed))
     return 0 if results else 1
 
 

@@ -25,7 +25,7 @@ def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int
         h = torch.randn(rows, n, rank, device=sweep.device).to(sweep.dtype)
         calls: dict[str, Call] = {"own": lambda: sweep.ops.expand.expand(b.y, h, b.site, b.plan)}
         if rows <= sweep.bmm_rows:
-            e = [torch.stack([row[j] for row in b.site.e if row[j] is not None]) for j in range(n)]
+            e = [torch.stack([part for row in b.site.e if (part := row[j]) is not None]) for j in range(n)]
             adapter = b.plan.segments.adapter
 
             def gather_bmm() -> torch.Tensor:
