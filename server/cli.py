@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,9 +57,13 @@ def _serve(flags: argparse.Namespace) -> int:
     try:
         from tucka_runtime.server.serve import serve
 
-        return serve(engine_config, server_config)
+        status = serve(engine_config, server_config)
     except KeyboardInterrupt:  # before the server's own handler stands: as after it, no error
         return 0
+    if status == 0:  # it has served, and all is closed: taking torch's modules apart takes seconds and is noisy
+        logging.shutdown()
+        os._exit(0)
+    return status
 
 
 def _doctor(flags: argparse.Namespace) -> int:

@@ -81,7 +81,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         listener.listen(config.max_connections)  # who reads that it is ready may connect
         _greet(service, listener)
         gc.collect()
-        gc.freeze()  # imported modules stay: no collection walks them again, the last one, at exit, neither (2 s)
+        gc.freeze()  # imported modules stay: no collection walks them again
         await _serve_until_stopped(server, listener, engine, stopping, config.shutdown_timeout)
         return 0
     finally:
