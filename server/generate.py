@@ -1,13 +1,12 @@
 """One request in the engine: submitted, its outputs turned into text per choice, aborted when nobody waits any more."""
 
 import asyncio
-import logging
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from tucka_runtime.errors import EngineDeadError, InvalidRequestError, TuckaError
+from tucka_runtime.errors import EngineDeadError, InvalidRequestError
 from tucka_runtime.sequence import FinishReason, Request, RouteReport, RouteScope, SamplingParams, SequenceOutput
 from tucka_runtime.server.record import Origin, RequestRecord, SequenceRecord
 from tucka_runtime.server.service import Service
@@ -15,7 +14,6 @@ from tucka_runtime.server.stops import stop_table
 from tucka_runtime.server.text import Delta, SequenceText
 from tucka_runtime.tokenizer import Detokenizer
 
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,13 @@ class Generation:
             route_scope=self.scope,
             cache_salt=ask.cache_salt,
         )
+        engine = service.engine.config
+        if request.num_sequences > engine.max_num_seqs + engine.max_queue:
+            raise InvalidRequestError(
+                f"The request asks for {request.num_sequences} answers (prompts x n); this server takes at most "
+                f"{engine.max_num_seqs + engine.max_queue} at once (--max-num-seqs plus --max-queue). Ask for fewer.",
+                "n",
+            )
         table = stop_table(ask.stops)
         self._texts = [
             SequenceText(
@@ -157,8 +162,5 @@ class Generation:
 
 
 def _raise_failure(output: SequenceOutput) -> None:
-    if output.finish_reason is FinishReason.ERROR:
-        log.error("the engine failed on request %s: %s", output.request_id, output.error)
-        raise TuckaError("The engine failed on this request. The server's log says why.")
     if output.finish_reason is FinishReason.ABORT:
         raise EngineDeadError("The request was ended by the server before it was finished. Try again.")

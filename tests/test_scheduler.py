@@ -132,6 +132,21 @@ def test_others_are_not_held_back(scope: RouteScope | None):
     assert step(scheduler) == [(other, 0, 8), (a, 0, 5), (b, 0, 3)]
 
 
+@pytest.mark.parametrize(("blocks", "seqs"), [(100, 4), (7, 8)])
+def test_a_group_waits_for_seats_and_pages_too(blocks: int, seqs: int):
+    """2 of 4 seats, or 4 of 7 pages, are taken when a request of three prompts comes."""
+    scheduler = make(blocks=blocks, size=4, seqs=seqs)
+    taken = add(scheduler, 7) + add(scheduler, 7)
+    step(scheduler)
+    group = add(scheduler, 3, 4, 7, scope=RouteScope.BATCH)
+    later = add(scheduler, 2)
+    assert {s for s, _, _ in step(scheduler)} == set(taken)
+    for seq in taken:
+        scheduler.finish(seq)
+    first = [s for s, _, _ in step(scheduler)]
+    assert first[:3] == group and set(first) <= {*group, *later}
+
+
 def test_a_group_beyond_the_budget_is_torn_rather_than_starved():
     scheduler = make(tokens=16)
     a, b, _ = add(scheduler, 9, 9, 9, scope=RouteScope.BATCH)

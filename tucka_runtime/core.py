@@ -55,15 +55,19 @@ class FoldedAdapter:
     routed: TuckACores | None
     saved: Mapping[str, Tensor]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its tensors on the device."""
+    def tensors(self) -> list[Tensor]:
+        """All that it holds on the device."""
         tensors = [t for pair in self.factors.values() for t in pair] + list(self.saved.values())
         if self.routed is not None:
             router = self.routed.router
             tensors += [self.routed.g, self.routed.c, router.centroids]
             tensors += [] if router.table is None else [router.table]
-        return sum(t.nbytes for t in tensors)
+        return tensors
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors on the device."""
+        return sum(t.nbytes for t in self.tensors())
 
 
 @dataclass(frozen=True, eq=False)

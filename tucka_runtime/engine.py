@@ -68,6 +68,8 @@ class Engine:
         for prompt in request.prompts:
             if not prompt or len(prompt) + request.sampling.max_tokens > limit:
                 raise InvalidRequestError(f"A prompt is empty or does not fit the context of {limit} tokens.", "prompt")
+            if min(prompt) < 0 or max(prompt) >= self.runner.arch.vocab:
+                raise InvalidRequestError(f"A prompt has token ids outside 0..{self.runner.arch.vocab - 1}.", "prompt")
         if request.id in self.requests:
             raise InvalidRequestError("Another request of this id is in flight.")
         store = self.runner.store
@@ -184,7 +186,7 @@ class Engine:
     def _finish(self, seq: Sequence, out: SequenceOutput, reason: FinishReason) -> SequenceOutput:
         if seq.status is not Status.FINISHED:
             self.scheduler.finish(seq)
-        seq.finish_reason = out.finish_reason = reason
+        out.finish_reason = reason
         out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, time.monotonic())
         self.runner.sampler.forget(seq)
         if seq.adapter is not None:

@@ -94,10 +94,8 @@ class Scheduler:
 
     def _admit(self, work: list[Work], budget: int) -> None:
         while self.waiting and budget and len(self.running) < self.max_seqs:
-            group = self._group()
-            total = sum(map(len, group))
-            if len(group) > 1 and total > budget and total <= self.max_tokens - len(self.running):
-                return  # whole in a step of its own rather than torn apart in this one
+            if self._should_wait(self._group(), budget):
+                return
             if not self._place(self.waiting[0]):
                 return
             seq = self.waiting.popleft()
@@ -118,7 +116,18 @@ class Scheduler:
             if seq.request is not head.request:
                 break
             group.append(seq)
-        return group if len(self.running) + len(group) <= self.max_seqs else [head]
+        return group
+
+    def _should_wait(self, group: list[Sequence], budget: int) -> bool:
+        """Whether a group that does not fit this step would fit one of its own: then it waits rather than being torn
+        apart. The wait ends, since nothing else is admitted meanwhile."""
+        if len(group) == 1:
+            return False
+        tokens, pages = sum(map(len, group)), sum(self.blocks.blocks_for(len(s)) for s in group)
+        seats = self.max_seqs - len(self.running)
+        fits = len(group) <= seats and tokens <= budget and self.blocks.can_allocate(pages)
+        possible = len(group) <= self.max_seqs and tokens <= self.max_tokens and pages <= self.blocks.num_blocks
+        return possible and not fits
 
     def _place(self, seq: Sequence) -> bool:
         """Pages for a waiting sequence, cached ones first; at least its last token is left to compute."""

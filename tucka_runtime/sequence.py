@@ -118,7 +118,7 @@ class SequenceOutput:
 
     `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
     first. `stop_token_id` is the token that ended the sequence (it is the last of `token_ids`). `timing` comes
-    with the first token and with the finish reason. `error` has the message when `finish_reason` is "error".
+    with the first token and with the finish reason.
     """
 
     request_id: str
@@ -131,7 +131,6 @@ class SequenceOutput:
     route: RouteReport | None = None
     cached_tokens: int = 0
     timing: Timing | None = None
-    error: str | None = None
 
 
 class Status(Enum):
@@ -149,7 +148,6 @@ class Sequence:
         "block_hashes",
         "block_table",
         "cached_tokens",
-        "finish_reason",
         "first_token_at",
         "index",
         "last_group",
@@ -166,7 +164,6 @@ class Sequence:
         "scope",
         "seed",
         "status",
-        "stop_token_id",
         "tokens",
     )
 
@@ -185,8 +182,6 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.status = Status.WAITING
-        self.finish_reason: FinishReason | None = None
-        self.stop_token_id: int | None = None
         self.route: Route | None = None  # request scope: fixed once the prompt was routed
         self.prompt_route: Route | None = None
         self.last_group = -1

@@ -224,8 +224,8 @@ class EngineClient:
                 if self.on_restart is not None:
                     await self.on_restart()
                 self._open()
-            except TuckaError as error:
-                logger.error("the engine did not come back: %s", error.message)
+            except (TuckaError, OSError) as error:
+                logger.error("the engine did not come back: %s", error)
                 delay = min(2 * delay, LONGEST_RESTART_DELAY)
                 continue
             logger.info("the engine is back")

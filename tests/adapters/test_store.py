@@ -285,3 +285,15 @@ def test_a_stacked_set_holds_each_adapters_own_factors(store: AdapterStore):
         assert torch.equal(bank.c[place], adapter.routed.c)
         rows = [active.slots[at.layer, at.site] + at.target for at in adapter.routed.places]
         assert bank.modules.tolist() == rows
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 3e38), (torch.float16, 7e4)])
+def test_values_that_overflow_when_folded_are_refused(family: tuple[Any, Engine, Path], tmp_path: Path, dtype, size):
+    """They are finite on disk; in a batch they would turn the rows of others into NaN."""
+    _, engine, _ = family
+    folder = save_lora(tmp_path / "lora", engine.layout, targets=("c_attn",) if engine.runner.arch.positions else ALL)
+    adapter = read_adapter(folder, engine.layout)
+    for module in adapter.modules.values():
+        module.b.fill_(size)
+    with pytest.raises(InvalidAdapterError, match="overflow"):
+        fold(KEY, adapter, engine.runner.model, dtype)

@@ -11,10 +11,6 @@ import pytest
 import torch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "interpreted: needs Triton's interpreter (deselected where there is a GPU)")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What cannot run here is deselected, and said to be so in pytest's last line."""
     unfit = "interpreted" if torch.cuda.is_available() else "gpu"

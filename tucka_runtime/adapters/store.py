@@ -82,7 +82,14 @@ def fold(
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
         router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, model)
         routed = TuckACores([at for at, _, _ in cores], g, c, router)
-    return FoldedAdapter(key, adapter.digest, factors, routed, saved)
+    folded = FoldedAdapter(key, adapter.digest, factors, routed, saved)
+    # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base.
+    if not all(bool(t.isfinite().all()) for t in folded.tensors()):
+        raise InvalidAdapterError(
+            f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
+            "or its alpha are far too large."
+        )
+    return folded
 
 
 def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
