@@ -15,7 +15,6 @@ from tucka_runtime.server.text import Delta, SequenceText
 from tucka_runtime.tokenizer import Detokenizer
 
 
-
 @dataclass(frozen=True)
 class Ask:
     """A request whose fields are all checked; only the adapter's name is still to be resolved."""
