@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tucka_runtime.adapters.registry import AdapterRegistry, check_name
+from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name
 from tucka_runtime.errors import AdapterConflictError, EngineDeadError, ModelNotFoundError, TuckaError
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import AdapterInfo
@@ -86,21 +86,27 @@ class AdapterNames:
             begin = time.monotonic()
             stored = await asyncio.to_thread(self._registry.ingest, source)
             copied = time.monotonic() - begin
-            old = self._loaded.get(name)
-            if old is not None and (old.digest, old.pinned) == (stored.digest, pinned):
-                return old, False
-            if old is not None and not inplace:
-                raise AdapterConflictError(
-                    "An adapter of that name with other content is loaded. Unload it first, choose another name, "
-                    "or load it with `load_inplace: true`.",
-                    "name",
-                )
-            return await self._switch(name, stored.digest, stored.folder, pinned, str(source), durable, copied), True
+            try:
+                old = self._loaded.get(name)
+                if old is not None and (old.folder, old.pinned) == (stored.folder, pinned):
+                    return old, False
+                if old is not None and not inplace:
+                    raise AdapterConflictError(
+                        "An adapter of that name with other content is loaded. Unload it first, choose another name, "
+                        "or load it with `load_inplace: true`.",
+                        "name",
+                    )
+                self._check_engine()
+                return await self._switch(name, stored, pinned, str(source), durable, copied), True
+            finally:
+                self._registry.release(stored)
+                await self._collect()
 
     async def unload(self, name: str) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError."""
         async with self._lock(name):
             old = self.get(name)
+            self._check_engine()
             del self._loaded[name]
             self._metrics.adapter_unloaded(name)
             await self._engine.unload_adapter(old.key)
@@ -118,8 +124,7 @@ class AdapterNames:
             try:
                 await self._switch(
                     entry.name,
-                    entry.digest,
-                    self._registry.folder(entry.digest),
+                    StoredAdapter(entry.digest, self._registry.folder(entry.blob)),
                     entry.pinned_route,
                     entry.source,
                     durable=True,
@@ -133,7 +138,7 @@ class AdapterNames:
         Raises EngineDeadError if that process dies too.
         """
         self.ready = False
-        for name in list(self._loaded):
+        for name in {*self._loaded, *self._locks}:  # also those whose load was nearly done when the engine died
             async with self._lock(name):
                 old = self._loaded.get(name)
                 if old is None:
@@ -161,8 +166,7 @@ class AdapterNames:
     async def _switch(
         self,
         name: str,
-        digest: str,
-        folder: Path,
+        stored: StoredAdapter,
         pinned: Route | None,
         source: str,
         durable: bool,
@@ -173,27 +177,34 @@ class AdapterNames:
         key = AdapterKey(name, self._generation)
         fingerprint = self._engine.info.fingerprint if self._engine.info else ""
         begin = time.monotonic()
-        info = await self._engine.load_adapter(key, folder, pinned)
+        info = await self._engine.load_adapter(key, stored.folder, pinned)
         waited = max(time.monotonic() - begin - sum(info.load_seconds.values()), 0.0)
         if durable:
             try:
-                await asyncio.to_thread(self._registry.put, name, digest, key.generation, source, pinned, fingerprint)
+                await asyncio.to_thread(self._registry.put, name, stored, key.generation, source, pinned, fingerprint)
             except OSError:
                 await self._engine.unload_adapter(key)
                 raise
         old = self._loaded.get(name)
-        self._loaded[name] = LoadedAdapter(key, digest, folder, pinned, info, int(time.time()), source)
+        self._loaded[name] = LoadedAdapter(key, stored.digest, stored.folder, pinned, info, int(time.time()), source)
         self._metrics.adapter_loaded(info, {"copy": copied, **info.load_seconds, "wait": waited})
         if old is not None:
             await self._engine.unload_adapter(old.key)
-            await self._collect()
-        log.info("adapter %s is loaded: %s, digest %s, generation %d", name, info.kind, digest[:12], key.generation)
+        log.info(
+            "adapter %s is loaded: %s, digest %s, generation %d", name, info.kind, stored.digest[:12], key.generation
+        )
         return self._loaded[name]
 
+    def _check_engine(self) -> None:
+        """A change made while `reload` brings the names into a new process would be lost."""
+        if not self._engine.ready:
+            raise EngineDeadError("The engine is restarting. Try again later.")
+
     async def _collect(self) -> None:
-        # A load that is under way holds its content only by digest, so files go when nothing is being loaded.
-        if len(self._locks) == 1:
-            await asyncio.to_thread(self._registry.collect, {a.digest for a in self._loaded.values()})
+        try:
+            await asyncio.to_thread(self._registry.collect, {a.folder.name for a in self._loaded.values()})
+        except OSError as error:
+            log.error("copies of adapters that no name uses cannot be deleted: %s", error.strerror)
 
     @asynccontextmanager
     async def _lock(self, name: str) -> AsyncIterator[None]:

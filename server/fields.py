@@ -14,7 +14,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _MESSAGE_FIELDS = {"role", "content", "name", "refusal", "tool_calls", "function_call", "audio", "annotations"}
 
 
-def prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
+def prompts(value: Any, vocab_size: int, max_prompts: int) -> list[str] | list[list[int]]:
     """`prompt` in its four forms, as a list of texts or a list of token-id lists."""
     if isinstance(value, str):
         value = [value]
@@ -25,6 +25,8 @@ def prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
         )
     if isinstance(value[0], int):
         return [token_ids(value, vocab_size, "prompt")]
+    if len(value) > max_prompts:
+        raise InvalidRequestError(f"`prompt` holds more than {max_prompts} prompts, this server's --max-n.", "prompt")
     if isinstance(value[0], list):
         return [token_ids(item, vocab_size, "prompt") for item in value]
     for item in value:
@@ -124,15 +126,20 @@ def messages(value: Any) -> list[Message]:
 
 
 def pinned_route(value: Any) -> Route | None:
-    """`{"group": int, "weights": [numbers]}`; that they fit the adapter is checked when it is loaded."""
+    """`{"group": int, "weights": [numbers from 0 to 1]}`; that they fit the adapter is checked when it is loaded."""
     if value is None:
         return None
     if isinstance(value, dict) and value.keys() == {"group", "weights"}:
         group, weights = value["group"], value["weights"]
         numbers = isinstance(weights, list) and 0 < len(weights) <= 4096
-        if type(group) is int and 0 <= group < 2**31 and numbers and all(type(w) in (int, float) for w in weights):
+        if (
+            type(group) is int
+            and 0 <= group < 2**31
+            and numbers
+            and all(type(w) in (int, float) and 0 <= w <= 1 for w in weights)
+        ):
             return Route(group, tuple(float(w) for w in weights))
-    raise InvalidRequestError('`pinned` must be {"group": integer, "weights": [numbers]}.', "pinned")
+    raise InvalidRequestError('`pinned` must be {"group": integer, "weights": [numbers from 0 to 1]}.', "pinned")
 
 
 def _message(item: Any) -> Message:

@@ -64,7 +64,14 @@ class Service:
             raise ContextLengthError(
                 f"The prompt has more tokens than the context of {self.info.max_model_len}. Shorten it.", param
             )
-        return await asyncio.to_thread(lambda: [tokenizer.encode(text, add_special_tokens) for text in texts])
+        encoded = await asyncio.to_thread(lambda: [tokenizer.encode(text, add_special_tokens) for text in texts])
+        if max((max(ids, default=0) for ids in encoded), default=0) >= self.info.vocab_size:
+            raise InvalidRequestError(
+                f"The tokenizer makes a token of this text that the model does not have: its ids end at "
+                f"{self.info.vocab_size - 1}. Leave that text out; it is often a special token added to the tokenizer.",
+                param,
+            )
+        return encoded
 
     async def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The messages as one prompt, by the model's chat template. Raises InvalidRequestError."""

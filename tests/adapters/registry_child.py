@@ -49,8 +49,9 @@ if len(sys.argv) > 3:
 for generation in itertools.count(1):
     source = sources[generation % len(sources)]
     stored = adapters.ingest(source)
-    adapters.put("name", stored.digest, generation, "here", None, "base")
+    adapters.put("name", stored, generation, "here", None, "base")
     print("put", generation, stored.digest, flush=True)
+    adapters.release(stored)
     adapters.collect()
     if generation % 3 == 0:
         adapters.remove("name")

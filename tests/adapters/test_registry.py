@@ -1,5 +1,6 @@
 """Names and copies survive crashes; paths and names that mean harm are refused."""
 
+import json
 import os
 import random
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.adapters.format import read_adapter
-from tucka_runtime.adapters.registry import AdapterRegistry, check_name, resolve_source
+from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name, resolve_source
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError
 from tucka_runtime.sequence import Route
 
@@ -45,7 +46,31 @@ def test_ingest_copies_the_known_files_and_nothing_else(registry, source, base):
     for name in (CONFIG_NAME, WEIGHTS_NAME, TRAINING_NAME):
         assert (stored.folder / name).read_bytes() == (source / name).read_bytes()
     assert stored.digest == read_adapter(stored.folder, base).digest == read_adapter(source, base).digest
-    assert stored.folder == registry.folder(stored.digest)
+    assert stored.folder.name.startswith(f"{stored.digest}-")
+
+
+def test_training_json_is_part_of_the_copy_but_not_of_the_digest(registry, source):
+    plain = registry.ingest(source)
+    (source / TRAINING_NAME).write_text("{}")
+    first = registry.ingest(source)
+    (source / TRAINING_NAME).write_text('{"route":"request"}')
+    second = registry.ingest(source)
+    assert plain.digest == first.digest == second.digest
+    assert len({plain.folder, first.folder, second.folder}) == 3
+    assert (second.folder / TRAINING_NAME).read_text() == '{"route":"request"}'
+
+
+def test_entries_of_before_there_were_blobs(tmp_path, source):
+    root = tmp_path / "state"
+    with AdapterRegistry(root) as registry:
+        stored = registry.ingest(source)
+        registry.put("a", stored, 1, "x", None, "f")
+        before = registry.names()
+    table = json.loads((root / "registry.json").read_text())
+    del table["adapters"][0]["blob"]
+    (root / "registry.json").write_text(json.dumps(table))
+    with AdapterRegistry(root) as registry:
+        assert registry.names() == before
 
 
 def test_same_content_twice_is_one_copy(registry, source):
@@ -103,8 +128,12 @@ def test_weights_cut_off_while_they_are_copied(registry, source, monkeypatch):
 
 def test_collect_keeps_what_is_named_or_asked_for(registry, tmp_path, base):
     stored = [registry.ingest(put(tmp_path / str(i), tucka_config(alpha=i), tucka_tensors(base))) for i in range(3)]
-    registry.put("a", stored[0].digest, 1, "x", None, "f")
-    registry.collect(keep=[stored[1].digest])
+    registry.put("a", stored[0], 1, "x", None, "f")
+    registry.collect()
+    assert all(item.folder.exists() for item in stored), "not before they are released"
+    for item in stored:
+        registry.release(item)
+    registry.collect(keep=[stored[1].folder.name])
     assert [item.folder.exists() for item in stored] == [True, True, False]
     registry.remove("a")
     registry.collect()
@@ -118,10 +147,10 @@ def test_names_come_back(tmp_path, source):
     root = tmp_path / "state"
     with AdapterRegistry(root) as registry:
         stored = registry.ingest(source)
-        registry.put("a", stored.digest, 1, "somewhere/\udc80", None, "f")
-        registry.put("b", stored.digest, 2, "é", Route(1, (0.5, 0.25)), "f")
-        registry.put("a", stored.digest, 3, "there", Route(0, (0.3,)), "g")
-        registry.put("c", stored.digest, 4, "there", None, "g")
+        registry.put("a", stored, 1, "somewhere/\udc80", None, "f")
+        registry.put("b", stored, 2, "é", Route(1, (0.5, 0.25)), "f")
+        registry.put("a", stored, 3, "there", Route(0, (0.3,)), "g")
+        registry.put("c", stored, 4, "there", None, "g")
         registry.remove("c")
         registry.remove("never")
         before = registry.names()
@@ -136,12 +165,12 @@ def test_names_come_back(tmp_path, source):
 
 def test_put_needs_the_content(registry):
     with pytest.raises(ValueError, match="before ingest"):
-        registry.put("a", "0" * 64, 1, "x", None, "f")
+        registry.put("a", StoredAdapter("0" * 64, registry.folder("0" * 64)), 1, "x", None, "f")
 
 
 def test_a_full_disk_changes_nothing(registry, source, monkeypatch):
     stored = registry.ingest(source)
-    registry.put("a", stored.digest, 1, "x", None, "f")
+    registry.put("a", stored, 1, "x", None, "f")
     before = registry.names()
 
     def full(*_):
@@ -149,7 +178,7 @@ def test_a_full_disk_changes_nothing(registry, source, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="space"):
-        registry.put("b", stored.digest, 2, "x", None, "f")
+        registry.put("b", stored, 2, "x", None, "f")
     assert registry.names() == before
     assert not [name for name in os.listdir(registry.root) if name.startswith(".")]
 
@@ -201,7 +230,7 @@ def check_after_crash(root: Path, said: list[str], base) -> None:
     with AdapterRegistry(root) as registry:
         names = registry.names()
         for entry in names:
-            assert read_adapter(registry.folder(entry.digest), base).digest == entry.digest
+            assert read_adapter(registry.folder(entry.blob), base).digest == entry.digest
         for blob in (root / "blobs").iterdir():
             assert read_adapter(blob, base).digest == blob.name
     last = said[-1].split() if said else ["removed", "0", "-"]

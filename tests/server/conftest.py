@@ -93,13 +93,14 @@ def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
                 timeout_graceful_shutdown=1,
             )
         )
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         running.append((server, thread, registry))
         port = server.servers[0].sockets[0].getsockname()[1]
-        return Server(f"http://127.0.0.1:{port}", os.getpid(), engine)
+        return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop)
 
     yield start
     for server, thread, registry in running:

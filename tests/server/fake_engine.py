@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, TuckaError
 from tucka_runtime.report import AdapterInfo, EngineInfo
 from tucka_runtime.sequence import AdapterKey, FinishReason, Request, Route, SequenceOutput
@@ -20,6 +21,7 @@ class FakeEngine:
     """`seconds_per_token`, and one fault: `fail_after` tokens every stream raises `failure`."""
 
     def __init__(self) -> None:
+        self.config = EngineConfig()
         self.info = EngineInfo("llama", VOCAB, 256, (2,), "float32", "cpu", 4096, "fake", 2048)
         self.ready = True
         self.restarts = 0

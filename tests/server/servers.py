@@ -1,5 +1,6 @@
 """Servers over real sockets, and how to talk to them below HTTP."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -23,11 +24,12 @@ TEMPLATE = (
 
 @dataclass
 class Server:
-    """A running server. `engine` is the fake one, where it is."""
+    """A running server. `engine` is the fake one, where it is, `loop` the one it runs in."""
 
     url: str
     pid: int
     engine: FakeEngine | None = None
+    loop: asyncio.AbstractEventLoop | None = None
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     @property

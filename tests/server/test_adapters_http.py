@@ -84,6 +84,19 @@ def test_row_37_replaced_in_place(live: Server, name: str) -> None:
     assert text(live, name) == text(live, "two")
 
 
+def test_training_json_alone_is_other_content(live: Server, roots: Path, name: str) -> None:
+    folder = roots / "retrained"
+    shutil.copytree(ONE, folder)
+    (folder / "training.json").write_text('{"route": "batch"}')
+    old = live.post("/v1/adapters", {"name": name, "path": str(folder)}).json()["tucka"]
+    (folder / "training.json").write_text('{"route": "request"}')
+    assert live.post("/v1/adapters", {"name": name, "path": str(folder)}).status_code == 409
+    new = live.post("/v1/adapters", {"name": name, "path": str(folder), "load_inplace": True}).json()["tucka"]
+    shutil.rmtree(folder)
+    assert (old["scope"], new["scope"]) == ("batch", "request")
+    assert new["digest"] == old["digest"] and new["generation"] > old["generation"]
+
+
 def test_row_38_unloaded_in_use(live: Server, name: str) -> None:
     live.post("/v1/adapters", {"name": name, "path": ONE}).raise_for_status()
     body = {"model": name, "prompt": "Hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -138,6 +151,10 @@ def test_a_pinned_route(live: Server, name: str) -> None:
         {"group": 9, "weights": [0.5] * 3},
         {"group": 0, "weights": [0.5]},
         {"group": True, "weights": []},
+        {"group": 1, "weights": [0.5, 0.5, 1.5]},
+        {"group": 1, "weights": [0.5, 0.5, -0.1]},
+        {"group": 1, "weights": [10**400, 0, 0]},
+        {"group": 1, "weights": [True, 0.5, 0.5]},
     ],
 )
 def test_a_pinned_route_that_does_not_fit(live: Server, pinned: dict) -> None:

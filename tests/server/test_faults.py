@@ -1,15 +1,21 @@
 """What goes wrong behind the door: a fake engine fails on demand, clients leave, the server is full."""
 
+import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
+import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from servers import GOLDEN, Server, read_all
 
-from tucka_runtime.errors import EngineDeadError, OverloadedError
+from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, OverloadedError
 from tucka_runtime.server import completions, connection
 from tucka_runtime.server.completions import CompletionBody
 
@@ -121,8 +127,6 @@ def test_a_stop_string_aborts_the_rest(server: Server) -> None:
 
 
 def test_engine_restart_brings_the_adapters_back(server: Server) -> None:
-    import asyncio
-
     path = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
     server.post("/v1/adapters", {"name": "a", "path": path}).raise_for_status()
     before = dict(server.engine.loaded)
@@ -130,6 +134,72 @@ def test_engine_restart_brings_the_adapters_back(server: Server) -> None:
     asyncio.run(server.engine.on_restart())
     assert server.engine.loaded == before
     assert server.post("/v1/completions", ASK | {"model": "a"}).status_code == 200
+
+
+def test_changes_while_the_engine_restarts_are_refused_and_lose_nothing(server: Server) -> None:
+    one, two = (str(GOLDEN / folder / "adapter") for folder in ("llama-qv-r8k3t3", "llama-all7-r4k2t2"))
+    card = server.post("/v1/adapters", {"name": "a", "path": one}).json()
+    server.engine.ready = False
+    for answer in (
+        server.post("/v1/adapters", {"name": "a", "path": two, "load_inplace": True}),
+        server.post("/v1/adapters", {"name": "b", "path": two}),
+        server.client.delete(server.url + "/v1/adapters/a"),
+    ):
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_unavailable"
+    asyncio.run(server.engine.on_restart())
+    server.engine.ready = True
+    assert server.get("/v1/adapters").json()["data"] == [card]
+
+
+def test_a_load_that_the_engine_outlived_by_little_is_brought_back(server: Server, monkeypatch) -> None:
+    """The old process has loaded it, the disk is still writing; the new process must get it as well."""
+    put = AdapterRegistry.put
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow_put(*arguments: object) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        put(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AdapterRegistry, "put", slow_put)
+    body = {"name": "a", "path": str(GOLDEN / "llama-qv-r8k3t3" / "adapter")}
+    loading = threading.Thread(target=server.post, args=("/v1/adapters", body))
+    loading.start()
+    assert writing.wait(10)
+    server.engine.loaded.clear()
+    reloading = asyncio.run_coroutine_threadsafe(server.engine.on_restart(), server.loop)
+    go_on.set()
+    reloading.result(10)
+    loading.join()
+    assert [key.name for key in server.engine.loaded] == ["a"]
+
+
+def test_refused_loads_leave_no_copies(server: Server, tmp_path: Path) -> None:
+    server.engine.load_error = InvalidAdapterError("no")
+    for folder in ("llama-qv-r8k3t3", "llama-all7-r4k2t2"):
+        body = {"name": "a", "path": str(GOLDEN / folder / "adapter")}
+        assert server.post("/v1/adapters", body).status_code == 400
+    assert not list((tmp_path / "state0" / "blobs").iterdir())
+
+
+def test_a_token_beyond_the_models_vocabulary_is_refused(server: Server) -> None:
+    server.engine.info = dataclasses.replace(server.engine.info, vocab_size=3 + ord("h"))
+    answer = server.post("/v1/completions", ASK)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+    assert server.post("/v1/completions", ASK | {"prompt": "abc"}).status_code == 200
+
+
+def test_what_never_fits_the_queue_is_no_429(server: Server) -> None:
+    server.engine.config = EngineConfig(max_num_seqs=2, max_queue=3)
+    assert server.post("/v1/completions", ASK | {"n": 5}).status_code == 200
+    answer = server.post("/v1/completions", ASK | {"n": 6})
+    assert answer.status_code == 400 and "at most 5" in answer.json()["error"]["message"]
+
+
+def test_the_number_of_prompts_is_checked_before_they_are_read(start_fake) -> None:
+    server = start_fake(max_n=2)
+    answer = server.post("/v1/completions", ASK | {"prompt": [[5], [6], ["not read"]]})
+    assert answer.status_code == 400 and "more than 2 prompts" in answer.json()["error"]["message"]
 
 
 def test_without_tokenizer_ids_are_served(start_fake) -> None:

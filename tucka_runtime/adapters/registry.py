@@ -2,12 +2,13 @@
 
     <root>/lock                      held while a server uses the root
     <root>/registry.json             the names, replaced atomically
-    <root>/blobs/<digest>/           one adapter's files; appears whole or not at all
+    <root>/blobs/<blob>/             one adapter's files; appears whole or not at all
 
 After a crash at any moment the same names come back with the same content. Standard library only.
 """
 
 import fcntl
+import hashlib
 import ipaddress
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from io import BufferedIOBase
@@ -49,7 +51,10 @@ _TEMPORARY = ".tmp-"
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A private copy of an adapter's files, by the SHA-256 of their content (`Adapter.digest`)."""
+    """A private copy of an adapter's files. `digest` is `Adapter.digest`, of config and weights.
+
+    The folder's name, the blob, tells apart what differs in training.json alone: that decides scope and base.
+    """
 
     digest: str
     folder: Path
@@ -61,6 +66,7 @@ class RegistryEntry:
 
     name: str
     digest: str
+    blob: str
     generation: int
     source: str
     pinned_route: Route | None
@@ -90,6 +96,7 @@ class AdapterRegistry:
             self._lock_file.close()
             raise ConfigError("the state folder is in use by another server. Give each server its own.") from None
         self._mutex = threading.Lock()
+        self._held: Counter[Path] = Counter()
         try:
             self._entries = self._load()
         except ConfigError:
@@ -113,7 +120,8 @@ class AdapterRegistry:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def ingest(self, source: Path) -> StoredAdapter:
-        """Copy the adapter's files out of `source`; content that is here already is left as it is.
+        """Copy the adapter's files out of `source`; content that is here already is left as it is. Stays until
+        `release`.
 
         Only the three known files are copied. Their content is not judged: `read_adapter` on the copy does that.
         Raises InvalidAdapterError if one is missing, no regular file, or too large; OSError if the disk refuses.
@@ -128,8 +136,10 @@ class AdapterRegistry:
             write_file(partial, CONFIG_NAME, config)
             if training is not None:
                 write_file(partial, TRAINING_NAME, training)
-            folder = self.folder(digest)
+            blob = digest if training is None else f"{digest}-{hashlib.sha256(training).hexdigest()[:16]}"
+            folder = self.folder(blob)
             with self._mutex:
+                self._held[folder] += 1
                 if not folder.exists():
                     partial.rename(folder)
                     sync_folder(self._blobs)
@@ -137,23 +147,29 @@ class AdapterRegistry:
             shutil.rmtree(partial, ignore_errors=True)
         return StoredAdapter(digest, folder)
 
-    def folder(self, digest: str) -> Path:
-        """Where the content of that digest is kept, if it is."""
-        return self._blobs / digest
+    def release(self, stored: StoredAdapter) -> None:
+        """Once for every `ingest`: from now on `collect` may delete it."""
+        with self._mutex:
+            self._held -= Counter([stored.folder])
+
+    def folder(self, blob: str) -> Path:
+        """Where the content of that name is kept, if it is."""
+        return self._blobs / blob
 
     def put(
         self,
         name: str,
-        digest: str,
+        stored: StoredAdapter,
         generation: int,
         source: str,
         pinned_route: Route | None,
         base_fingerprint: str,
     ) -> None:
         """Let `name` stand for ingested content from now on; durable when this returns. Raises OSError."""
-        entry = RegistryEntry(name, digest, generation, source, pinned_route, base_fingerprint)
+        blob = stored.folder.name
+        entry = RegistryEntry(name, stored.digest, blob, generation, source, pinned_route, base_fingerprint)
         with self._mutex:
-            if not self.folder(digest).is_dir():
+            if not stored.folder.is_dir():
                 raise ValueError("put() before ingest(): the content is not here")
             self._save({**self._entries, name: entry})
 
@@ -168,10 +184,9 @@ class AdapterRegistry:
             return list(self._entries.values())
 
     def collect(self, keep: Collection[str] = ()) -> None:
-        """Delete the copies that no name refers to, but those of the digests in `keep`: content between its ingest and
-        its put, or still in use."""
+        """Delete the copies that no name refers to, but those in `keep` and those not yet released."""
         with self._mutex:
-            used = {entry.digest for entry in self._entries.values()} | set(keep)
+            used = {entry.blob for entry in self._entries.values()} | {held.name for held in self._held} | set(keep)
             for folder in self._blobs.iterdir():
                 if folder.name not in used and not folder.name.startswith(_TEMPORARY):
                     # out of the way first: a half-deleted folder must never stand under a digest
@@ -265,4 +280,4 @@ def _copy_weights(source: BufferedIOBase, size: int, config: bytes | bytearray, 
 def _entry(item: dict[str, Any]) -> RegistryEntry:
     pinned = item["pinned_route"]
     route = None if pinned is None else Route(pinned["group"], tuple(pinned["weights"]))
-    return RegistryEntry(**{**item, "pinned_route": route})
+    return RegistryEntry(**{"blob": item["digest"], **item, "pinned_route": route})  # the first versions had no blob
