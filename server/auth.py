@@ -41,20 +41,21 @@ class Auth:
         if not self._api_keys or scope["path"] in PROBES:
             return ""
         given = _bearer(scope)
-        admin = _matches(given, self._admin_keys)
-        if not _matches(given, self._api_keys) and not admin:
+        admin = given is not None and _matches(given, self._admin_keys)
+        if given is None or (not _matches(given, self._api_keys) and not admin):
             raise UnauthorizedError("A valid API key is required. Send it as `Authorization: Bearer KEY`.")
         if not admin and _is_admin_path(scope["path"]):
             raise ForbiddenError("This key may not manage adapters. Use one of the server's admin keys.")
         return hashlib.sha256(given).hexdigest()
 
 
-def _bearer(scope: Scope) -> bytes:
+def _bearer(scope: Scope) -> bytes | None:
+    """The key that the request carries; None without one."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             kind, _, key = value.partition(b" ")
-            return key.strip() if kind.lower() == b"bearer" else b""
-    return b""
+            return (key.strip() or None) if kind.lower() == b"bearer" else None
+    return None
 
 
 def _matches(given: bytes, keys: list[bytes]) -> bool:

@@ -87,6 +87,9 @@ class ServerConfig:
             _check_at_least(self, name, 1)
         for name in ("port", "max_logprobs", "shutdown_timeout"):
             _check_at_least(self, name, 0)
+        for name in ("api_key", "admin_key"):
+            if not all(key.strip() for key in getattr(self, name)):
+                raise ConfigError(f"{name} holds an empty key, which anybody could send. Give a key, or leave it out.")
         if self.admin_key and not self.api_key:
             raise ConfigError("admin_key is set but api_key is not: inference would be open. Set both, or neither.")
 

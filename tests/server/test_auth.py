@@ -78,6 +78,12 @@ def test_keys(server: Server, header: str, expected: int) -> None:
     assert httpx.get(server.url + "/v1/models", headers=headers).status_code == expected
 
 
+def test_no_key_is_no_key(server: Server) -> None:
+    for headers in ({}, {"authorization": ""}, {"authorization": "Bearer"}):
+        assert httpx.get(server.url + "/v1/models", headers=headers).status_code == 401
+        assert auth._bearer({"headers": [(k.encode(), v.encode()) for k, v in headers.items()]}) is None
+
+
 def test_row_25_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     compare = hmac.compare_digest

@@ -74,6 +74,14 @@ def test_an_environment_that_is_wrong(environment: dict[str, str]) -> None:
         read(environment=environment)
 
 
+@pytest.mark.parametrize(
+    "keys", [{"api_key": ("",)}, {"api_key": ("a", " \t")}, {"api_key": ("a",), "admin_key": ("",)}]
+)
+def test_an_empty_key_opens_nothing(keys: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(ConfigError, match="empty key"):
+        ServerConfig(**keys)  # type: ignore[arg-type]
+
+
 def test_help_has_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
