@@ -10,6 +10,7 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.errors import BodyTooLargeError
 
 MAX_DEPTH = 64
+MAX_ITEMS = 1_000_000  # by commas and opening brackets, those within strings included
 MAX_DIGITS = 20  # of an integer: 2^64 has 20
 _PARSE_ASIDE_BYTES = 64 * 2**10  # larger bodies are parsed off the event loop
 
@@ -23,9 +24,13 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
-    """Strict: no duplicate keys, no NaN or Infinity, no lone surrogates, limited depth and digits."""
+    """Strict: no duplicate keys, no NaN or Infinity, no lone surrogates, limited depth, digits and items."""
     if not raw:
         raise InvalidRequestError("The body is empty. Send a JSON object.")
+    if raw.count(b",") + raw.count(b"[") > MAX_ITEMS:
+        raise InvalidRequestError(
+            f"The body has more than {MAX_ITEMS} commas and brackets, too many to be read. Send fewer or shorter lists."
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -18,6 +18,9 @@ import httpx
 import pytest
 from servers import GOLDEN, Server, read_all
 
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.body import MAX_ITEMS, parse_json
+
 SECRET = "xyzzyQ"  # marks input; must never come back
 GOOD = {"model": "one", "prompt": "Good", "max_tokens": 4, "temperature": 0, "logprobs": 2, "route": "request"}
 
@@ -244,6 +247,12 @@ def test_row_8_headers(live: Server) -> None:
         assert not answer or answer.split()[1] in (b"400", b"431")
         assert not answer or b'"error"' in answer
     assert some and live.raw(some).split()[1] == b"431"
+
+
+def test_too_many_items_are_refused_before_they_are_parsed() -> None:
+    for items in (b"1,", b"[],", b'{"a":1},', b"["):
+        with pytest.raises(InvalidRequestError, match="commas and brackets"):
+            parse_json(b'{"prompt": [' + items * (MAX_ITEMS + 1))
 
 
 def test_row_9_slow_clients(live: Server) -> None:
