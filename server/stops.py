@@ -20,8 +20,11 @@ class StopStrings:
         """Characters at the end of the text so far that may be the beginning of a stop."""
         return max(self._matched, default=0)
 
-    def feed(self, text: str) -> tuple[int, str] | None:
-        """The first stop completed within `text`, with the number of its characters up to the stop's end."""
+    def feed(self, text: str, counts: bool = True) -> tuple[int, str] | None:
+        """The first stop completed within `text`, with the number of its characters up to the stop's end.
+
+        Where `text` does not count, no stop is completed in it, but one may begin.
+        """
         if not self._table:
             return None
         for position, char in enumerate(text, 1):
@@ -31,10 +34,11 @@ class StopStrings:
                 while matched and stop[matched] != char:
                     matched = failure[matched - 1]
                 matched += stop[matched] == char
-                self._matched[i] = matched
                 if matched == len(stop):
                     found = max(found, stop, key=len)
-            if found:
+                    matched = failure[matched - 1]
+                self._matched[i] = matched
+            if found and counts:
                 return position, found
         return None
 

@@ -84,7 +84,8 @@ class SequenceText:
         """Adds text; True if a stop string ended the answer."""
         before = self._released + len(self._tail)
         self._tail += piece
-        if self.generated <= self._min_tokens or (match := self._stops.feed(piece)) is None:
+        match = self._stops.feed(piece, counts=self.generated > self._min_tokens)
+        if match is None:
             return False
         length, stop = match
         end = before + length - (0 if self._include_stop else len(stop))

@@ -41,6 +41,18 @@ def test_held_back_is_the_longest_end_that_may_become_a_stop(text: str, stops: l
     assert matcher.held == max(ends, default=0)
 
 
+@given(texts, texts, stop_lists)
+def test_a_stop_may_begin_but_not_end_in_text_that_does_not_count(before: str, after: str, stops: list[str]) -> None:
+    matcher = StopStrings(stop_table(tuple(stops)))
+    assert matcher.feed(before, counts=False) is None
+    ends = [
+        (end, max(found, key=len))
+        for end in range(1, len(after) + 1)
+        if (found := [stop for stop in stops if (before + after[:end]).endswith(stop)])
+    ]
+    assert matcher.feed(after) == (ends[0] if ends else None)
+
+
 def test_without_stops_nothing_is_held() -> None:
     matcher = StopStrings(())
     assert matcher.feed("anything") is None

@@ -126,6 +126,25 @@ def test_stops_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
     assert joined(run(text, [100] * 5, [1] * 5)) == ("aa", [100, 100])
 
 
+def test_a_stop_may_begin_before_min_tokens(tokenizer: Tokenizer) -> None:
+    text = SequenceText(Detokenizer(tokenizer, True), stop_table(("ab",)), min_tokens=3)
+    ids = tokenizer.encode("abab", False)
+    deltas = run(text, ids, [1] * 4)
+    assert [d.text for d in deltas] == ["", "ab", "", ""]
+    assert deltas[-1].stop_reason == "ab"
+
+
+@given(ids=sequences, stops=stop_lists, sizes=step_sizes, least=st.integers(0, 10))
+def test_nothing_leaks_with_min_tokens(
+    tokenizer: Tokenizer, ids: list[int], stops: list[str], sizes: list[int], least: int
+) -> None:
+    def answer(steps: list[int]) -> tuple[str, list[int]]:
+        table = stop_table(tuple(stops))
+        return joined(run(SequenceText(Detokenizer(tokenizer, True), table, min_tokens=least), ids, steps))
+
+    assert answer(sizes) == answer([1] * 30) == answer([30])
+
+
 def test_without_tokenizer_ids_pass_at_once() -> None:
     deltas = run(SequenceText(None), [5, 6, 7], [1, 1, 1])
     assert [[token.id for token in d.tokens] for d in deltas] == [[5], [6], [7]]
