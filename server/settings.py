@@ -63,7 +63,7 @@ def _build(kind: type[C], flags: Mapping[str, Any], environment: Mapping[str, st
         variable = f"TUCKA_{field.name.upper()}"
         if field.name in flags:
             values[field.name] = flags[field.name]
-        elif environment.get(variable):
+        elif environment.get(variable) or (variable in environment and "secret" in field.metadata):
             values[field.name] = _from_text(field, environment[variable], variable)
         elif file.get(field.name) is not None:
             values[field.name] = _from_yaml(field, file[field.name])
@@ -74,7 +74,8 @@ def _build(kind: type[C], flags: Mapping[str, Any], environment: Mapping[str, st
 
 def _from_text(field: Field[Any], text: str, variable: str) -> Any:
     if isinstance(field.default, tuple):
-        return [item for item in text.split(",") if item]
+        # an empty key is refused later: dropped, it would leave the server open
+        return [item for item in text.split(",") if item or "secret" in field.metadata]
     if _kind(field) is bool:
         if text.lower() not in _SWITCHES:
             raise ConfigError(f"{variable} must be true or false.")

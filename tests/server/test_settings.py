@@ -82,6 +82,12 @@ def test_an_empty_key_opens_nothing(keys: dict[str, tuple[str, ...]]) -> None:
         ServerConfig(**keys)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["", " ", ",", "a,,b"])
+def test_an_empty_key_in_the_environment_is_no_open_server(text: str) -> None:
+    with pytest.raises(ConfigError, match="empty key"):
+        read(environment={"TUCKA_API_KEY": text})
+
+
 def test_help_has_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
