@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tucka_runtime.config import EngineConfig
+from tucka_runtime.config import SPIN, EngineConfig
 from tucka_runtime.errors import EngineDeadError, ModelLoadError, OverloadedError, TuckaError
 from tucka_runtime.logs import set_up_logging
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
@@ -133,12 +133,10 @@ class EngineClient:
     async def _spawn(self) -> EngineInfo:
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: the working directory must not shadow the installed package. Passive: torch's threads that spin while
-            # they wait take the cores from the API process and from each other (2 cores, load 5: 50 tok/s instead of
-            # 213 in `python -m tucka_runtime.bench`).
+            # -P: the working directory must not shadow the installed package. SPIN: config.py says why.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tucka_runtime.worker", str(theirs.fileno())],
-                env={"OMP_WAIT_POLICY": "passive", **os.environ},
+                env={**SPIN, **os.environ},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
