@@ -1,4 +1,4 @@
-"""Core: the routed (r, r) matrix between shrink and expand, for all modules of many segments at once (design §1)."""
+"""Core: the routed (r, r) matrix between shrink and expand, for all modules of many segments (docs/architecture.md)."""
 
 import torch
 from torch import Tensor

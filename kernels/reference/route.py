@@ -1,4 +1,4 @@
-"""Route: which expert group a segment takes and with which weights (paper, eq. 6-8; design §1)."""
+"""Route: which expert group a segment takes and with which weights (docs/architecture.md)."""
 
 from collections.abc import Sequence
 

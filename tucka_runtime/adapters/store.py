@@ -1,6 +1,6 @@
 """The adapters that the engine holds: folded for serving, leased by the sequences that use them.
 
-An adapter is folded once, at load, into the serving form (design §1): y_j += ((x Uᵀ) M) E_j with U = Û and
+An adapter is folded once, at load, into the serving form (docs/architecture.md): y_j += ((x Uᵀ) M) E_j with U = Û and
 E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors.
 """
 
