@@ -444,3 +444,29 @@ def test_one_sequence_ends_and_its_siblings_go_on(client: Watched, loop: asyncio
     reasons = loop.run(one_of_two())
     assert len(reasons[1]) == 40 and reasons[1][-1] is FinishReason.LENGTH
     assert len(reasons[0]) < 40 and reasons[0][-1] is FinishReason.ABORT
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(
+    client: Watched, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+):
+    """As when memory is short right after the old engine was killed for it."""
+    real, refused = subprocess.Popen, []
+
+    def popen(*args: Any, **options: Any) -> Any:
+        if not refused:
+            refused.append(args)
+            raise OSError("Cannot allocate memory")
+        return real(*args, **options)
+
+    async def main() -> list[int]:
+        client.noticed.clear()
+        monkeypatch.setattr(worker.subprocess, "Popen", popen)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await client.noticed.wait()
+        assert client._restart is not None
+        await client._restart
+        return [token async for output in client.submit(ask(prompt(4), sampling=SHORT)) for token in output.token_ids]
+
+    assert len(loop.run(main())) == SHORT.max_tokens
+    assert len(refused) == 1
