@@ -84,7 +84,7 @@ class DeltaSite:
                 for w, r, (begin, end) in zip(row, own, pairwise(columns), strict=True)
             ),
         ]:
-            _check_factor(w, r, width, dtype)
+            check_factor(w, r, width, dtype)
 
         def address(table: Sequence[Sequence[Tensor | None]]) -> Tensor:
             values = [[0 if w is None else w.data_ptr() for w in row] for row in table]
@@ -105,8 +105,18 @@ class DeltaSite:
             dtype=dtype,
         )
 
+    @staticmethod
+    def by_address(
+        u_ptr: Tensor, e_ptr: Tensor, rank: Tensor, columns: Sequence[int], d_in: int, dtype: torch.dtype
+    ) -> "DeltaSite":
+        """For the fused kernels: tables (A, n) that the caller fills in, and changes, at their places."""
+        borders = torch.tensor(columns, dtype=torch.int32).to(rank.device)
+        empty = torch.empty(0, dtype=dtype, device=rank.device)
+        return DeltaSite((), (), tuple(columns), (), empty, (), u_ptr, e_ptr, rank, borders, d_in, dtype)
 
-def _check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) -> None:
+
+def check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) -> None:
+    """Raises ValueError where a factor (rank, width) cannot be read through its address."""
     shape = (0, width) if w is None else tuple(w.shape)
     if shape != (rank, width):
         raise ValueError(f"a factor must be {(rank, width)}, not {shape}")
@@ -120,17 +130,12 @@ class Segments:
 
     spans: tuple[tuple[int, int, int], ...]
     num_rows: int
-    row: Tensor
-    """(T,) int64: the segment of each row, 0 for base rows (their columns are masked)."""
-    adapter: Tensor
-    """(T,) int64: the adapter of each row, A (one past the last) for base rows."""
-    start: Tensor
-    """(S + 1,) int32 row borders; rows below start[0] are the base's."""
-    segment_adapter: Tensor
-    """(S,) int32."""
+    num_adapters: int
+    core_rows: tuple[int, ...]
+    """Which of the cores each segment takes; segments whose core is constant may share an identity."""
     tile_rows: int
     tiles: Tensor
-    """(N, 4) int32, first row, end row, segment and adapter of each tile; -1, -1 for the base's. No rows: no work."""
+    """(N, 4) int32, first row, end row, core and adapter of each tile; -1, -1 for the base's. No rows: no work."""
 
     @staticmethod
     def build(
@@ -138,43 +143,54 @@ class Segments:
         num_rows: int,
         num_adapters: int,
         device: torch.device,
+        core_rows: Sequence[int] | None = None,
         num_tiles: int | None = None,
     ) -> "Segments":
-        """`num_tiles` fills `tiles` up to a fixed number with empty ones, for a grid that a CUDA graph can hold:
-        `num_rows` of them suffice for any membership.
+        """`core_rows` None: a core for each segment. `num_tiles` fills `tiles` up to a fixed number with empty ones,
+        for a grid that a CUDA graph can hold: `num_rows` of them suffice for any membership. Rows after the last
+        segment, which fill up such a graph's batch, are the base's.
 
-        Raises ValueError if the spans are not ascending, contiguous and complete from the first one on.
+        Raises ValueError if the spans are not ascending and contiguous.
         """
-        first = spans[0][0] if spans else num_rows
-        borders = [first, *(end for _, end, _ in spans)]
-        if [a for a, _, _ in spans] != borders[:-1] or borders[-1] != num_rows:
-            raise ValueError("segments must be contiguous and reach the last row")
+        first, last = (spans[0][0], spans[-1][1]) if spans else (num_rows, num_rows)
+        if [a for a, _, _ in spans[1:]] != [b for _, b, _ in spans[:-1]] or last > num_rows:
+            raise ValueError("segments must be contiguous and within the batch")
+        core_rows = range(len(spans)) if core_rows is None else core_rows
         tile_rows = SMALL_TILE if num_rows <= SMALL_BATCH else LARGE_TILE
+        runs = [(0, first, -1, -1), *((f, e, c, a) for (f, e, a), c in zip(spans, core_rows, strict=True))]
         tiles = [
-            [i, min(i + tile_rows, end), segment, adapter]
-            for begin, end, segment, adapter in [
-                (0, first, -1, -1),
-                *((f, e, s, a) for s, (f, e, a) in enumerate(spans)),
-            ]
+            [i, min(i + tile_rows, end), core, adapter]
+            for begin, end, core, adapter in [*runs, (last, num_rows, -1, -1)]
             for i in range(begin, end, tile_rows)
         ]
         if num_tiles is not None:
             if len(tiles) > num_tiles:
                 raise ValueError(f"{len(tiles)} tiles are needed, but only {num_tiles} are there")
             tiles += [[0, 0, -1, -1]] * (num_tiles - len(tiles))
-        counts = [b - a for a, b, _ in spans]
-        row = [0] * first + [s for s, c in enumerate(counts) for _ in range(c)]
-        adapter = [num_adapters] * first + [a for (_, _, a), c in zip(spans, counts, strict=True) for _ in range(c)]
         return Segments(
             spans=tuple(spans),
             num_rows=num_rows,
-            row=torch.tensor(row, dtype=torch.int64).to(device),
-            adapter=torch.tensor(adapter, dtype=torch.int64).to(device),
-            start=torch.tensor(borders, dtype=torch.int32).to(device),
-            segment_adapter=torch.tensor([a for _, _, a in spans], dtype=torch.int32).to(device),
+            num_adapters=num_adapters,
+            core_rows=tuple(core_rows),
             tile_rows=tile_rows,
             tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
         )
+
+    @cached_property
+    def core(self) -> Tensor:
+        """(T,) int64: the core of each row, the first for base rows (their columns are masked). For the reference."""
+        return self._by_row(self.core_rows, 0)
+
+    @cached_property
+    def adapter(self) -> Tensor:
+        """(T,) int64: the adapter of each row, A (one past the last) for base rows. For the reference."""
+        return self._by_row([a for _, _, a in self.spans], self.num_adapters)
+
+    def _by_row(self, values: Sequence[int], base: int) -> Tensor:
+        rows = [base] * self.num_rows
+        for value, (first, end, _) in zip(values, self.spans, strict=True):
+            rows[first:end] = [value] * (end - first)
+        return torch.tensor(rows, dtype=torch.int64).to(self.tiles.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +209,10 @@ class SitePlan:
     def build(segments: Segments, site: DeltaSite, max_rank: int | None = None) -> "SitePlan":
         """`max_rank` is the width of h, the largest rank by default; a larger one fits adapters yet to come."""
         ranks = site.ranks
+        if not ranks:
+            if max_rank is None:
+                raise ValueError("a site by address knows no ranks: max_rank is needed")
+            return SitePlan(segments, ranks, max_rank, False, ())
         stops = [0]
         for j in range(len(ranks[0])):
             stops.append(stops[-1] + sum(r[j] for r in ranks))

@@ -20,6 +20,7 @@ from tucka_runtime.core import FoldedAdapter, Where
 from tucka_runtime.engine import Engine
 from tucka_runtime.kernels.reference.core import core
 from tucka_runtime.kernels.reference.route import select
+from tucka_runtime.kernels.routes import RoutePlan
 from tucka_runtime.sequence import (
     AdapterKey,
     FinishReason,
@@ -175,7 +176,8 @@ class Recorder:
         self.routes: dict[tuple[str, int], list[Route | None]] = {}
         self.router_means: list[Tensor] = []
         runner = engine.runner
-        execute, forward, route_hidden = runner.execute, runner.model.forward, runner.ops.route.route_hidden
+        launch, collect = runner.launch, runner.collect
+        forward, route_hidden = runner.model.forward, runner.ops.route.route_hidden
         rows: list[Tensor] = []
 
         def recorded_forward(*args: Any) -> Tensor:
@@ -183,9 +185,14 @@ class Recorder:
             rows.append(runner.model.logits(hidden, torch.arange(len(hidden)), args[-1]))
             return hidden
 
-        def recorded_execute(works: Any) -> Any:
-            results, stages = execute(works)
-            first, logits = 0, rows.pop()
+        def recorded_launch(works: Any) -> Any:
+            launched = launch(works)
+            launched.recorded = rows.pop()
+            return launched
+
+        def recorded_collect(launched: Any) -> Any:
+            results, stages = collect(launched)
+            first, logits = 0, launched.recorded
             for work, result in results:
                 own = logits[first : first + work.count].clone()
                 first += work.count
@@ -198,7 +205,7 @@ class Recorder:
             self.router_means.append(x.mean(dim=0).clone())
             return route_hidden(x, *rest)
 
-        runner.execute, runner.model.forward = recorded_execute, recorded_forward
+        runner.launch, runner.collect, runner.model.forward = recorded_launch, recorded_collect, recorded_forward
         ops = type(runner.ops)(**vars(runner.ops))
         ops.route = type(runner.ops)(**{**vars(runner.ops.route), "route_hidden": recorded_route})
         runner.ops = ops
@@ -214,12 +221,11 @@ def routed_cores(folded: FoldedAdapter, route: Route) -> dict[Where, Tensor]:
     """The core M of every linear that a TuckA adapter adapts, under a route."""
     routed = folded.routed
     assert routed is not None
-    count, r = len(routed.places), routed.g.shape[-1]
-    out = torch.zeros(1, count, r, r)
-    one = torch.zeros(1, dtype=torch.int64)
-    groups, weights = torch.tensor([route.group]), torch.tensor([route.weights])
-    core(routed.c[None], routed.g[None], one, groups, weights, torch.arange(count), one, out)
-    return dict(zip(routed.places, out[0], strict=True))
+    r = routed.g.shape[-1]
+    out = torch.zeros(1, int(routed.slots.max()) + 1, r, r)
+    known = [(route.group, route.weights)]
+    core(RoutePlan.build([routed.parts], [0], [None], known, out.device), out)
+    return dict(zip(routed.places, out[0, routed.slots], strict=True))
 
 
 def route_of(logits: Tensor, t: int) -> Route:

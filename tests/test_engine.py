@@ -154,9 +154,13 @@ def independent(request: Request) -> bool:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(pool=pools, traffic=st.lists(arrivals, min_size=1, max_size=7))
-def test_tokens_are_those_of_a_run_alone(folder: Path, solo: Solo, pool: dict[str, int], traffic: list[Arrival]):
+@given(pool=pools, traffic=st.lists(arrivals, min_size=1, max_size=7), overlap=st.booleans())
+def test_tokens_are_those_of_a_run_alone(
+    folder: Path, solo: Solo, pool: dict[str, int], traffic: list[Arrival], overlap: bool
+):
+    """With `overlap` each step is scheduled before the tokens of the last one are known, as on a GPU."""
     engine = serve(folder, max_model_len=CONTEXT, **pool)
+    engine.overlap = overlap
     requests = [arrival.request(f"r{i}") for i, arrival in enumerate(traffic)]
     answers: Answers = {}
     aborted = set()
@@ -167,8 +171,9 @@ def test_tokens_are_those_of_a_run_alone(folder: Path, solo: Solo, pool: dict[st
                 answers |= {(request.id, i): Answer() for i in range(request.num_sequences)}
                 engine.add(request)
         outputs, stats = engine.step()
-        assert stats.prefill_tokens + stats.decode_tokens <= pool["max_num_batched_tokens"]
-        assert stats.running <= pool["max_num_seqs"]
+        if stats is not None:
+            assert stats.prefill_tokens + stats.decode_tokens <= pool["max_num_batched_tokens"]
+            assert stats.running <= pool["max_num_seqs"]
         for arrival, request in zip(traffic, requests, strict=True):
             if arrival.abort is not None and arrival.step + arrival.abort == step:
                 outputs += engine.abort(request.id)

@@ -6,6 +6,7 @@ import torch
 from driving import ask, build, prompt, run, save_lora, save_model, save_tucka
 
 from tucka_runtime.engine import Engine
+from tucka_runtime.graphs import Bucket
 from tucka_runtime.sequence import AdapterKey, RouteScope, SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +25,7 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
         engine: Engine = build(
             tmp_path / "model", fused=fused, device=DEVICE, max_num_batched_tokens=24, max_num_seqs=6
         )
+        engine.overlap = fused
         layout = engine.layout
         engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=attention))
         engine.load_adapter(LATE, save_tucka(tmp_path / "late", layout, seed=1, targets=output, r=6))
@@ -38,6 +40,47 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             ask(prompt(6, 3), id="late", adapter=LATE, sampling=greedy),
             ask(prompt(4, 4), id="plain", adapter=PLAIN, sampling=greedy),
         )
+        if engine.runner.graphs is not None:
+            assert any(kinds for _, kinds in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
         return [answer.token_ids for sequences in done for answer in sequences]
 
     assert answers(fused=True) == answers(fused=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
+    """Adapters, ranks, routes, lengths and company change after a graph was captured."""
+    save_model(tmp_path / "model", kind)
+    attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
+    engine: Engine = build(tmp_path / "model", device="cuda", dtype="bfloat16", max_num_seqs=6)
+    for key, r, seed in ((EARLY, 4, 0), (LATE, 6, 1)):
+        folder = save_tucka(tmp_path / key.name, engine.layout, targets=attention, r=r, seed=seed)
+        engine.load_adapter(key, folder)
+    engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=attention, r=18))
+    replays = 0
+
+    def both(bucket: Bucket) -> None:
+        nonlocal replays
+        chosen, captured = bucket.graphs.chosen.tokens, bucket.logits
+        before = chosen.clone()
+        bucket._graph.replay()
+        logits, tokens = bucket.logits.clone(), bucket.tokens.clone()
+        chosen.copy_(before)
+        bucket._step()
+        real = bucket.fields.on_device["length"] > 0
+        assert torch.equal(bucket.logits[real], logits[real])
+        assert torch.equal(bucket.tokens[real], tokens[real])
+        bucket.logits = captured
+        replays += 1
+
+    monkeypatch.setattr(Bucket, "run", both)
+    for round in range(6):
+        keys = [None, EARLY, LATE, PLAIN, EARLY, LATE][round:] + [PLAIN] * round
+        sampling = SamplingParams(max_tokens=4 + round, temperature=0.7, seed=round, ignore_eos=True)
+        run(
+            engine,
+            *(ask(prompt(3 + 5 * i, i), id=f"{round}-{i}", adapter=k, sampling=sampling) for i, k in enumerate(keys)),
+        )
+    assert replays > 20
+    assert len(engine.runner.graphs.buckets) <= 8, "graphs are per size of batch, not per membership"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tucka_runtime.kernels.reference import sample as kernel
 from tucka_runtime.sampler import Sampler, logprobs
-from tucka_runtime.sequence import SamplingParams, Sequence
+from tucka_runtime.sequence import SamplingParams, Sequence, TokenLogprob
 
 EOS = frozenset({2, 40})
 HOT = SamplingParams(temperature=1.0)
@@ -30,6 +30,13 @@ def sequence(
 
 def logits_of(seed: int, rows: int = 1) -> Tensor:
     return 3 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def pick(sampler: Sampler, logits: Tensor, seqs: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Tokens and log-probabilities at once."""
+    choice = sampler.choose(logits, seqs)
+    tokens = choice.tokens.tolist()
+    return tokens, sampler.entries(choice, tokens, seqs)
 
 
 class Recorded(Sampler):
@@ -105,13 +112,13 @@ def test_probabilities_are_the_plain_ones(rows: list[tuple[SamplingParams, tuple
     logits = logits_of(seed, len(rows))
     seqs = [sequence(sampling, generated, seed=i, id=str(i)) for i, (sampling, generated) in enumerate(rows)]
     expected = [plain(row, seq) for row, seq in zip(logits, seqs, strict=True)]
-    tokens, scores = sampler(logits.clone(), seqs)
+    tokens, scores = pick(sampler, logits.clone(), seqs)
     assert scores == [None] * len(rows)
     for i, (token, p, seq) in enumerate(zip(tokens, expected, seqs, strict=True)):
         assert p[token] > 0, "a token was chosen that cannot be"
         if seq.sampling.temperature:
             assert sampler.final[i].tolist() == pytest.approx(p, abs=1e-5)
-        alone, _ = Recorded()(logits[i : i + 1].clone(), [seq])
+        alone, _ = pick(Recorded(), logits[i : i + 1].clone(), [seq])
         assert alone == [token]
 
 
@@ -123,7 +130,7 @@ def test_penalties_follow_a_sequence_from_step_to_step():
     for step in range(12):
         logits = logits_of(step % 2)  # the same few tokens again and again
         expected = plain(logits[0], seq)
-        ((token,), _) = sampler(logits, [seq])
+        ((token,), _) = pick(sampler, logits, [seq])
         assert sampler.final[0].tolist() == pytest.approx(expected, abs=1e-5)
         seq.tokens.append(token)
     assert len(set(seq.tokens[5:])) < 12, "choose other seeds: nothing was repeated"
@@ -132,13 +139,13 @@ def test_penalties_follow_a_sequence_from_step_to_step():
     assert not sampler.counts
     again = sequence(sampling, length=9)
     expected = plain(logits_of(3)[0], again)
-    sampler(logits_of(3), [again])
+    pick(sampler, logits_of(3), [again])
     assert sampler.final[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_no_one_pays_for_penalties_they_did_not_ask_for():
     sampler = Recorded()
-    sampler(logits_of(0, 2), [sequence(GREEDY, id="a"), sequence(HOT, id="b")])
+    pick(sampler, logits_of(0, 2), [sequence(GREEDY, id="a"), sequence(HOT, id="b")])
     assert not sampler.counts
 
 
@@ -149,9 +156,8 @@ def test_the_choice_follows_the_probabilities():
     p = torch.softmax(logits[0].double() / 0.8, dim=-1)
     sampling = replace(HOT, temperature=0.8)
     by_seed = [sequence(sampling, seed=i * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF) for i in range(count)]
-    tokens, _ = Sampler(SimpleNamespace(sample=kernel), VOCAB, EOS, torch.device("cpu"))(
-        logits.expand(count, -1).clone(), by_seed
-    )
+    sampler = Sampler(SimpleNamespace(sample=kernel), VOCAB, EOS, torch.device("cpu"))
+    tokens, _ = pick(sampler, logits.expand(count, -1).clone(), by_seed)
     positions = kernel.sample(
         logits.expand(count, -1),
         torch.full((count,), 0.8),
@@ -170,15 +176,15 @@ def test_a_seed_and_a_position_decide_alone():
     sampler = Recorded()
     logits = logits_of(1)
     seq = sequence(HOT, (5, 6), seed=77)
-    ((token,), _) = sampler(logits.clone(), [seq])
+    ((token,), _) = pick(sampler, logits.clone(), [seq])
     crowd = [sequence(HOT, seed=i, id=str(i)) for i in range(6)]
     for place in range(7):
         seqs = [*crowd[:place], seq, *crowd[place:]]
-        tokens, _ = sampler(torch.cat([logits_of(2, place), logits, logits_of(3, 6 - place)]), seqs)
+        tokens, _ = pick(sampler, torch.cat([logits_of(2, place), logits, logits_of(3, 6 - place)]), seqs)
         assert tokens[place] == token
     flat = torch.zeros(1, VOCAB)
     choices = {
-        (seed, len(more)): sampler(flat.clone(), [sequence(HOT, more, seed=seed)])[0][0]
+        (seed, len(more)): pick(sampler, flat.clone(), [sequence(HOT, more, seed=seed)])[0][0]
         for seed in (0, 1, 2**32, 2**62)
         for more in ((), (5,), (5, 5))
     }
@@ -188,17 +194,17 @@ def test_a_seed_and_a_position_decide_alone():
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30])
 def test_a_temperature_next_to_zero_is_greedy(temperature: float):
     logits = logits_of(4)
-    tokens, _ = Recorded()(logits.clone(), [sequence(replace(HOT, temperature=temperature))])
+    tokens, _ = pick(Recorded(), logits.clone(), [sequence(replace(HOT, temperature=temperature))])
     assert tokens == [int(logits.argmax())]
 
 
 def test_the_lowest_of_equals_is_greedy():
     logits = torch.zeros(2, VOCAB)
     logits[:, [9, 30, 60]] = 4.0
-    tokens, _ = Recorded()(logits, [sequence(GREEDY, id="a"), sequence(replace(HOT, top_k=1), seed=3, id="b")])
+    tokens, _ = pick(Recorded(), logits, [sequence(GREEDY, id="a"), sequence(replace(HOT, top_k=1), seed=3, id="b")])
     assert tokens[0] == 9
     assert tokens[1] in (9, 30, 60)
-    assert Recorded()(logits[:1], [sequence(GREEDY)])[0] == [9]
+    assert pick(Recorded(), logits[:1], [sequence(GREEDY)])[0] == [9]
 
 
 def test_logprobs_are_the_models_own():
@@ -211,7 +217,7 @@ def test_logprobs_are_the_models_own():
         sequence(GREEDY, id="b"),
         sequence(replace(HOT, logprobs=0, temperature=0.5, top_k=3), id="c"),
     ]
-    tokens, scores = Recorded()(logits.clone(), seqs)
+    tokens, scores = pick(Recorded(), logits.clone(), seqs)
     assert tokens[0] == 20
     assert scores[1] is None
     for i, tops in ((0, 3), (2, 0)):
@@ -243,4 +249,4 @@ def test_a_ban_on_ending_that_leaves_one_token():
     stops = tuple(i for i in range(VOCAB) if i != 33)
     for sampling in (GREEDY, HOT, replace(HOT, top_p=0.1), replace(HOT, top_k=5, min_p=0.5)):
         seq = sequence(replace(sampling, min_tokens=1, stop_token_ids=stops))
-        assert Recorded()(logits_of(7), [seq])[0] == [33]
+        assert pick(Recorded(), logits_of(7), [seq])[0] == [33]

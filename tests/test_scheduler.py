@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tucka_runtime.block_manager import BlockManager
-from tucka_runtime.scheduler import Scheduler, Work, cache_namespace
+from tucka_runtime.scheduler import Scheduler, cache_namespace
 from tucka_runtime.sequence import AdapterKey, Request, RouteScope, Sequence, Status
 
 KEY = AdapterKey("a", 1)
@@ -40,7 +40,7 @@ def step(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:
     for work in works:
         pages = scheduler.blocks.blocks_for(work.start + work.count)
         assert len(work.seq.block_table) >= pages, "every computed token has a page"
-        scheduler.computed(work.seq, work.count)
+        scheduler.computed(work)
         if work.start + work.count == len(work.seq):
             work.seq.tokens.append(7)
     return [(w.seq, w.start, w.count) for w in works]
@@ -207,15 +207,31 @@ def test_namespaces():
     assert len({short, long, longer}) == 3
 
 
-def test_a_sequence_samples_with_its_last_known_token():
+def test_a_sequence_samples_with_its_last_token():
+    """A token that is chosen and not known yet is its last; a prompt that is only being routed chooses nothing."""
+    scheduler = Scheduler(BlockManager(8, 4), 4, 2)
     seq = sequences(ask(prompt(5)))[0]
-    assert Work(seq, 0, 5).samples
-    assert not Work(seq, 0, 4).samples
-    seq.tokens.append(3)
-    assert not Work(seq, 0, 5).samples
-    assert Work(seq, 5, 1).samples
+    scheduler.add(seq)
+    first, last = scheduler.schedule()[0], scheduler.schedule()[0]
+    assert (first.start, first.count, first.samples) == (0, 4, False)
+    assert (last.start, last.count, last.samples) == (4, 1, True)
+    assert not scheduler.schedule(), "there is nothing left to compute"
+    seq.pending = 1
+    (ahead,) = scheduler.schedule()
+    assert (ahead.start, ahead.count, ahead.samples) == (5, 1, True)
     seq.route_sum = object()
-    assert not Work(seq, 0, 6).samples
+    assert not ahead.samples
+
+
+def test_what_ends_with_its_pending_token_is_not_scheduled_again():
+    scheduler = Scheduler(BlockManager(8, 4), 8, 2)
+    seq = sequences(ask(prompt(5), sampling=replace(GREEDY, max_tokens=2)))[0]
+    scheduler.add(seq)
+    scheduler.schedule()
+    seq.pending = 1
+    assert scheduler.schedule()
+    seq.pending = 2
+    assert not scheduler.schedule()
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
@@ -253,10 +269,10 @@ def test_everything_is_computed_in_order_and_comes_to_an_end(
         assert works[0].seq is oldest, "the oldest is served first"
         for work in works:
             assert work.count > 0
-            assert work.start == work.seq.num_computed
+            assert work.start + work.count == work.seq.num_computed
             assert not work.start or before[id(work.seq)] in (0, work.start), "only the cache skips tokens"
             assert len(work.seq.block_table) * size >= work.start + work.count
-            scheduler.computed(work.seq, work.count)
+            scheduler.computed(work)
             if work.samples:
                 if work.seq.num_generated == new:
                     scheduler.finish(work.seq)

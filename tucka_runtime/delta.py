@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from tucka_runtime.core import ActiveSet, FoldedAdapter, Plans
+from tucka_runtime.kernels.routes import Routed, RoutePlan
 from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
 from tucka_runtime.sequence import AdapterKey, Route
 
@@ -17,13 +19,15 @@ from tucka_runtime.sequence import AdapterKey, Route
 class Segment:
     """Rows first..end of a batch that share an adapter and a route.
 
-    The route is `given`, or comes from the tokens `ids`, or, where both are None, from the segment's router inputs.
+    The route is `given`, or comes from the tokens `ids`, or, where the adapter has no table of them, from the segment's
+    router inputs. `ids` are those of the `prompt` if there is one, else of the rows.
     """
 
     first: int
     end: int
     adapter: AdapterKey
     given: Route | None = None
+    prompt: list[int] | None = None
     ids: Tensor | None = None
 
 
@@ -40,6 +44,27 @@ class RouteSum:
 
 
 @dataclass(eq=False)
+class Routes:
+    """The routes of some segments, as they become known: groups (S,) int64, weights (S, at least t), on the device."""
+
+    segments: list[int]
+    experts: list[int]
+    """t of each."""
+    groups: Tensor
+    weights: Tensor
+
+    def to_host(self) -> "Routes":
+        """A copy that is on the host once the device has come so far."""
+        groups, weights = (x.to("cpu", non_blocking=True, copy=True) for x in (self.groups, self.weights))
+        return Routes(self.segments, self.experts, groups, weights)
+
+    def items(self) -> Iterator[tuple[int, Route]]:
+        """Each segment's route, from the host's copy."""
+        rows = zip(self.segments, self.experts, self.groups.tolist(), self.weights.tolist(), strict=True)
+        return ((s, Route(group, tuple(weights[:t]))) for s, t, group, weights in rows)
+
+
+@dataclass(eq=False)
 class Delta:
     """What the adapters of one batch add to one forward pass."""
 
@@ -47,8 +72,9 @@ class Delta:
     ops: SimpleNamespace
     active: ActiveSet | None = None
     segments: Segments | None = None
-    routes: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
-    """Segments, their groups (S,) int64 and weights (S, t) fp32 on the device, as they become known."""
+    keys: list[AdapterKey] = field(default_factory=list)
+    """The adapter of each segment."""
+    routes: list[Routes] = field(default_factory=list)
     cores: Tensor | None = None
     waiting: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Segments that are routed when the pass comes to a site."""
@@ -57,6 +83,8 @@ class Delta:
     plans: Plans = field(default_factory=dict)
     route_seconds: float = 0.0
     """Host time of what was routed from token ids."""
+    side: torch.cuda.Stream | None = None
+    """Where shrinks run, beside the base's products; None: where everything runs."""
 
     @property
     def replaces(self) -> bool:
@@ -78,83 +106,75 @@ class Delta:
         device: torch.device,
     ) -> "Delta":
         """Routes what is known from token ids alone and makes its cores; the rest waits for its site."""
-        delta = Delta(num_rows, ops, active)
+        delta = Delta(num_rows, ops, active, keys=[s.adapter for s in segments])
         if active is None:
             return delta
         for part in sums:
-            adapter = active.adapters[active.index[part.adapter]]
+            adapter = active.folded[part.adapter]
             if adapter.routed is not None:
                 at = adapter.routed.router.at
                 delta.sums.setdefault((at.layer, at.site), []).append(part)
             delta._replace(adapter, part.first, part.end)
         for segment in segments:
-            delta._replace(active.adapters[active.index[segment.adapter]], segment.first, segment.end)
+            delta._replace(active.folded[segment.adapter], segment.first, segment.end)
         if not segments:
             return delta
         spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-        delta.segments, delta.plans = active.layout(spans, num_rows, device)
-        if active.num_slots:
-            rank = active.core_rank
-            delta.cores = torch.zeros(len(spans), active.num_slots, rank, rank, dtype=dtype, device=device)
+        rows = core_rows(segments, active)
+        delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
+        if active.core_rank:
+            rank, last = active.core_rank, max(rows)
+            delta.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
+            if any(active.folded[s.adapter].routed is None for s in segments):
+                delta.cores[last] = torch.eye(rank, device=device)
         begin = time.monotonic()
         delta._route(segments, device)
         delta.route_seconds = time.monotonic() - begin
         return delta
-
-    def host_routes(self) -> dict[int, Route]:
-        """The routes by segment, once they are known. On a GPU this waits for them."""
-        return {
-            s: Route(group, tuple(weights))
-            for own, groups, table in self.routes
-            for s, group, weights in zip(own, groups.tolist(), table.tolist(), strict=True)
-        }
 
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:
         for name, value in adapter.saved.items():
             self.saved.setdefault(name, []).append((slice(first, end), value))
 
     def _route(self, segments: Sequence[Segment], device: torch.device) -> None:
-        """The cores of all segments whose route is given or known from token ids, bank by bank."""
+        """The cores of all segments whose route is given or known from token ids; the others start to wait."""
         assert self.active is not None
-        given: dict[int, list[int]] = {}
-        by_ids: dict[int, list[int]] = {}
+        known = []
         for s, segment in enumerate(segments):
-            a = self.active.index[segment.adapter]
-            member, routed = self.active.member[a], self.active.adapters[a].routed
-            if member is None or routed is None:
-                if self.cores is not None:
-                    self.cores[s].copy_(torch.eye(self.active.core_rank, device=device))
-            elif segment.given is not None:
-                given.setdefault(member[0], []).append(s)
-            elif routed.router.table is not None and segment.ids is not None:
-                by_ids.setdefault(member[0], []).append(s)
+            routed = self.active.folded[segment.adapter].routed
+            if routed is None:
+                continue
+            if segment.given is not None or (routed.router.table is not None and segment.ids is not None):
+                known.append(s)
             else:
                 at = routed.router.at
                 self.waiting.setdefault((at.layer, at.site), []).append(s)
-        for bank, own in given.items():
-            routes = [r for s in own if (r := segments[s].given) is not None]
-            groups = torch.tensor([r.group for r in routes]).to(device)
-            self._finish(bank, own, groups, torch.tensor([r.weights for r in routes]).to(device))
-        for bank, own in by_ids.items():
-            routers = [known.router for s in own if (known := self._adapter(s).routed) is not None]
-            ids = [segments[s].ids for s in own]
-            self._finish(bank, own, *self.ops.route.route_ids(ids, [r.table for r in routers], routers[0].t))
+        if known:
+            plan = self._plan(known, [segments[s] for s in known], device)
+            if plan.limits.tokens:
+                self.ops.route.route_ids(plan)
+            self._finish(known, plan)
 
-    def _adapter(self, s: int) -> FoldedAdapter:
-        assert self.active is not None and self.segments is not None
-        return self.active.adapters[self.segments.spans[s][2]]
+    def _plan(self, own: list[int], segments: Sequence[Segment], device: torch.device) -> RoutePlan:
+        assert self.segments is not None
+        rows = [self.segments.core_rows[s] for s in own]
+        return route_plan([self._parts(s) for s in own], rows, segments, device)
 
-    def _finish(self, bank: int, own: list[int], groups: Tensor, weights: Tensor) -> None:
-        """The cores of segments of one bank, whose routes are known: groups (S,), weights (S, t)."""
-        assert self.active is not None and self.segments is not None and self.cores is not None
-        self.routes.append((own, groups, weights))
-        places = [m[1] for s in own if (m := self.active.member[self.segments.spans[s][2]]) is not None]
-        member, rows = torch.tensor([places, own]).to(groups.device)
-        stack = self.active.banks[bank]
-        self.ops.core.core(stack.c, stack.g, member, groups, weights, stack.modules, rows, self.cores)
+    def _parts(self, s: int) -> Routed:
+        assert self.active is not None
+        routed = self.active.folded[self.keys[s]].routed
+        assert routed is not None
+        return routed.parts
+
+    def _finish(self, own: list[int], plan: RoutePlan) -> None:
+        """The cores of segments whose routes the plan knows."""
+        assert self.cores is not None
+        self.routes.append(Routes(own, [a.t for a in plan.adapters], plan.groups, plan.weights))
+        self.ops.core.core(plan, self.cores)
 
     def shrink(self, layer: int, site: int, x: Tensor) -> tuple[Tensor, DeltaSite, SitePlan] | tuple[None, None, None]:
-        """h, and what `expand` needs with it, for the input x (T, d_in) of a site; Nones where nothing is adapted."""
+        """h, and what `expand` needs with it, for the input x (T, d_in) of a site; Nones where nothing is adapted.
+        `join` must come before h is read."""
         at = (layer, site)
         if self.active is None:
             return None, None, None
@@ -163,20 +183,54 @@ class Delta:
             part.total = total if part.total is None else part.total + total
             part.count += part.end - part.first
         for s in self.waiting.get(at, ()):
-            assert self.segments is not None
-            first, end, a = self.segments.spans[s]
-            routed, member = self.active.adapters[a].routed, self.active.member[a]
-            assert routed is not None and member is not None
-            route = self.ops.route.route_hidden(x[first:end], routed.router.centroids, routed.router.t)
-            self._finish(member[0], [s], *route)
+            self._route_here(s, x)
         weights = self.active.sites.get(at)
         if weights is None or self.segments is None:
             return None, None, None
         key = weights.ranks, weights.d_in
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = SitePlan.build(self.segments, weights)
+            limit = None if weights.ranks else self.active.max_rank
+            plan = self.plans[key] = SitePlan.build(self.segments, weights, limit)
         cores = None
-        if self.cores is not None and (slot := self.active.slots.get(at)) is not None:
-            cores = self.cores[:, slot : slot + len(weights.columns) - 1]
-        return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
+        if self.cores is not None:
+            first = self.active.arch.first_linear(layer, site)
+            cores = self.cores[:, first : first + len(weights.columns) - 1]
+        if self.side is None:
+            return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
+
+    def join(self) -> None:
+        """Waits, on the device, for what `shrink` started on the side."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+
+    def _route_here(self, s: int, x: Tensor) -> None:
+        """Routes a segment by its rows of the router's input."""
+        assert self.active is not None and self.segments is not None
+        first, end, _ = self.segments.spans[s]
+        routed = self.active.folded[self.keys[s]].routed
+        assert routed is not None
+        groups, weights = self.ops.route.route_hidden(x[first:end], routed.router.centroids, routed.router.t)
+        plan = self._plan([s], [Segment(first, end, self.keys[s], given=Route(0, ()))], x.device)
+        plan.groups.copy_(groups)
+        plan.weights.copy_(weights)
+        self._finish([s], plan)
+
+
+def core_rows(segments: Sequence[Segment], active: ActiveSet) -> list[int]:
+    """Which core each segment takes: its own where that depends on a route, else the identity behind all others."""
+    routed = [active.folded[s.adapter].routed is not None for s in segments]
+    own = count()
+    return [next(own) if r else sum(routed) for r in routed]
+
+
+def route_plan(
+    parts: Sequence[Routed], rows: Sequence[int], segments: Sequence[Segment], device: torch.device
+) -> RoutePlan:
+    """What the kernels need to know of segments whose route is given or known from their token ids."""
+    ids = [None if s.given is not None else s.ids for s in segments]
+    known = [None if s.given is None else (s.given.group, s.given.weights) for s in segments]
+    return RoutePlan.build(parts, rows, ids, known, device)

@@ -2,16 +2,17 @@
 
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tucka_runtime.adapters.format import TuckAConfig, read_adapter
-from tucka_runtime.adapters.store import base_layout, fold
+from tucka_runtime.adapters.store import base_layout
 from tucka_runtime.block_manager import BlockManager
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.core import FoldedAdapter
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
-from tucka_runtime.runner import Result, Runner
+from tucka_runtime.runner import Launched, Result, Runner
 from tucka_runtime.scheduler import Scheduler, Work
 from tucka_runtime.sequence import (
     AdapterKey,
@@ -28,6 +29,15 @@ from tucka_runtime.sequence import (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class _InFlight:
+    """A step that was launched. `schedule` are the seconds that choosing its work took."""
+
+    works: list[Work]
+    launched: Launched
+    schedule: float
+
+
 class Engine:
     """Requests in, tokens out, one step at a time: `add`, then `step` while `busy`."""
 
@@ -41,6 +51,9 @@ class Engine:
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
         self.layout = base_layout(self.runner.arch, self.runner.fingerprint)
+        # On a GPU the next step is scheduled and launched while the last one runs.
+        self.overlap = self.runner.device.type == "cuda"
+        self.in_flight: _InFlight | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -59,7 +72,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self.scheduler.waiting or self.scheduler.running or self.in_flight)
 
     def add(self, request: Request) -> None:
         """Takes a request on; every sequence of it leases the adapter. Raises ModelNotFoundError if that is gone, and
@@ -96,14 +109,33 @@ class Engine:
             if index is None or seq.index == index
         ]
 
-    def step(self) -> tuple[list[SequenceOutput], StepStats]:
-        """One forward pass for everything that fits."""
+    def step(self) -> tuple[list[SequenceOutput], StepStats | None]:
+        """One forward pass for everything that fits. With `overlap` the following one is launched before the outcome of
+        this one is looked at. None where nothing could be done: all that runs ends with tokens already chosen."""
+        step = self.in_flight or self._launch()
+        self.in_flight = None
+        if step is None:
+            return [], None
+        if self.overlap and not step.launched.settles:
+            self.in_flight = self._launch()
+        return self._collect(step)
+
+    def _launch(self) -> "_InFlight | None":
         begin = time.monotonic()
         works = self.scheduler.schedule()
+        if not works:
+            return None
         scheduled = time.monotonic()
         for work in works:
             work.seq.scheduled_at = work.seq.scheduled_at or scheduled
-        results, stages = self.runner.execute(works) if works else ([], None)
+        launched = self.runner.launch(works)
+        for i in launched.due:
+            launched.works[i].seq.pending += 1
+        return _InFlight(works, launched, scheduled - begin)
+
+    def _collect(self, step: "_InFlight") -> tuple[list[SequenceOutput], StepStats]:
+        works = step.works
+        results, stages = self.runner.collect(step.launched)
         ran = time.monotonic()
         outputs = [out for work, result in results if (out := self._account(work, result)) is not None]
         decodes = sum(w.start >= w.seq.num_prompt for w in works)
@@ -114,11 +146,11 @@ class Engine:
             if result.route is not None and w.seq.adapter is not None
         }
         return outputs, StepStats(
-            schedule=scheduled - begin,
-            batch=stages.batch if stages else 0.0,
-            route=stages.route if stages else 0.0,
-            forward=stages.forward if stages else 0.0,
-            sample=stages.sample if stages else 0.0,
+            schedule=step.schedule,
+            batch=stages.batch,
+            route=stages.route,
+            forward=stages.forward,
+            sample=stages.sample,
             output=time.monotonic() - ran,
             prefill_tokens=sum(w.count for w in works) - decodes,
             decode_tokens=decodes,
@@ -136,24 +168,28 @@ class Engine:
     def _account(self, work: Work, result: Result) -> SequenceOutput | None:
         """Books a piece of work; an output if it brought a token or an end."""
         seq = work.seq
+        if result.token is not None:
+            seq.pending -= 1
+        if seq.status is Status.FINISHED:
+            return None  # it ended, or was aborted, while the device was at work
+        known = len(seq.tokens) - seq.num_prompt
         if seq.route_sum is not None:
-            seq.num_computed += work.count
             if result.route is not None:
                 seq.route, seq.route_sum, seq.num_computed = result.route, None, 0
             return None
-        self.scheduler.computed(seq, work.count)
+        self.scheduler.computed(work)
         if result.route is not None:
             self._note_route(seq, work, result.route)
-        if result.prompt_logprobs is not None and not seq.num_generated:
+        if result.prompt_logprobs is not None and not known:
             # After a preemption it starts over.
             before: list[TokenLogprob | None] = seq.prompt_logprobs if work.start else [None]
             seq.prompt_logprobs = [*before, *result.prompt_logprobs]
-        if not work.samples:
+        if not work.last:
             return None
         out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
         if seq.prompt_route is not None:
             out.route = RouteReport(seq.prompt_route, seq.route_changes)
-        if not seq.num_generated:
+        if not known:
             seq.first_token_at = time.monotonic()
             out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
             if seq.sampling.prompt_logprobs is not None:
@@ -165,10 +201,10 @@ class Engine:
         if result.logprob is not None:
             out.logprobs = [result.logprob]
         sampling = seq.sampling
-        if result.token in self.runner.sampler.stops(seq) and seq.num_generated >= sampling.min_tokens:
+        if result.token in self.runner.sampler.stops(seq) and known + 1 >= sampling.min_tokens:
             out.stop_token_id = result.token
             return self._finish(seq, out, FinishReason.STOP)
-        if seq.num_generated >= sampling.max_tokens or len(seq) >= self.runner.max_len:
+        if known + 1 >= sampling.max_tokens or len(seq.tokens) >= self.runner.max_len:
             return self._finish(seq, out, FinishReason.LENGTH)
         return out
 
@@ -204,7 +240,7 @@ class Engine:
         begin = time.monotonic()
         adapter = read_adapter(folder, self.layout)
         checked = time.monotonic()
-        folded = fold(key, adapter, self.runner.model, self.runner.factor_dtype, pinned)
+        folded = self.runner.fold(key, adapter, pinned)
         folding = time.monotonic() - checked
         config = adapter.config
         tucka = config if isinstance(config, TuckAConfig) else None

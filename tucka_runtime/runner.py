@@ -3,22 +3,25 @@
 import os
 import time
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tucka_runtime.adapters.store import AdapterStore
-from tucka_runtime.batch import Batch
+from tucka_runtime.adapters.format import Adapter
+from tucka_runtime.adapters.store import AdapterStore, fold
+from tucka_runtime.batch import Batch, Chosen, row_order
 from tucka_runtime.config import EngineConfig
-from tucka_runtime.delta import RouteSum
+from tucka_runtime.core import ActiveSet, FoldedAdapter
+from tucka_runtime.delta import Routes, RouteSum
 from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.graphs import Graphs
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.models.decoder import Decoder
-from tucka_runtime.sampler import Sampler, logprobs
+from tucka_runtime.sampler import Choice, Sampler, logprobs
 from tucka_runtime.scheduler import Work
-from tucka_runtime.sequence import Route, RouteScope, TokenLogprob
+from tucka_runtime.sequence import AdapterKey, Route, RouteScope, Sequence, TokenLogprob
 from tucka_runtime.weights import fingerprint, load_weights, read_config
 
 CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the operating system's, and other processes'
@@ -35,6 +38,36 @@ class Stages:
     route: float
     forward: float
     sample: float
+
+
+@dataclass(eq=False)
+class Launched:
+    """A pass that the device was given: its works in row order, the segment of each, those that bring a token."""
+
+    works: list[Work]
+    segment_of: list[int | None]
+    due: list[int]
+    choice: Choice | None
+    tokens: Tensor | None
+    """The chosen ones, on the host once `done` has passed; so are the routes."""
+    routes: list[Routes]
+    done: torch.cuda.Event | None
+    scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    """Of prompts that are scored, by work."""
+    stages: Stages = Stages(0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def settles(self) -> bool:
+        """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
+        tokens so far, log-probabilities, which are computed on the host."""
+        return any(_settles(work.seq) for work in self.works)
+
+
+def _settles(seq: Sequence) -> bool:
+    p = seq.sampling
+    penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
+    unrouted = seq.scope is RouteScope.REQUEST and seq.route is None
+    return bool(penalties or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 
 @dataclass(eq=False)
@@ -79,8 +112,21 @@ class Runner:
         # The reference kernels take the small products of a delta in fp32: torch's bf16 ones cost 15 us each on a CPU
         # however small (d 512, one adapter on q and v: 105 us a site against 38).
         self.factor_dtype = self.dtype if self.ops.fused else torch.float32
-        self.store = AdapterStore(arch, self.device, self.factor_dtype, config.max_loaded_adapters, not self.ops.fused)
+        self.store = AdapterStore(arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.fused)
         self.sampler = Sampler(self.ops, arch.vocab, self.eos, self.device)
+        self.chosen = Chosen(config.max_num_seqs, self.device)
+        self.graphs: Graphs | None = None
+        if self.store.table is not None:
+            self.graphs = Graphs(
+                self.model,
+                self.caches,
+                self.store.table,
+                self.chosen,
+                config.max_num_seqs,
+                self.max_len,
+                self.block_size,
+            )
+        self.loading = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _num_blocks(self, config: EngineConfig) -> int:
         arch = self.arch
@@ -100,6 +146,18 @@ class Runner:
             )
         return -(-wanted // self.block_size)
 
+    def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:
+        """The adapter in the serving form, made beside the step loop: safe in another thread, and on a GPU on a stream
+        of its own. Raises InvalidAdapterError."""
+        if self.loading is None:
+            return fold(key, adapter, self.model, self.factor_dtype, pinned)
+        with torch.cuda.stream(self.loading):
+            folded = fold(key, adapter, self.model, self.factor_dtype, pinned)
+        self.loading.synchronize()
+        for tensor in folded.tensors():  # memory of one stream, read on another: it is free when both are done
+            tensor.record_stream(torch.cuda.default_stream(self.device))
+        return folded
+
     def start_routing(self, work: Work) -> None:
         """Request scope: a prompt that comes in chunks and whose router is inside the model is routed before it is
         computed, so that the route does not depend on how it is cut."""
@@ -112,49 +170,94 @@ class Runner:
             seq.route_sum = RouteSum(seq.adapter)
 
     @torch.inference_mode()
-    def execute(self, works: Rows[Work]) -> tuple[list[tuple[Work, Result]], Stages]:
-        """Runs one forward pass and chooses the tokens that are due."""
+    def launch(self, works: Rows[Work]) -> Launched:
+        """Gives the device one forward pass and the choice of the tokens that are due. On a GPU it does not wait."""
         begin = time.monotonic()
         for work in works:
             self.start_routing(work)
         keys = {w.seq.adapter for w in works if w.seq.adapter is not None}
         active = self.store.activate(keys) if keys else None
+        if self.graphs is not None and self.graphs.fit(works, active):
+            return self._replay(works, active, begin)
         rotary = self.model.rotary
         limit = rotary.stretch_from if rotary else None
-        batch = Batch.build(works, active, self.block_size, limit, self.ops, self.factor_dtype, self.device)
+        batch = Batch.build(
+            works, active, self.block_size, limit, self.chosen, self.ops, self.factor_dtype, self.device
+        )
         prepared = time.monotonic()
         hidden = self.model.forward(batch.ids, batch.positions, batch.lengths, batch.pages, self.caches, batch.delta)
         computed = time.monotonic()
-        results = [Result() for _ in batch.works]
-        self._choose(batch, hidden, results)
-        self._score(batch, hidden, results)
-        routes = batch.delta.host_routes()
-        for segment, result in zip(batch.segment_of, results, strict=True):
-            if segment is not None:
-                result.segment, result.route = segment, routes.get(segment)
-        for work, result in zip(batch.works, results, strict=True):
-            if isinstance(work.seq.route_sum, RouteSum) and work.start + work.count >= work.seq.num_prompt:
-                result.route = self._summed_route(work.seq.route_sum)
-        stages = Stages(
+        due = [batch.works[i].seq for i in batch.due]
+        choice = tokens = None
+        if due:
+            choice = self.sampler.choose(self.model.logits(hidden, batch.due_rows, batch.delta), due)
+            tokens = self.chosen.keep(choice.tokens, due)
+        routes = [known.to_host() for known in batch.delta.routes]
+        launched = Launched(batch.works, batch.segment_of, batch.due, choice, tokens, routes, self._event())
+        launched.scores = self._score(batch, hidden)
+        launched.stages = Stages(
             batch=prepared - begin - batch.delta.route_seconds,
             route=batch.delta.route_seconds,
             forward=computed - prepared,
             sample=time.monotonic() - computed,
         )
-        return list(zip(batch.works, results, strict=True)), stages
+        return launched
 
-    def _choose(self, batch: Batch, hidden: Tensor, results: list[Result]) -> None:
-        due = [i for i, w in enumerate(batch.works) if w.samples and w.seq.sampling.max_tokens > 0]
-        if not due:
-            return
-        rows = torch.tensor([batch.first_rows[i] + batch.works[i].count - 1 for i in due]).to(self.device)
-        logits = self.model.logits(hidden, rows, batch.delta)
-        tokens, scores = self.sampler(logits, [batch.works[i].seq for i in due])
-        for i, token, score in zip(due, tokens, scores, strict=True):
-            results[i].token, results[i].logprob = token, score
+    def _replay(self, works: Rows[Work], active: ActiveSet | None, begin: float) -> Launched:
+        """The same by a graph: routes, layers and choice are launched at once."""
+        assert self.graphs is not None
+        bucket = self.graphs.bucket(len(works), active)
+        works = sorted(works, key=row_order)
+        segment_of = bucket.fill(works, active)
+        prepared = time.monotonic()
+        bucket.run()
+        computed = time.monotonic()
+        seqs = [w.seq for w in works]
+        choice = Choice(bucket.tokens[: len(seqs)])
+        if not all(map(self.sampler.plain, seqs)):
+            choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
+        tokens = self.chosen.keep(choice.tokens, seqs)
+        routes = [known.to_host() for known in bucket.routes()]
+        launched = Launched(works, segment_of, list(range(len(works))), choice, tokens, routes, self._event())
+        launched.stages = Stages(prepared - begin, 0.0, computed - prepared, time.monotonic() - computed)
+        return launched
 
-    def _score(self, batch: Batch, hidden: Tensor, results: list[Result]) -> None:
-        """Log-probabilities of the prompt tokens that this pass's rows predict."""
+    def _event(self) -> torch.cuda.Event | None:
+        """Passed once the device has come so far."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def collect(self, launched: Launched) -> tuple[list[tuple[Work, Result]], Stages]:
+        """What a launched pass brought; waits for it."""
+        begin = time.monotonic()
+        results = [Result() for _ in launched.works]
+        if launched.done is not None:
+            launched.done.synchronize()
+        if launched.choice is not None and launched.tokens is not None:
+            tokens = launched.tokens.tolist()
+            seqs = [launched.works[i].seq for i in launched.due]
+            for i, token, score in zip(
+                launched.due, tokens, self.sampler.entries(launched.choice, tokens, seqs), strict=True
+            ):
+                results[i].token, results[i].logprob = token, score
+        for i, scores in launched.scores.items():
+            results[i].prompt_logprobs = scores
+        routes = dict(item for known in launched.routes for item in known.items())
+        for segment, result in zip(launched.segment_of, results, strict=True):
+            if segment is not None:
+                result.segment, result.route = segment, routes.get(segment)
+        for work, result in zip(launched.works, results, strict=True):
+            if isinstance(work.seq.route_sum, RouteSum) and work.start + work.count >= work.seq.num_prompt:
+                result.route = self._summed_route(work.seq.route_sum)
+        stages = replace(launched.stages, forward=launched.stages.forward + time.monotonic() - begin)
+        return list(zip(launched.works, results, strict=True)), stages
+
+    def _score(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
+        """Log-probabilities of the prompt tokens that this pass's rows predict, by work."""
+        scores = {}
         for i, work in enumerate(batch.works):
             seq = work.seq
             wanted = seq.sampling.prompt_logprobs
@@ -168,7 +271,8 @@ class Runner:
                 rows = torch.arange(first + offset, last + offset, device=self.device)
                 logits = self.model.logits(hidden, rows, batch.delta)
                 out += logprobs(logits, seq.tokens[first + 1 : last + 1], [wanted] * (last - first))
-            results[i].prompt_logprobs = out
+            scores[i] = out
+        return scores
 
     def _summed_route(self, part: RouteSum) -> Route:
         routed = self.store.loaded[part.adapter].folded.routed

@@ -3,14 +3,25 @@ for a step do not pay for it.
 """
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from tucka_runtime.sequence import Sequence, TokenLogprob
+from tucka_runtime.kernels.transfer import place
+from tucka_runtime.sequence import SamplingParams, Sequence, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow fp32 logits; they are greedy
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Tokens (N,) int64 on the device, and the logits `raw` of the rows `wants` that asked for log-probabilities."""
+
+    tokens: Tensor
+    wants: list[int] = field(default_factory=list)
+    raw: Tensor | None = None
 
 
 class Sampler:
@@ -31,8 +42,15 @@ class Sampler:
         own = frozenset(seq.sampling.stop_token_ids)
         return own if seq.sampling.ignore_eos else own | self.eos
 
-    def __call__(self, logits: Tensor, seqs: Rows[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """The next token of each sequence. logits (N, vocab) fp32, one row per sequence, is used up.
+    def plain(self, seq: Sequence) -> bool:
+        """Whether nothing but its temperature stands between a sequence's logits and the choice."""
+        p = seq.sampling
+        penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
+        bound = p.logit_bias or (seq.num_generated < p.min_tokens and self.stops(seq))
+        return not (penalties or bound or p.logprobs is not None or _filtered(p))
+
+    def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
+        """The next token of each sequence, on the device. logits (N, vocab) fp32, one row per sequence, is used up.
 
         Log-probabilities are the model's own: before bias, penalties and temperature.
         """
@@ -40,24 +58,23 @@ class Sampler:
         raw = logits[wants].clone() if wants else None
         for i, seq in enumerate(seqs):
             self._adjust(logits[i], seq)
-        temperatures = [0.0 if s.sampling.temperature < GREEDY_BELOW else s.sampling.temperature for s in seqs]
-        if any(temperatures):
-            self._filter(logits, temperatures, seqs)
-            chosen = self.ops.sample.sample(
-                logits,
-                torch.tensor(temperatures).to(self.device),
-                torch.tensor([seq.seed for seq in seqs]).to(self.device),
-                torch.tensor([len(seq) for seq in seqs]).to(self.device),
-            )
+        heats = [temperature(seq) for seq in seqs]
+        if any(heats):
+            self._filter(logits, heats, seqs)
+            chosen = self.ops.sample.sample(logits, *place(draws(seqs), self.device))
         else:
             chosen = logits.argmax(dim=-1)
-        tokens = chosen.tolist()
+        return Choice(chosen, wants, raw)
+
+    def entries(self, choice: Choice, tokens: Rows[int], seqs: Rows[Sequence]) -> list[TokenLogprob | None]:
+        """The log-probabilities that were asked for, once the chosen `tokens` are known."""
         out: list[TokenLogprob | None] = [None] * len(tokens)
-        if raw is not None:
-            tops = [seqs[i].sampling.logprobs or 0 for i in wants]
-            for i, entry in zip(wants, logprobs(raw, [tokens[i] for i in wants], tops), strict=True):
+        if choice.raw is not None:
+            tops = [seqs[i].sampling.logprobs or 0 for i in choice.wants]
+            found = logprobs(choice.raw, [tokens[i] for i in choice.wants], tops)
+            for i, entry in zip(choice.wants, found, strict=True):
                 out[i] = entry
-        return tokens, out
+        return out
 
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
         """Penalties, bias and the ban on ending early, in place. row (vocab,)."""
@@ -69,10 +86,10 @@ class Sampler:
                 row.copy_(torch.where(seen | (counts > 0), scaled, row))
             row.sub_(counts * p.frequency_penalty + (counts > 0) * p.presence_penalty)
         if p.logit_bias:
-            ids = torch.tensor([i for i, _ in p.logit_bias]).to(self.device)
-            row.index_add_(0, ids, torch.tensor([b for _, b in p.logit_bias]).to(self.device, row.dtype))
+            ids, biases = zip(*p.logit_bias, strict=True)
+            row.index_add_(0, *place([torch.tensor(ids), torch.tensor(biases, dtype=row.dtype)], self.device))
         if seq.num_generated < p.min_tokens and (stops := self.stops(seq)):
-            row[torch.tensor(sorted(stops)).to(self.device)] = float("-inf")
+            row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
 
     def _count(self, seq: Sequence) -> tuple[Tensor, Tensor]:
         """Which tokens the prompt has (vocab,) bool, and how often each was generated (vocab,) fp32."""
@@ -89,22 +106,39 @@ class Sampler:
         return seen, counts
 
     def _filter(self, logits: Tensor, temperatures: list[float], seqs: Rows[Sequence]) -> None:
-        rows = [
-            i
-            for i, (t, seq) in enumerate(zip(temperatures, seqs, strict=True))
-            if t and (seq.sampling.top_k or seq.sampling.top_p < 1 or seq.sampling.min_p > 0)
-        ]
+        rows = [i for i, (t, seq) in enumerate(zip(temperatures, seqs, strict=True)) if t and _filtered(seq.sampling)]
         if not rows:
             return
         asked = [seqs[i].sampling for i in rows]
-        own = logits[rows]
-        kept = self.ops.sample.filter_logits(
-            own / torch.tensor([temperatures[i] for i in rows]).to(self.device)[:, None],
-            torch.tensor([p.top_k or self.vocab for p in asked]).to(self.device),
-            torch.tensor([p.top_p for p in asked]).to(self.device),
-            torch.tensor([p.min_p for p in asked]).to(self.device),
-        )
-        logits[rows] = own.masked_fill_(kept == float("-inf"), float("-inf"))
+        parts = [
+            torch.tensor(rows),
+            torch.tensor([temperatures[i] for i in rows]),
+            torch.tensor([p.top_k or self.vocab for p in asked]),
+            torch.tensor([p.top_p for p in asked]),
+            torch.tensor([p.min_p for p in asked]),
+        ]
+        at, heat, top_k, top_p, min_p = place(parts, self.device)
+        own = logits.index_select(0, at)
+        kept = self.ops.sample.filter_logits(own / heat[:, None], top_k, top_p, min_p)
+        logits.index_copy_(0, at, own.masked_fill_(kept == float("-inf"), float("-inf")))
+
+
+def _filtered(p: SamplingParams) -> bool:
+    return bool(p.top_k or p.top_p < 1 or p.min_p > 0)
+
+
+def temperature(seq: Sequence) -> float:
+    """0 is greedy."""
+    return 0.0 if seq.sampling.temperature < GREEDY_BELOW else seq.sampling.temperature
+
+
+def draws(seqs: Rows[Sequence]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the random choice depends on: temperature (N,) fp32, seed (N,) and the token's position (N,) int64."""
+    return (
+        torch.tensor([temperature(seq) for seq in seqs]),
+        torch.tensor([seq.seed for seq in seqs]),
+        torch.tensor([len(seq) for seq in seqs]),
+    )
 
 
 def logprobs(logits: Tensor, tokens: Rows[int], tops: Rows[int]) -> list[TokenLogprob]:

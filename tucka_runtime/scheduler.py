@@ -14,15 +14,17 @@ from tucka_runtime.sequence import RouteScope, Sequence, Status
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Tokens `start` to `start + count` of a sequence. With the last known token comes the next one's choice."""
+    """Tokens `start` to `start + count` of a sequence; `last` tells whether its last one is among them."""
 
     seq: Sequence
     start: int
     count: int
+    last: bool
 
     @property
     def samples(self) -> bool:
-        return self.start + self.count == len(self.seq) and self.seq.route_sum is None
+        """Whether the next token is chosen: not by a prompt that is only being routed."""
+        return self.last and self.seq.route_sum is None
 
 
 def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
@@ -60,10 +62,12 @@ class Scheduler:
         while position < len(self.running) and budget:
             seq = self.running[position]
             count = min(len(seq) - seq.num_computed, budget)
+            if not count or (seq.pending and seq.num_generated >= seq.sampling.max_tokens):
+                position += 1  # it ends with what the device is at
+                continue
             if not self._grow(seq, seq.num_computed + count):
                 break  # seq itself was the youngest and went back to waiting
-            work.append(Work(seq, seq.num_computed, count))
-            budget -= count
+            budget -= self._take(work, seq, count)
             position += 1
         if self.num_preemptions == preempted:
             self._admit(work, budget)
@@ -101,9 +105,13 @@ class Scheduler:
             seq = self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
-            count = min(len(seq) - seq.num_computed, budget)
-            work.append(Work(seq, seq.num_computed, count))
-            budget -= count
+            budget -= self._take(work, seq, min(len(seq) - seq.num_computed, budget))
+
+    def _take(self, work: list[Work], seq: Sequence, count: int) -> int:
+        """Puts a sequence's next `count` tokens on the list; they count as computed from now on."""
+        work.append(Work(seq, seq.num_computed, count, seq.num_computed + count == len(seq)))
+        seq.num_computed += count
+        return count
 
     def _group(self) -> list[Sequence]:
         """The head of the queue and what should share its first forward pass: under the scope `batch` the prompts of
@@ -154,13 +162,14 @@ class Scheduler:
             known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
         return known[:pages]
 
-    def computed(self, seq: Sequence, count: int) -> None:
-        """Notes that `count` more tokens have their KV, and offers full pages for reuse."""
+    def computed(self, work: Work) -> None:
+        """Offers the pages that this work filled for reuse, unless the sequence lost them meanwhile."""
+        seq, end = work.seq, work.start + work.count
+        if seq.status is not Status.RUNNING or seq.num_computed < end:
+            return
         size = self.blocks.block_size
-        full = seq.num_computed // size
-        seq.num_computed += count
-        hashes = self._hashes(seq, seq.num_computed // size)
-        for page in range(full, len(hashes)):
+        hashes = self._hashes(seq, end // size)
+        for page in range(work.start // size, len(hashes)):
             self.blocks.register(seq.block_table[page], hashes[page])
 
     def finish(self, seq: Sequence) -> None:

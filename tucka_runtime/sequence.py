@@ -140,7 +140,10 @@ class Status(Enum):
 
 
 class Sequence:
-    """The scheduler's view of one sequence. `num_computed` tokens have their KV in the pages of `block_table`."""
+    """The scheduler's view of one sequence. `num_computed` tokens have their KV in the pages of `block_table`, or will
+    once the device has done what it was given. `pending` counts the tokens that are chosen there and not known
+    here yet: they count as tokens, but `tokens` does not have them.
+    """
 
     __slots__ = (
         "adapter",
@@ -153,6 +156,7 @@ class Sequence:
         "last_group",
         "num_computed",
         "num_prompt",
+        "pending",
         "prompt_logprobs",
         "prompt_route",
         "request",
@@ -177,6 +181,7 @@ class Sequence:
         self.seed = seed
         self.tokens = list(prompt)
         self.num_prompt = len(prompt)
+        self.pending = 0
         self.num_computed = 0
         self.cached_tokens = 0
         self.block_table: list[int] = []
@@ -193,11 +198,11 @@ class Sequence:
         self.first_token_at = 0.0
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.pending
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return len(self) - self.num_prompt
 
     @property
     def key(self) -> tuple[str, int]:

@@ -32,7 +32,7 @@ class Chain:
     def __init__(self, sweep: Sweep, rows: int, context: int):
         shape, self.sweep = sweep.shape, sweep
         self.plan: PagePlan = pages(rows, context, True, sweep.device)
-        slots = (int(self.plan.tables.max()) + 1) * self.plan.block_size
+        slots = (int(self.plan.pages.max()) + 1) * self.plan.block_size
 
         def randn(*size: int) -> Tensor:
             return torch.empty(size, dtype=sweep.dtype, device=sweep.device).normal_(std=size[-1] ** -0.5)

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, pages
 from tucka_runtime.kernels.dispatch import choose
+from tucka_runtime.kernels.routes import Routed, RoutePlan
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ def _kernels() -> SimpleNamespace:
     return choose(torch.device("cuda"), fused=True)
 
 
+def _routes(ids: Tensor | None) -> RoutePlan:
+    """One adapter's, of 64 linears."""
+    c, g = torch.empty(64, 2, 2), torch.empty(64, 4, 2, 16, 16)
+    adapter = Routed(c, g, torch.arange(64), torch.empty(LLAMA3_8B.vocab, 8))
+    return RoutePlan.build([adapter], [0], [ids], [(0, (0.5, 0.5)) if ids is None else None], torch.device("cpu"))
+
+
 def _calls() -> list[tuple[str, Any]]:
     ops, shape = _kernels(), LLAMA3_8B
     qkv, residual = ops.expand_qkv_rope_kv.expand_qkv_rope_kv, ops.expand_residual.expand_residual
@@ -120,11 +129,10 @@ def _calls() -> list[tuple[str, Any]]:
         add("attention, window", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1, 512))
         add("sample", lambda x=logits, c=column, w=whole: ops.sample.sample(x, c, w, w))
         add("filter", lambda x=logits, c=column, w=whole: ops.sample.filter_logits(x, w, c, c))
-        add("route_ids", lambda w=whole: ops.route.route_ids([w], [torch.empty(shape.vocab, 8)], 2))
+        add("route_ids", lambda w=whole: ops.route.route_ids(_routes(w)))
         add("route_hidden", lambda x=x: ops.route.route_hidden(x, torch.empty(8, shape.d), 2))
-    c, g, cores = torch.empty(1, 64, 2, 2), torch.empty(1, 64, 4, 2, 16, 16), torch.empty(1, 64, 16, 16).bfloat16()
-    zero, s, modules = torch.zeros(1, dtype=torch.int64), torch.empty(1, 2), torch.arange(64)
-    calls.append(("core", lambda: ops.core.core(c, g, zero, zero, s, modules, zero, cores)))
+    cores = torch.empty(1, 64, 16, 16).bfloat16()
+    calls.append(("core", lambda: ops.core.core(_routes(None), cores)))
     return calls
 
 

@@ -6,6 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.routes import Routed, RoutePlan
 
 K, T, P = 4, 2, 2
 
@@ -20,12 +21,12 @@ def cases(sweep: Sweep) -> Iterator[Case]:
 def _case(sweep: Sweep, rank: int, modules: int) -> Case:
     def make(seed: int) -> dict[str, Call]:
         torch.manual_seed(seed)
-        c = torch.randn(1, modules, T, P, device=sweep.device)
-        g = torch.randn(1, modules, K, P, rank, rank, device=sweep.device)
-        first, group = (torch.full((1,), i, device=sweep.device) for i in (0, 1))
-        weights, places = torch.rand(1, T, device=sweep.device), torch.arange(modules, device=sweep.device)
+        slots = torch.arange(modules, device=sweep.device)
+        c = torch.randn(modules, T, P, device=sweep.device)
+        g = torch.randn(modules, K, P, rank, rank, device=sweep.device)
+        plan = RoutePlan.build([Routed(c, g, slots, None)], [0], [None], [(1, [0.5] * T)], sweep.device)
         out = torch.zeros(1, modules, rank, rank, dtype=sweep.dtype, device=sweep.device)
-        return {"own": lambda: sweep.ops.core.core(c, g, first, group, weights, places, first, out)}
+        return {"own": lambda: sweep.ops.core.core(plan, out)}
 
     moved = modules * rank * rank * (P * 4 + sweep.dtype.itemsize)
     return Case("core", {"modules": modules, "rank": rank}, moved, make)

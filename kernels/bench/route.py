@@ -6,6 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.routes import Routed, RoutePlan
 
 K, T = 4, 2
 
@@ -21,6 +22,9 @@ def _case(sweep: Sweep, tokens: int) -> Case:
         torch.manual_seed(seed)
         table = torch.randn(sweep.shape.vocab, K * T, device=sweep.device)
         ids = torch.randint(0, sweep.shape.vocab, (tokens,), device=sweep.device)
-        return {"own": lambda: sweep.ops.route.route_ids([ids], [table], T)}
+        c, g = torch.randn(1, T, 1, device=sweep.device), torch.randn(1, K, 1, 1, 1, device=sweep.device)
+        adapter = Routed(c, g, torch.zeros(1, dtype=torch.int64, device=sweep.device), table)
+        plan = RoutePlan.build([adapter], [0], [ids], [None], sweep.device)
+        return {"own": lambda: sweep.ops.route.route_ids(plan)}
 
     return Case("route", {"tokens": tokens}, tokens * (K * T * 4 + 8), make)

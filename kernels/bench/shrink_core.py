@@ -40,11 +40,11 @@ def gather_bmm(b: Batch) -> Call:
     """Each row's own U and core gathered, then two batched products."""
     u = stacked(b.site.u)  # (A, n·r, d_in)
     n, (rows, _) = len(b.site.columns) - 1, b.x.shape
-    adapter, segment = b.plan.segments.adapter, b.plan.segments.row
+    adapter, core = b.plan.segments.adapter, b.plan.segments.core
 
     def call() -> torch.Tensor:
         h = torch.bmm(u.index_select(0, adapter), b.x[:, :, None]).view(rows, n, 1, -1)
-        return torch.matmul(h, b.cores.index_select(0, segment))
+        return torch.matmul(h, b.cores.index_select(0, core))
 
     return call
 

@@ -64,7 +64,7 @@ def _common(
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
     strides = (*q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], *out.stride()[:2])
-    args = (q, k_cache, v_cache, out, pages.start, pages.length, pages.tables, pages.tables.stride(0), *strides)
+    args = (q, k_cache, v_cache, out, pages.start, pages.length, pages.pages, pages.first_page, *strides)
     options = {
         "D": d,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
@@ -91,7 +91,7 @@ def decode(
     count, (heads, d), kv_heads = pages.singles.shape[0], q.shape[1:], k_cache.shape[1]
     if not count:
         return
-    splits = triton.cdiv(pages.tables.shape[1] * pages.block_size, split)
+    splits = triton.cdiv(pages.longest, split)
     args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
     options["BLOCK_G"] = max(16, triton.next_power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
@@ -206,8 +206,8 @@ def _prefill(
     out,
     start,
     lengths,
-    tables,
-    table_stride,
+    pages,
+    first_page,
     q_row,
     q_head,
     k_slot,
@@ -252,7 +252,7 @@ def _prefill(
         x,
         k_cache + head * k_head,
         v_cache + head * v_head,
-        tables + seq.to(tl.int64) * table_stride,
+        pages + tl.load(first_page + seq),
         length - count + own,
         begin,
         tl.minimum(length, length - count + first + ROWS),
@@ -279,8 +279,8 @@ def _decode(
     out,
     start,
     lengths,
-    tables,
-    table_stride,
+    pages,
+    first_page,
     q_row,
     q_head,
     k_slot,
@@ -339,7 +339,7 @@ def _decode(
             x,
             k_cache + head * k_head,
             v_cache + head * v_head,
-            tables + seq.to(tl.int64) * table_stride,
+            pages + tl.load(first_page + seq),
             tl.full((BLOCK_G,), 0, tl.int32) + length - 1,
             begin,
             tl.minimum(begin + SPLIT, length),

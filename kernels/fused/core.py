@@ -7,41 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.routes import RoutePlan
+
 BLOCK = 1024
 """Entries of a core per program; r 16 takes one program a module, 224 in a Llama-3-8B. Unmeasured."""
 
 
-def core(
-    c: Tensor, g: Tensor, member: Tensor, groups: Tensor, weights: Tensor, modules: Tensor, rows: Tensor, out: Tensor
-) -> None:
-    """out[rows[s], modules[m], :r, :r] = Σ_j w_j G[a, m, groups[s], j] with w_j = Σ_i weights[s, i] C[a, m, i, j] and
-    a = member[s].
-
-    c (A, M, t, p), g (A, M, k, p, r, r) fp32, both normalised; member, groups, rows (S,) int64; weights (S, t) fp32;
-    modules (M,) int64; out (·, N, R, R), R >= r.
+def core(plan: RoutePlan, out: Tensor) -> None:
+    """out[row, slots[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the plan's
+    segments and all M modules of its adapter, whatever their shapes, in one launch. out (rows, N, R, R), R >= r.
     """
-    m, k, p, r, _ = g.shape[1:]
-    t = c.shape[2]
-    if not m or not len(rows):
-        return
-    _core[(len(rows), m, triton.cdiv(r * r, BLOCK))](
-        c.contiguous(),
-        g.contiguous(),
-        member,
-        groups,
-        weights.contiguous(),
-        modules,
-        rows,
+    limits = plan.limits
+    _core[(plan.records.shape[0], limits.modules, triton.cdiv(limits.rank**2, BLOCK))](
+        plan.records,
+        plan.groups,
+        plan.weights,
+        plan.weights.stride(0),
         out,
-        m,
-        k,
-        t,
-        p,
-        r,
         out.stride(0),
         out.stride(1),
         out.stride(2),
-        BLOCK_T=triton.next_power_of_2(t),
+        BLOCK_T=triton.next_power_of_2(limits.t),
         BLOCK=BLOCK,
         num_warps=4,
     )
@@ -49,18 +35,25 @@ def core(
 
 @triton.jit
 def _core(
-    c, g, member, groups, weights, modules, rows, out, count, k, t, p, r, out_s, out_m, out_r,
+    records, groups, weights, weights_stride, out, out_row, out_slot, out_r,
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    s, m = tl.program_id(0), tl.program_id(1)
-    which = tl.load(member + s) * count + m
+    s, m = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # RoutePlan.records: k, t, c, g, slots, M, p, r, row of out; M 0: the record only fills up a graph's bucket.
+    record = records + s * 12
+    k, t = tl.load(record + 3), tl.load(record + 4)
+    p, r = tl.load(record + 9), tl.load(record + 10)
+    first = tl.program_id(2) * BLOCK
+    if (m >= tl.load(record + 8)) | (first >= r * r):
+        return
+    slot = tl.load(tl.load(record + 7).to(tl.pointer_type(tl.int64)) + m)
     mix_core(
-        c + which * t * p,
-        g + which * k * p * r * r,
+        tl.load(record + 5).to(tl.pointer_type(tl.float32)) + m * t * p,
+        tl.load(record + 6).to(tl.pointer_type(tl.float32)) + m * k * p * r * r,
         tl.load(groups + s),
-        weights + s * t,
-        out + tl.load(rows + s) * out_s + tl.load(modules + m) * out_m,
-        tl.program_id(2) * BLOCK + tl.arange(0, BLOCK),
+        weights + s * weights_stride,
+        out + tl.load(record + 11) * out_row + slot * out_slot,
+        first + tl.arange(0, BLOCK),
         t,
         p,
         r,

@@ -4,12 +4,12 @@ The mean is summed up in parts of PART tokens, in order: a long prompt's parts b
 segment adds them up in order and chooses. The logits of a part are linear in it, so both routes share the second step.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tucka_runtime.kernels.routes import RoutePlan
 
 PART = 256
 """Tokens per part, so 8192 of them are 32 programs; a decoding segment has one part. Unmeasured."""
@@ -23,18 +23,18 @@ def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
     return _choose(logits[:, None], one, t)
 
 
-def route_ids(ids: Sequence[Tensor], tables: Sequence[Tensor], t: int) -> tuple[Tensor, Tensor]:
-    """Routes of S segments from their token ids alone, in two launches. ids: S of (n_s,) int64; tables: S of
-    (vocab, k·t) fp32.
+def route_ids(plan: RoutePlan) -> None:
+    """Fills in the routes that the plan does not know yet, from token ids alone: one launch for all segments, two where
+    one of them has more than PART tokens.
     """
-    kt, device = tables[0].shape[1], tables[0].device
-    where = [(own.data_ptr(), table.data_ptr(), own.shape[0]) for own, table in zip(ids, tables, strict=True)]
-    addresses = torch.tensor(where, dtype=torch.int64).to(device)
-    parts = triton.cdiv(max(count for _, _, count in where), PART)
-    sums = tables[0].new_empty(len(where), parts, kt)
-    block = triton.next_power_of_2(kt)
-    _bag[(len(where), parts)](addresses, sums, kt, BLOCK=block, ROWS=ROWS, PART=PART, num_warps=1)
-    return _choose(sums, addresses[:, 2], t)
+    limits, count = plan.limits, plan.records.shape[0]
+    parts = max(1, triton.cdiv(limits.tokens, PART))
+    k, t = triton.next_power_of_2(limits.k), triton.next_power_of_2(limits.t)
+    sums = plan.weights.new_empty((count, parts, k * t) if parts > 1 else (1,))
+    own = (plan.records, sums, plan.groups, plan.weights, plan.weights.stride(0), parts)
+    _bag[(count, parts)](*own, BLOCK_K=k, BLOCK_T=t, ROWS=ROWS, PART=PART, ONE=parts == 1, num_warps=1)
+    if parts > 1:
+        _pick_bag[(count,)](*own, BLOCK_K=k, BLOCK_T=t, num_warps=1)
 
 
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -63,20 +63,55 @@ def _choose(sums: Tensor, counts: Tensor, t: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _bag(addresses, sums, kt, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
-    """The sum of one part of a segment's table rows, 0 where it has no such part. `addresses` (S, 3): ids, table, n."""
-    s, part = tl.program_id(0), tl.program_id(1)
-    ids = tl.load(addresses + s * 3).to(tl.pointer_type(tl.int64))
-    table = tl.load(addresses + s * 3 + 1).to(tl.pointer_type(tl.float32))
-    count = tl.load(addresses + s * 3 + 2)
-    i = tl.arange(0, BLOCK)
-    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+def _bag(
+    records, sums, groups, weights, stride, parts,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """The sum of one part of a segment's table rows, 0 where it has no such part; the only part chooses at once.
+
+    RoutePlan.records: ids, their number (0: the route is known), table, k, t. Sums (S, parts, BLOCK_K · BLOCK_T).
+    """
+    s, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    record = records + s * 12
+    count = tl.load(record + 1)
+    if count == 0:
+        return
+    ids = tl.load(record).to(tl.pointer_type(tl.int64))
+    table = tl.load(record + 2).to(tl.pointer_type(tl.float32))
+    k, t = tl.load(record + 3), tl.load(record + 4)
+    i = tl.arange(0, BLOCK_K * BLOCK_T)
+    g, e = i // BLOCK_T, i % BLOCK_T
+    real = (g < k) & (e < t)
+    acc = tl.zeros((ROWS, BLOCK_K * BLOCK_T), tl.float32)
     for begin in range(part * PART, tl.minimum(part * PART + PART, count), ROWS):
         token = begin + tl.arange(0, ROWS)
         row = tl.load(ids + token, mask=token < count, other=0)
-        mask = (token < count)[:, None] & (i < kt)[None, :]
-        acc += tl.load(table + row[:, None] * kt + i[None, :], mask=mask, other=0.0)
-    tl.store(sums + (s * tl.num_programs(1) + part) * kt + i, tl.sum(acc, 0), mask=i < kt)
+        mask = (token < count)[:, None] & real[None, :]
+        acc += tl.load(table + row[:, None] * k * t + (g * t + e)[None, :], mask=mask, other=0.0)
+    total = tl.sum(acc, 0)
+    if ONE:
+        z = tl.reshape(total, (BLOCK_K, BLOCK_T))
+        mask = tl.reshape(real, (BLOCK_K, BLOCK_T))
+        decide(z, mask, count, groups + s, weights + s * stride, t, k, BLOCK_K, BLOCK_T)
+    else:
+        tl.store(sums + (s * parts + part) * BLOCK_K * BLOCK_T + i, total)
+
+
+@triton.jit
+def _pick_bag(records, sums, groups, weights, stride, parts, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The choice from a segment's parts, added up in order."""
+    s = tl.program_id(0).to(tl.int64)
+    record = records + s * 12
+    count = tl.load(record + 1)
+    if count == 0:
+        return
+    k, t = tl.load(record + 3), tl.load(record + 4)
+    g, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
+    z = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
+    for part in range(0, parts):
+        z += tl.load(sums + (s * parts + part) * BLOCK_K * BLOCK_T + g[:, None] * BLOCK_T + e[None, :])
+    real = (g < k)[:, None] & (e < t)[None, :]
+    decide(z, real, count, groups + s, weights + s * stride, t, k, BLOCK_K, BLOCK_T)
 
 
 @triton.jit

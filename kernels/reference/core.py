@@ -3,20 +3,25 @@
 import torch
 from torch import Tensor
 
+from tucka_runtime.kernels.routes import RoutePlan
 
-def core(
-    c: Tensor, g: Tensor, member: Tensor, groups: Tensor, weights: Tensor, modules: Tensor, rows: Tensor, out: Tensor
-) -> None:
-    """out[rows[s], modules[m], :r, :r] = Σ_j w_j G[a, m, groups[s], j] with w_j = Σ_i weights[s, i] C[a, m, i, j] and
-    a = member[s].
 
-    A adapters of one shape: c (A, M, t, p), g (A, M, k, p, r, r) fp32, both normalised. S segments: member (S,) int64
-    of them, groups (S,) int64, weights (S, t) fp32, rows (S,) int64 of out (·, N, R, R), R >= r; modules (M,) int64 of
-    its N. M is linear in the p slices, so t experts cost p products.
+def core(plan: RoutePlan, out: Tensor) -> None:
+    """out[row, slots[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the plan's
+    segments and all M modules of its adapter.
+
+    out (rows, N, R, R), R >= r. M is linear in the p slices, so t experts cost p products. Segments of equally shaped
+    adapters go together.
     """
-    m, _, p, r, _ = g.shape[1:]
-    count = len(rows)
-    w = torch.matmul(weights[:, None, None, :], c.index_select(0, member))  # (S, M, 1, p)
-    slices = g[member, :, groups].view(count * m, p, r * r)
-    cores = torch.bmm(w.view(count * m, 1, p), slices).view(count, m, r, r)
-    out[rows[:, None], modules[None, :], :r, :r] = cores.to(out.dtype)
+    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for s, adapter in enumerate(plan.adapters):
+        alike.setdefault((adapter.c.shape, adapter.g.shape), []).append(s)
+    groups = plan.groups.tolist()
+    for (c_shape, (m, _, p, r, _)), members in alike.items():
+        own = [plan.adapters[s] for s in members]
+        at = torch.tensor([[s, plan.core_rows[s]] for s in members]).to(out.device)
+        weights = plan.weights[:, : c_shape[1]].index_select(0, at[:, 0])
+        w = torch.matmul(weights[:, None, None, :], torch.stack([a.c for a in own]))  # (S, M, 1, p)
+        slices = torch.stack([a.g[:, groups[s]] for a, s in zip(own, members, strict=True)])
+        cores = torch.bmm(w.view(-1, 1, p), slices.view(-1, p, r * r)).view(len(own), m, r, r)
+        out[at[:, 1:], torch.stack([a.slots for a in own]), :r, :r] = cores.to(out.dtype)

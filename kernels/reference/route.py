@@ -1,9 +1,9 @@
 """Route: which expert group a segment takes and with which weights (docs/architecture.md)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from tucka_runtime.kernels.routes import RoutePlan
 
 
 def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -20,14 +20,25 @@ def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
     return groups, scores.gather(1, groups[:, None, None].expand(-1, 1, t)).squeeze(1)
 
 
-def route_ids(ids: Sequence[Tensor], tables: Sequence[Tensor], t: int) -> tuple[Tensor, Tensor]:
-    """Routes of S segments from their token ids alone: exact where the router's input is a function of the token.
-
-    ids: S tensors (n_s,) int64; tables: S tensors (vocab, k·t) fp32, router input of each token times the centroids,
-    all of the same k and t. Logits are linear in the mean, so the mean of table rows is the logits of the mean.
+def route_ids(plan: RoutePlan) -> None:
+    """Fills in the routes that the plan does not know yet, from token ids alone: exact where the router's input is a
+    function of the token. Logits are linear in the mean, so the mean of table rows is the logits of the mean.
     """
-    means = [table.index_select(0, own).mean(dim=0) for own, table in zip(ids, tables, strict=True)]
-    return select(torch.stack(means), t)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for s, (adapter, own) in enumerate(zip(plan.adapters, plan.ids, strict=True)):
+        if own is not None:
+            alike.setdefault((adapter.k, adapter.t), []).append(s)
+    for (_, t), members in alike.items():
+        means = [_mean_row(plan.adapters[s].table, plan.ids[s]) for s in members]
+        groups, weights = select(torch.stack(means), t)
+        at = torch.tensor(members).to(groups.device)
+        plan.groups.index_copy_(0, at, groups)
+        plan.weights[:, :t].index_copy_(0, at, weights)
+
+
+def _mean_row(table: Tensor | None, ids: Tensor | None) -> Tensor:
+    assert table is not None and ids is not None
+    return table.index_select(0, ids).mean(dim=0)
 
 
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> Tensor:
     """x (T, d_in) -> h (T, n, R) in the factors' type, zero beyond a row's own ranks and on base rows.
 
-    cores (S, n, Rc, Rc), identity where a segment's core is constant; None: all are. R is the largest rank.
+    cores (C, n, Rc, Rc), where a segment takes its own by Segments.core_rows, the identity if its core is constant;
+    None: all are. R is the largest rank.
     An (r, r) core with r < Rc is the upper left block of its (Rc, Rc); the blocks beside it are zero. A rank over Rc
     has no core (it is a LoRA's).
     """
@@ -20,12 +21,12 @@ def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan
         h = linear(x, site.u_all).gather(1, plan.gather).view(-1, n, rank)
         if cores is not None:
             size = min(cores.shape[-1], rank)
-            own = cores[..., :size, :size].index_select(0, plan.segments.row)
+            own = cores[..., :size, :size].index_select(0, plan.segments.core)
             mixed = torch.matmul(h[..., None, :size], own).squeeze(2)
             h = mixed if size == rank else torch.cat([mixed, h[..., size:]], dim=2)
         return h
     h = x.new_zeros(x.shape[0], n, rank)
-    for s, (first, end, a) in enumerate(plan.segments.spans):
+    for s, (first, end, a) in zip(plan.segments.core_rows, plan.segments.spans, strict=True):
         for j, u in enumerate(site.u[a]):
             if u is not None:
                 r = u.shape[0]

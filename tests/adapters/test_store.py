@@ -9,7 +9,7 @@ from driving import build, prompt, relative, routed_cores, save_lora, save_model
 
 from tucka_runtime.adapters.format import TuckAConfig, read_adapter
 from tucka_runtime.adapters.store import ACTIVE_SETS, AdapterStore, base_layout, fold, locate
-from tucka_runtime.core import FoldedAdapter, Where
+from tucka_runtime.core import FoldedAdapter, SlotTable, Where
 from tucka_runtime.engine import Engine
 from tucka_runtime.errors import (
     AdapterCapacityError,
@@ -181,7 +181,7 @@ def test_bytes_are_those_of_the_exact_ranks(tmp_path: Path):
     save_tucka(tmp_path / "a", engine.layout, r=3, k=2, t=2, p=1)
     shapes = [engine.layout.linears[f"model.layers.{i}.self_attn.{n}_proj"] for i in range(2) for n in "qv"]
     factors = sum(3 * (d_in + d_out) for d_in, d_out in shapes)
-    routed = len(shapes) * (2 * 1 * 9 + 2 * 1) + 4 * 32 + 4 * 97
+    routed = len(shapes) * (2 * 1 * 9 + 2 * 1 + 2) + 4 * 32 + 4 * 97  # the 2: an int64 of its place
     assert folded(engine, tmp_path / "a").num_bytes == 4 * (factors + routed)
 
 
@@ -205,7 +205,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, dict[str, 
 @pytest.fixture
 def store(pieces: tuple[Engine, dict[str, FoldedAdapter]]) -> AdapterStore:
     runner = pieces[0].runner
-    store = AdapterStore(runner.arch, runner.device, runner.dtype, 7, pool=True)
+    store = AdapterStore(runner.arch, runner.device, runner.dtype, 7, fused=False)
     for adapter in pieces[1].values():
         store.add(adapter)
     return store
@@ -229,7 +229,7 @@ def test_an_unloaded_adapter_stays_until_its_last_lease_ends(store: AdapterStore
     store.unload(key)
     with pytest.raises(ModelNotFoundError):
         store.lease(key)
-    assert store.activate([key]).adapters[0].key == key
+    assert list(store.activate([key]).folded) == [key]
     store.release(key)
     assert key in store.loaded
     store.release(key)
@@ -267,24 +267,42 @@ def test_stacked_sets_are_kept_within_reason(store: AdapterStore):
 
 def test_a_stacked_set_holds_each_adapters_own_factors(store: AdapterStore):
     active = store.activate(AdapterKey(name, 1) for name in ("f", "lora", "a"))
-    assert [a.key.name for a in active.adapters] == ["a", "f", "lora"]
-    assert active.index == {a.key: i for i, a in enumerate(active.adapters)}
+    adapters = list(active.folded.values())
+    assert [a.key.name for a in adapters] == ["a", "f", "lora"]
+    assert active.index == {a.key: i for i, a in enumerate(adapters)}
     assert active.core_rank == 7
     for (layer, site), stacked in active.sites.items():
-        for i, adapter in enumerate(active.adapters):
+        for i, adapter in enumerate(adapters):
             for j, (u, e) in enumerate(zip(stacked.u[i], stacked.e[i], strict=True)):
                 expected = adapter.factors.get(Where(layer, site, j))
                 assert (u is None) == (e is None) == (expected is None)
                 if expected is not None:
                     assert u is expected[0] and e is expected[1], "stacked without a copy"
                 assert stacked.ranks[i][j] == (0 if u is None else u.shape[0])
-    assert active.member[2] is None
-    for adapter, member in zip(active.adapters[:2], active.member[:2], strict=True):
-        bank, place = active.banks[member[0]], member[1]
-        assert torch.equal(bank.g[place], adapter.routed.g)
-        assert torch.equal(bank.c[place], adapter.routed.c)
-        rows = [active.slots[at.layer, at.site] + at.target for at in adapter.routed.places]
-        assert bank.modules.tolist() == rows
+
+
+def test_a_slot_table_holds_the_addresses_of_what_is_loaded(store: AdapterStore):
+    """Also after others came and went; a slot that is free again has no rank."""
+    arch = store.arch
+    table = SlotTable(arch, 3, store.dtype, store.device)
+    a, f, lora = (store.loaded[AdapterKey(name, 1)].folded for name in ("a", "f", "lora"))
+    table.add(a)
+    table.add(f)
+    table.remove(a.key)
+    table.add(lora)
+    active = table.active([f, lora])
+    assert set(active.sites) == f.sites | lora.sites
+    for slot in range(table.capacity):
+        owner = next((x for x in (f, lora) if table.slot[x.key] == slot), None)
+        for layer in range(arch.num_layers):
+            for s, site in enumerate(arch.sites):
+                for j in range(len(site.targets)):
+                    own = owner.factors.get(Where(layer, s, j)) if owner else None
+                    u, e = (0, 0) if own is None else (own[0].data_ptr(), own[1].data_ptr())
+                    here = table.sites[layer, s]
+                    assert (here.u_ptr[slot, j], here.e_ptr[slot, j]) == (u, e)
+                    assert here.rank[slot, j] == (0 if own is None else len(own[0]))
+                assert here.columns == site.columns and here.d_in == site.d_in
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 3e38), (torch.float16, 7e4)])

@@ -11,15 +11,6 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What cannot run here is deselected, and said to be so in pytest's last line."""
-    unfit = "interpreted" if torch.cuda.is_available() else "gpu"
-    out = [item for item in items if item.get_closest_marker(unfit)]
-    if out:
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if not item.get_closest_marker(unfit)]
-
-
 def _use(device: str) -> Iterator[None]:
     torch.set_default_device(device)
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from delta_cases import LIMITS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_reference_route import routed
 from torch import Tensor
 
 from tucka_runtime.kernels.fused import (
@@ -25,6 +26,7 @@ from tucka_runtime.kernels.reference import expand_qkv_rope_kv as qkv_ref
 from tucka_runtime.kernels.reference import expand_residual as residual_ref
 from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
 from tucka_runtime.kernels.reference import norm as norm_ref
+from tucka_runtime.kernels.routes import RoutePlan
 from tucka_runtime.kernels.segments import Segments, SitePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -304,12 +306,12 @@ def test_norm_of_a_slice() -> None:
     ("k", "t", "p", "r"), [(1, 1, 1, 4), (3, 2, 2, 8), (4, 16, 3, 6), (64, 1, 1, 4), (2, 3, 2, 40)]
 )
 def test_core(k: int, t: int, p: int, r: int) -> None:
-    c, g = torch.randn(2, 3, t, p), torch.randn(2, 3, k, p, r, r)
-    member, groups, rows = torch.tensor([1, 0, 1]), torch.tensor([k - 1, 0, 0]), torch.tensor([2, 0, 3])
-    weights, modules = torch.rand(3, t), torch.tensor([4, 0, 2])
-    got, want = torch.full((4, 5, r + 2, r + 2), 7.0), torch.full((4, 5, r + 2, r + 2), 7.0, dtype=torch.float64)
-    core.core(c, g, member, groups, weights, modules, rows, got)
-    core_ref.core(c.double(), g.double(), member, groups, weights.double(), modules, rows, want)
+    adapters = [routed(k, t, 1, 3, p, r), routed(k, t, 1, 3, p, r), routed(2, 2, 1, 2, 1, r + 1)]
+    known = [(k - 1, torch.rand(t).tolist()), (0, torch.rand(t).tolist()), (1, [0.5, 0.25])]
+    plan = RoutePlan.build(adapters, [2, 0, 3], [None] * 3, known, torch.get_default_device())
+    got, want = (torch.full((4, 5, r + 2, r + 2), 7.0) for _ in range(2))
+    core.core(plan, got)
+    core_ref.core(plan, want)
     assert delta_cases.relative(got, want) <= 1e-5
     assert torch.equal(got == 7, want == 7)
 

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from delta_cases import LIMITS, relative
-from test_reference_route import PAGES, check_route, filtered64, paged
+from test_reference_route import PAGES, check_route, check_routes, filtered64, paged, routed
 
 from tucka_runtime.kernels.fused import attention, route, sample
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
+from tucka_runtime.kernels.routes import RoutePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -21,11 +22,7 @@ def test_route(k: int, t: int, n: int) -> None:
     d, vocab = 70, 50
     centroids, x = torch.randn(k * t, d), torch.randn(n, d + 3)[:, :d]
     check_route(route.route_hidden(x, centroids, t), centroids.double() @ x.double().mean(0), t)
-    table, ids = torch.randn(vocab, k * t), torch.randint(0, vocab, (n,))
-    others = torch.randn(vocab, k * t), torch.randint(0, vocab, (n + 3,))
-    groups, weights = route.route_ids([ids, others[1]], [table, others[0]], t)
-    for s, (rows, own) in enumerate(((table, ids), others)):
-        check_route((groups[s : s + 1], weights[s : s + 1]), rows.double()[own].mean(0), t)
+    check_routes(route.route_ids, [(k, t, n), (2, 3, n + 3), (k, t, 1)], vocab)
 
 
 @pytest.mark.usefixtures("device")
@@ -46,9 +43,11 @@ def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:
 
 @pytest.mark.usefixtures("device")
 def test_route_repeats_bit_for_bit() -> None:
-    table, ids = torch.randn(50, 12), torch.randint(0, 50, (700,))
-    runs = [route.route_ids([ids], [table], 3)[1] for _ in range(3)]
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    ids, adapter = torch.randint(0, 50, (700,)), routed(4, 3, 50)
+    plans = [RoutePlan.build([adapter], [0], [ids], [None], torch.get_default_device()) for _ in range(3)]
+    for plan in plans:
+        route.route_ids(plan)
+        assert torch.equal(plan.weights, plans[0].weights) and torch.equal(plan.groups, plans[0].groups)
 
 
 def caches(slots_of: list[list[int]], block: int, kv_heads: int, d: int, dtype: torch.dtype) -> list[torch.Tensor]:

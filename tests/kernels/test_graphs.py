@@ -60,7 +60,9 @@ class Bucket:
             rank=torch.zeros_like(case.site.rank),
         )
         self.plan = SitePlan.build(segments, case.site, max_rank=RANK)
-        self.pages = dataclasses.replace(pages, tables=torch.zeros(ROWS, WIDTH, dtype=torch.int32))
+        self.pages = dataclasses.replace(
+            pages, pages=torch.zeros(ROWS * WIDTH, dtype=torch.int32), longest=WIDTH * BLOCK
+        )
 
     def fill(self, case: delta_cases.Case, pages: PagePlan) -> None:
         segments = case.plan.segments
@@ -72,8 +74,8 @@ class Bucket:
         self.cores[: len(case.cores)].copy_(case.cores)
         for name in ("u_ptr", "e_ptr", "rank"):
             getattr(self.site, name).copy_(getattr(case.site, name))
-        self.pages.tables[:, : pages.tables.shape[1]].copy_(pages.tables)
-        for name in ("length", "write_slots"):
+        self.pages.pages[: len(pages.pages)].copy_(pages.pages)
+        for name in ("length", "write_slots", "first_page"):
             getattr(self.pages, name).copy_(getattr(pages, name))
 
     def step(self) -> dict[str, Tensor]:

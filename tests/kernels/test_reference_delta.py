@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_reference_route import routed
 
 from tucka_runtime.kernels.reference.core import core
 from tucka_runtime.kernels.reference.expand import expand
@@ -14,6 +15,7 @@ from tucka_runtime.kernels.reference.expand_qkv_rope_kv import expand_qkv_rope_k
 from tucka_runtime.kernels.reference.expand_residual import expand_residual
 from tucka_runtime.kernels.reference.expand_swiglu import expand_swiglu
 from tucka_runtime.kernels.reference.shrink_core import shrink_core
+from tucka_runtime.kernels.routes import RoutePlan
 from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 LIMIT = 1e-5
@@ -73,19 +75,25 @@ def test_any_layout(layout: delta_cases.Layout, table: list[list[int]], core_siz
     ("k", "t", "p", "r"), [(1, 1, 1, 4), (3, 2, 2, 8), (4, 16, 3, 6), (64, 1, 1, 4), (1, 64, 2, 4)]
 )
 def test_core(k: int, t: int, p: int, r: int) -> None:
-    m, size = 3, r + 2
-    c, g = torch.randn(2, m, t, p), torch.randn(2, m, k, p, r, r)
-    member, groups, rows = torch.tensor([1, 0, 1]), torch.tensor([k - 1, 0, 0]), torch.tensor([2, 0, 3])
-    weights, modules = torch.rand(3, t), torch.tensor([4, 0, 2])
-    out = torch.full((4, 5, size, size), 7.0)
-    core(c, g, member, groups, weights, modules, rows, out)
+    """Segments of adapters of two shapes, one adapter twice under different routes."""
+    adapters = [routed(k, t, 1, 3, p, r), routed(k, t, 1, 3, p, r), routed(2, 2, 1, 2, 1, r + 1)]
+    member, rows = [1, 0, 1, 2], [2, 0, 3, 1]
+    known = [
+        (k - 1, torch.rand(t).tolist()),
+        (0, torch.rand(t).tolist()),
+        (0, torch.rand(t).tolist()),
+        (1, [0.5, 0.25]),
+    ]
+    plan = RoutePlan.build([adapters[a] for a in member], rows, [None] * 4, known, torch.get_default_device())
+    out = torch.full((5, 5, r + 2, r + 2), 7.0)
+    core(plan, out)
     untouched = torch.ones_like(out, dtype=torch.bool)
-    for s in range(3):
-        a, group = int(member[s]), int(groups[s])
-        for i, row in enumerate(modules.tolist()):
-            want = torch.einsum("i,ij,jab->ab", weights[s].double(), c[a, i].double(), g[a, i, group].double())
-            assert delta_cases.relative(out[rows[s], row, :r, :r], want) <= LIMIT
-            untouched[rows[s], row, :r, :r] = False
+    for a, row, (group, weights) in zip(member, rows, known, strict=True):
+        own, w = adapters[a], torch.tensor(weights, dtype=torch.float64)
+        for m, slot in enumerate(own.slots.tolist()):
+            want = torch.einsum("i,ij,jab->ab", w, own.c[m].double(), own.g[m, group].double())
+            assert delta_cases.relative(out[row, slot, : own.rank, : own.rank], want) <= LIMIT
+            untouched[row, slot, : own.rank, : own.rank] = False
     assert (out[untouched] == 7).all()
 
 

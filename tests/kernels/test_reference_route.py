@@ -1,6 +1,7 @@
 """Route, norm, sampling and attention of the reference against float64."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tucka_runtime.kernels.pages import PagePlan
 from tucka_runtime.kernels.reference import attention, norm, route, sample
+from tucka_runtime.kernels.routes import Routed, RoutePlan
 
 LIMIT = 1e-5
 
@@ -33,6 +35,27 @@ def check_route(got: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor, t:
     assert got[0].dtype == torch.int64 and got[0].shape == (1,) and got[1].shape == (1, t)
 
 
+def routed(k: int, t: int, vocab: int = 1, modules: int = 1, p: int = 1, r: int = 1) -> Routed:
+    """What a random adapter's routes and cores are made of."""
+    slots = torch.arange(modules) * 2 % 5
+    return Routed(torch.randn(modules, t, p), torch.randn(modules, k, p, r, r), slots, torch.randn(vocab, k * t))
+
+
+def check_routes(route_ids: Callable[[RoutePlan], None], shapes: list[tuple[int, int, int]], vocab: int) -> None:
+    """Segments of any shapes (k, t, tokens) in one go, and one among them whose route is known."""
+    known = 3, [0.25, 0.5]
+    adapters = [routed(4, 2, vocab), *(routed(k, t, vocab) for k, t, _ in shapes)]
+    ids = [None, *(torch.randint(0, vocab, (n,)) for _, _, n in shapes)]
+    plan = RoutePlan.build(adapters, range(len(ids)), ids, [known, *[None] * len(shapes)], torch.get_default_device())
+    route_ids(plan)
+    assert plan.groups[0] == known[0] and plan.weights[0, :2].tolist() == known[1]
+    for s, (adapter, own) in enumerate(zip(adapters, ids, strict=True)):
+        if own is not None:
+            assert adapter.table is not None
+            got = plan.groups[s : s + 1], plan.weights[s : s + 1, : adapter.t]
+            check_route(got, adapter.table.double()[own].mean(0), adapter.t)
+
+
 @pytest.mark.parametrize(("k", "t"), [(1, 1), (3, 2), (4, 16), (64, 1), (1, 64), (8, 8)])
 def test_route(k: int, t: int) -> None:
     d, n, vocab = 24, 7, 50
@@ -40,11 +63,7 @@ def test_route(k: int, t: int) -> None:
     logits = centroids.double() @ x.double().mean(0)
     check_route(route.route_hidden(x, centroids, t), logits, t)
     check_route(route.route_hidden(x[:1].half(), centroids, t), centroids.double() @ x[0].half().double(), t)
-    table, ids = torch.randn(vocab, k * t), torch.randint(0, vocab, (n,))
-    others = torch.randn(vocab, k * t), torch.randint(0, vocab, (n + 3,))
-    groups, weights = route.route_ids([ids, others[1]], [table, others[0]], t)
-    for s, (rows, own) in enumerate(((table, ids), others)):
-        check_route((groups[s : s + 1], weights[s : s + 1]), rows.double()[own].mean(0), t)
+    check_routes(route.route_ids, [(k, t, n), (2, 3, n + 3), (k, t, 1)], vocab)
 
 
 def test_lowest_group_wins_a_tie_and_zero_logits_score_a_half() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.adapters.format import Adapter, BaseLayout, LoRAModule, TuckAConfig, TuckAModule
-from tucka_runtime.core import ActiveSet, FoldedAdapter, Router, TuckACores, Where
+from tucka_runtime.core import ActiveSet, FoldedAdapter, Router, SlotTable, TuckACores, Where
 from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, InvalidAdapterError, ModelNotFoundError
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.decoder import QKV, Decoder
@@ -81,7 +81,9 @@ def fold(
     if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
         router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, model)
-        routed = TuckACores([at for at, _, _ in cores], g, c, router)
+        numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
+        slots = torch.tensor(numbers, dtype=torch.int64).to(device)
+        routed = TuckACores([at for at, _, _ in cores], slots, g, c, router)
     folded = FoldedAdapter(key, adapter.digest, factors, routed, saved)
     # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base.
     if not all(bool(t.isfinite().all()) for t in folded.tensors()):
@@ -131,12 +133,14 @@ class _Loaded:
 class AdapterStore:
     """Adapters by (name, generation). A sequence leases its adapter; an unloaded one goes when its last lease does."""
 
-    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype, capacity: int, pool: bool):
+    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype, capacity: int, fused: bool):
+        """`fused`: the adapters' places are kept in a SlotTable, for the fused kernels; else those of each batch are
+        stacked, for the reference."""
         self.arch = arch
         self.device = device
         self.dtype = dtype
         self.capacity = capacity
-        self.pool = pool
+        self.table = SlotTable(arch, capacity, dtype, device) if fused else None
         self.loaded: dict[AdapterKey, _Loaded] = {}
         self.active: OrderedDict[frozenset[AdapterKey], ActiveSet] = OrderedDict()
 
@@ -151,6 +155,8 @@ class AdapterStore:
         self.reserve()
         if folded.key in self.loaded:
             raise AdapterConflictError("This generation of the adapter is loaded already.")
+        if self.table is not None:
+            self.table.add(folded)
         self.loaded[folded.key] = _Loaded(folded)
 
     def lease(self, key: AdapterKey) -> FoldedAdapter:
@@ -176,11 +182,13 @@ class AdapterStore:
 
     def _drop(self, key: AdapterKey) -> None:
         del self.loaded[key]
+        if self.table is not None:
+            self.table.remove(key)
         for members in [m for m in self.active if key in m]:
             del self.active[members]
 
     def activate(self, keys: Iterable[AdapterKey]) -> ActiveSet:
-        """The stacked weights of the adapters of one batch.
+        """The adapters of one batch.
 
         A set that has them all and not twice as many is reused, so that a finished request does not cost a rebuild.
         """
@@ -190,7 +198,10 @@ class AdapterStore:
                 self.active.move_to_end(members)
                 return active
         adapters = [self.loaded[key].folded for key in sorted(wanted, key=lambda k: (k.name, k.generation))]
-        active = ActiveSet.build(adapters, self.arch.sites, self.dtype, self.device, self.pool)
+        if self.table is not None:
+            active = self.table.active(adapters)
+        else:
+            active = ActiveSet.stack(adapters, self.arch, self.dtype, self.device)
         self.active[wanted] = active
         if len(self.active) > ACTIVE_SETS:
             self.active.popitem(last=False)

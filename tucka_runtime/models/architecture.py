@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from tucka_runtime.errors import ModelLoadError
@@ -16,6 +17,11 @@ class Site:
     d_in: int
     widths: tuple[int, ...]
     bias: bool
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Borders of the targets in the packed output."""
+        return tuple(accumulate(self.widths, initial=0))
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,14 @@ class Architecture:
 
     def path(self, layer: int, name: str) -> str:
         return f"{self.layer.format(layer)}.{name}"
+
+    @property
+    def num_linears(self) -> int:
+        return self.num_layers * sum(len(site.targets) for site in self.sites)
+
+    def first_linear(self, layer: int, site: int) -> int:
+        """The number of a site's first linear, counted through the decoder."""
+        return layer * sum(len(s.targets) for s in self.sites) + sum(len(s.targets) for s in self.sites[:site])
 
 
 Family = Callable[[Any], Architecture]

@@ -98,6 +98,7 @@ class Decoder:
     def _linear(self, layer: int, site: int, x: Tensor, delta: Delta) -> Tensor:
         base = self.weights.layers[layer].linears[site]
         y = base(x)
+        delta.join()
         if delta.replaces:
             spec = self.arch.sites[site]
             first = 0
