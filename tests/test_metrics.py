@@ -53,8 +53,9 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def serve_one(metrics: Metrics, model: str = "fin") -> None:
     metrics.admitted(model, prompt_tokens=10, sequences=1)
     metrics.first_token(model, 0.3, cached_tokens=4, timing=Timing(100.0, 100.1, 100.2, 0.0))
-    metrics.tokens(1, None)
-    metrics.tokens(2, 0.05)
+    metrics.tokens(1)
+    metrics.tokens(2)
+    metrics.waited(0.05, 2)
     metrics.decoded(0.05)
     metrics.finished(model, FinishReason.LENGTH, route_changes=2)
     metrics.closed(model, 0.4, generated=3, failed=False)

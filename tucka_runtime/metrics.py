@@ -59,9 +59,13 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of admitted requests")
         self._cached_tokens = self._counter("cached_prompt_tokens", "prompt tokens whose KV was reused")
         self._generation_tokens = self._counter("generation_tokens", "tokens generated")
-        self._first_token = self._histogram("time_to_first_token_seconds", "request read to first token", TTFT_SECONDS)
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "request's first bytes to first token sent", TTFT_SECONDS
+        )
         self._inter_token = self._histogram("inter_token_seconds", "between two tokens of a sequence", TOKEN_SECONDS)
-        self._latency = self._histogram("request_latency_seconds", "request read to last token", LATENCY_SECONDS)
+        self._latency = self._histogram(
+            "request_latency_seconds", "request's first bytes to last token sent", LATENCY_SECONDS
+        )
         self._queue = self._histogram("request_queue_seconds", "accepted by the engine to scheduled", TTFT_SECONDS)
         self._prefill = self._histogram("request_prefill_seconds", "scheduled to first token", TTFT_SECONDS)
         self._decode = self._histogram("request_decode_seconds", "first token to last token", LATENCY_SECONDS)
@@ -123,7 +127,7 @@ class Metrics:
         self.adapters.admitted(model, prompt_tokens)
 
     def first_token(self, model: str, seconds: float, cached_tokens: int, timing: Timing | None) -> None:
-        """A sequence's first token came `seconds` after the request."""
+        """A sequence's first token was sent `seconds` after the request's first bytes had come."""
         self._first_token.observe(seconds)
         self._cached_tokens.inc(cached_tokens)
         self.adapters.first_token(model, seconds)
@@ -131,10 +135,13 @@ class Metrics:
             self._queue.observe(timing.scheduled - timing.arrived)
             self._prefill.observe(timing.first_token - timing.scheduled)
 
-    def tokens(self, count: int, seconds: float | None) -> None:
-        """A step brought tokens, `seconds` after the ones before (None: there were none)."""
+    def tokens(self, count: int) -> None:
+        """A step brought a sequence so many tokens."""
         self._generation_tokens.inc(count)
-        if seconds is not None and count:
+
+    def waited(self, seconds: float, count: int) -> None:
+        """A sequence's next `count` tokens were sent `seconds` after the ones before."""
+        if count:
             self._inter_token.observe(seconds / count)
 
     def finished(self, model: str, reason: FinishReason, count: int = 1, route_changes: int | None = None) -> None:
@@ -152,7 +159,7 @@ class Metrics:
         self._decode.observe(seconds)
 
     def closed(self, model: str, seconds: float, generated: int, failed: bool) -> None:
-        """A request ended, `seconds` after it was read."""
+        """A request ended, `seconds` after its first bytes had come."""
         self._latency.observe(seconds)
         self.adapters.closed(model, seconds, generated, failed)
 
