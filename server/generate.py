@@ -146,7 +146,7 @@ class Generation:
                     self._stream.end(output.index)
                 self._record.output(output)
                 yield Step(output.index, delta, output)
-                self._record.sent(output, bool(delta.text or delta.tokens or delta.finish_reason))
+                self._record.sent(output, self._shows(delta))
                 if delta.finish_reason is not None:
                     self._record.finished(output, delta.finish_reason)
                 unfinished -= text.finished
@@ -162,6 +162,10 @@ class Generation:
             if self.adapter:
                 self._service.adapters.release(self.adapter.key)
             self._record.close()
+
+    def _shows(self, delta: Delta) -> bool:
+        """Whether a reader sees something new: not so with half a character, or with a token that has no text."""
+        return bool(delta.text or delta.finish_reason or (delta.tokens and self._service.tokenizer is None))
 
 
 def _raise_failure(output: SequenceOutput) -> None:

@@ -47,7 +47,8 @@ class Origin:
 
 @dataclass
 class SequenceRecord:
-    """Times are `time.monotonic()`; 0 is not yet. `first` is when the first token was sent, `last` the latest."""
+    """Times are `time.monotonic()`; 0 is not yet. `first` is when the first text was sent, `last` the
+    latest token."""
 
     first: float = 0.0
     last: float = 0.0
@@ -91,8 +92,8 @@ class RequestRecord:
         self.metrics.tokens(len(output.token_ids))
 
     def sent(self, output: SequenceOutput, shown: bool) -> None:
-        """What this output brought has been written to the client, or is kept for a whole answer. `shown`: it brought
-        something; half a character, or what may become a stop string, waits for the next."""
+        """What this output brought has been written to the client, or is kept for a whole answer. `shown`: there was
+        something to see in it."""
         now, sequence = time.monotonic(), self.sequences[output.index]
         if shown and not sequence.first:
             sequence.first = now
