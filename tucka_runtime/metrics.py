@@ -165,6 +165,11 @@ class Metrics:
 
     # What the engine tells.
 
+    def on_idle(self, stats: StepStats | None) -> None:
+        """Takes what the engine holds when it has no work. It should be nothing, but it is the engine that says so.
+        None: the engine died."""
+        self._stats = stats
+
     def on_step(self, stats: StepStats) -> None:
         """Takes the figures of one engine step."""
         self._stats = stats
@@ -188,14 +193,16 @@ class Metrics:
         self._preemptions = stats.preemptions
 
     def render(self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "") -> bytes:
-        """The exposition text. The engine tells of itself only while it steps, so what is in flight is known here."""
-        stats, in_flight = self._stats, self._in_flight.total()
-        running = min(stats.running, in_flight) if stats and up else 0
-        used, blocks = (stats.blocks_used if in_flight and up else 0, stats.blocks_total) if stats else (0, 0)
-        if not blocks and info is not None and self._block_size:
+        """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
+        what it never gave back shows."""
+        stats = self._stats if up else None
+        running, waiting, used, blocks = 0, 0, 0, 0
+        if stats is not None:
+            running, waiting, used, blocks = stats.running, stats.waiting, stats.blocks_used, stats.blocks_total
+        elif info is not None and self._block_size:
             blocks = info.kv_cache_tokens // self._block_size
         self._running.set(running)
-        self._waiting.set(in_flight - running)
+        self._waiting.set(waiting)
         self._kv_used.set(used)
         self._kv_total.set(blocks)
         self._engine_up.set(up)
@@ -207,17 +214,17 @@ class Metrics:
             self._engine_info.labels(version, info.model_type, info.dtype, info.device).set(1)
         parts = [generate_latest(self._registry), *self.adapters.render()]
         if self._vllm is not None:
-            active = {key.name for key in stats.active} if stats and running else set()
+            active = {key.name for key in stats.active if key.name in self.adapters} if stats and running else set()
             asked = {name for name in self._in_flight if name in self.adapters}
             load = Load(
                 running=running,
-                waiting=in_flight - running,
+                waiting=waiting,
                 kv_usage=used / blocks if blocks else 0.0,
                 block_size=self._block_size,
                 num_blocks=blocks,
                 max_adapters=self._max_adapters,
                 loaded=self.adapters.names(),
-                running_adapters=asked & active,
+                running_adapters=active,
                 waiting_adapters=asked - active,
             )
             parts.append(self._vllm.render(load))
