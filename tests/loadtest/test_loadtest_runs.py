@@ -378,6 +378,13 @@ def test_the_sweep_finds_the_knee_of_a_known_server(capacity):
     assert len(search.points) < 25
 
 
+def test_a_file_that_cannot_be_written_costs_no_figures(fake, tmp_path, capsys):
+    flags = ["--requests", "2", "--canary-rate", "0", "--warmup", "0", "--quiet", "--json", str(tmp_path)]
+    assert cli.main(["--url", fake(adapters=ADAPTERS), *flags]) == 1
+    printed = capsys.readouterr()
+    assert "cannot be written" in printed.err and "request throughput" in printed.out
+
+
 def test_the_sweep_stops_when_the_client_is_the_limit():
     async def measure(rate):
         return {"good_share": 1.0, "client_limited": rate > 4}
