@@ -6,24 +6,16 @@ docs/operations.md lists every series; a test compares it with this file.
 
 from collections import Counter as Multiset
 from collections.abc import Callable
+from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from tucka_runtime.adapter_metrics import AdapterMetrics
 from tucka_runtime.errors import AdapterError
+from tucka_runtime.exposition import Family, Histogram, Series, Value
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import FinishReason, Timing
 from tucka_runtime.vllm_metrics import Load, VLLMMetrics
-
-disable_created_metrics()
 
 # Borders are those that objectives are set on: a share below one of them is exact.
 TTFT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
@@ -40,7 +32,8 @@ class Metrics:
     """All series. `model_name` is what requests call the base by."""
 
     def __init__(self, model_name: str = "base", max_adapters: int = 0, block_size: int = 0, vllm: bool = True):
-        self._registry = CollectorRegistry()
+        self._families: list[Family[Any]] = []
+        self._processes = CollectorRegistry()
         self.adapters = AdapterMetrics(model_name)
         self._vllm = VLLMMetrics(model_name) if vllm else None
         self._max_adapters, self._block_size = max_adapters, block_size
@@ -49,11 +42,11 @@ class Metrics:
         self._preemptions = self._restarts = 0
         self._define_requests()
         self._define_engine()
-        ProcessCollector(registry=self._registry)
+        ProcessCollector(registry=self._processes)
 
     def _define_requests(self) -> None:
-        self.http_requests = self._counter("http_requests", "HTTP requests answered", "route", "method", "code")
-        self._requests = self._counter("requests", "sequences finished, by finish reason", "finish_reason")
+        self.http_requests = self._counters("http_requests", "HTTP requests answered", "route", "method", "code")
+        self._requests = self._counters("requests", "sequences finished, by finish reason", "finish_reason")
         for reason in FinishReason:
             self._requests.labels(str(reason))
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of admitted requests")
@@ -74,13 +67,15 @@ class Metrics:
         self._waiting = self._gauge("requests_waiting", "sequences accepted and not in the batch")
 
     def _define_engine(self) -> None:
-        self._engine_info = self._gauge("engine_info", "1; what is served", "version", "type", "dtype", "device")
+        self._engine_info = self._family(
+            "engine_info", "gauge", "1; what is served", ("version", "type", "dtype", "device"), Value
+        )
         self._engine_up = self._gauge("engine_up", "1 while the engine process serves")
         self._engine_restarts = self._counter("engine_restarts", "engine processes started after the first")
         self._steps = self._counter("steps", "forward passes")
-        stage_seconds = self._counter("step_seconds", "time the engine spent, by stage", "stage")
+        stage_seconds = self._counters("step_seconds", "time the engine spent, by stage", "stage")
         self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
-        tokens = self._counter("step_tokens", "tokens the engine computed, by kind", "kind")
+        tokens = self._counters("step_tokens", "tokens the engine computed, by kind", "kind")
         self._prefilled, self._decoded = tokens.labels("prefill"), tokens.labels("decode")
         self._step_duration = self._histogram("step_duration_seconds", "one step, all stages", STEP_SECONDS)
         self._batch_tokens = self._histogram("batch_tokens", "tokens in a step", POWERS)
@@ -91,16 +86,16 @@ class Metrics:
         self._preempted = self._counter("preemptions", "sequences set back to make room")
         self._loaded = self._gauge("adapters_loaded", "adapters loaded")
         self._slots = self._gauge("adapter_slots", "adapters that can be loaded")
-        self._load_seconds = self._histogram(
+        self._load_seconds = self._histograms(
             "load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"
         )
-        self._load_failures = self._counter("load_failures", "loads refused or failed, by error code", "code")
+        self._load_failures = self._counters("load_failures", "loads refused or failed, by error code", "code")
         for error in AdapterError.__subclasses__():
             self._load_failures.labels(error.code or "error")
 
     def watch_engine(self, pid: Callable[[], int | None]) -> None:
         """Shows memory, CPU time and open files of the engine's process beside this one's."""
-        ProcessCollector("tucka_engine", pid=pid, registry=self._registry)  # type: ignore[arg-type]
+        ProcessCollector("tucka_engine", pid=pid, registry=self._processes)  # type: ignore[arg-type]
 
     # What happens to adapters.
 
@@ -212,7 +207,8 @@ class Metrics:
         self._slots.set(self._max_adapters)
         if info is not None:
             self._engine_info.labels(version, info.model_type, info.dtype, info.device).set(1)
-        parts = [generate_latest(self._registry), *self.adapters.render()]
+        own = "".join([family.render() for family in self._families])
+        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
         if self._vllm is not None:
             active = {key.name for key in stats.active if key.name in self.adapters} if stats and running else set()
             asked = {name for name in self._in_flight if name in self.adapters}
@@ -230,11 +226,24 @@ class Metrics:
             parts.append(self._vllm.render(load))
         return b"".join(parts)
 
-    def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(f"tucka_{name}", help, labels, registry=self._registry)
+    def _family(
+        self, name: str, kind: str, help: str, labels: tuple[str, ...], make: Callable[[str, str], Series]
+    ) -> Family[Series]:
+        family = Family(f"tucka_{name}", kind, help, labels, make)
+        self._families.append(family)
+        return family
 
-    def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
-        return Gauge(f"tucka_{name}", help, labels, registry=self._registry)
+    def _counters(self, name: str, help: str, *labels: str) -> Family[Value]:
+        return self._family(f"{name}_total", "counter", help, labels, Value)
 
-    def _histogram(self, name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"tucka_{name}", help, labels, registry=self._registry, buckets=buckets)
+    def _counter(self, name: str, help: str) -> Value:
+        return self._counters(name, help).labels()
+
+    def _gauge(self, name: str, help: str) -> Value:
+        return self._family(name, "gauge", help, (), Value).labels()
+
+    def _histograms(self, name: str, help: str, bounds: tuple[float, ...], *labels: str) -> Family[Histogram]:
+        return self._family(name, "histogram", help, labels, lambda name, text: Histogram(name, bounds, text))
+
+    def _histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
+        return self._histograms(name, help, bounds).labels()
