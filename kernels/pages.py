@@ -101,14 +101,14 @@ class PagePlan:
                 buckets.setdefault(max(length, SMALLEST_BUCKET).bit_length(), []).append(i)
         out = []
         for members in buckets.values():
-            length = torch.tensor([self.spans[i][2] for i in members]).to(device)
+            lengths = torch.tensor([self.spans[i][2] for i in members]).to(device)
             rows = torch.tensor([self.spans[i][0] for i in members]).to(device)
             # Past its end a sequence repeats its own last slot: never another's, whose values (a NaN, say) would reach
             # it through the zeros that the softmax gives to masked keys.
             longest = max(self.spans[i][2] for i in members)
-            token = torch.minimum(torch.arange(longest, device=device), length[:, None] - 1)
+            token = torch.minimum(torch.arange(longest, device=device), lengths[:, None] - 1)
             first = self.first_page[torch.tensor(members).to(device)].long()
-            out.append(Decode(rows, _slots(self.pages, first[:, None], token, self.block_size), length))
+            out.append(Decode(rows, _slots(self.pages, first[:, None], token, self.block_size), lengths))
         return tuple(out)
 
     @cached_property

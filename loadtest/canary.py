@@ -11,7 +11,8 @@ adapters get the same prompts, so an answer that belongs to another one is recog
     unjudged  its adapter was exchanged while it ran, and the answer is not its own
 
 Under TuckA's route scope `request` an answer does not depend on the batch, so canaries ask for it where the server
-takes the field; under scope `batch`, `changed` is no error. `twins` are adapters with the same references: between
+knows the field (vLLM ignores what it does not know, so a scope that does not exist is tried first); under scope
+`batch`, `changed` is no error. `twins` are adapters with the same references: between
 them a leak cannot be seen.
 """
 
@@ -37,6 +38,7 @@ class Canaries:
         drawn = [" ".join(rng.choices(WORDS, k=12)) for _ in range(2)]
         self.prompts = list(settings.canary_prompt) or drawn
         self.references: dict[Identity, list[str]] = {}
+        self.route_known: bool | None = None
         self.route_refused: set[str] = set()
         self.unstable: set[str] = set()
         self.outcomes: Counter[str] = Counter()
@@ -46,7 +48,7 @@ class Canaries:
         """One canary. Greedy, and in request scope where the server knows that."""
         record = Record(kind, model, index=number)
         body = self.client.body(model, self.prompts[number], self.tokens, 0.0)
-        if model in self.route_refused:
+        if not self.route_known or model in self.route_refused:
             return await self.client.generate(record, body)
         answer = await self.client.generate(record, body | {"route": "request"})
         if kind != "reference" or answer.status not in (400, 422):
@@ -56,12 +58,17 @@ class Canaries:
 
     async def record_references(self, model: str, path: str | None) -> list[Record]:
         """Asks alone, the first prompt twice: an adapter that differs from itself then is `unstable`, not judged."""
+        tried = []
+        if self.route_known is None:
+            body = self.client.body(model, self.prompts[0], 1, 0.0) | {"route": "?"}
+            tried = [await self.client.generate(Record("reference", model), body)]
+            self.route_known = tried[0].status in (400, 422)
         records = [await self.ask(model, number, "reference") for number in (*range(len(self.prompts)), 0)]
         if all(r.ok for r in records):
             self.references[model, path] = [r.text for r in records[:-1]]
             if records[0].text != records[-1].text:
                 self.unstable.add(model)
-        return records
+        return tried + records
 
     def judge(self, record: Record, path: str | None, exchanged: bool) -> str:
         """Compares, counts, and says what it was."""
@@ -97,7 +104,7 @@ class Canaries:
         return {
             "sent": sum(self.outcomes.values()),
             "outcomes": dict(self.outcomes),
-            "route_request": bool(self.references) and not self.route_refused,
+            "route_request": bool(self.references and self.route_known) and not self.route_refused,
             "models": sorted({model for model, _ in self.references}),
             "unstable_alone": sorted(self.unstable),
             "twins": self.twins(),

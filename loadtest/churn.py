@@ -2,7 +2,8 @@
 
 A router in front of a server knows which adapters are there; so the tester sends nothing to an adapter while it is
 away (its conversations go to others, drawn again), and it forgives a 404 only to requests that were on their way while
-their adapter was being changed. At the end all adapters are loaded again with their first path.
+their adapter was being changed. With `drain` it waits for their answers before it unloads. At the end all adapters are
+loaded again with their first path.
 """
 
 import asyncio
@@ -16,6 +17,8 @@ from typing import Any
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest.client import Client, ModelCard
 from tucka_runtime.loadtest.record import Record
+
+DRAIN_INTERVAL = 0.01  # seconds between looks at whether an adapter's requests are answered
 
 
 @dataclass
@@ -63,11 +66,12 @@ class Churn:
         pool: list[Adapter],
         rate: float,
         inplace: bool,
+        drain: bool,
         seed: int,
         on_loaded: Callable[[str], Coroutine[Any, Any, None]],
         on_probe: Callable[[Record], None],
     ) -> None:
-        self.client, self.rate, self.inplace = client, rate, inplace
+        self.client, self.rate, self.inplace, self.drain = client, rate, inplace, drain
         self.on_loaded, self.on_probe = on_loaded, on_probe
         self.pool = {adapter.name: adapter for adapter in pool}
         self.rng = random.Random(f"{seed}/churn")
@@ -116,6 +120,8 @@ class Churn:
 
     async def unload(self, adapter: Adapter, action: str) -> None:
         adapter.steady = False
+        while self.drain and self.client.running[adapter.name]:
+            await asyncio.sleep(DRAIN_INTERVAL)
         adapter.absent.append((self.client.clock(), math.inf))
         if await self.tell(action, "unload", adapter):
             adapter.loaded = False
@@ -163,11 +169,11 @@ class Churn:
         return ok
 
     async def restore(self) -> None:
-        """Everything loaded again, from its first path."""
+        """Everything loaded again, from its first path; what was exchanged in place as well (see Session.put)."""
         if self.callbacks:
             await asyncio.wait(self.callbacks)
         for adapter in self.pool.values():
-            if not (adapter.loaded and adapter.path == adapter.paths[0]):
+            if not (adapter.loaded and adapter.path == adapter.paths[0]) or adapter.swapped:
                 if adapter.loaded:
                     await self.tell("restore", "unload", adapter)
                 adapter.generation = 0

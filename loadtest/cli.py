@@ -72,12 +72,17 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("aborted", file=sys.stderr)
         return 130
+    status = 0 if outcome["correct"] else 2
+    try:  # files before the table: whoever reads that may go away first, as `| head` does
+        if test.json:
+            report.write(outcome, test.json)
+        if test.html:
+            write_page(outcome, test.html)
+    except TuckaError as error:
+        print(f"tucka loadtest: {error.message}", file=sys.stderr)
+        status = 1
     print(sweep.render(outcome) if args.action == "sweep" else table.render(outcome))
-    if test.json:
-        report.write(outcome, test.json)
-    if test.html:
-        write_page(outcome, test.html)
-    return 0 if outcome["correct"] else 2
+    return status
 
 
 async def run_once(test: Settings) -> dict[str, Any]:

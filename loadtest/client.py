@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class Client:
         if settings.ignore_eos:
             self.extra["ignore_eos"] = True
         self.clock: Callable[[], float] = time.perf_counter
-        self.running = 0
+        self.running: Counter[str] = Counter()  # requests on their way, by model
         self.session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Client":
@@ -125,7 +126,7 @@ class Client:
         assert self.session is not None
         data = json.dumps(body).encode()
         headers = self.headers | {"Content-Type": "application/json"}
-        self.running += 1
+        self.running[record.model] += 1
         record.start = self.clock()
         try:
             async with asyncio.timeout(self.timeout):
@@ -144,7 +145,7 @@ class Client:
             record.cause, record.detail = "disconnect", type(error).__name__
         finally:
             record.end = self.clock()
-            self.running -= 1
+            self.running[record.model] -= 1
         return record
 
     async def _read(self, response: aiohttp.ClientResponse, record: Record) -> None:

@@ -73,7 +73,9 @@ class Figures:
     ) -> None:
         self.records = list(records)
         self.duration, self.limits, self.percentiles = duration, limits, percentiles
+        self.count_empty = count_empty
         self.done = [(r, Latency(r, count_empty)) for r in self.records if r.ok]
+        self.first_start = min((r.start for r, _ in self.done), default=0.0)
         self.samples: dict[str, list[float]] = {
             "ttft": [x.ttft for _, x in self.done],
             "tpot": [x.tpot for _, x in self.done if x.tpot is not None],
@@ -102,18 +104,24 @@ class Figures:
             "output_throughput": total_out / duration,
             "total_token_throughput": (total_in + total_out) / duration,
             "max_output_tokens_per_s": self.peak_tokens(),
-            "max_concurrent_requests": peak_concurrency(self.records),
+            "max_concurrent_requests": self.peak_requests(),
+            "most_in_flight": peak_concurrency(self.records),
         }
         for name in LATENCIES:
             result |= spread(name, self.samples[name], self.percentiles)
         return result
 
     def peak_tokens(self) -> int:
-        """Most events in one whole second after the first start."""
-        if not self.done:
-            return 0
-        first = min(r.start for r, _ in self.done)
-        seconds = Counter(int(t - first) for r, _ in self.done for t, chars in r.events if chars)
+        """Most events in one second, counted in whole seconds from the first start on."""
+        events = (t for r, _ in self.done for t, chars in r.events if chars or self.count_empty)
+        seconds = Counter(int(t - self.first_start) for t in events)
+        return max(seconds.values(), default=0)
+
+    def peak_requests(self) -> int:
+        """Most answered requests that ran during one of these seconds, be it one after another."""
+        first = self.first_start
+        spans = [(int(r.start - first), int(r.events[-1][0] - first)) for r, _ in self.done]
+        seconds = Counter(second for start, end in spans for second in range(start, end + 1))
         return max(seconds.values(), default=0)
 
     def per_adapter(self) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,6 @@ class Progress:
         changes = f" | {len(self.run.churn.events)} adapter calls" if self.run.churn.events else ""
         return (
             f"{self.title} {clock:.0f}{f'/{span:.0f}' if math.isfinite(span) else ''} s"
-            f" | {self.run.client.running} running, {self.seen - self.failed} done, {self.failed} failed"
+            f" | {self.run.client.running.total()} running, {self.seen - self.failed} done, {self.failed} failed"
             f" | {rate:.0f} tok/s, TTFT {middle}{changes}"
         )

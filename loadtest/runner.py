@@ -60,8 +60,8 @@ class Run:
         limit = settings.concurrency if settings.open_loop else None
         self.cap = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
         probed = self.result.records.append
-        rate, inplace = settings.churn_rate, settings.churn_inplace
-        self.churn = Churn(client, churn_pool or [], rate, inplace, settings.seed, self.after_load, probed)
+        how = settings.churn_rate, settings.churn_inplace, settings.churn_drain, settings.seed
+        self.churn = Churn(client, churn_pool or [], *how, self.after_load, probed)
 
     async def execute(self) -> RunResult:
         plan = self.workload.plan() if self.settings.open_loop else []

@@ -86,7 +86,9 @@ class Settings:
         (), "churn", "adapter to churn; several paths take turns at each load; repeatable (default: all that are used)",
         metavar="NAME=PATH[,PATH]",
     )  # fmt: skip
-
+    churn_drain: bool = _setting(
+        False, "churn", "unload an adapter only when its own requests are answered, as a careful router does"
+    )
     churn_inplace: bool = _setting(
         False, "churn", "reload without unloading first (load_inplace of vLLM and TuckA): requests go on meanwhile"
     )

@@ -60,7 +60,7 @@ def throughput(result: dict[str, Any]) -> list[str]:
         ("request throughput (1/s)", with_interval("request_throughput")),
         ("output tokens (1/s)", with_interval("output_throughput")),
         ("total tokens (1/s)", number(result["total_token_throughput"])),
-        ("most in flight", number(result["max_concurrent_requests"])),
+        ("most in flight", number(result["most_in_flight"])),
     ]
     if result["goodput_slo_ms"]:
         limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in result["goodput_slo_ms"].items())

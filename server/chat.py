@@ -24,7 +24,6 @@ from tucka_runtime.server.stream import EventStream, until_disconnect
 
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    started = time.monotonic()
     body = parse(ChatBody, await read_json(request, service.config.max_body_bytes))
     service.find(body.model)
     messages = fields.messages(body.messages)
@@ -48,7 +47,7 @@ async def chat_completions(request: Request) -> Response:
         cache_salt=request.state.cache_salt,
     )
     origin = Origin.of(request, "chat", prompt if service.config.log_prompts else None)
-    answer = _Answer(service, body, Generation(service, ask, started, origin))
+    answer = _Answer(service, body, Generation(service, ask, request.state.received, origin))
     if not body.stream:
         return JSON(await until_disconnect(request.receive, answer.whole()))
     chunks = answer.chunks(usage_wanted)

@@ -27,7 +27,6 @@ DEFAULT_MAX_TOKENS = 16
 
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    started = time.monotonic()
     body = parse(CompletionBody, await read_json(request, service.config.max_body_bytes))
     service.find(body.model)
     prompts = fields.prompts(body.prompt, service.info.vocab_size, service.config.max_n)
@@ -56,7 +55,7 @@ async def completions(request: Request) -> Response:
         cache_salt=request.state.cache_salt,
     )
     origin = Origin.of(request, "text_completion", body.prompt if service.config.log_prompts else None)
-    answer = _Answer(service, body, Generation(service, ask, started, origin), texts)
+    answer = _Answer(service, body, Generation(service, ask, request.state.received, origin), texts)
     if not body.stream:
         return JSON(await until_disconnect(request.receive, answer.whole()))
     chunks = answer.chunks(usage_wanted)

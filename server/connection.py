@@ -1,10 +1,12 @@
 """HTTP connections that cannot be held open for nothing: uvicorn's h11 protocol with deadlines and a bound.
 
 A request must have arrived whole within `RECEIVE_SECONDS`, plus a second for every `BYTES_PER_SECOND` of it that did.
+It also notes when a request's first bytes came: `scope["state"]["received"]`, by `time.monotonic()`.
 """
 
 import asyncio
 import json
+import time
 import uuid
 from typing import Any
 
@@ -28,6 +30,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **kwargs)
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._received: float | None = None  # when the first bytes came of a request whose head is not complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,10 +46,18 @@ class Connection(H11Protocol):
         if self._timer is None and self.conn.our_state is h11.IDLE:
             self._arm()  # the first bytes of another request
         self._deadline += len(data) / BYTES_PER_SECOND
+        if self._received is None and self.conn.their_state is not h11.SEND_BODY:
+            self._received = time.monotonic()
         super().data_received(data)
 
     def handle_events(self) -> None:
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before:  # a head was complete; its application has not run yet
+            self.scope["state"]["received"] = self._received or time.monotonic()
+            self._received = None
+        if self._received is None and self.conn.their_state is not h11.SEND_BODY and self.conn.trailing_data[0]:
+            self._received = time.monotonic()  # the next request has begun in what the last one ended in
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._disarm()
 

@@ -45,7 +45,7 @@ class Generation:
     Raises ModelNotFoundError, InvalidRequestError, OverloadedError, EngineDeadError.
     """
 
-    def __init__(self, service: Service, ask: Ask, started: float, origin: Origin):
+    def __init__(self, service: Service, ask: Ask, received: float, origin: Origin):
         self.ask = ask
         self._service = service
         self.adapter = service.find(ask.model)
@@ -90,7 +90,7 @@ class Generation:
             self.scope,
             ask.sampling,
             self.prompt_tokens,
-            started,
+            received,
             [SequenceRecord() for _ in self._texts],
             ask.n,
         )
@@ -128,7 +128,10 @@ class Generation:
         }
 
     async def steps(self) -> AsyncGenerator[Step, None]:
-        """Ends when every choice has its finish reason. Raises EngineDeadError or TuckaError when the engine fails."""
+        """Ends when every choice has its finish reason. Raises EngineDeadError or TuckaError when the engine fails.
+
+        Whoever iterates comes back for the next step when it has sent this one: the metrics' times are those.
+        """
         unfinished = len(self._texts)
         if self.adapter:
             self._service.adapters.lease(self.adapter.key)
@@ -142,9 +145,10 @@ class Generation:
                 if text.finished and output.finish_reason is None:  # a stop string: the engine does not know of those
                     self._stream.end(output.index)
                 self._record.output(output)
+                yield Step(output.index, delta, output)
+                self._record.sent(output, self._shows(delta))
                 if delta.finish_reason is not None:
                     self._record.finished(output, delta.finish_reason)
-                yield Step(output.index, delta, output)
                 unfinished -= text.finished
                 if not unfinished:
                     break
@@ -158,6 +162,10 @@ class Generation:
             if self.adapter:
                 self._service.adapters.release(self.adapter.key)
             self._record.close()
+
+    def _shows(self, delta: Delta) -> bool:
+        """Whether a reader sees something new: not so with half a character, or with a token that has no text."""
+        return bool(delta.text or delta.finish_reason or (delta.tokens and self._service.tokenizer is None))
 
 
 def _raise_failure(output: SequenceOutput) -> None:

@@ -32,8 +32,9 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = time.monotonic()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        started = state.setdefault("received", time.monotonic())  # the connection knows better
         status = 0
 
         async def send_with_id(message: Message) -> None:

@@ -47,7 +47,8 @@ class Origin:
 
 @dataclass
 class SequenceRecord:
-    """Times are `time.monotonic()`; 0 is not yet."""
+    """Times are `time.monotonic()`; 0 is not yet. `first` is when the first text was sent, `last` the
+    latest token."""
 
     first: float = 0.0
     last: float = 0.0
@@ -60,7 +61,7 @@ class SequenceRecord:
 @dataclass
 class RequestRecord:
     """Begins when the engine has taken the request on, ends with `close`, whatever happens in between. `model` is a
-    registered name, never the client's text."""
+    registered name, never the client's text; `started` is when the request's first bytes came."""
 
     metrics: Metrics
     traces: "Traces | None"
@@ -82,15 +83,23 @@ class RequestRecord:
 
     def output(self, output: SequenceOutput) -> None:
         """One step's output for one sequence."""
-        now, sequence = time.monotonic(), self.sequences[output.index]
+        sequence = self.sequences[output.index]
         sequence.timing = output.timing or sequence.timing
         sequence.tokens += len(output.token_ids)
-        if not sequence.first:
-            sequence.first = now
+        if not sequence.last:
             # A prompt counts once, whatever the number of its answers, as in prompt_tokens.
             sequence.cached_tokens = output.cached_tokens if output.index % self.answers == 0 else 0
-            self.metrics.first_token(self.model, now - self.started, sequence.cached_tokens, output.timing)
-        self.metrics.tokens(len(output.token_ids), now - sequence.last if sequence.last else None)
+        self.metrics.tokens(len(output.token_ids))
+
+    def sent(self, output: SequenceOutput, shown: bool) -> None:
+        """What this output brought has been written to the client, or is kept for a whole answer. `shown`: there was
+        something to see in it."""
+        now, sequence = time.monotonic(), self.sequences[output.index]
+        if shown and not sequence.first:
+            sequence.first = now
+            self.metrics.first_token(self.model, now - self.started, sequence.cached_tokens, sequence.timing)
+        if sequence.last:
+            self.metrics.waited(now - sequence.last, len(output.token_ids))
         sequence.last = now
 
     def finished(self, output: SequenceOutput, reason: FinishReason) -> None:

@@ -111,7 +111,7 @@ async def _start(
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces)
-    engine.on_step = metrics.on_step
+    engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)
     for adapter_name, path in first_adapters:

@@ -18,7 +18,9 @@ def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | No
     return AdapterInfo(key, "ab" * 32, kind, 8, k, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q", scope, 4096, None)
 
 
-def step(running: int = 1, blocks_used: int = 2, preemptions: int = 0, routes=(), active=(), **stages) -> StepStats:
+def step(
+    running: int = 1, waiting: int = 0, blocks_used: int = 2, preemptions: int = 0, routes=(), active=(), **stages
+) -> StepStats:
     seconds = dict.fromkeys(("schedule", "batch", "route", "forward", "sample", "output"), 0.001) | stages
     return StepStats(
         **seconds,
@@ -27,7 +29,7 @@ def step(running: int = 1, blocks_used: int = 2, preemptions: int = 0, routes=()
         adapters=len(active),
         routes=routes,
         running=running,
-        waiting=0,
+        waiting=waiting,
         blocks_used=blocks_used,
         blocks_total=8,
         preemptions=preemptions,
@@ -53,8 +55,9 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def serve_one(metrics: Metrics, model: str = "fin") -> None:
     metrics.admitted(model, prompt_tokens=10, sequences=1)
     metrics.first_token(model, 0.3, cached_tokens=4, timing=Timing(100.0, 100.1, 100.2, 0.0))
-    metrics.tokens(1, None)
-    metrics.tokens(2, 0.05)
+    metrics.tokens(1)
+    metrics.tokens(2)
+    metrics.waited(0.05, 2)
     metrics.decoded(0.05)
     metrics.finished(model, FinishReason.LENGTH, route_changes=2)
     metrics.closed(model, 0.4, generated=3, failed=False)
@@ -90,19 +93,40 @@ def test_a_request_from_start_to_end(metrics: Metrics) -> None:
     assert value(metrics, "tucka_adapter_resident_bytes", model="fin", tier="device") == 4096
 
 
-def test_what_is_in_flight_is_known_without_a_step(metrics: Metrics) -> None:
-    """A request that is aborted while nothing else runs is followed by no step that could say so."""
+def held(metrics: Metrics) -> tuple[float | None, ...]:
+    """What the engine is said to hold: running, waiting, pages; and running as vLLM calls it."""
+    found = samples(metrics)
+    vllm = next(value for (name, _), value in found.items() if name == "vllm:num_requests_running")
+    names = ("tucka_requests_running", "tucka_requests_waiting", "tucka_kv_blocks_used")
+    return (*(found[name, ()] for name in names), vllm)
+
+
+def test_what_the_engine_holds_is_what_it_says(metrics: Metrics) -> None:
+    """Not what is in flight here: else nobody would see what it does not give back."""
+    assert held(metrics) == (0, 0, 0, 0)
     metrics.admitted("fin", 10, sequences=3)
-    metrics.on_step(step(running=2, blocks_used=3, active=(AdapterKey("fin", 1),)))
-    assert (value(metrics, "tucka_requests_running"), value(metrics, "tucka_requests_waiting")) == (2, 1)
-    assert value(metrics, "tucka_kv_blocks_used") == 3
+    assert held(metrics) == (0, 0, 0, 0)
+    metrics.on_step(step(running=2, waiting=1, blocks_used=3, active=(AdapterKey("fin", 1),)))
+    assert held(metrics) == (2, 1, 3, 2)
     metrics.finished("fin", FinishReason.ABORT, 3)
-    assert (value(metrics, "tucka_requests_running"), value(metrics, "tucka_requests_waiting")) == (0, 0)
-    assert value(metrics, "tucka_kv_blocks_used") == 0
+    assert held(metrics) == (2, 1, 3, 2)
+    metrics.on_idle(step(running=0, blocks_used=0))
+    assert held(metrics) == (0, 0, 0, 0)
+    assert value(metrics, "tucka_steps_total") == 1
+
+
+def test_what_the_engine_never_gave_back_is_seen(metrics: Metrics) -> None:
+    metrics.on_step(step(running=1, blocks_used=2))
+    assert held(metrics) == (1, 0, 2, 1)
+    metrics.on_idle(step(running=0, blocks_used=2))
+    assert held(metrics) == (0, 0, 2, 0)
 
 
 def test_a_dead_engine_runs_nothing(metrics: Metrics) -> None:
     metrics.admitted("fin", 10, sequences=1)
+    metrics.on_step(step())
+    metrics.on_idle(None)
+    assert held(metrics) == (0, 0, 0, 0)  # a new one may be up before it has told anything
     metrics.on_step(step())
     found = samples(metrics, up=False, restarts=2)
     assert found["tucka_engine_up", ()] == 0 and found["tucka_requests_running", ()] == 0
@@ -219,7 +243,7 @@ def test_a_scrape_writes_few_rows_however_many_changed(monkeypatch: pytest.Monke
 
 def test_the_engine_knows_nothing_of_metrics() -> None:
     """They are counted in the HTTP process, so that neither counting nor a scrape takes a step's time."""
-    ours = {"metrics.py", "adapter_metrics.py", "vllm_metrics.py", "bench_scrape.py"}
+    ours = {"metrics.py", "adapter_metrics.py", "vllm_metrics.py", "exposition.py"}
     package = Path(adapter_metrics.__file__).parent
     for path in package.rglob("*.py"):
         if path.name not in ours:

@@ -102,7 +102,7 @@ def shared(loop: asyncio.Runner, config: EngineConfig) -> Iterator[Watched]:
 @pytest.fixture
 def client(shared: Watched, loop: asyncio.Runner) -> Iterator[Watched]:
     """The shared engine, handed over and taken back without requests or adapters."""
-    shared.on_step = shared.on_restart = None
+    shared.on_step = shared.on_idle = shared.on_restart = None
     yield shared
     for stream in list(shared._streams.values()):
         stream.abort()
@@ -280,7 +280,8 @@ def test_the_queue_is_bounded(client: Watched, loop: asyncio.Runner):
 def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Runner):
     async def main() -> None:
         steps: list[StepStats] = []
-        client.on_step = steps.append
+        idle: list[StepStats | None] = []
+        client.on_step, client.on_idle = steps.append, idle.append
         streams = [client.submit(ask(prompt(100, i), id=f"long{i}", sampling=LONG)) for i in range(3)]
         await asyncio.gather(*map(first, streams))
         assert steps[-1].blocks_used >= 3 * 6
@@ -295,6 +296,10 @@ def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Ru
         await waiter
         await asyncio.gather(*map(leftovers, streams))
         assert client.in_flight == 0
+        while not idle:
+            await asyncio.sleep(0.01)
+        assert idle[0] is not None
+        assert (idle[0].running, idle[0].waiting, idle[0].blocks_used) == (0, 0, 0)
         steps.clear()
         await collect(client.submit(ask(prompt(3), id="after", sampling=replace(GREEDY, max_tokens=2))))
         assert steps[-1].running == 0
@@ -315,6 +320,8 @@ def test_kill_9_ends_every_stream_and_it_comes_back(
     async def main() -> list[Answer]:
         client.noticed.clear()
         client.spawned.clear()
+        idle: list[StepStats | None] = []
+        client.on_idle = idle.append
         await client.load_adapter(TUCKA, folder / "tucka")
         streams = [client.submit(ask(prompt(9, i), id=f"r{i}", sampling=LONG, adapter=TUCKA)) for i in range(2)]
         streams.append(client.submit(ask(prompt(9), prompt(3), id="base", sampling=LONG)))
@@ -350,6 +357,8 @@ def test_kill_9_ends_every_stream_and_it_comes_back(
         await client._restart
         assert client.ready
         assert ready_meanwhile == [False, False]
+        assert idle.count(None) == 2, "each death is told"
+        assert idle[-1] is not None, "and the new engine's own account"
         assert client.restarts == 2
         answers = await collect(client.submit(request))
         assert len(client.spawned) == 2, "each death is answered by one new process"

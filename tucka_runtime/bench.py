@@ -1,8 +1,14 @@
 """What adapters cost the engine: `python -m tucka_runtime.bench`.
 
-Makes a random Llama (8 layers, hidden 512) and random adapters, and generates with the base alone, with one adapter and
-with several, beside the floor: the model's bare matrix products in torch, same rows, nothing else. Rounds are
-interleaved, so that what else the machine does hits all alike; the medians' ratios are the result.
+Makes a random Llama (8 layers, hidden 512) and random adapters, and generates with the base alone and with adapters,
+beside the floor: the model's bare matrix products in torch, same rows, nothing else. Rounds are interleaved, so that
+what else the machine does hits all alike; the medians' ratios are the result. `ms/step` is a decoding step's, counted
+from when every prompt is in.
+
+On a GPU, at the shape of a Llama-3-8B, beside transformers' continuous batching:
+
+    python -m tucka_runtime.bench --llama-3-8b --transformers --concurrency 64 --prompt 1024 --adapters 1,8,32 \\
+        --targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 """
 
 import argparse
@@ -14,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -24,28 +32,41 @@ from tucka_runtime.config import SPIN, EngineConfig
 from tucka_runtime.engine import Engine
 from tucka_runtime.sequence import AdapterKey, Request, RouteScope, SamplingParams
 
-VOCAB = 32000
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 
 
-def make_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> None:
-    """A random Llama of the given shape: heads of 64, half as many KV heads, feed-forward 2.75 x hidden."""
+def small(layers: int, hidden: int) -> dict[str, Any]:
+    """Heads of 64, half as many KV heads, feed-forward 2.75 x hidden."""
+    return {
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 128),
+        "max_position_embeddings": 2048,
+    }
+
+
+def make_model(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    """A random Llama of the given shape, made on a GPU where there is one."""
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
     logging.disable_progress_bar()
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 128),
-        max_position_embeddings=2048,
-    )
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
 
 
@@ -64,19 +85,56 @@ def make_adapter(folder: Path, engine: Engine, targets: list[str], rank: int, se
     write_adapter(folder, config, tensors)
 
 
-def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: int, scope: RouteScope) -> float:
-    """Seconds that one request per key takes, all at once. Prompts are new each time: KV is never reused."""
+@dataclass(frozen=True)
+class Took:
+    """Seconds of a whole run, and of one decoding step in it, once every prompt is in."""
+
+    total: float
+    step: float
+
+
+def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: int, scope: RouteScope) -> Took:
+    """One request per key, all at once. Prompts are new each time: KV is never reused."""
     for i, key in enumerate(keys):
-        ids = tuple(random.randrange(10, VOCAB) for _ in range(prompt))
+        ids = tuple(random.randrange(10, engine.info.vocab_size) for _ in range(prompt))
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         engine.add(Request(f"bench-{i}", (ids,), sampling, adapter=key, route_scope=scope))
-    begin = time.perf_counter()
+    begin = all_in = time.perf_counter()
+    started: set[str] = set()
+    steps = 0
     while engine.busy:
-        engine.step()
-    return time.perf_counter() - begin
+        outputs, _ = engine.step()
+        if len(started) < len(keys):
+            started.update(out.request_id for out in outputs)
+            all_in = time.perf_counter()
+        else:
+            steps += 1
+    end = time.perf_counter()
+    return Took(end - begin, (end - all_in) / max(steps, 1))
 
 
-def floor(engine: Engine, sequences: int, prompt: int, new: int) -> float:
+def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype) -> Callable[[], Took]:
+    """transformers' continuous batching of the base, everything at its defaults."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(where).eval()
+    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def run() -> Took:
+        vocab = model.config.vocab_size
+        prompts = [[random.randrange(10, vocab) for _ in range(prompt)] for _ in range(sequences)]
+        begin = time.perf_counter()
+        answers = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+        seconds = time.perf_counter() - begin
+        if sum(len(a.generated_tokens) for a in answers.values()) != sequences * new:
+            raise RuntimeError("transformers generated another number of tokens than asked for")
+        return Took(seconds, float("nan"))
+
+    return run
+
+
+def floor(engine: Engine, sequences: int, prompt: int, new: int) -> Took:
     """Seconds of the model's matrix products alone: the prompts' rows once, then one row per sequence and token."""
     weights = engine.runner.model.weights
     like = weights.embed
@@ -93,11 +151,15 @@ def floor(engine: Engine, sequences: int, prompt: int, new: int) -> float:
     begin = time.perf_counter()
     with torch.inference_mode():
         products(sequences * prompt)
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        all_in = time.perf_counter()
         for _ in range(new - 1):
             products(sequences)
         if like.is_cuda:
             torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    end = time.perf_counter()
+    return Took(end - begin, (end - all_in) / max(new - 1, 1))
 
 
 def main() -> int:
@@ -106,8 +168,9 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--llama-3-8b", action="store_true", help="that shape instead of --layers and --hidden")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--adapters", type=int, default=8, help="adapters in the last case")
+    parser.add_argument("--adapters", default="1,8", help="numbers of adapters, a case for each")
     parser.add_argument("--targets", default="q_proj,v_proj", help="adapted linears, by name")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--scope", default="batch", choices=("batch", "request"))
@@ -115,60 +178,84 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated by each")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved repeats; medians are printed")
+    parser.add_argument("--transformers", action="store_true", help="measure its continuous batching of the base too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     if any(name not in os.environ for name in SPIN):  # read when torch starts: begin again as the engine's process does
         os.execve(sys.executable, [sys.executable, "-m", "tucka_runtime.bench", *sys.argv[1:]], {**SPIN, **os.environ})
 
+    counts = [int(count) for count in args.adapters.split(",")]
+    n, dtype = args.concurrency, getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch, "model")
-        make_model(model, args.layers, args.hidden, getattr(torch, args.dtype))
-        tokens = args.concurrency * (args.prompt + args.new + 16)
-        engine = Engine(EngineConfig(model=str(model), max_model_len=2048, kv_cache_tokens=max(tokens, 2048)))
-        keys = [AdapterKey(f"adapter-{i}", 1) for i in range(args.adapters)]
-        for i, key in enumerate(keys):
-            make_adapter(Path(scratch, key.name), engine, args.targets.split(","), args.rank, seed=i)
-            engine.load_adapter(key, Path(scratch, key.name))
-        n, scope = args.concurrency, RouteScope(args.scope)
-        cases: dict[str, Callable[[], float]] = {
-            "bare matrix products": lambda: floor(engine, n, args.prompt, args.new),
-            "base only": lambda: generate(engine, [None] * n, args.prompt, args.new, scope),
-            "1 adapter": lambda: generate(engine, [keys[0]] * n, args.prompt, args.new, scope),
-            f"{args.adapters} adapters": lambda: generate(
-                engine, [keys[i % args.adapters] for i in range(n)], args.prompt, args.new, scope
-            ),
-        }
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for r in range(args.rounds + 1):
-            for name, run in cases.items():
-                seconds = run()
-                if r:  # the first round warms up
-                    times[name].append(seconds)
-            print(f"\rround {r}/{args.rounds}", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+        times = _measure(args, Path(scratch), counts, dtype)
 
-    median = {name: statistics.median(t) for name, t in times.items()}
-    rates = {name: n * args.new / t for name, t in median.items()}
+    median = {name: statistics.median(t.total for t in own) for name, own in times.items()}
+    steps = {name: statistics.median(t.step for t in own) for name, own in times.items()}
+    base = median["base only"]
+    ratios = {
+        "base / floor": median["bare matrix products"] / base,
+        **{f"{name} / base": base / seconds for name, seconds in median.items() if "adapter" in name},
+    }
+    if args.transformers:
+        ratios["base / transformers"] = median["transformers"] / base
     result = {
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "settings": vars(args),
-        "tokens_per_second": rates,
-        "base_over_floor": median["bare matrix products"] / median["base only"],
-        "one_over_base": median["base only"] / median["1 adapter"],
-        "all_over_base": median["base only"] / median[f"{args.adapters} adapters"],
+        "tokens_per_second": {name: n * args.new / seconds for name, seconds in median.items()},
+        "seconds_per_decoding_step": steps,
+        "ratios": ratios,
     }
     if args.json:
         print(json.dumps(result, indent=1))
         return 0
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}, scope {args.scope}")
-    for name, rate in rates.items():
-        spread = (max(times[name]) - min(times[name])) / median[name]
-        print(f"{name:22} {rate:9.1f} tok/s   {1000 * median[name] / args.new:7.2f} ms/step   spread {spread:4.0%}")
-    print(f"base / floor       {result['base_over_floor']:.2f}")
-    print(f"1 adapter / base   {result['one_over_base']:.2f}")
-    print(f"{args.adapters} adapters / base  {result['all_over_base']:.2f}")
+    print(f"torch {result['torch']}, {result['device']}, {result['threads']} threads, {args.dtype}, scope {args.scope}")
+    for name, seconds in median.items():
+        spread = (max(t.total for t in times[name]) - min(t.total for t in times[name])) / seconds
+        print(
+            f"{name:22} {n * args.new / seconds:9.1f} tok/s   {1000 * steps[name]:8.3f} ms/step   spread {spread:4.0%}"
+        )
+    for name, ratio in ratios.items():
+        print(f"{name:22} {ratio:9.2f}")
     return 0
+
+
+def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: torch.dtype) -> dict[str, list[Took]]:
+    model, n, scope = scratch / "model", args.concurrency, RouteScope(args.scope)
+    shape = LLAMA_3_8B if args.llama_3_8b else small(args.layers, args.hidden)
+    make_model(model, shape, dtype)
+    length = args.prompt + args.new + 16
+    config = EngineConfig(
+        model=str(model), max_model_len=max(length, 2048), kv_cache_tokens=max(n * length, 2048), max_num_seqs=max(n, 8)
+    )
+    engine = Engine(config)
+    keys = [AdapterKey(f"adapter-{i}", 1) for i in range(max(counts))]
+    for i, key in enumerate(keys):
+        make_adapter(scratch / key.name, engine, args.targets.split(","), args.rank, seed=i)
+        engine.load_adapter(key, scratch / key.name)
+
+    def run(own: list[AdapterKey | None]) -> Callable[[], Took]:
+        return lambda: generate(engine, own, args.prompt, args.new, scope)
+
+    cases: dict[str, Callable[[], Took]] = {
+        "bare matrix products": lambda: floor(engine, n, args.prompt, args.new),
+        "base only": run([None] * n),
+    }
+    for count in counts:
+        name = "1 adapter" if count == 1 else f"{count} adapters"
+        cases[name] = run([keys[i % count] for i in range(n)])
+    if args.transformers:
+        cases["transformers"] = peer(model, n, args.prompt, args.new, dtype)
+    times: dict[str, list[Took]] = {name: [] for name in cases}
+    for r in range(args.rounds + 1):
+        for name, case in cases.items():
+            took = case()
+            if r:  # the first round warms up
+                times[name].append(took)
+        print(f"\rround {r}/{args.rounds}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return times
 
 
 if __name__ == "__main__":

@@ -170,7 +170,8 @@ class SlotTable:
         self._u, self._e = (torch.zeros(capacity * count, dtype=torch.int64, device=device) for _ in "ue")
         self._rank = torch.zeros(capacity * count, dtype=torch.int32, device=device)
         self.sites: dict[tuple[int, int], DeltaSite] = {}
-        home, step = [], []
+        home: list[int] = []
+        step: list[int] = []
         for layer in range(arch.num_layers):
             for s, site in enumerate(arch.sites):
                 n = len(site.targets)

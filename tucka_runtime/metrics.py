@@ -6,24 +6,16 @@ docs/operations.md lists every series; a test compares it with this file.
 
 from collections import Counter as Multiset
 from collections.abc import Callable
+from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from tucka_runtime.adapter_metrics import AdapterMetrics
 from tucka_runtime.errors import AdapterError
+from tucka_runtime.exposition import Family, Histogram, Series, Value
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import FinishReason, Timing
 from tucka_runtime.vllm_metrics import Load, VLLMMetrics
-
-disable_created_metrics()
 
 # Borders are those that objectives are set on: a share below one of them is exact.
 TTFT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
@@ -40,7 +32,8 @@ class Metrics:
     """All series. `model_name` is what requests call the base by."""
 
     def __init__(self, model_name: str = "base", max_adapters: int = 0, block_size: int = 0, vllm: bool = True):
-        self._registry = CollectorRegistry()
+        self._families: list[Family[Any]] = []
+        self._processes = CollectorRegistry()
         self.adapters = AdapterMetrics(model_name)
         self._vllm = VLLMMetrics(model_name) if vllm else None
         self._max_adapters, self._block_size = max_adapters, block_size
@@ -49,19 +42,23 @@ class Metrics:
         self._preemptions = self._restarts = 0
         self._define_requests()
         self._define_engine()
-        ProcessCollector(registry=self._registry)
+        ProcessCollector(registry=self._processes)
 
     def _define_requests(self) -> None:
-        self.http_requests = self._counter("http_requests", "HTTP requests answered", "route", "method", "code")
-        self._requests = self._counter("requests", "sequences finished, by finish reason", "finish_reason")
+        self.http_requests = self._counters("http_requests", "HTTP requests answered", "route", "method", "code")
+        self._requests = self._counters("requests", "sequences finished, by finish reason", "finish_reason")
         for reason in FinishReason:
             self._requests.labels(str(reason))
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of admitted requests")
         self._cached_tokens = self._counter("cached_prompt_tokens", "prompt tokens whose KV was reused")
         self._generation_tokens = self._counter("generation_tokens", "tokens generated")
-        self._first_token = self._histogram("time_to_first_token_seconds", "request read to first token", TTFT_SECONDS)
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "request's first bytes to first token sent", TTFT_SECONDS
+        )
         self._inter_token = self._histogram("inter_token_seconds", "between two tokens of a sequence", TOKEN_SECONDS)
-        self._latency = self._histogram("request_latency_seconds", "request read to last token", LATENCY_SECONDS)
+        self._latency = self._histogram(
+            "request_latency_seconds", "request's first bytes to last token sent", LATENCY_SECONDS
+        )
         self._queue = self._histogram("request_queue_seconds", "accepted by the engine to scheduled", TTFT_SECONDS)
         self._prefill = self._histogram("request_prefill_seconds", "scheduled to first token", TTFT_SECONDS)
         self._decode = self._histogram("request_decode_seconds", "first token to last token", LATENCY_SECONDS)
@@ -70,13 +67,15 @@ class Metrics:
         self._waiting = self._gauge("requests_waiting", "sequences accepted and not in the batch")
 
     def _define_engine(self) -> None:
-        self._engine_info = self._gauge("engine_info", "1; what is served", "version", "type", "dtype", "device")
+        self._engine_info = self._family(
+            "engine_info", "gauge", "1; what is served", ("version", "type", "dtype", "device"), Value
+        )
         self._engine_up = self._gauge("engine_up", "1 while the engine process serves")
         self._engine_restarts = self._counter("engine_restarts", "engine processes started after the first")
         self._steps = self._counter("steps", "forward passes")
-        stage_seconds = self._counter("step_seconds", "time the engine spent, by stage", "stage")
+        stage_seconds = self._counters("step_seconds", "time the engine spent, by stage", "stage")
         self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
-        tokens = self._counter("step_tokens", "tokens the engine computed, by kind", "kind")
+        tokens = self._counters("step_tokens", "tokens the engine computed, by kind", "kind")
         self._prefilled, self._decoded = tokens.labels("prefill"), tokens.labels("decode")
         self._step_duration = self._histogram("step_duration_seconds", "one step, all stages", STEP_SECONDS)
         self._batch_tokens = self._histogram("batch_tokens", "tokens in a step", POWERS)
@@ -87,16 +86,16 @@ class Metrics:
         self._preempted = self._counter("preemptions", "sequences set back to make room")
         self._loaded = self._gauge("adapters_loaded", "adapters loaded")
         self._slots = self._gauge("adapter_slots", "adapters that can be loaded")
-        self._load_seconds = self._histogram(
+        self._load_seconds = self._histograms(
             "load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"
         )
-        self._load_failures = self._counter("load_failures", "loads refused or failed, by error code", "code")
+        self._load_failures = self._counters("load_failures", "loads refused or failed, by error code", "code")
         for error in AdapterError.__subclasses__():
             self._load_failures.labels(error.code or "error")
 
     def watch_engine(self, pid: Callable[[], int | None]) -> None:
         """Shows memory, CPU time and open files of the engine's process beside this one's."""
-        ProcessCollector("tucka_engine", pid=pid, registry=self._registry)  # type: ignore[arg-type]
+        ProcessCollector("tucka_engine", pid=pid, registry=self._processes)  # type: ignore[arg-type]
 
     # What happens to adapters.
 
@@ -123,7 +122,7 @@ class Metrics:
         self.adapters.admitted(model, prompt_tokens)
 
     def first_token(self, model: str, seconds: float, cached_tokens: int, timing: Timing | None) -> None:
-        """A sequence's first token came `seconds` after the request."""
+        """A sequence's first token was sent `seconds` after the request's first bytes had come."""
         self._first_token.observe(seconds)
         self._cached_tokens.inc(cached_tokens)
         self.adapters.first_token(model, seconds)
@@ -131,10 +130,13 @@ class Metrics:
             self._queue.observe(timing.scheduled - timing.arrived)
             self._prefill.observe(timing.first_token - timing.scheduled)
 
-    def tokens(self, count: int, seconds: float | None) -> None:
-        """A step brought tokens, `seconds` after the ones before (None: there were none)."""
+    def tokens(self, count: int) -> None:
+        """A step brought a sequence so many tokens."""
         self._generation_tokens.inc(count)
-        if seconds is not None and count:
+
+    def waited(self, seconds: float, count: int) -> None:
+        """A sequence's next `count` tokens were sent `seconds` after the ones before."""
+        if count:
             self._inter_token.observe(seconds / count)
 
     def finished(self, model: str, reason: FinishReason, count: int = 1, route_changes: int | None = None) -> None:
@@ -152,11 +154,16 @@ class Metrics:
         self._decode.observe(seconds)
 
     def closed(self, model: str, seconds: float, generated: int, failed: bool) -> None:
-        """A request ended, `seconds` after it was read."""
+        """A request ended, `seconds` after its first bytes had come."""
         self._latency.observe(seconds)
         self.adapters.closed(model, seconds, generated, failed)
 
     # What the engine tells.
+
+    def on_idle(self, stats: StepStats | None) -> None:
+        """Takes what the engine holds when it has no work. It should be nothing, but it is the engine that says so.
+        None: the engine died."""
+        self._stats = stats
 
     def on_step(self, stats: StepStats) -> None:
         """Takes the figures of one engine step."""
@@ -181,14 +188,16 @@ class Metrics:
         self._preemptions = stats.preemptions
 
     def render(self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "") -> bytes:
-        """The exposition text. The engine tells of itself only while it steps, so what is in flight is known here."""
-        stats, in_flight = self._stats, self._in_flight.total()
-        running = min(stats.running, in_flight) if stats and up else 0
-        used, blocks = (stats.blocks_used if in_flight and up else 0, stats.blocks_total) if stats else (0, 0)
-        if not blocks and info is not None and self._block_size:
+        """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
+        what it never gave back shows."""
+        stats = self._stats if up else None
+        running, waiting, used, blocks = 0, 0, 0, 0
+        if stats is not None:
+            running, waiting, used, blocks = stats.running, stats.waiting, stats.blocks_used, stats.blocks_total
+        elif info is not None and self._block_size:
             blocks = info.kv_cache_tokens // self._block_size
         self._running.set(running)
-        self._waiting.set(in_flight - running)
+        self._waiting.set(waiting)
         self._kv_used.set(used)
         self._kv_total.set(blocks)
         self._engine_up.set(up)
@@ -198,29 +207,43 @@ class Metrics:
         self._slots.set(self._max_adapters)
         if info is not None:
             self._engine_info.labels(version, info.model_type, info.dtype, info.device).set(1)
-        parts = [generate_latest(self._registry), *self.adapters.render()]
+        own = "".join([family.render() for family in self._families])
+        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
         if self._vllm is not None:
-            active = {key.name for key in stats.active} if stats and running else set()
+            active = {key.name for key in stats.active if key.name in self.adapters} if stats and running else set()
             asked = {name for name in self._in_flight if name in self.adapters}
             load = Load(
                 running=running,
-                waiting=in_flight - running,
+                waiting=waiting,
                 kv_usage=used / blocks if blocks else 0.0,
                 block_size=self._block_size,
                 num_blocks=blocks,
                 max_adapters=self._max_adapters,
                 loaded=self.adapters.names(),
-                running_adapters=asked & active,
+                running_adapters=active,
                 waiting_adapters=asked - active,
             )
             parts.append(self._vllm.render(load))
         return b"".join(parts)
 
-    def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(f"tucka_{name}", help, labels, registry=self._registry)
+    def _family(
+        self, name: str, kind: str, help: str, labels: tuple[str, ...], make: Callable[[str, str], Series]
+    ) -> Family[Series]:
+        family = Family(f"tucka_{name}", kind, help, labels, make)
+        self._families.append(family)
+        return family
 
-    def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
-        return Gauge(f"tucka_{name}", help, labels, registry=self._registry)
+    def _counters(self, name: str, help: str, *labels: str) -> Family[Value]:
+        return self._family(f"{name}_total", "counter", help, labels, Value)
 
-    def _histogram(self, name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"tucka_{name}", help, labels, registry=self._registry, buckets=buckets)
+    def _counter(self, name: str, help: str) -> Value:
+        return self._counters(name, help).labels()
+
+    def _gauge(self, name: str, help: str) -> Value:
+        return self._family(name, "gauge", help, (), Value).labels()
+
+    def _histograms(self, name: str, help: str, bounds: tuple[float, ...], *labels: str) -> Family[Histogram]:
+        return self._family(name, "histogram", help, labels, lambda name, text: Histogram(name, bounds, text))
+
+    def _histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
+        return self._histograms(name, help, bounds).labels()

@@ -6,6 +6,8 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from tucka_runtime.exposition import head, label
+
 GAUGES = {
     "vllm:num_requests_running": "sequences in the batch",
     "vllm:num_requests_waiting": "sequences accepted and not in the batch",
@@ -38,8 +40,7 @@ class VLLMMetrics:
     """Adapters stay loaded until they are unloaded by name, so all are in level "gpu" and pinned."""
 
     def __init__(self, model_name: str):
-        escaped = model_name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        self._labels = f'model_name="{escaped}",engine="0"'
+        self._labels = label("model_name", model_name) + ',engine="0"'
         self._adapters: tuple[str, str] | None = None
         self._changed = 0.0
         self._loaded: tuple[list[str], str] = ([], "")  # names, and the series that say so
@@ -70,7 +71,7 @@ class VLLMMetrics:
             self._loaded = (load.loaded, "".join([series.replace("%s", name) for name in load.loaded]))
         parts = []
         for name, help in GAUGES.items():
-            parts.append(f"# HELP {name} {help}\n# TYPE {name} gauge\n")
+            parts.append(head(name, "gauge", help))
             if name in samples:
                 parts.append("{}{{{}}} {}\n".format(name, *samples[name]))
         return "".join([*parts, self._loaded[1]]).encode()

@@ -7,7 +7,8 @@ request sent before an unload is taken on before it.
     to the engine:    ("submit", Request) ("abort", id, index or None) ("load", call, key, folder, pinned)
                       ("unload", key) ("stop",)
     from the engine:  ("ready", EngineInfo) ("failed", error) ("step", [SequenceOutput], StepStats)
-                      ("ended", [SequenceOutput]) ("rejected", id, error) ("loaded", call, AdapterInfo or error)
+                      ("idle", StepStats) ("ended", [SequenceOutput]) ("rejected", id, error)
+                      ("loaded", call, AdapterInfo or error)
 
 The process ends when its channel closes, so it never outlives its parent. When it dies, every stream in flight raises
 EngineDeadError, and it is started again.
@@ -89,8 +90,9 @@ class OutputStream(AsyncIterator[SequenceOutput]):
 class EngineClient:
     """The engine as the API process sees it. All methods belong to one event loop.
 
-    `on_step` is called with every step's figures, `on_restart` after a restart, before `ready` is true again: it brings
-    the adapters back.
+    `on_step` is called with every step's figures, `on_idle` with what the engine holds whenever it has run out of work,
+    and with None when it died. `on_restart` is called after a restart, before `ready` is true again: it brings the
+    adapters back.
     """
 
     def __init__(self, config: EngineConfig):
@@ -99,6 +101,7 @@ class EngineClient:
         self.ready = False
         self.restarts = 0
         self.on_step: Callable[[StepStats], None] | None = None
+        self.on_idle: Callable[[StepStats | None], None] | None = None
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         self._streams: dict[str, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[AdapterInfo]] = {}
@@ -169,6 +172,9 @@ class EngineClient:
                     self._deliver(output.request_id, output)
                 if self.on_step is not None:
                     self.on_step(stats)
+            case ("idle", stats):
+                if self.on_idle is not None:
+                    self.on_idle(stats)
             case ("ended", outputs):
                 for output in outputs:
                     self._deliver(output.request_id, output)
@@ -199,6 +205,8 @@ class EngineClient:
         served, self.ready = self.ready, False
         channel.close()
         self._channel = None
+        if self.on_idle is not None:
+            self.on_idle(None)
         error = EngineDeadError("The engine stopped. It is being restarted; try again in a moment.")
         for request_id in list(self._streams):
             self._deliver(request_id, error)
@@ -313,9 +321,12 @@ def serve(engine: "Engine", channel: Connection) -> None:
     loads: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     threading.Thread(target=_load, args=(engine, loads, inbox), daemon=True).start()
-    checked = False
+    checked = told = False
     while True:
         while True:
+            if not engine.busy and not told:
+                channel.send(("idle", _held(engine)))
+            told = not engine.busy
             try:
                 message = inbox.get(block=not engine.busy, timeout=IDLE_SECONDS)
             except queue.Empty:
@@ -325,10 +336,27 @@ def serve(engine: "Engine", channel: Connection) -> None:
                 return
         if engine.busy:
             outputs, stats = engine.step()
-            channel.send(("step", outputs, stats))
+            if stats is not None:
+                channel.send(("step", outputs, stats))
         elif not checked:
             engine.check_integrity()
             checked = True
+
+
+def _held(engine: "Engine") -> StepStats:
+    """What the engine has in its books, without a step."""
+    return StepStats(
+        *(0.0,) * 6,
+        prefill_tokens=0,
+        decode_tokens=0,
+        adapters=0,
+        routes=(),
+        running=len(engine.scheduler.running),
+        waiting=len(engine.scheduler.waiting),
+        blocks_used=engine.blocks.num_blocks - engine.blocks.num_free,
+        blocks_total=engine.blocks.num_blocks,
+        preemptions=engine.scheduler.num_preemptions,
+    )
 
 
 def _handle(

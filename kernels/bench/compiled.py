@@ -93,6 +93,7 @@ def _routes(ids: Tensor | None) -> RoutePlan:
 def _calls() -> list[tuple[str, Any]]:
     ops, shape = _kernels(), LLAMA3_8B
     qkv, residual = ops.expand_qkv_rope_kv.expand_qkv_rope_kv, ops.expand_residual.expand_residual
+    two = ops.expand_residual.run
     calls: list[tuple[str, Any]] = []
     for label, rows, adapters in (("decode", 64, 32), ("single", 1, 1), ("prompt", 512, 1)):
         case = batch(rows, adapters, 16, shape.d, (shape.q, shape.kv, shape.kv), torch.bfloat16, torch.device("cpu"))
@@ -124,6 +125,16 @@ def _calls() -> list[tuple[str, Any]]:
             "expand_residual",
             lambda c=out, h=h, x=x, w=weight: residual(c.y, h, c.site, c.plan, x, w, None, 1e-5),
         )
+        add(
+            "expand_residual, bias",
+            lambda c=out, h=h, x=x, w=weight: residual(c.y, h, c.site, c.plan, x, w, w, 1e-5),
+        )
+        if label == "decode":
+            # What a batch of fuller tiles takes.
+            add(
+                "expand_residual, two",
+                lambda c=out, h=h, x=x, w=weight: two(c.y, h, c.site, c.plan, x, w, None, 1e-5, False, 64),
+            )
         add("norm", lambda x=x, w=weight: ops.norm.norm(x, w, w, 1e-5))
         add("attention", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1))
         add("attention, window", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1, 512))

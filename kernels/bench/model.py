@@ -1,17 +1,21 @@
 """What the issue's targets leave room for, from bytes and launches alone: no device is asked.
 
 A decoding step is bound by bytes: weights once, every context's keys and values once, factors of every active adapter
-once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, and its
-launches that nothing hides.
+once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, its
+launches that nothing hides, and the norms that one program does while the others have ended.
 """
 
 from dataclasses import dataclass
 
-from tucka_runtime.kernels.bench.shapes import Shape
+import torch
 
-EXTRA_LAUNCH = {"qkv": 1, "o": 2, "gate_up": 1, "down": 2}
-"""Launches that a delta adds at a site: the shrink (two over rank 32), and at o and down the norm, which without a
-delta is one with the sum."""
+from tucka_runtime.kernels.bench.shapes import Shape, spread
+from tucka_runtime.kernels.fused.expand_residual import one_launch
+from tucka_runtime.kernels.segments import SMALL_TILE, Segments
+
+NORMED = ("o", "down")
+"""Sites whose sum is normalised. Without a delta that is one launch; with one the norm is a second, or a tile's last
+program does it."""
 BASE_LAUNCHES = 9
 """Launches of a layer without adapters: four GEMMs, qkv's pass, attention, SwiGLU, two sums with norm."""
 
@@ -19,18 +23,20 @@ BASE_LAUNCHES = 9
 @dataclass(frozen=True)
 class Machine:
     """bytes/s of a large copy, the share of it that kernels are asked to reach, flop/s of large bf16 products, seconds
-    that a launch in a graph costs where nothing hides it. All assumptions until a device has been asked."""
+    that a launch in a graph costs where nothing hides it, bytes/s that one program alone moves through L2. All
+    assumptions until a device has been asked."""
 
     copy: float = 4.3e12
     efficiency: float = 0.75
     products: float = 7.5e14
     launch: float = 1.0e-6
+    program: float = 1.0e11
 
 
 @dataclass(frozen=True)
 class Line:
     """Microseconds and shares of one target. `at_floor` counts bytes at the copy's rate and no launch, `expected` every
-    launch, `overlapped` only those that no side stream can hide: all but the shrinks."""
+    launch and the norms that programs do alone, `overlapped` only what no side stream can hide: all but the shrinks."""
 
     what: str
     target: float
@@ -70,20 +76,26 @@ def factors(shape: Shape, targets: str, adapters: int, rank: int) -> int:
 
 
 def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: int, target: float) -> Line:
-    """64 rows at context 1024."""
+    """64 rows at context 1024, shared evenly among the adapters."""
     base = (weights(shape) + kv(shape, 64, 1024)) / machine.copy
     moved = factors(shape, targets, adapters, rank)
-    launches = shape.layers * sum(EXTRA_LAUNCH[s] + (rank > 32) for s in TARGETS[targets])
+    norms = shape.layers * sum(s in NORMED for s in TARGETS[targets])
+    segments = Segments.build(spread(64, adapters), 64, adapters, torch.device("cpu"))
+    if one_launch(segments, 2 * shape.d):
+        # A program reads the rows of a tile twice and as many bytes of the norm's weights, and writes as many.
+        added, exposed = 0, norms * 4 * min(-(-64 // adapters), SMALL_TILE) * 2 * shape.d / machine.program
+    else:
+        added, exposed = norms, norms * machine.launch
+    shrinks = shape.layers * len(TARGETS[targets]) * (1 + (rank > 32))
     floor = moved / machine.copy
-    expected = floor / machine.efficiency + launches * machine.launch
-    exposed = shape.layers * sum(EXTRA_LAUNCH[s] - 1 for s in TARGETS[targets]) * machine.launch
+    expected = floor / machine.efficiency + shrinks * machine.launch + exposed
     name = {"qv": "q, v", "all": "all seven"}[targets]
     return Line(
         f"decode 64 rows, {name} r {rank}, {adapters} adapter{'s' * (adapters > 1)}",
         target,
         base * 1e6,
         moved,
-        launches,
+        shrinks + added,
         floor / base,
         expected / base,
         (floor / machine.efficiency + exposed) / base,
@@ -101,19 +113,19 @@ def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) 
     # A shrink multiplies whole blocks of 64 rank rows; small products reach half of what large ones do.
     per_row = sum(read[s] * 64 * blocks[s] + rank * sum(shape.sites[s][1]) for s in read)
     products = 2 * shape.layers * rows * per_row / (machine.products / 2)
-    launches = shape.layers * sum(n + 1 for n in EXTRA_LAUNCH.values())
+    shrinks, norms = shape.layers * 2 * len(shape.sites), shape.layers * len(NORMED)
     floor = moved / machine.copy
-    busy = max(floor / machine.efficiency, products)
-    expected = busy + launches * machine.launch
+    exposed = max(floor / machine.efficiency, products) + norms * machine.launch
+    expected = exposed + shrinks * machine.launch
     return Line(
         f"prompt {rows}, all seven r {rank}",
         target,
         base * 1e6,
         moved,
-        launches,
+        shrinks + norms,
         floor / base,
         expected / base,
-        busy / base,
+        exposed / base,
     )
 
 
@@ -134,7 +146,8 @@ def table(shape: Shape, machine: Machine) -> str:
     """The targets as lines of text."""
     out = [
         f"{shape.name}: copy {machine.copy / 1e12:.1f} TB/s, kernels at {machine.efficiency:.2f} of it, products "
-        f"{machine.products / 1e12:.0f} TFLOP/s, launch {machine.launch * 1e6:.1f} us: assumptions, not measurements",
+        f"{machine.products / 1e12:.0f} TFLOP/s, launch {machine.launch * 1e6:.1f} us, one program "
+        f"{machine.program / 1e9:.0f} GB/s: assumptions, not measurements",
         f"{'what':44}{'base us':>9}{'delta MB':>10}{'launches':>10}{'floor':>8}{'expected':>10}{'overlapped':>12}"
         f"{'target':>8}",
     ]

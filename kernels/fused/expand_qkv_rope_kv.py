@@ -156,8 +156,8 @@ def _qkv(
             if head >= heads:
                 weight = k_norm
             weight_at = weight + row * norm_stride + i[None, :]
-            a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight_at, mask=mask_a, other=0.0).to(tl.float32)
-            b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight_at + HALF, mask=mask_b, other=0.0).to(tl.float32)
+            a *= scale * tl.load(weight_at, mask=mask_a, other=0.0).to(tl.float32)
+            b *= scale * tl.load(weight_at + HALF, mask=mask_b, other=0.0).to(tl.float32)
         if HAS_ROPE:
             angle = row * angle_stride + i[None, :]
             c = tl.load(cos + angle, mask=mask_a, other=0.0).to(tl.float32)

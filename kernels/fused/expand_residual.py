@@ -1,7 +1,8 @@
 """Delta of a block's last product, residual, and the next block's norm. Reference: reference/expand_residual.py.
 
-Without adapters one launch. With them two: a norm needs a whole row and E is best read by many programs, so the sum
-(grid: tiles, blocks of columns) is stored once more and read again by the norm.
+Without adapters one launch. With them a norm needs whole rows, but E is best read by many programs, grid (tiles, blocks
+of columns). Decoding, the last program of a tile normalises the tile's rows: one launch still. Where tiles are so full
+that this takes longer than a launch, it is a second one; so it is in prompts, and there norm's own.
 """
 
 import torch
@@ -9,10 +10,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, delta_block, find_target, load_tile, rank_block
+from tucka_runtime.kernels.fused.blocks import (
+    alignment,
+    arrive,
+    counters,
+    delta_block,
+    find_target,
+    load_tile,
+    rank_block,
+)
 from tucka_runtime.kernels.fused.expand import BLOCK_N
 from tucka_runtime.kernels.fused.norm import add_norm, norm
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, Segments, SitePlan
+
+TAIL_BYTES = 24 * 1024
+"""Of a tile's rows: as much as one program normalises while another launch would start. It reads them twice, the norm's
+weights as often as there are rows, and writes: four times as many bytes, at some 64 a clock. Unmeasured."""
+
+
+def one_launch(segments: Segments, row_bytes: int) -> bool:
+    """Whether the last program of a tile normalises the tile's rows, or a second launch.
+
+    By the fullest tile that the host knows of. A CUDA graph holds what was chosen for the batch it was captured with,
+    which is right for any other: a decoding row's bits are the same either way, so they do not depend on the choice.
+    """
+    first = segments.spans[0][0] if segments.spans else segments.num_rows
+    fullest = max([first, *(end - begin for begin, end, _ in segments.spans)])
+    return min(fullest, segments.tile_rows) * row_bytes <= TAIL_BYTES
 
 
 def expand_residual(
@@ -31,13 +55,74 @@ def expand_residual(
     """
     if h is None or site is None or plan is None:
         return add_norm(y, residual, weight, bias, eps)
-    total = add(y, h, site, plan, residual, BLOCK_N)
-    return norm(total, weight, bias, eps), total
+    if plan.segments.tile_rows > SMALL_TILE:
+        # A full tile is half a megabyte at d 4096: never done before another launch. Unmeasured.
+        total = add(y, h, site, plan, residual, BLOCK_N)
+        return norm(total, weight, bias, eps), total
+    one = one_launch(plan.segments, y.shape[1] * residual.element_size())
+    return run(y, h, site, plan, residual, weight, bias, eps, one, BLOCK_N)
 
 
 def add(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, residual: Tensor, block_n: int) -> Tensor:
     """residual + y + delta (T, d), in blocks of `block_n` columns, each within one target."""
     total = torch.empty_like(residual)
+    unused = {"D": 1, "BLOCK": 1, "STEP": 1, "ROW_STAGES": 1, "STEP_STAGES": 1, "CENTRE": False}
+    _launch(y, h, site, plan, residual, total, block_n, (total, total, total, total, 0.0), ONE_LAUNCH=False, **unused)
+    return total
+
+
+def run(
+    y: Tensor,
+    h: Tensor,
+    site: DeltaSite,
+    plan: SitePlan,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    one: bool,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """`expand_residual` of a batch with adapters in one launch or in two, for tests and the bench."""
+    width, tiles = y.shape[1], plan.segments.tiles
+    total, out = torch.empty_like(residual), torch.empty_like(residual)
+    size = width * residual.element_size()
+    # What is read ahead goes through L1 where it cannot go in 16 bytes. There a sector of 32 bytes with the end of one
+    # tile's rows and the start of the next's could be found as it was before the next's sum was in it.
+    ahead = size % 32 == 0
+    how: dict[str, int] = {
+        "D": width,
+        "BLOCK": triton.next_power_of_2(width),
+        "STEP": min(1024, triton.next_power_of_2(width)),
+        # 16 KB on their way into shared memory: more would take programs from the sum, whose registers let an SM have
+        # ten. Unmeasured.
+        "ROW_STAGES": 1 if not ahead else 3 if size <= 8192 else 2,
+        "STEP_STAGES": 4 if ahead else 1,
+        "CENTRE": bias is not None,
+    }
+    shared = (out, weight, weight if bias is None else bias, eps)
+    if one:
+        counter = counters("expand_residual", tiles.shape[0], y.device)
+        _launch(y, h, site, plan, residual, total, block_n, (counter, *shared), ONE_LAUNCH=True, **how)
+        return out, total
+    total = add(y, h, site, plan, residual, block_n)
+    if tiles.shape[0]:
+        rows = plan.segments.tile_rows
+        _finish[(tiles.shape[0], rows)](total, *shared, tiles, BLOCK_M=rows, num_warps=4, **how)
+    return out, total
+
+
+def _launch(
+    y: Tensor,
+    h: Tensor,
+    site: DeltaSite,
+    plan: SitePlan,
+    residual: Tensor,
+    total: Tensor,
+    block_n: int,
+    tail: tuple[Tensor | float, ...],
+    **how: int,
+) -> None:
     if any(c % block_n for c in site.columns[1:-1]):
         raise ValueError(f"the borders of the targets, {site.columns}, must be multiples of {block_n}")
     segments = plan.segments
@@ -52,19 +137,19 @@ def add(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, residual: Tensor,
             site.rank,
             site.borders,
             segments.tiles,
+            *tail,
             len(site.columns) - 1,
             plan.max_rank,
             y.shape[1],
             y.stride(0),
             residual.stride(0),
-            total.stride(0),
             ALIGN=alignment(site.columns),
             BLOCK_R=rank_block(plan.max_rank),
             BLOCK_M=segments.tile_rows,
             BLOCK_N=block_n,
             num_warps=4,
+            **how,
         )
-    return total
 
 
 @triton.jit
@@ -77,18 +162,30 @@ def _add(
     rank,
     borders,
     tiles,
+    counter,
+    out,
+    weight,
+    bias,
+    eps,
     n,
     width_h,
     width,
     y_stride,
     residual_stride,
-    total_stride,
     ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ROW_STAGES: tl.constexpr,
+    STEP_STAGES: tl.constexpr,
+    CENTRE: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
 ):
-    first, end, _, adapter = load_tile(tiles, tl.program_id(0))
+    tile = tl.program_id(0)
+    first, end, _, adapter = load_tile(tiles, tile)
     if first >= end:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -104,4 +201,81 @@ def _add(
     row = rows[:, None].to(tl.int64)
     acc += tl.load(y + row * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     acc += tl.load(residual + row * residual_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(total + row * total_stride + columns[None, :], acc.to(total.dtype.element_ty), mask=mask)
+    tl.store(total + row * width + columns[None, :], acc.to(total.dtype.element_ty), mask=mask)
+    if ONE_LAUNCH:
+        last = arrive(counter + tile, tl.num_programs(1))
+        if last:
+            _normalise(
+                total, out, weight, bias, eps, first, end, BLOCK_M, D, BLOCK, STEP, ROW_STAGES, STEP_STAGES, CENTRE
+            )
+
+
+@triton.jit
+def _finish(
+    total,
+    out,
+    weight,
+    bias,
+    eps,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ROW_STAGES: tl.constexpr,
+    STEP_STAGES: tl.constexpr,
+    CENTRE: tl.constexpr,
+):
+    """The second launch: grid (tiles, rows of a tile)."""
+    first, end, _, _ = load_tile(tiles, tl.program_id(0))
+    row = first + tl.program_id(1)
+    if row < end:
+        _normalise(
+            total, out, weight, bias, eps, row, row + 1, BLOCK_M, D, BLOCK, STEP, ROW_STAGES, STEP_STAGES, CENTRE
+        )
+
+
+@triton.jit
+def _normalise(
+    total,
+    out,
+    weight,
+    bias,
+    eps,
+    begin,
+    end,
+    BLOCK_M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ROW_STAGES: tl.constexpr,
+    STEP_STAGES: tl.constexpr,
+    CENTRE: tl.constexpr,
+):
+    """Rows begin to end, at most BLOCK_M of them: read whole for their sums, then again, STEP columns at a time. To
+    hold them in between would take registers, and so programs, from the sum."""
+    rows = begin + tl.arange(0, BLOCK_M)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    scale = tl.zeros((BLOCK_M,), tl.float32)
+    i = tl.arange(0, BLOCK)
+    for k in tl.range(0, end - begin, num_stages=ROW_STAGES):
+        row = begin + k
+        v = tl.load(total + row.to(tl.int64) * D + i, mask=i < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if CENTRE:
+            m = tl.sum(v, 0) / D
+            mean = tl.where(rows == row, m, mean)
+            v = tl.where(i < D, v - m, 0.0)
+        scale = tl.where(rows == row, tl.rsqrt(tl.sum(v * v, 0) / D + eps), scale)
+    steps: tl.constexpr = (D + STEP - 1) // STEP
+    for k in tl.range(0, (end - begin) * steps, num_stages=STEP_STAGES):
+        row = begin + k // steps
+        column = k % steps * STEP + tl.arange(0, STEP)
+        place = row.to(tl.int64) * D + column
+        v = tl.load(total + place, mask=column < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if CENTRE:
+            v -= tl.sum(tl.where(rows == row, mean, 0.0), 0)
+        v *= tl.sum(tl.where(rows == row, scale, 0.0), 0)
+        v *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        if CENTRE:
+            v += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+        tl.store(out + place, v.to(out.dtype.element_ty), mask=column < D)

@@ -86,5 +86,5 @@ def _norm(
         v = v * w + tl.load(bias + i, mask=real, other=0.0).to(tl.float32)
     else:
         v *= tl.rsqrt(tl.sum(v * v, 0) / D + eps)
-        v = v.to(dtype).to(tl.float32) * w
+        v *= w
     tl.store(out + row * D + i, v.to(dtype), mask=real)

@@ -96,7 +96,7 @@ def retiled(plan: SitePlan, tile_rows: int) -> SitePlan:
     rows = [
         [i, min(i + tile_rows, end), s, a]
         for begin, end, s, a in [
-            (0, int(plan.segments.start[0]), -1, -1),
+            (0, plan.segments.spans[0][0], -1, -1),
             *((f, e, s, a) for s, (f, e, a) in enumerate(plan.segments.spans)),
         ]
         for i in range(begin, end, tile_rows)

@@ -18,6 +18,7 @@ from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
 
 ROWS, ADAPTERS, RANK, D_IN, HEADS, KV_HEADS, HEAD, BLOCK, WIDTH, SLOTS = 10, 4, 24, 40, 4, 2, 16, 16, 4, 1024
 WIDTHS = (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
+D_OUT = 136
 
 # Rank of each adapter; rows of the base; (rows, adapter) of each segment; context of each row, 0: only fills up.
 BATCHES = [
@@ -28,93 +29,117 @@ BATCHES = [
 ]
 
 
-def batch(number: int) -> tuple[delta_cases.Case, PagePlan]:
+def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, PagePlan]:
+    """The batch at qkv and at o."""
     ranks, base, parts, lengths = BATCHES[number]
-    case = delta_cases.make(
-        [[r, r, r // 2] for r in ranks], (base, parts), D_IN, WIDTHS, core_size=RANK, seed=number, dtype=torch.float32
+    qkv, out = (
+        delta_cases.make(table, (base, parts), d_in, widths, core_size=RANK, seed=number, dtype=torch.float32)
+        for table, d_in, widths in (
+            ([[r, r, r // 2] for r in ranks], D_IN, WIDTHS),
+            ([[r] for r in ranks], WIDTHS[0], (D_OUT,)),
+        )
     )
     tables = [[(7 * i + j) % (SLOTS // BLOCK) for j in range(WIDTH)] for i in range(ROWS)]
     spans = [(i, 1, max(length, 1)) for i, length in enumerate(lengths)]
-    plan = PagePlan.build(spans, tables, BLOCK, case.x.device)
+    plan = PagePlan.build(spans, tables, BLOCK, qkv.x.device)
     for i, length in enumerate(lengths):
         if not length:
             plan.length[i], plan.write_slots[i] = 0, -1
-    return case, plan
+    return qkv, out, plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What a step reads of a site: x is not there at o, where it is what attention returns."""
+
+    y: Tensor
+    site: DeltaSite
+    plan: SitePlan
+    cores: Tensor
+
+    @staticmethod
+    def of(case: delta_cases.Case) -> "Site":
+        assert case.cores is not None
+        return Site(case.y, case.site, case.plan, case.cores)
+
+    @staticmethod
+    def fixed(case: delta_cases.Case, segments: Segments) -> "Site":
+        site = dataclasses.replace(
+            case.site,
+            u_ptr=torch.zeros_like(case.site.u_ptr),
+            e_ptr=torch.zeros_like(case.site.e_ptr),
+            rank=torch.zeros_like(case.site.rank),
+        )
+        cores = torch.zeros(ROWS, len(case.site.columns) - 1, RANK, RANK)
+        return Site(torch.zeros_like(case.y), site, SitePlan.build(segments, case.site, max_rank=RANK), cores)
+
+    def fill(self, case: delta_cases.Case) -> None:
+        self.y.copy_(case.y)
+        assert case.cores is not None
+        self.cores[: len(case.cores)].copy_(case.cores)
+        for name in ("u_ptr", "e_ptr", "rank"):
+            getattr(self.site, name).copy_(getattr(case.site, name))
 
 
 class Bucket:
     """Fixed tensors for any batch of ROWS rows, ADAPTERS adapters and ranks up to RANK."""
 
     def __init__(self) -> None:
-        case, pages = batch(0)
-        device = case.x.device
-        segments = Segments.build([], ROWS, ADAPTERS, device, num_tiles=ROWS)
-        self.x, self.y = torch.zeros_like(case.x), torch.zeros_like(case.y)
-        self.residual = torch.zeros(ROWS, WIDTHS[0])
-        self.cores = torch.zeros(ROWS, 3, RANK, RANK)
+        qkv, out, pages = batch(0)
+        self.segments = Segments.build([], ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS)
+        self.x = torch.zeros_like(qkv.x)
+        self.qkv, self.out = Site.fixed(qkv, self.segments), Site.fixed(out, self.segments)
+        self.residual = torch.zeros(ROWS, D_OUT)
         self.caches = [torch.zeros(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
-        self.site = dataclasses.replace(
-            case.site,
-            u_ptr=torch.zeros_like(case.site.u_ptr),
-            e_ptr=torch.zeros_like(case.site.e_ptr),
-            rank=torch.zeros_like(case.site.rank),
-        )
-        self.plan = SitePlan.build(segments, case.site, max_rank=RANK)
         self.pages = dataclasses.replace(
             pages, pages=torch.zeros(ROWS * WIDTH, dtype=torch.int32), longest=WIDTH * BLOCK
         )
 
-    def fill(self, case: delta_cases.Case, pages: PagePlan) -> None:
-        segments = case.plan.segments
-        fixed = Segments.build(segments.spans, ROWS, ADAPTERS, case.x.device, num_tiles=ROWS)
-        self.plan.segments.tiles.copy_(fixed.tiles)
-        self.x.copy_(case.x)
-        self.y.copy_(case.y)
-        assert case.cores is not None
-        self.cores[: len(case.cores)].copy_(case.cores)
-        for name in ("u_ptr", "e_ptr", "rank"):
-            getattr(self.site, name).copy_(getattr(case.site, name))
+    def fill(self, qkv: delta_cases.Case, out: delta_cases.Case, pages: PagePlan) -> None:
+        spans = qkv.plan.segments.spans
+        self.segments.tiles.copy_(Segments.build(spans, ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS).tiles)
+        self.x.copy_(qkv.x)
+        self.qkv.fill(qkv)
+        self.out.fill(out)
         self.pages.pages[: len(pages.pages)].copy_(pages.pages)
         for name in ("length", "write_slots", "first_page"):
             getattr(self.pages, name).copy_(getattr(pages, name))
 
     def step(self) -> dict[str, Tensor]:
-        return step(self.x, self.y, self.site, self.plan, self.cores, self.pages, self.caches, self.residual)
+        return step(self.x, self.qkv, self.out, self.pages, self.caches, self.residual)
 
 
-def step(
-    x: Tensor,
-    y: Tensor,
-    site: DeltaSite,
-    plan: SitePlan,
-    cores: Tensor | None,
-    pages: PagePlan,
-    caches: list[Tensor],
-    residual: Tensor,
-) -> dict[str, Tensor]:
+def step(x: Tensor, qkv: Site, out: Site, pages: PagePlan, caches: list[Tensor], residual: Tensor) -> dict[str, Tensor]:
     """Half a layer: what of it is ours."""
-    h = shrink_core.shrink_core(x, site, cores, plan)
+    h = shrink_core.shrink_core(x, qkv.site, qkv.cores, qkv.plan)
     q = expand_qkv_rope_kv.expand_qkv_rope_kv(
-        y, h, site, plan, None, None, None, 1e-5, caches[0], caches[1], pages.write_slots
+        qkv.y, h, qkv.site, qkv.plan, None, None, None, 1e-5, caches[0], caches[1], pages.write_slots
     )
     attended = attention.attention(q, *caches, pages, 0.25).flatten(1)
-    weight = torch.ones(WIDTHS[0], device=x.device)
-    normed, total = expand_residual.expand_residual(attended, None, None, None, residual, weight, None, 1e-5)
-    out = expand.expand(y.clone(), h, site, plan)
-    return {"q": q, "attended": attended, "normed": normed, "total": total, "out": out}
+    weight = torch.ones(D_OUT, device=x.device)
+    inner = shrink_core.shrink_core(attended, out.site, out.cores, out.plan)
+    found = {"q": q, "attended": attended, "out": expand.expand(qkv.y.clone(), h, qkv.site, qkv.plan)}
+    low_rank = inner, out.site, out.plan
+    for name, (normed, total) in {
+        "base": expand_residual.expand_residual(out.y, None, None, None, residual, weight, None, 1e-5),
+        "one launch": expand_residual.run(out.y, *low_rank, residual, weight, None, 1e-5, True, 64),
+        "two launches": expand_residual.run(out.y, *low_rank, residual, weight, weight, 1e-5, False, 64),
+    }.items():
+        found |= {f"{name} normed": normed, f"{name} total": total}
+    return found
 
 
 def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> None:
     """What `run` makes of the bucket is what fresh tensors of just the right size make, bit for bit."""
-    case, pages = batch(number)
+    qkv, out, pages = batch(number)
     keys = [torch.randn(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
     for cache, value in zip(bucket.caches, keys, strict=True):
         cache.copy_(value)
     bucket.residual.normal_()
-    bucket.fill(case, pages)
+    bucket.fill(qkv, out, pages)
     got = run()
     fresh = [value.clone() for value in keys]
-    want = step(case.x, case.y, case.site, case.plan, case.cores, pages, fresh, bucket.residual)
+    want = step(qkv.x, Site.of(qkv), Site.of(out), pages, fresh, bucket.residual)
     real = pages.length > 0
     for name, value in got.items():
         assert torch.equal(value[real], want[name][real]), name

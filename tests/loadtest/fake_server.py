@@ -34,7 +34,7 @@ class Behaviour:
     every: int = 0
     after: int = 0  # behave for this many requests first
     misbehave: str = ""  # status:429 | cut | error_event | stall | garbage | leak | random
-    refuse_route: bool = False  # answer 400 to the field `route`
+    route: str = "known"  # the field `route`: known | refused | ignored (as vLLM does with fields it does not know)
     adapters: dict[str, str] = field(default_factory=dict)  # name -> path
 
 
@@ -52,6 +52,7 @@ class FakeServer:
         self.behaviour = behaviour
         self.adapters = dict(behaviour.adapters)
         self.fresh: set[str] = set()
+        self.inplace: set[str] = set()  # loaded in place last: vLLM reads those from disk at every step
         self.count = 0
         self.slots = asyncio.Semaphore(behaviour.slots or 10**6)
 
@@ -75,7 +76,10 @@ class FakeServer:
     async def respond(self, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]) -> None:
         if path == "/v1/models":
             cards = [{"id": "base", "object": "model", "root": "base", "parent": None}]
-            cards += [{"id": n, "object": "model", "root": p, "parent": "base"} for n, p in self.adapters.items()]
+            cards += [
+                {"id": n, "object": "model", "root": p, "parent": "base", "inplace": n in self.inplace}
+                for n, p in self.adapters.items()
+            ]
             self.plain(writer, 200, {"object": "list", "data": cards})
         elif path == "/v1/load_lora_adapter":
             await asyncio.sleep(self.behaviour.load)
@@ -85,6 +89,7 @@ class FakeServer:
                 return self.plain(writer, 400, {"error": {"message": "already loaded"}})
             self.adapters[body["lora_name"]] = body["lora_path"]
             self.fresh.add(body["lora_name"])
+            (self.inplace.add if body.get("load_inplace") else self.inplace.discard)(body["lora_name"])
             self.plain(writer, 200, {})
         elif path == "/v1/unload_lora_adapter":
             known = self.adapters.pop(body["lora_name"], None)
@@ -106,7 +111,8 @@ class FakeServer:
         model = body["model"]
         if model != "base" and model not in self.adapters:
             return self.plain(writer, 404, {"error": {"message": "no such model", "code": "model_not_found"}})
-        if b.refuse_route and "route" in body:
+        refused = {"known": body.get("route") not in (None, "batch", "request"), "refused": "route" in body}
+        if refused.get(b.route):
             return self.plain(writer, 400, {"error": {"message": "not supported", "param": "route"}})
         if mischief.startswith("status:"):
             return self.plain(writer, int(mischief[7:]), {"error": {"message": "as told"}})

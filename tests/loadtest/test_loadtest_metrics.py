@@ -1,6 +1,8 @@
 """The figures, from recorded time stamps: against hand-made truth and against vLLM's definitions, written out anew."""
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,17 @@ def test_the_same_figures_as_vllm_on_the_same_time_stamps(seed, n, some_empty):
     ours = Figures(records, 12.5, slo, (99, 99.9), count_empty=some_empty).summary()
     for name, value in vllm_figures(records, 12.5, slo).items():
         assert ours[name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_the_same_figures_as_vllms_own_function_on_a_recorded_run():
+    """The file has the requests of a run against vLLM and what its calculate_metrics returned for them."""
+    recorded = json.loads(Path(__file__).with_name("vllm_figures.json").read_text())
+    records = [Record.from_json({"kind": "load", "model": "m"} | r) for r in recorded["requests"]]
+    limits = recorded["goodput_slo_ms"]
+    ours = Figures(records, recorded["duration"], limits, (50, 90, 99, 99.9), count_empty=True).summary()
+    assert len(recorded["figures"]) == 38 and recorded["figures"]["failed"] == 2
+    for name, value in recorded["figures"].items():
+        assert ours[name] == pytest.approx(value, rel=1e-12), name
 
 
 def test_failed_requests_count_and_have_no_latency():

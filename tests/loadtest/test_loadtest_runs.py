@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import urllib.request
 from html.parser import HTMLParser
 
 import pytest
@@ -16,13 +17,13 @@ from tucka_runtime.loadtest.session import choose_models
 from tucka_runtime.loadtest.settings import Settings
 
 ADAPTERS = {"a": "/adapters/a", "b": "/adapters/b", "c": "/adapters/c"}
-REFERENCES = 2 + 4 * 3  # requests before the load: token counts, and three canaries to each of four models
+REFERENCES = 2 + 1 + 4 * 3  # before the load: token counts, is `route` known, three canaries to each of four models
 
 
 def test_closed_loop_keeps_its_concurrency_and_knows_its_throughput(fake, load_test):
     # 3 in flight, each 20 + 9 · 10 ms: 27.3 requests/s and 273 tokens/s if nothing is lost between
     result = load_test(fake(ttft=0.02, itl=0.01), concurrency=3, requests=45, max_tokens="10")
-    assert (result["completed"], result["failed"], result["max_concurrent_requests"]) == (45, 0, 3)
+    assert (result["completed"], result["failed"], result["most_in_flight"]) == (45, 0, 3)
     assert result["request_throughput"] == pytest.approx(27.3, rel=0.12)
     assert result["output_throughput"] == pytest.approx(273, rel=0.12)
     assert result["per_adapter"].keys() == {"base"}
@@ -34,7 +35,7 @@ def test_open_loop_sends_when_planned_and_does_not_wait(fake, load_test):
     lags = [r["start"] - r["planned"] for r in requests]
     assert min(lags) >= 0 and sorted(lags)[10] < 0.02
     # the server does 10 a second: all were sent while the first ones waited, so the queue shows in TTFT
-    assert result["max_concurrent_requests"] > 10
+    assert result["most_in_flight"] > 10
     assert result["p99_ttft_ms"] > 1000
 
 
@@ -102,6 +103,29 @@ def test_reloads_in_place_forgive_nothing(fake, load_test):
     assert result["runs"][0]["redirected"] == 0
 
 
+@pytest.mark.parametrize("drain", [False, True])
+def test_with_drain_no_adapter_is_unloaded_under_its_requests(fake, load_test, drain):
+    url = fake(adapters=ADAPTERS, ttft=0.1, itl=0.005)
+    result = load_test(url, rate="20", duration=2.0, churn_rate=6.0, canary_rate=10.0, churn_drain=drain)
+    [run] = result["runs"]
+    unloads = [(e["name"], e["at"]) for e in run["churn_events"] if e["call"] == "unload" and e["action"] != "restore"]
+    met = [r for r in run["requests"] for name, at in unloads if r["model"] == name and r["start"] < at < r["end"]]
+    assert len(unloads) > 2 and bool(met) is not drain
+    assert result["correct"] and not result["failures"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_adapter_is_left_as_loaded_in_place(fake, load_test, inplace):
+    """vLLM reads such an adapter from disk at every step."""
+    url = fake(adapters=ADAPTERS)
+    flags = {"churn_adapter": ("a=/other/a", "b=/adapters/b"), "churn_inplace": inplace}
+    load_test(url, rate="20", duration=1.0, churn_rate=8.0, **flags)
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        loaded = {card["id"]: card for card in json.load(answer)["data"]}
+    assert loaded["a"]["root"] == "/other/a"
+    assert not any(loaded[name]["inplace"] for name in ADAPTERS)
+
+
 def test_a_wrong_path_ends_the_test_before_anything_is_unloaded(fake, load_test):
     url = fake(adapters=ADAPTERS)
     with pytest.raises(ServerError, match=r"a could not be loaded .*no such folder"):
@@ -131,6 +155,12 @@ def test_a_leak_is_seen_and_named(fake, load_test):
     assert "WRONG ANSWERS" in table.render(result)
 
 
+def test_where_fields_are_ignored_a_changed_answer_is_no_failure(fake, load_test):
+    url = fake(adapters=ADAPTERS, route="ignored", every=3, after=REFERENCES, misbehave="random")
+    result = load_test(url, rate="20", duration=1.5, canary_rate=20.0)
+    assert result["canaries"]["outcomes"]["changed"] and result["correct"]
+
+
 def test_what_is_not_deterministic_is_seen(fake, load_test):
     url = fake(adapters=ADAPTERS, every=3, after=REFERENCES, misbehave="random")
     result = load_test(url, rate="20", duration=1.5, canary_rate=20.0)
@@ -138,8 +168,9 @@ def test_what_is_not_deterministic_is_seen(fake, load_test):
     assert not result["correct"]
 
 
-def test_a_server_without_route_scope_gets_canaries_without(fake, load_test):
-    result = load_test(fake(adapters=ADAPTERS, refuse_route=True), rate="10", duration=1.0, canary_rate=10.0)
+@pytest.mark.parametrize("route", ["refused", "ignored"])
+def test_a_server_without_route_scope_gets_canaries_without(fake, load_test, route):
+    result = load_test(fake(adapters=ADAPTERS, route=route), rate="10", duration=1.0, canary_rate=10.0)
     assert result["canaries"]["route_request"] is False
     assert result["canaries"]["outcomes"] == {"own": result["canaries"]["sent"]}
     assert result["canaries"]["twins"] == []
@@ -345,6 +376,13 @@ def test_the_sweep_finds_the_knee_of_a_known_server(capacity):
     assert outcome["ended"] == "found"
     assert outcome["knee"] <= capacity < outcome["fails_at"] <= outcome["knee"] * 1.05
     assert len(search.points) < 25
+
+
+def test_a_file_that_cannot_be_written_costs_no_figures(fake, tmp_path, capsys):
+    flags = ["--requests", "2", "--canary-rate", "0", "--warmup", "0", "--quiet", "--json", str(tmp_path)]
+    assert cli.main(["--url", fake(adapters=ADAPTERS), *flags]) == 1
+    printed = capsys.readouterr()
+    assert "cannot be written" in printed.err and "request throughput" in printed.out
 
 
 def test_the_sweep_stops_when_the_client_is_the_limit():

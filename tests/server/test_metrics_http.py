@@ -57,6 +57,36 @@ def test_an_adapter_comes_and_goes(live: Server) -> None:
         assert not [name for name in series(live) if "guest" in name]
 
 
+def held(server: Server) -> tuple[float, ...]:
+    """Running, waiting and pages in use, by our names and by vLLM's."""
+    found = series(server)
+    vllm = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return (
+        *(found[f"tucka_{name}"] for name in ("requests_running", "requests_waiting", "kv_blocks_used")),
+        *(next(value for key, value in found.items() if key.startswith(f"vllm:{name}{{")) for name in vllm),
+    )
+
+
+def test_what_the_engine_holds_goes_back_to_nothing(live: Server) -> None:
+    """By the engine's own account: after answers that ended by themselves, and after clients that left."""
+    body = ASK | {"model": "one", "max_tokens": 200, "ignore_eos": True, "n": 3}
+    assert live.post("/v1/completions", body | {"max_tokens": 4}).status_code == 200
+    assert held(live) == (0,) * 6
+    with live.client.stream("POST", live.url + "/v1/completions", json=body | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        for _ in range(12):
+            next(lines)
+        running, waiting, used, *vllm = held(live)
+        assert running == 3 and waiting == 0 and used >= 3
+        assert vllm[:2] == [3, 0] and 0 < vllm[2] <= 1
+    deadline = time.monotonic() + 10
+    while any(held(live)):  # the client left; no step follows that could say so
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.1)
+    assert held(live) == (0,) * 6
+
+
 def test_routers_see_who_is_at_work(live: Server) -> None:
     body = ASK | {"model": "one", "max_tokens": 100, "ignore_eos": True, "stream": True}
     with live.client.stream("POST", live.url + "/v1/completions", json=body) as answer:

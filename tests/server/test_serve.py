@@ -19,6 +19,12 @@ BASE = str(GOLDEN / "bases" / "llama-tiny")
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
 
 
+def held(client: httpx.Client) -> list[str]:
+    """What the engine is said to hold."""
+    gauges = ("tucka_requests_running ", "tucka_requests_waiting ", "tucka_kv_blocks_used ")
+    return [line.split()[1] for line in client.get("/metrics").text.splitlines() if line.startswith(gauges)]
+
+
 def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
     """One server's life: an adapter over HTTP, its engine killed, a stream through Ctrl-C, and another life after."""
     arguments = ("--model", BASE, "--state-dir", str(tmp_path / "state"), "--adapter-root", str(GOLDEN))
@@ -33,19 +39,23 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
     long = ask | {"max_tokens": 240, "ignore_eos": True, "stream": True, "n": 8}
     with client.stream("POST", "/v1/completions", json=long) as stream:
         lines = stream.iter_lines()
-        next(lines)
+        for _ in range(20):
+            next(lines)
+        assert held(client)[0] == "8.0"
         os.kill(engine, signal.SIGKILL)
         seen = [line for line in lines if line]
     assert "engine_unavailable" in seen[-1] and "[DONE]" not in seen[-1]
     assert client.get("/health").status_code == 200
     answer = client.get("/ready")
     assert answer.status_code == 503 and answer.headers["retry-after"]
+    assert held(client) == ["0.0"] * 3
     answer = client.post("/v1/completions", json=ask)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_unavailable"
     deadline = time.monotonic() + 60
     while client.get("/ready").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    assert held(client) == ["0.0"] * 3, "the new engine has nothing of the old one's"
     assert client.post("/v1/completions", json=ask).json()["choices"] == expected
 
     with client.stream("POST", "/v1/completions", json=long) as stream:

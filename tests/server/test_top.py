@@ -34,7 +34,8 @@ def work(metrics: Metrics, name: str, tokens: int, group: int) -> None:
     routes = ((AdapterKey(name, 1), Route(group, (0.5, 0.5, 0.5))),)
     metrics.on_step(StepStats(0.0, 0.0, 0.01, 0.09, 0.0, 0.0, 10, 0, 1, routes, 1, 0, 50, 100, 0, 1))
     metrics.first_token(name, 0.25, 5, None)
-    metrics.tokens(tokens, 0.01)
+    metrics.tokens(tokens)
+    metrics.waited(0.01, tokens)
     metrics.finished(name, FinishReason.STOP)
     metrics.closed(name, 0.5, tokens, failed=False)
 

@@ -1,0 +1,39 @@
+"""The model of bytes and launches: what it counts, and that the README has what it prints."""
+
+from pathlib import Path
+
+import pytest
+
+from tucka_runtime.kernels.bench import model
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B
+
+README = Path(__file__).parents[2] / "kernels" / "README.md"
+
+
+def decode(adapters: int, rank: int = 16, targets: str = "all", **machine: float) -> model.Line:
+    return model.decode(LLAMA3_8B, model.Machine(**machine), targets, adapters, rank, 0.15)
+
+
+def test_a_norm_is_a_launch_only_where_tiles_are_full() -> None:
+    assert [decode(adapters).launches for adapters in (1, 8, 32)] == [192, 192, 128]
+    assert decode(32, rank=64).launches == 32 * 4 * 2
+    assert decode(32, targets="qv").launches == 32
+    assert model.prompt(LLAMA3_8B, model.Machine(), 2048, 16, 0.04).launches == 32 * (4 * 2 + 2)
+
+
+def test_what_no_stream_hides_is_counted() -> None:
+    """At o and down of 32 layers: two rows of 8 KB, read twice, with as many of weights, and written; or a launch."""
+    for adapters, seconds in ((32, 64 * 4 * 2 * 8192 / 1e11), (1, 64 * 1e-6)):
+        line = decode(adapters)
+        bytes_alone = line.at_floor / 0.75
+        assert line.overlapped - bytes_alone == pytest.approx(seconds / (line.base * 1e-6))
+        assert line.expected - line.overlapped == pytest.approx(32 * 4 * 1e-6 / (line.base * 1e-6))
+    assert decode(32, program=1e30).overlapped == pytest.approx(decode(32).at_floor / 0.75)
+
+
+def test_the_readme_has_what_the_model_prints() -> None:
+    rows = [row.replace("*", "") for row in README.read_text().splitlines() if row.startswith("| ")]
+    for line in model.lines(LLAMA3_8B, model.Machine()):
+        figures = f"| {line.base:.0f} | {line.delta_bytes / 1e6:.0f} | {line.launches} | {line.at_floor:.1%} "
+        figures += f"| {line.expected:.1%} | {line.overlapped:.1%} | {line.target:.0%} |"
+        assert [row for row in rows if row.endswith(figures)], figures
