@@ -22,8 +22,8 @@ from transformers import (
 
 from tucka_runtime.trainer import TuckAConfig, routers
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-TEXT = {**SIZES, "vocab_size": 64, "pad_token_id": 0}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT: dict[str, Any] = {**SIZES, "vocab_size": 64, "pad_token_id": 0}
 
 
 def causal(**more: Any) -> LlamaForCausalLM:
