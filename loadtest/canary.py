@@ -6,14 +6,15 @@ adapters get the same prompts, so an answer that belongs to another one is recog
     own       the reference, byte for byte
     leaked    another adapter's (or the base's) reference
     stale     what the same name answered from another of its paths (churn with several paths)
-    changed   neither: not deterministic under load
+    tied      it left its reference for the second best token where that was nearly as good: in 16 bits a batch's size
+              alone can do that
+    changed   none of these: not deterministic under load
     failed    no answer
     unjudged  its adapter was exchanged while it ran, and the answer is not its own
 
-Under TuckA's route scope `request` an answer does not depend on the batch, so canaries ask for it where the server
-knows the field (vLLM ignores what it does not know, so a scope that does not exist is tried first); under scope
-`batch`, `changed` is no error. `twins` are adapters with the same references: between
-them a leak cannot be seen.
+Under TuckA's route scope `request` a route does not depend on the batch, so canaries ask for it where the server knows
+the field (vLLM ignores what it does not know, so a scope that does not exist is tried first); under scope `batch`,
+`changed` is no error. `twins` are adapters with the same references: between them a leak cannot be seen.
 """
 
 import random
@@ -27,6 +28,7 @@ from tucka_runtime.loadtest.settings import Settings
 from tucka_runtime.loadtest.workload import WORDS
 
 Identity = tuple[str, str | None]  # model, and the path it was loaded from where churn knows it
+TIE = 0.5  # nats between the best and the second token: a few units in the last place of a bf16 logit between 16 and 32
 
 
 class Canaries:
@@ -37,24 +39,29 @@ class Canaries:
         rng = random.Random(f"{settings.seed}/canaries")
         drawn = [" ".join(rng.choices(WORDS, k=12)) for _ in range(2)]
         self.prompts = list(settings.canary_prompt) or drawn
-        self.references: dict[Identity, list[str]] = {}
+        logprobs = {"logprobs": True, "top_logprobs": 2} if client.chat else {"logprobs": 2}
+        self.optional: dict[str, dict[str, Any]] = {"route": {"route": "request"}, "logprobs": logprobs}
+        self.taken: dict[str, tuple[str, ...]] = {}  # which of them each model took
         self.route_known: bool | None = None
-        self.route_refused: set[str] = set()
+        self.references: dict[Identity, list[Record]] = {}
         self.unstable: set[str] = set()
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[dict[str, Any]] = []
 
     async def ask(self, model: str, number: int, kind: str) -> Record:
-        """One canary. Greedy, and in request scope where the server knows that."""
-        record = Record(kind, model, index=number)
-        body = self.client.body(model, self.prompts[number], self.tokens, 0.0)
-        if not self.route_known or model in self.route_refused:
-            return await self.client.generate(record, body)
-        answer = await self.client.generate(record, body | {"route": "request"})
-        if kind != "reference" or answer.status not in (400, 422):
-            return answer
-        self.route_refused.add(model)
-        return await self.client.generate(Record(kind, model, index=number), body)
+        """One canary. Greedy, with as many of the optional fields as the model took first."""
+        candidates = [("route", "logprobs"), ("route",), ("logprobs",), ()]
+        for names in [self.taken[model]] if model in self.taken else candidates:
+            if "route" in names and not self.route_known:
+                continue
+            body = self.client.body(model, self.prompts[number], self.tokens, 0.0)
+            for name in names:
+                body |= self.optional[name]
+            record = await self.client.generate(Record(kind, model, index=number), body)
+            if record.status not in (400, 422):
+                self.taken.setdefault(model, names)
+                break
+        return record
 
     async def record_references(self, model: str, path: str | None) -> list[Record]:
         """Asks alone, the first prompt twice: an adapter that differs from itself then is `unstable`, not judged."""
@@ -65,7 +72,7 @@ class Canaries:
             self.route_known = tried[0].status in (400, 422)
         records = [await self.ask(model, number, "reference") for number in (*range(len(self.prompts)), 0)]
         if all(r.ok for r in records):
-            self.references[model, path] = [r.text for r in records[:-1]]
+            self.references[model, path] = records[:-1]
             if records[0].text != records[-1].text:
                 self.unstable.add(model)
         return tried + records
@@ -74,42 +81,51 @@ class Canaries:
         """Compares, counts, and says what it was."""
         own = self.references.get((record.model, path))
         outcome, owner = "unjudged", None
-        if own is not None and record.ok and record.text == own[record.index]:
+        if own is not None and record.ok and record.text == own[record.index].text:
             outcome = "own"
         elif own is not None and not exchanged and record.model not in self.unstable:
-            outcome, owner = self.explain(record)
+            outcome, owner = self.explain(record, own[record.index])
         if owner is not None or outcome == "changed":
             wrong = {"at": record.start, "model": record.model, "outcome": outcome, "answered_as": owner}
-            self.wrong.append(wrong | {"expected": own[record.index] if own else None, "text": record.text})
+            self.wrong.append(wrong | {"expected": own[record.index].text if own else None, "text": record.text})
         self.outcomes[outcome] += 1
         return outcome
 
-    def explain(self, record: Record) -> tuple[str, str | None]:
+    def explain(self, record: Record, own: Record) -> tuple[str, str | None]:
         """What an answer is that is not the adapter's own, and whose."""
         if not record.ok:
             return "failed", None
-        owners = [model for (model, _), texts in self.references.items() if texts[record.index] == record.text]
+        owners = [model for (model, _), known in self.references.items() if known[record.index].text == record.text]
         if record.model in owners:
             return "stale", record.model
-        return ("leaked", owners[0]) if owners else ("changed", None)
+        if owners:
+            return "leaked", owners[0]
+        return ("tied" if tied(own, record) else "changed"), None
 
     def twins(self) -> list[list[str]]:
         """Groups of identities that answer every canary alike."""
         groups: dict[tuple[str, ...], list[str]] = {}
-        for (model, path), texts in self.references.items():
-            groups.setdefault(tuple(texts), []).append(model if path is None else f"{model} ({path})")
+        for (model, path), known in self.references.items():
+            groups.setdefault(tuple(r.text for r in known), []).append(model if path is None else f"{model} ({path})")
         return [names for names in groups.values() if len(names) > 1]
 
     def result(self) -> dict[str, Any]:
         return {
             "sent": sum(self.outcomes.values()),
             "outcomes": dict(self.outcomes),
-            "route_request": bool(self.references and self.route_known) and not self.route_refused,
+            "route_request": bool(self.taken) and all("route" in names for names in self.taken.values()),
             "models": sorted({model for model, _ in self.references}),
             "unstable_alone": sorted(self.unstable),
             "twins": self.twins(),
             "wrong": self.wrong[:50],
         }
+
+
+def tied(reference: Record, record: Record) -> bool:
+    """Whether the first token that differs was the reference's second choice by less than TIE."""
+    pairs = zip(reference.tokens or (), record.tokens or (), strict=False)
+    first = next(((own, other) for own, other in pairs if own.text != other.text), None)
+    return first is not None and first[0].second == first[1].text and first[0].margin < TIE
 
 
 def passed(results: Iterable[dict[str, Any]]) -> bool:

@@ -5,7 +5,9 @@ aiohttp and not httpx: at 32 streams of one event per 5 ms httpx took 3 times th
 """
 
 import asyncio
+import contextlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -16,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.record import Record, Token
 from tucka_runtime.loadtest.settings import Settings
 
 
@@ -53,6 +55,22 @@ class EventStream:
             if lines:
                 found.append(b"\n".join(lines))
         return found
+
+
+def read_logprobs(logprobs: dict[str, Any]) -> list[Token]:
+    """From either endpoint's form. A token whose runner-up is not told has none, infinitely far away."""
+    if "content" in logprobs:
+        chosen = [(t["token"], t["logprob"]) for t in logprobs["content"] or ()]
+        ranked = [{top["token"]: top["logprob"] for top in t["top_logprobs"]} for t in logprobs["content"] or ()]
+    else:
+        chosen = list(zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True))
+        ranked = logprobs["top_logprobs"]
+    found = []
+    for (text, value), tops in zip(chosen, ranked, strict=True):
+        others = {other: p for other, p in tops.items() if other != text}
+        second = max(others, key=others.__getitem__, default=None)
+        found.append(Token(text, second, math.inf if second is None else value - others[second]))
+    return found
 
 
 class Client:
@@ -179,5 +197,8 @@ class Client:
         choice = event["choices"][0]
         text = (choice["delta"].get("content") if self.chat else choice["text"]) or ""
         record.events.append((arrived, len(text)))
+        if choice.get("logprobs"):
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # explains, must not fail
+                record.tokens = [*(record.tokens or ()), *read_logprobs(choice["logprobs"])]
         record.finish_reason = choice.get("finish_reason") or record.finish_reason
         return text

@@ -4,6 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What was chosen, what would have been next, and by how many nats the first was better."""
+
+    text: str
+    second: str | None
+    margin: float
+
+
 @dataclass(slots=True)
 class Record:
     """Times are seconds since the run began. `events` are the SSE events that had `choices`: (arrival, characters of
@@ -31,14 +40,15 @@ class Record:
     expected: str | None = None
     correct: bool | None = None
     generation: int = 0
+    tokens: list[Token] | None = None  # where log-probabilities were asked for
 
     @property
     def ok(self) -> bool:
         return self.cause is None
 
     def to_json(self) -> dict[str, Any]:
-        """Fields that are set; `events` in microseconds since `start`, which keeps the file small."""
-        values = {name: getattr(self, name) for name in self.__slots__}
+        """Fields that are set but for `tokens`; `events` in microseconds since `start`, which keeps the file small."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "tokens"}
         values["events"] = [[round((t - self.start) * 1e6), chars] for t, chars in self.events]
         values |= {name: round(values[name], 6) for name in ("start", "end", "planned") if values[name] is not None}
         return {k: v for k, v in values.items() if v is not None and v != ""}

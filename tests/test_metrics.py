@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tucka_runtime import adapter_metrics
-from tucka_runtime.adapter_metrics import MAX_STALE, AdapterMetrics
+from tucka_runtime.adapter_metrics import BLOCK, MAX_STALE, AdapterMetrics
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import AdapterKey, FinishReason, Route, Timing
@@ -239,6 +239,27 @@ def test_a_scrape_writes_few_rows_however_many_changed(monkeypatch: pytest.Monke
     assert text.count(b"_time_to_first_token_seconds_count{") == 1000
     written.clear()
     assert b"".join(table.render()) == text and not written
+
+
+def test_rows_that_come_and_go_leave_every_family_whole() -> None:
+    table = AdapterMetrics("base")
+    alone = b"".join(table.render())
+    names = [f"a{i}" for i in range(3 * BLOCK)]
+    for i, name in enumerate(names):
+        table.loaded(adapter(name, i), {"read": 0.1})
+    for name in names[::2] + names[1:BLOCK:2]:  # a block is empty then, others have room
+        table.unloaded(name)
+    for i, name in enumerate(names):  # some of them are there, and are loaded again
+        table.loaded(adapter(name, 100 + i), {"read": 0.1})
+        table.first_token(name, 0.1)
+    found = {family.name: family for family in text_string_to_metric_families(b"".join(table.render()).decode())}
+    generations = {s.labels["model"]: s.value for s in found["tucka_adapter_generation"].samples}
+    assert generations == {name: 100 + i for i, name in enumerate(names)}
+    assert len(found["tucka_adapter_loads"].samples) == len(names)
+    assert sorted(found) == sorted(set(found)) and len(found) == len(adapter_metrics.FAMILIES)
+    for name in names:
+        table.unloaded(name)
+    assert b"".join(table.render()) == alone and len(table._blocks) == 1
 
 
 def test_the_engine_knows_nothing_of_metrics() -> None:

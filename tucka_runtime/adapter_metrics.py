@@ -1,7 +1,7 @@
 """Prometheus text of every model that requests can name: the base, and one row per loaded adapter.
 
 A row keeps its text, and only rows that changed are written again: at a scrape, or before more than `MAX_STALE` are
-due.
+due. Rows stand in blocks whose text is joined already: 15,000 short texts all over the memory are 2 ms of a scrape.
 """
 
 import math
@@ -10,7 +10,8 @@ from tucka_runtime.exposition import Histogram, head, label
 from tucka_runtime.report import AdapterInfo
 from tucka_runtime.sequence import AdapterKey, FinishReason, Route
 
-MAX_STALE = 32  # rows written again at one scrape at most, 20 us each
+MAX_STALE = 32  # rows written again at one scrape at most, 20 us each with their block
+BLOCK = 16  # rows
 TTFT_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5)
 LATENCY_SECONDS = (0.5, 1, 2, 5, 10, 30)
 WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)  # a route's weight is in [0.269, 0.731]: sigmoid of a cosine
@@ -42,10 +43,11 @@ class AdapterMetrics:
     """Rows by name. What is said of a name that has no row (its adapter was unloaded meanwhile) is not counted."""
 
     def __init__(self, base_name: str):
-        self._rows = {base_name: _Row(base_name)}
-        self._text: dict[str, tuple[bytes, ...]] = {}
-        self._stale = {base_name}
+        self._rows: dict[str, _Row] = {}
+        self._blocks: list[_Block] = []
+        self._stale: set[str] = set()
         self.base_name = base_name
+        self._add(base_name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows and name != self.base_name
@@ -59,14 +61,16 @@ class AdapterMetrics:
     def loaded(self, info: AdapterInfo, seconds: dict[str, float]) -> None:
         """A load, or a reload: its counters go on, those of the experts begin again."""
         name = info.key.name
-        row = self._rows.setdefault(name, _Row(name))
+        row = self._rows.get(name) or self._add(name)
         row.load(info, seconds)
         self._changed(name)
 
     def unloaded(self, name: str) -> None:
         if name in self:
-            del self._rows[name]
-            self._text.pop(name, None)
+            block = self._rows.pop(name).block
+            block.remove(name)
+            if not block.rows:
+                self._blocks.remove(block)
             self._stale.discard(name)
 
     def admitted(self, name: str, prompt_tokens: int) -> None:
@@ -105,10 +109,20 @@ class AdapterMetrics:
         """The exposition text, in parts."""
         self._write_stale()
         parts: list[bytes] = []
-        for lines, column in zip(_HEADS, zip(*self._text.values(), strict=True), strict=True):
+        for lines, column in zip(_HEADS, zip(*[block.text for block in self._blocks], strict=True), strict=True):
             parts.append(lines)
             parts += column
         return parts
+
+    def _add(self, name: str) -> "_Row":
+        block = next((block for block in self._blocks if len(block.rows) < BLOCK), None)
+        if block is None:
+            block = _Block()
+            self._blocks.append(block)
+        row = self._rows[name] = _Row(name, block)
+        block.rows[name] = row.render()
+        self._changed(name)
+        return row
 
     def _changed(self, name: str) -> None:
         self._stale.add(name)
@@ -116,15 +130,36 @@ class AdapterMetrics:
             self._write_stale()
 
     def _write_stale(self) -> None:
+        blocks = set()
         for name in self._stale:
-            self._text[name] = self._rows[name].render()
+            row = self._rows[name]
+            row.block.rows[name] = row.render()
+            blocks.add(row.block)
+        for block in blocks:
+            block.join()
         self._stale.clear()
+
+
+class _Block:
+    """The text of rows that stand together: of each, one text per family, and all of theirs joined."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[bytes, ...]] = {}
+        self.text: tuple[bytes, ...] = ()
+
+    def remove(self, name: str) -> None:
+        del self.rows[name]
+        self.join()
+
+    def join(self) -> None:
+        self.text = tuple(map(b"".join, zip(*self.rows.values(), strict=True)))
 
 
 class _Row:
     """The figures of one name."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, block: _Block):
+        self.block = block
         self.label = label("model", name)
         self.requests: dict[FinishReason, int] = {}
         self.errors = 0

@@ -86,7 +86,7 @@ class Family(Generic[Series]):
     def labels(self, *values: str) -> Series:
         found = self._series.get(values)
         if found is None:
-            pairs = zip(self._labels, values, strict=True)
+            pairs = sorted(zip(self._labels, values, strict=True))
             found = self._make(self._name, ",".join(label(name, value) for name, value in pairs))
             self._series[values] = found
         return found

@@ -33,8 +33,10 @@ class Behaviour:
     stamps: bool = False  # the answer's words are the times (CLOCK_MONOTONIC) at which they were sent
     every: int = 0
     after: int = 0  # behave for this many requests first
-    misbehave: str = ""  # status:429 | cut | error_event | stall | garbage | leak | random
+    misbehave: str = ""  # status:429 | cut | error_event | stall | garbage | leak | random | flip (one word)
+    margin: float = 9.0  # nats between a word and its runner-up, where log-probabilities are asked for
     route: str = "known"  # the field `route`: known | refused | ignored (as vLLM does with fields it does not know)
+    refuse: str = ""  # answer 400 to this field
     adapters: dict[str, str] = field(default_factory=dict)  # name -> path
 
 
@@ -112,8 +114,8 @@ class FakeServer:
         if model != "base" and model not in self.adapters:
             return self.plain(writer, 404, {"error": {"message": "no such model", "code": "model_not_found"}})
         refused = {"known": body.get("route") not in (None, "batch", "request"), "refused": "route" in body}
-        if refused.get(b.route):
-            return self.plain(writer, 400, {"error": {"message": "not supported", "param": "route"}})
+        if refused.get(b.route) or b.refuse in body:
+            return self.plain(writer, 400, {"error": {"message": "not supported"}})
         if mischief.startswith("status:"):
             return self.plain(writer, int(mischief[7:]), {"error": {"message": "as told"}})
         path = self.adapters.get(model, "base")
@@ -132,6 +134,10 @@ class FakeServer:
             begun += b.ttft + (b.cold if model in self.fresh else 0.0)
             self.fresh.discard(model)
             words = answer(path, prompt, body.get("max_tokens", 16))
+            ranked = [(word, " " + WORDS[WORDS.index(word[1:]) - 1]) for word in words]
+            if mischief == "flip":
+                ranked[len(words) // 2] = ranked[len(words) // 2][::-1]
+                words = [word for word, _ in ranked]
             for i, start in enumerate(range(0, len(words), b.bundle)):
                 await asyncio.sleep(begun + i * b.itl - loop.time())
                 last = start + b.bundle >= len(words)
@@ -147,7 +153,10 @@ class FakeServer:
                         return self.chunk(writer, b"")
                 finish = "length" if last and not b.final_event else None
                 text = f" {loop.time():.6f}" if b.stamps else "".join(words[start : start + b.bundle])
-                self.event(writer, self.choice(text, finish, chat))
+                event = self.choice(text, finish, chat)
+                if body.get("logprobs"):
+                    event["choices"][0]["logprobs"] = self.logprobs(ranked[start : start + b.bundle], chat)
+                self.event(writer, event)
         if b.final_event:
             self.event(writer, self.choice("", "length", chat))
         if b.usage:
@@ -160,6 +169,15 @@ class FakeServer:
     def choice(self, text: str, finish: str | None, chat: bool) -> dict[str, Any]:
         inner: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
         return {"choices": [{"index": 0, "finish_reason": finish, **inner}]}
+
+    def logprobs(self, ranked: list[tuple[str, str]], chat: bool) -> dict[str, Any]:
+        first, second = -0.1, -0.1 - self.behaviour.margin
+        if chat:
+            tops = [[{"token": a, "logprob": first}, {"token": b, "logprob": second}] for a, b in ranked]
+            return {"content": [{"token": top[0]["token"], "logprob": first, "top_logprobs": top} for top in tops]}
+        tokens = [word for word, _ in ranked]
+        tops = [{a: first, b: second} for a, b in ranked]
+        return {"tokens": tokens, "token_logprobs": [first] * len(tokens), "top_logprobs": tops}
 
     def event(self, writer: asyncio.StreamWriter, data: dict[str, Any]) -> None:
         self.chunk(writer, b"data: " + json.dumps(data).encode() + b"\n\n")

@@ -176,6 +176,21 @@ def test_a_server_without_route_scope_gets_canaries_without(fake, load_test, rou
     assert result["canaries"]["twins"] == []
 
 
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize(("margin", "outcome"), [(0.2, "tied"), (2.0, "changed")])
+def test_a_tie_that_falls_the_other_way_is_no_failure(fake, load_test, endpoint, margin, outcome):
+    url = fake(adapters=ADAPTERS, every=3, after=REFERENCES, misbehave="flip", margin=margin, bundle=3)
+    result = load_test(url, endpoint=endpoint, rate="20", duration=1.0, canary_rate=20.0)
+    assert result["canaries"]["outcomes"].keys() == {"own", outcome}
+    assert result["correct"] is (outcome == "tied")
+
+
+def test_a_server_without_logprobs_gets_canaries_without(fake, load_test):
+    result = load_test(fake(adapters=ADAPTERS, refuse="logprobs"), rate="10", duration=0.5, canary_rate=10.0)
+    assert result["canaries"]["route_request"] is True
+    assert result["canaries"]["outcomes"] == {"own": result["canaries"]["sent"]}
+
+
 def test_adapters_that_answer_alike_are_named(fake, load_test):
     url = fake(adapters={"a": "/same", "b": "/same"})
     result = load_test(url, requests=4, canary_rate=5.0)

@@ -30,14 +30,17 @@ def unit(x: Tensor, dims: int | None = None) -> Tensor:
 
 def routed_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, route: Route) -> Tensor:
     """x Û M Ûᵀ for x (B, …, d), u (d, r), c (t, p), g (k, p, r, r); the factors are normalised in fp32, then cast."""
-    u_hat = unit(u.float()).to(x.dtype)
-    mix = route.weights @ unit(c.float())  # (*lead, p)
+    with torch.autocast(x.device.type, enabled=False):  # the small products stay fp32
+        u_hat = unit(u.float()).to(x.dtype)
+        mix = route.weights @ unit(c.float())  # (*lead, p)
+        if route.group.numel() == 1:
+            core = torch.einsum("p,pab->ab", mix.reshape(-1), unit(g[route.group.reshape(())].float())).to(x.dtype)
+        elif route.group.ndim == 1:
+            core = torch.einsum("bp,bpij->bij", mix, unit(g.float(), dims=3)[route.group]).to(x.dtype)
     h = x @ u_hat
     if route.group.numel() == 1:
-        core = torch.einsum("p,pab->ab", mix.reshape(-1), unit(g[route.group.reshape(())].float()))
-        h = h @ core.to(x.dtype)
+        h = h @ core
     elif route.group.ndim == 1:
-        core = torch.einsum("bp,bpij->bij", mix, unit(g.float(), dims=3)[route.group]).to(x.dtype)
         h = torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core).view(h.shape)
     else:
         # One product for all tokens: each token's h is laid out in its group's place, weighted slice by slice.
@@ -121,12 +124,18 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         router = self.routers[adapter]
         if adapter in self.tucka_ec:
             router.compute(x, self.tucka_ec[adapter], self.tucka_config[adapter], self.training)
-        if not router.fresh or router.route is None:
+        now = router.current
+        if not now.fresh or now.route is None:
             raise RuntimeError(
                 f"TuckA: {self.name} ran before adapter {adapter!r} was routed, because its router {router.module} "
                 f"runs later in the forward pass. Set router_name to the adapted module that runs first."
             )
-        return routed_delta(x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], router.route)
+        if now.learns and torch.is_grad_enabled() and not now.route.weights.requires_grad:
+            raise RuntimeError(
+                "TuckA: the route has no graph, so its centroids would not be trained. Reentrant gradient "
+                "checkpointing does this: set use_reentrant=False (gradient_checkpointing_kwargs of the Trainer)."
+            )
+        return routed_delta(x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], now.route)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(

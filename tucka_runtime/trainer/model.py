@@ -1,6 +1,6 @@
 """The tuner: puts TuckA layers into a model and hands each forward's attention mask to the routers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from tucka_runtime.trainer.routing import SCOPES, Router
 DEFAULT_TARGETS = {
     "gpt2": ["c_attn"],
     "deberta-v2": ["query_proj", "value_proj"],
-    **{name: ["query", "value"] for name in ("bert", "roberta", "vit")},
+    **{name: ["query", "value"] for name in ("bert", "roberta")},
+    "vit": ["query", "value", "q_proj", "v_proj"],  # named so before and since a Transformers 5 release
     **{name: ["q_proj", "v_proj"] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2")},
 }
 
@@ -33,6 +34,7 @@ class TuckAModel(BaseTuner):
         object.__setattr__(self, "routers", {})
         super().__init__(model, *args, **kwargs)
         model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+        model.register_forward_hook(self._end_forward)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: TuckAConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
@@ -97,6 +99,30 @@ class TuckAModel(BaseTuner):
             prompt = labels == -100
         for router in self.routers.values():
             router.begin(counts, prompt, decoding)
+
+    def _end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: when this forward is differentiated, other forwards may have come after it (a loss of two
+        forwards, a reference model). Gradient checkpointing then runs layers again, and they need its routes."""
+        forwards = [(router, router.current) for router in self.routers.values()]
+        for router, _ in forwards:
+            router.end()
+
+        def back(_: Tensor) -> None:
+            for router, forward in forwards:
+                router.current, forward.calls = forward, 0
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(back)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in a model's output: a tensor, or a tuple or mapping of outputs."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 def routers(model: nn.Module) -> dict[str, Router]:

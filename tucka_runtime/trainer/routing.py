@@ -43,6 +43,28 @@ def centroid_spread(centroids: Tensor) -> float:
     return float((centroids.float() - center).norm(dim=1).mean() / center.norm().clamp_min(1e-12))
 
 
+@dataclass
+class Forward:
+    """What routing knows of one forward of the model; gradient checkpointing needs it again in the backward.
+
+    mask, prompt (B, S) bool or None (all tokens). decoding: the cache holds earlier tokens. bias: the balancing bias as
+    it was when the forward began. once: only the first of the router module's calls routes. calls: how many there were,
+    and each: how many a whole forward makes, known when it is over. fresh: there is a route. learns: the centroids are
+    trained.
+    """
+
+    mask: Tensor | None
+    prompt: Tensor | None
+    decoding: bool
+    bias: Tensor
+    route: Route | None = None
+    once: bool = False
+    calls: int = 0
+    each: int = 0
+    fresh: bool = False
+    learns: bool = False
+
+
 class Router:
     """Route and statistics of one adapter; the centroids themselves are a parameter of the router module."""
 
@@ -50,50 +72,62 @@ class Router:
         self.k, self.t, self.gamma = k, t, gamma
         self.module = ""  # the router module's name, known once the adapter is injected
         self.scope = "batch"
-        self.route: Route | None = None
-        self.fresh = False  # has this forward computed its route?
         self.bias = torch.zeros(k)  # balancing: added for the choice of the group only, and only in training
         self.bias_scale = 1.0
         self.reset_statistics()
         self._last_group: int | None
-        self._mask: Tensor | None = None
-        self._prompt: Tensor | None = None
-        self._decoding = False
+        self.current = Forward(None, None, False, self.bias)
+
+    @property
+    def route(self) -> Route | None:
+        """The last route that was computed."""
+        return self.current.route
 
     def begin(self, mask: Tensor | None, prompt: Tensor | None, decoding: bool) -> None:
-        """A forward starts. mask, prompt (B, S) bool or None (all tokens); decoding: the cache holds earlier tokens."""
-        self._mask, self._prompt, self._decoding, self.fresh = mask, prompt, decoding, False
+        """A forward of the whole model starts; the arguments are Forward's."""
+        self.current = Forward(mask, prompt, decoding, self.bias, self.route, once=True)
+
+    def end(self) -> None:
+        """The forward is over. Parts of the model that are called by themselves route at every call."""
+        self.current.each, self.current.calls = self.current.calls, 0
+        self.current = Forward(None, None, False, self.bias, self.route, fresh=self.current.fresh)
 
     def compute(self, x: Tensor, centroids: nn.Parameter, config: Any, training: bool) -> None:
         """Set the route from the router module's input x (B, S, d) or (B, d), initialising centroids that hold NaN."""
-        if self._decoding and self.scope == "request" and self.route is not None:
-            self.fresh = True
+        now = self.current
+        index = now.calls % now.each if now.each else now.calls
+        now.calls += 1
+        if now.once and index:  # DeBERTa's query projection sees the relative positions too
+            return
+        if now.decoding and self.scope == "request" and now.route is not None:
+            now.fresh = True
             return
         h = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         if torch.isnan(centroids.detach()[0, 0]):
-            self._initialise(self._mean(h, self._mask, rows=False)[0], centroids, config.ec_perturb_scale)
-        s = scores(self._means(h), centroids.to(torch.float32), self.k)
+            self._initialise(self._mean(h.detach(), now.mask, rows=False)[0], centroids, config.ec_perturb_scale)
+        with torch.autocast(h.device.type, enabled=False):  # as in serving, routes are fp32
+            s = scores(self._means(h), centroids.to(torch.float32), self.k)
         best = s.detach().amax(dim=-1)
         if training and self.gamma is not None:
-            best = best + self.bias.to(best.device) * self.bias_scale
+            best = best + now.bias.to(best.device) * self.bias_scale
         group = best.argmax(dim=-1)
         weights = s.gather(-2, group[..., None, None].expand(*group.shape, 1, self.t)).squeeze(-2)
-        self.route = Route(group, weights)
-        if not self.fresh:
+        now.route = Route(group, weights)
+        if not now.fresh:
             self._record(group, training)
-        self.fresh = True
+        now.fresh, now.learns = True, centroids.requires_grad
 
     def _means(self, h: Tensor) -> Tensor:
+        mask, prompt = self.current.mask, self.current.prompt
         if self.scope == "batch":
-            return self._mean(h, self._mask, rows=False)
-        prompt = self._prompt
-        if prompt is not None and self._mask is not None:
-            prompt = prompt & self._mask
-        rows = self._mean(h, self._mask if prompt is None else prompt, rows=True)
+            return self._mean(h, mask, rows=False)
+        if prompt is not None and mask is not None:
+            prompt = prompt & mask
+        rows = self._mean(h, mask if prompt is None else prompt, rows=True)
         if self.scope == "request":
             return rows
         if prompt is None:  # no labels: a prefill is all prompt, a decode step stands for itself
-            return h.float() if self._decoding else rows
+            return h.float() if self.current.decoding else rows
         return torch.where(prompt[..., None], rows[:, None], h.float())
 
     @staticmethod
@@ -109,12 +143,15 @@ class Router:
         return mean if rows else mean[None]
 
     def _initialise(self, mean: Tensor, centroids: nn.Parameter, scale: float) -> None:
-        """Data-aware: ec[0] = m and ec[i] = m + U(-scale, scale), m the first batch's mean (paper, §3.4)."""
-        m = mean.detach()
-        noise = torch.rand(centroids.shape[0] - 1, centroids.shape[1]).to(m) - 0.5
+        """Data-aware: ec[0] = m and ec[i] = m + U(-scale, scale), m the first batch's mean (paper, §3.4).
+
+        The random generator is left as it was: a recomputation, which does not come here, must draw the same dropout.
+        """
+        with torch.random.fork_rng(devices=[]):
+            noise = torch.rand(centroids.shape[0] - 1, centroids.shape[1]).to(mean) - 0.5
         with torch.no_grad():
-            centroids[:1] = m
-            centroids[1:] = m + noise * 2 * scale
+            centroids[:1] = mean
+            centroids[1:] = mean + noise * 2 * scale
 
     def _record(self, group: Tensor, training: bool) -> None:
         flat = group.detach().flatten()
@@ -128,7 +165,7 @@ class Router:
         if training and self.gamma is not None:
             # Auxiliary-loss-free balancing: a group with less than its share gains, one with more loses.
             share = load.float() / load.sum()
-            self.bias += self.gamma * torch.sign(share.mean() - share)
+            self.bias = self.bias + self.gamma * torch.sign(share.mean() - share)
 
     def reset_statistics(self) -> None:
         self.counts = torch.zeros(self.k, dtype=torch.int64)
