@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tucka_runtime.kernels.transfer import place
+
 # The reference multiplies a batch of several segments with all adapters' rank rows at once, foreign ones masked out,
 # while that wastes less than the Python of going by segment: while rows * rank rows * d_in is at most this for each
 # segment and target. Measured on one core, fp32, 8 segments of q and v, r 16: d 512, 8 rows 97 against 211 us a site;
@@ -173,7 +175,7 @@ class Segments:
             num_adapters=num_adapters,
             core_rows=tuple(core_rows),
             tile_rows=tile_rows,
-            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
+            tiles=place([torch.tensor(tiles, dtype=torch.int32).view(-1, 4)], device)[0],
         )
 
     @cached_property

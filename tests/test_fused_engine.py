@@ -26,6 +26,7 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             tmp_path / "model", fused=fused, device=DEVICE, max_num_batched_tokens=24, max_num_seqs=6
         )
         engine.overlap = fused
+        engine.warm_up()
         layout = engine.layout
         engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=attention))
         engine.load_adapter(LATE, save_tucka(tmp_path / "late", layout, seed=1, targets=output, r=6))

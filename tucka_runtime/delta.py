@@ -85,6 +85,8 @@ class Delta:
     """Host time of what was routed from token ids."""
     side: torch.cuda.Stream | None = None
     """Where shrinks run, beside the base's products; None: where everything runs."""
+    forked: bool = False
+    """Whether something runs there that `join` has not waited for."""
 
     @property
     def replaces(self) -> bool:
@@ -199,13 +201,15 @@ class Delta:
         if self.side is None:
             return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
         self.side.wait_stream(torch.cuda.current_stream())
+        self.forked = True
         with torch.cuda.stream(self.side):
             return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
 
     def join(self) -> None:
         """Waits, on the device, for what `shrink` started on the side."""
-        if self.side is not None:
+        if self.side is not None and self.forked:
             torch.cuda.current_stream().wait_stream(self.side)
+            self.forked = False
 
     def _route_here(self, s: int, x: Tensor) -> None:
         """Routes a segment by its rows of the router's input."""

@@ -21,6 +21,7 @@ from tucka_runtime.sequence import (
     Route,
     RouteReport,
     RouteScope,
+    SamplingParams,
     Sequence,
     SequenceOutput,
     Status,
@@ -54,6 +55,18 @@ class Engine:
         # On a GPU the next step is scheduled and launched while the last one runs.
         self.overlap = self.runner.device.type == "cuda"
         self.in_flight: _InFlight | None = None
+        if self.overlap:
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Compiles the kernels and captures the graphs, so that no request waits for it."""
+        if self.runner.graphs is not None:
+            self.runner.graphs.warm_up()
+        sampling = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True)
+        self.add(Request("warm-up", ((0,) * min(32, self.runner.max_len - 2),), sampling))
+        while self.busy:
+            self.step()
+        self.blocks.forget_all()
 
     @property
     def info(self) -> EngineInfo:

@@ -84,7 +84,7 @@ class Graphs:
         self.sizes = sizes(max_seqs)
         self.device = table.device
         self.limits = Limits()
-        self.cores: Tensor | None = None
+        self.cores = self._cores(self.limits.core_rank)
         self.buckets: dict[tuple[int, frozenset[int]], Bucket] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -122,14 +122,24 @@ class Graphs:
         limits = self.limits
         for folded in active.folded.values():
             limits = limits.fit(folded)
-        if limits != self.limits or self.cores is None:
-            self.limits = limits
+        if limits != self.limits:
+            self.limits, self.cores = limits, self._cores(limits.core_rank)
             self.buckets = {key: bucket for key, bucket in self.buckets.items() if not key[1]}
-            # One identity more than rows, for adapters whose core is constant.
-            count, rank = self.table.arch.num_linears, limits.core_rank
-            shape = (self.sizes[-1] + 1, count, rank, rank)
-            self.cores = torch.zeros(shape, dtype=self.table.dtype, device=self.device)
-            self.cores[-1] = torch.eye(rank, device=self.device)
+
+    def _cores(self, rank: int) -> Tensor:
+        """Room for a core of every row and, last, the identity for adapters whose core is constant."""
+        shape = (self.sizes[-1] + 1, self.table.arch.num_linears, rank, rank)
+        cores = torch.zeros(shape, dtype=self.table.dtype, device=self.device)
+        cores[-1] = torch.eye(rank, device=self.device)
+        return cores
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Captures every size without adapters, and compiles the kernels that adapters need."""
+        for size in self.sizes:
+            self.bucket(size, None)
+        everywhere = frozenset(range(len(self.table.arch.sites)))
+        self.buckets[self.sizes[0], everywhere] = Bucket(self, self.sizes[0], everywhere)
 
 
 class Fields:
@@ -296,7 +306,7 @@ class Bucket:
         graphs, on, ops = self.graphs, self.fields.on_device, self.graphs.model.ops
         earlier = graphs.chosen.tokens.index_select(0, on["source"].clamp(min=0))
         self.ids.copy_(torch.where(on["source"] >= 0, earlier, on["known"]))
-        if self.plan is not None and graphs.cores is not None:
+        if self.plan is not None:
             ops.route.route_ids(self.plan)
             ops.core.core(self.plan, graphs.cores)
         hidden = graphs.model.forward(self.ids, on["positions"], None, self.pages, graphs.caches, self.delta)
@@ -313,6 +323,7 @@ class Bucket:
             self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self.graphs.pool):
+        # Another thread may be loading an adapter meanwhile: its calls are none of this capture's.
+        with torch.cuda.graph(self._graph, pool=self.graphs.pool, capture_error_mode="thread_local"):
             self._step()
         logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(self.kinds))
