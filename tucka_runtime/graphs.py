@@ -135,8 +135,9 @@ class Graphs:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures every size without adapters, and compiles the kernels that adapters need."""
-        for size in self.sizes:
+        """Captures every size without adapters, and compiles the kernels that adapters need. The largest comes first:
+        the others fit into the memory that it leaves in the pool."""
+        for size in reversed(self.sizes):
             self.bucket(size, None)
         everywhere = frozenset(range(len(self.table.arch.sites)))
         self.buckets[self.sizes[0], everywhere] = Bucket(self, self.sizes[0], everywhere)
@@ -313,14 +314,22 @@ class Bucket:
         self.logits = graphs.model.logits(hidden, self.every, self.delta)
         self.tokens.copy_(ops.sample.sample(self.logits, on["temperature"], on["seed"], on["place"]))
 
+    def _rehearse(self) -> None:
+        """A step of the empty batch, which leaves no trace: it writes no keys, and the tokens that the last step chose,
+        which the next one may start from, are put back."""
+        chosen = self.graphs.chosen.tokens
+        kept = chosen.clone()
+        self._step()
+        chosen.copy_(kept)
+
     def _capture(self) -> None:
         if self.graphs.device.type != "cuda":
             return
-        # Once without: kernels are compiled and their counters made. The empty batch writes no keys.
+        # Once without: kernels are compiled and their counters made.
         stream = torch.cuda.Stream(self.graphs.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step()
+            self._rehearse()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Another thread may be loading an adapter meanwhile: its calls are none of this capture's.

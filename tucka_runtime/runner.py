@@ -21,7 +21,7 @@ from tucka_runtime.kernels import dispatch
 from tucka_runtime.models.decoder import Decoder
 from tucka_runtime.sampler import Choice, Sampler, logprobs
 from tucka_runtime.scheduler import Work
-from tucka_runtime.sequence import AdapterKey, Route, RouteScope, Sequence, TokenLogprob
+from tucka_runtime.sequence import AdapterKey, Route, RouteScope, Sequence, Status, TokenLogprob
 from tucka_runtime.weights import fingerprint, load_weights, read_config
 
 CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the operating system's, and other processes'
@@ -250,8 +250,11 @@ class Runner:
             if segment is not None:
                 result.segment, result.route = segment, routes.get(segment)
         for work, result in zip(launched.works, results, strict=True):
-            if isinstance(work.seq.route_sum, RouteSum) and work.start + work.count >= work.seq.num_prompt:
-                result.route = self._summed_route(work.seq.route_sum)
+            seq = work.seq
+            if seq.status is Status.FINISHED:
+                continue  # aborted meanwhile: its adapter may be gone
+            if isinstance(seq.route_sum, RouteSum) and work.start + work.count >= seq.num_prompt:
+                result.route = self._summed_route(seq.route_sum)
         stages = replace(launched.stages, forward=launched.stages.forward + time.monotonic() - begin)
         return list(zip(launched.works, results, strict=True)), stages
 

@@ -150,7 +150,7 @@ def claim_c(images: Path, steps: int) -> None:
         x, y, error = zip(*points, strict=True)
         ax.errorbar(x, y, error, fmt="o-", capsize=3, label=method)
     ax.set(xlabel="trainable parameters", ylabel="exact match, held out", xscale="log", ylim=(0, 1.05))
-    ax.legend()
+    ax.legend(loc="lower right")
     _save(fig, images / "paper-c.png")
 
 
@@ -167,7 +167,7 @@ def claim_d(images: Path, steps: int) -> None:
         print(f"{f'r={r}':>6}" + "".join(f"{v:>9.3f}" for v in row), flush=True)
         ax.plot([2 * k for k in groups], row, "o-", label=f"r={r}")
     ax.set(xlabel="experts (k·t)", ylabel="exact match, held out", ylim=(0, 1.05))
-    ax.legend()
+    ax.legend(loc="lower right")
     _save(fig, images / "paper-d.png")
 
 
