@@ -588,6 +588,24 @@ def test_an_adapter_in_use_outlives_its_name(folder: Path, unload: str):
     assert not any(LORA in members for members in engine.runner.store.active)
 
 
+def test_an_abort_overtakes_a_route_that_is_being_summed_up(folder: Path):
+    """The last chunk of a prompt that is being routed is in flight when its request and its adapter go."""
+    engine = build(folder / "model", max_num_batched_tokens=8, max_num_seqs=4)
+    engine.overlap = True
+    other = AdapterKey("inner", 2)
+    for key in (INNER, other):
+        engine.load_adapter(key, folder / "inner")
+    engine.add(ask(prompt(9), id="first", adapter=INNER, scope=REQUEST))
+    engine.add(ask(prompt(12), id="gone", adapter=other, scope=REQUEST))
+    (gone,) = engine.requests["gone"]
+    while not (engine.in_flight and any(w.seq is gone and w.last for w in engine.in_flight.works)):
+        engine.step()
+    engine.abort("gone")
+    engine.unload_adapter(other)
+    assert other not in engine.runner.store.loaded
+    drain(engine, {("first", 0): Answer()})
+
+
 # ---- sampling through the engine -----------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@ interpreter, which runs what a GPU would."""
 
 import pytest
 import torch
-from driving import ask, build, prompt, run, save_lora, save_model, save_tucka
+from driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
 
 from tucka_runtime.engine import Engine
 from tucka_runtime.graphs import Bucket
@@ -46,6 +46,18 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
         return [answer.token_ids for sequences in done for answer in sequences]
 
     assert answers(fused=True) == answers(fused=False)
+
+
+def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
+    """The next step starts from them; the rehearsal before a capture chooses tokens too."""
+    save_model(tmp_path / "model")
+    engine: Engine = build(tmp_path / "model", fused=True, device=DEVICE, max_num_seqs=4)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    graphs.chosen.tokens.fill_(VOCAB)
+    with torch.inference_mode():
+        graphs.bucket(4, None)._rehearse()
+    assert graphs.chosen.tokens.tolist() == [VOCAB] * 4
 
 
 @pytest.mark.gpu
