@@ -325,12 +325,9 @@ class Bucket:
     def _capture(self) -> None:
         if self.graphs.device.type != "cuda":
             return
-        # Once without: kernels are compiled and their counters made.
-        stream = torch.cuda.Stream(self.graphs.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._rehearse()
-        torch.cuda.current_stream().wait_stream(stream)
+        # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep a
+        # workspace for each.
+        self._rehearse()
         self._graph = torch.cuda.CUDAGraph()
         # Another thread may be loading an adapter meanwhile: its calls are none of this capture's.
         with torch.cuda.graph(self._graph, pool=self.graphs.pool, capture_error_mode="thread_local"):
