@@ -87,14 +87,15 @@ class Scraped:
     def __init__(self, metrics: Metrics):
         self.metrics = metrics
         info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "none", 2048)
-        self.engine = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
-        service: Any = Service(
+        self.engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
+        names: Any = SimpleNamespace(ready=True)
+        service = Service(
             ServerConfig(),
             "base",
             self.engine,
             None,
             None,
-            SimpleNamespace(ready=True),
+            names,
             metrics,
         )
         self.server = uvicorn.Server(

@@ -117,8 +117,8 @@ def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype
     """transformers' continuous batching of the base, everything at its defaults."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(where).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def run() -> Took:
