@@ -6,7 +6,7 @@ graph does everything from token ids to chosen tokens. Where nothing can be capt
 launches run one by one, over the same tables.
 
 A batch that needs more than a decoding step does runs without a graph: prompts, adapters that replace parameters of the
-base or are routed inside the model, rotary positions that stretch with the text.
+base, those that are being routed inside the model, rotary positions that stretch with the text.
 """
 
 import logging
@@ -85,6 +85,8 @@ class Graphs:
         self.device = table.device
         self.limits = Limits()
         self.cores = self._cores(self.limits.core_rank)
+        # Everybody's: each is read before the next graph runs.
+        self.logits = torch.empty(max_seqs, table.arch.vocab, device=self.device)
         self.buckets: dict[tuple[int, frozenset[int]], Bucket] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -202,9 +204,8 @@ class Bucket:
         )
         on = self.fields.on_device
         self.ids = torch.zeros(rows, dtype=i64, device=device)
-        self.every = torch.arange(rows, device=device)
         self.tokens = graphs.chosen.tokens[:rows]
-        self.logits = torch.empty(0)
+        self.logits = graphs.logits[:rows]
         self.pages = PagePlan(
             spans=(),
             longest=graphs.max_len,
@@ -311,7 +312,7 @@ class Bucket:
             ops.route.route_ids(self.plan)
             ops.core.core(self.plan, graphs.cores)
         hidden = graphs.model.forward(self.ids, on["positions"], None, self.pages, graphs.caches, self.delta)
-        self.logits = graphs.model.logits(hidden, self.every, self.delta)
+        self.logits.copy_(graphs.model.weights.head(hidden))
         self.tokens.copy_(ops.sample.sample(self.logits, on["temperature"], on["seed"], on["place"]))
 
     def _rehearse(self) -> None:
