@@ -87,12 +87,12 @@ class Scraped:
     def __init__(self, metrics: Metrics):
         self.metrics = metrics
         info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "none", 2048)
-        self.engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
+        engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
         names: Any = SimpleNamespace(ready=True)
         service = Service(
             ServerConfig(),
             "base",
-            self.engine,
+            engine,
             None,
             None,
             names,
