@@ -88,6 +88,7 @@ class Scraped:
         self.metrics = metrics
         info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "none", 2048)
         engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
+        self.info = info
         names: Any = SimpleNamespace(ready=True)
         service = Service(
             ServerConfig(),
@@ -146,7 +147,7 @@ class Scraped:
             for key in used:
                 serve(self.metrics, key)
             begin = time.thread_time()
-            text = self.metrics.render(True, 0, self.engine.info, "0")
+            text = self.metrics.render(True, 0, self.info, "0")
             rows["text"].append(1000 * (time.thread_time() - begin))
             for key in used:
                 serve(self.metrics, key)
