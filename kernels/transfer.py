@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -21,16 +22,19 @@ def place(parts: Sequence[T], device: torch.device) -> list[T]:
     if device.type == "cpu":
         return list(parts)
     tensors = [t for part in parts for t in _tensors(part)]
-    places, size = [], 0
-    for t in tensors:
-        places.append(size)
-        size += -(-t.nbytes // ALIGN) * ALIGN
+    places, size = pack([t.nbytes for t in tensors])
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     for t, at in zip(tensors, places, strict=True):
         view(host, at, t.dtype, t.shape).copy_(t)
     moved = host.to(device, non_blocking=True)
     fresh = iter([view(moved, at, t.dtype, t.shape) for t, at in zip(tensors, places, strict=True)])
     return [_replace(part, fresh) for part in parts]
+
+
+def pack(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of so many bytes begin in one buffer, each aligned, and the buffer's size."""
+    places = list(accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0))
+    return places[:-1], places[-1]
 
 
 def view(buffer: Tensor, at: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -224,11 +224,12 @@ class Delta:
         self._finish([s], plan)
 
 
-def core_rows(segments: Sequence[Segment], active: ActiveSet) -> list[int]:
-    """Which core each segment takes: its own where that depends on a route, else the identity behind all others."""
+def core_rows(segments: Sequence[Segment], active: ActiveSet, identity: int | None = None) -> list[int]:
+    """Which core each segment takes: its own where that depends on a route, else the one at `identity`, which lies
+    right behind the others where it is not given."""
     routed = [active.folded[s.adapter].routed is not None for s in segments]
-    own = count()
-    return [next(own) if r else sum(routed) for r in routed]
+    own, constant = count(), sum(routed) if identity is None else identity
+    return [next(own) if r else constant for r in routed]
 
 
 def route_plan(

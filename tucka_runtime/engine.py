@@ -2,7 +2,7 @@
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tucka_runtime.adapters.format import TuckAConfig, read_adapter
@@ -62,7 +62,7 @@ class Engine:
         """Compiles the kernels and captures the graphs, so that no request waits for it."""
         if self.runner.graphs is not None:
             self.runner.graphs.warm_up()
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
         self.add(Request("warm-up", ((0,) * min(32, self.runner.max_len - 2),), sampling))
         while self.busy:
             self.step()
@@ -158,7 +158,8 @@ class Engine:
             for w, result in results
             if result.route is not None and w.seq.adapter is not None
         }
-        return outputs, StepStats(
+        return outputs, replace(
+            self.held(),
             schedule=step.schedule,
             batch=stages.batch,
             route=stages.route,
@@ -169,13 +170,23 @@ class Engine:
             decode_tokens=decodes,
             adapters=len(active),
             routes=tuple((key, route) for (_, key), route in routes.items()),
+            sequences=len(works),
+            active=tuple(active),
+        )
+
+    def held(self) -> StepStats:
+        """What stands in the books now, and no step."""
+        return StepStats(
+            *(0.0,) * 6,
+            prefill_tokens=0,
+            decode_tokens=0,
+            adapters=0,
+            routes=(),
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             blocks_total=self.blocks.num_blocks,
             preemptions=self.scheduler.num_preemptions,
-            sequences=len(works),
-            active=tuple(active),
         )
 
     def _account(self, work: Work, result: Result) -> SequenceOutput | None:

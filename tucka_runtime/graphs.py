@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tucka_runtime.batch import Chosen, known_ids, segment
 from tucka_runtime.core import ActiveSet, FoldedAdapter, SlotTable
-from tucka_runtime.delta import Delta, Routes, core_rows, route_plan
+from tucka_runtime.delta import Delta, Routes, Segment, core_rows, route_plan
 from tucka_runtime.kernels.pages import PagePlan
 from tucka_runtime.kernels.routes import RouteLimits, RoutePlan
 from tucka_runtime.kernels.segments import Segments
-from tucka_runtime.kernels.transfer import ALIGN, view
+from tucka_runtime.kernels.transfer import pack, view
 from tucka_runtime.models.decoder import Decoder
 from tucka_runtime.sampler import draws
 from tucka_runtime.scheduler import Work
@@ -149,10 +149,8 @@ class Fields:
     """Named tensors in one buffer on the device and one, pinned, on the host; `send` copies the one to the other."""
 
     def __init__(self, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device):
-        at, size = {}, 0
-        for name, (dtype, shape) in shapes.items():
-            at[name] = size
-            size += -(-dtype.itemsize * torch.Size(shape).numel() // ALIGN) * ALIGN
+        places, size = pack([dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values()])
+        at = dict(zip(shapes, places, strict=True))
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.on_device = {name: view(self._device, at[name], *own) for name, own in shapes.items()}
         # Two by turns: the host writes the next step's while the last one's may still be on its way.
@@ -230,64 +228,64 @@ class Bucket:
             self.delta = Delta(rows, graphs.model.ops, active, segments, cores=graphs.cores, side=graphs.side)
         self._routed: list[tuple[int, int]] = []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._write([], None)
+        self.fill([], None)
         self._capture()
 
     def fill(self, works: Rows[Work], active: ActiveSet | None) -> list[int | None]:
         """Writes works, in row order, to where `run` reads them; returns the segment of each."""
-        return self._write(works, active)
+        segments, segment_of, _ = segment(works, range(len(works)))
+        pages = self._fill_rows(works)
+        if self.plan is not None:
+            self._fill_segments(segments, active)
+        self.fields.send(pages)
+        return segment_of
 
-    def _write(self, works: Rows[Work], active: ActiveSet | None) -> list[int | None]:
-        at, count = self.fields.on_host, len(works)
-        segments, segment_of, _ = segment(works, range(count))
+    def _fill_rows(self, works: Rows[Work]) -> int:
+        """What belongs to single rows; returns how many pages they have together."""
+        at = self.fields.on_host
         at["source"].fill_(-1)
         at["write_slots"].fill_(-1)
         at["length"].zero_()
-        pages = 0
-        if works:
-            seqs = [w.seq for w in works]
-            spans = [(i, 1, w.start + 1) for i, w in enumerate(works)]
-            plan = PagePlan.build(spans, [seq.block_table for seq in seqs], self.pages.block_size, CPU)
-            pages = len(plan.pages)
-            temperature, seed, place = draws(seqs)
-            own = {
-                "known": torch.tensor([known_ids(w)[0] for w in works]),
-                "source": torch.tensor([self.graphs.chosen.source(seq) for seq in seqs]),
-                "positions": torch.tensor([w.start for w in works]),
-                "write_slots": plan.write_slots,
-                "length": plan.length,
-                "first_page": plan.first_page,
-                "pages": plan.pages,
-                "temperature": temperature,
-                "seed": seed,
-                "place": place,
-            }
-            for name, value in own.items():
-                at[name][: len(value)].copy_(value)
-        self._routed = []
-        if self.plan is not None:
-            at["records"].zero_()
-            rows = core_rows(segments, active) if active else []
-            identity = self.graphs.sizes[-1]
-            routed = [s for s, part in enumerate(segments) if active and active.folded[part.adapter].routed is not None]
-            cores = [rows[s] if s in routed else identity for s in range(len(segments))]
-            spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
-            table = self.delta.segments
-            assert table is not None
-            tiles = Segments.build(spans, self.rows, table.num_adapters, CPU, cores, self.rows).tiles
-            at["tiles"].copy_(tiles)
-            if active and routed:
-                parts = [known.parts for s in routed if (known := active.folded[segments[s].adapter].routed)]
-                own_segments = [segments[s] for s in routed]
-                for part in own_segments:
-                    part.ids = self.ids[part.first : part.end]
-                plan_now = route_plan(parts, [rows[s] for s in routed], own_segments, CPU)
-                for name in ("records", "groups", "weights"):
-                    value = getattr(plan_now, name)
-                    at[name][tuple(map(slice, value.shape))].copy_(value)
-                self._routed = [(s, part.t) for s, part in zip(routed, parts, strict=True)]
-        self.fields.send(pages)
-        return segment_of
+        if not works:
+            return 0
+        seqs = [w.seq for w in works]
+        spans = [(i, 1, w.start + 1) for i, w in enumerate(works)]
+        plan = PagePlan.build(spans, [seq.block_table for seq in seqs], self.pages.block_size, CPU)
+        temperature, seed, place = draws(seqs)
+        own = {
+            "known": torch.tensor([known_ids(w)[0] for w in works]),
+            "source": torch.tensor([self.graphs.chosen.source(seq) for seq in seqs]),
+            "positions": torch.tensor([w.start for w in works]),
+            "write_slots": plan.write_slots,
+            "length": plan.length,
+            "first_page": plan.first_page,
+            "pages": plan.pages,
+            "temperature": temperature,
+            "seed": seed,
+            "place": place,
+        }
+        for name, value in own.items():
+            at[name][: len(value)].copy_(value)
+        return len(plan.pages)
+
+    def _fill_segments(self, segments: Rows[Segment], active: ActiveSet | None) -> None:
+        """Who uses which adapter, and what of it is to be routed."""
+        at, graphs = self.fields.on_host, self.graphs
+        rows = core_rows(segments, active, graphs.sizes[-1]) if active else []
+        spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
+        at["tiles"].copy_(Segments.build(spans, self.rows, graphs.table.capacity, CPU, rows, self.rows).tiles)
+        at["records"].zero_()
+        parts = [known.parts if active and (known := active.folded[s.adapter].routed) else None for s in segments]
+        self._routed = [(s, part.t) for s, part in enumerate(parts) if part is not None]
+        if not self._routed:
+            return
+        own = [segments[s] for s, _ in self._routed]
+        for part in own:
+            part.ids = self.ids[part.first : part.end]
+        plan = route_plan([p for p in parts if p is not None], [rows[s] for s, _ in self._routed], own, CPU)
+        for name in ("records", "groups", "weights"):
+            value = getattr(plan, name)
+            at[name][tuple(map(slice, value.shape))].copy_(value)
 
     def routes(self) -> list[Routes]:
         """The routes of this step's segments, on the device."""

@@ -65,9 +65,8 @@ class Launched:
 
 def _settles(seq: Sequence) -> bool:
     p = seq.sampling
-    penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
     unrouted = seq.scope is RouteScope.REQUEST and seq.route is None
-    return bool(penalties or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
+    return bool(p.penalised or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 
 @dataclass(eq=False)

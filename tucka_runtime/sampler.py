@@ -45,9 +45,8 @@ class Sampler:
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
         bound = p.logit_bias or (seq.num_generated < p.min_tokens and self.stops(seq))
-        return not (penalties or bound or p.logprobs is not None or _filtered(p))
+        return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
 
     def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
         """The next token of each sequence, on the device. logits (N, vocab) fp32, one row per sequence, is used up.
@@ -79,7 +78,7 @@ class Sampler:
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
         """Penalties, bias and the ban on ending early, in place. row (vocab,)."""
         p = seq.sampling
-        if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
+        if p.penalised:
             seen, counts = self._count(seq)
             if p.repetition_penalty != 1.0:
                 scaled = torch.where(row > 0, row / p.repetition_penalty, row * p.repetition_penalty)

@@ -325,7 +325,7 @@ def serve(engine: "Engine", channel: Connection) -> None:
     while True:
         while True:
             if not engine.busy and not told:
-                channel.send(("idle", _held(engine)))
+                channel.send(("idle", engine.held()))
             told = not engine.busy
             try:
                 message = inbox.get(block=not engine.busy, timeout=IDLE_SECONDS)
@@ -341,22 +341,6 @@ def serve(engine: "Engine", channel: Connection) -> None:
         elif not checked:
             engine.check_integrity()
             checked = True
-
-
-def _held(engine: "Engine") -> StepStats:
-    """What the engine has in its books, without a step."""
-    return StepStats(
-        *(0.0,) * 6,
-        prefill_tokens=0,
-        decode_tokens=0,
-        adapters=0,
-        routes=(),
-        running=len(engine.scheduler.running),
-        waiting=len(engine.scheduler.waiting),
-        blocks_used=engine.blocks.num_blocks - engine.blocks.num_free,
-        blocks_total=engine.blocks.num_blocks,
-        preemptions=engine.scheduler.num_preemptions,
-    )
 
 
 def _handle(
