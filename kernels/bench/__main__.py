@@ -40,6 +40,7 @@ columns:
   ×gather-bmm   our time over torch's: factors gathered per row, then batched products (up to 256 rows)
   ×torch        our time over torch's own op
   ×without delta, ×no adapter   what adapters cost over the same kernels, or the whole step, without them
+  ×combined     a step whose cores are made first over one whose shrinks combine them on the fly
 
 Rows are shared evenly among the adapters. An op is timed only if its tests pass on this device.
 """

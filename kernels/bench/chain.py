@@ -1,29 +1,34 @@
 """A whole decoding step at a decoder's shape: every layer with weights, caches and factors of its own, in one graph.
 
 What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
-weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product.
+weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product. Cores are made at the
+step's beginning from routes that are known; `combined` is the same step whose shrinks make them out of their slices.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from tucka_runtime.kernels.bench import model
+from tucka_runtime.kernels.bench.core import K, P, T
 from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, pages
-from tucka_runtime.kernels.bench.timing import Case, Result, measure
+from tucka_runtime.kernels.bench.timing import Call, Case, Result, measure
 from tucka_runtime.kernels.pages import PagePlan
+from tucka_runtime.kernels.routes import Routed, RoutePlan, Slices
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights (d_out, d_in) by site, caches, and what adapters there are at each site."""
+    """Weights (d_out, d_in) by site, caches, and what adapters there are at each site, their cores as slices too."""
 
     weights: dict[str, Tensor]
     caches: tuple[Tensor, Tensor]
     deltas: dict[str, Batch]
+    slices: dict[str, Slices]
 
 
 class Chain:
@@ -42,6 +47,7 @@ class Chain:
                 {site: randn(sum(widths), d_in) for site, (d_in, widths) in shape.sites.items()},
                 (randn(slots, shape.kv_heads, shape.head), randn(slots, shape.kv_heads, shape.head)),
                 {},
+                {},
             )
             for _ in range(shape.layers)
         ]
@@ -51,20 +57,47 @@ class Chain:
         angle = torch.rand(rows, 1, shape.head // 2, device=sweep.device)
         self.cos, self.sin = angle.cos().to(sweep.dtype), angle.sin().to(sweep.dtype)
         self.side = torch.cuda.Stream(sweep.device) if sweep.device.type == "cuda" else None
+        self.routes: RoutePlan | None = None
 
     def adapt(self, targets: str | None, adapters: int, rank: int) -> None:
         """Gives every layer new adapters at `targets` of model.TARGETS; None: takes them away."""
-        rows = self.x.shape[0]
+        rows, device, dtype = self.x.shape[0], self.sweep.device, self.sweep.dtype
+        self.routes = None
         for layer in self.layers:
             layer.deltas.clear()
-            for site, chosen in model.TARGETS[targets].items() if targets else ():
-                d_in, widths = self.sweep.shape.sites[site]
-                on = tuple(j in chosen for j in range(len(widths)))
-                layer.deltas[site] = batch(rows, adapters, rank, d_in, widths, self.sweep.dtype, self.sweep.device, on)
+        if targets is None:
+            return
+        used, linears = min(rows, adapters), sum(len(widths) for _, widths in self.sweep.shape.sites.values())
+        self.cores = torch.zeros(used, linears * len(self.layers), rank, rank, dtype=dtype, device=device)
+        self.slices = Slices.empty(used, linears * len(self.layers), P, device)
+        slots, first = [], 0
+        for layer in self.layers:
+            for site, (d_in, widths) in self.sweep.shape.sites.items():
+                chosen = model.TARGETS[targets].get(site)
+                end = first + len(widths)
+                if chosen is not None:
+                    on = tuple(j in chosen for j in range(len(widths)))
+                    own = batch(rows, adapters, rank, d_in, widths, dtype, device, on)
+                    layer.deltas[site] = replace(own, cores=self.cores[:, first:end])
+                    layer.slices[site] = self.slices.of(first, end)
+                    slots += [first + j for j in chosen]
+                first = end
+        at = torch.tensor(slots, device=device)
+        c = [torch.randn(len(slots), T, P, device=device) for _ in range(used)]
+        g = [torch.randn(len(slots), K, P, rank, rank, device=device) / rank for _ in range(used)]
+        routed = [Routed(*parts, at, None) for parts in zip(c, g, strict=True)]
+        known = [(i % K, [0.5] * T) for i in range(used)]
+        self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 
-    def step(self) -> Tensor:
+    def step(self, combined: bool = False) -> Tensor:
         """The highest logit's id of every row."""
         ops, shape = self.sweep.ops, self.sweep.shape
+        self.combined = combined
+        if self.routes is not None:
+            if combined:
+                ops.core.slices(self.routes, self.slices)
+            else:
+                ops.core.core(self.routes, self.cores)
         x, y = self.x, ops.norm.norm(self.x, self.ones, None, 1e-5)
         for layer in self.layers:
             qkv, delta = self._linear(layer, "qkv", y)
@@ -85,12 +118,13 @@ class Chain:
         if b is None:
             return linear(x, layer.weights[site]), (None, None, None)
         shrink = self.sweep.ops.shrink_core.shrink_core
+        cores = layer.slices[site] if self.combined else b.cores
         if self.side is None:
-            return linear(x, layer.weights[site]), (shrink(x, b.site, b.cores, b.plan), b.site, b.plan)
+            return linear(x, layer.weights[site]), (shrink(x, b.site, cores, b.plan), b.site, b.plan)
         main = torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            h = shrink(x, b.site, b.cores, b.plan)
+            h = shrink(x, b.site, cores, b.plan)
         y = linear(x, layer.weights[site])
         main.wait_stream(self.side)
         return y, (h, b.site, b.plan)
@@ -114,7 +148,10 @@ def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -
             "adapters": adapters,
             "rank": rank,
         }
-        result = measure(Case("chain", label, moved, lambda seed: {"own": chain.step}), sweep.device)
+        calls: dict[str, Call] = {"own": chain.step}
+        if targets and sweep.ops.fused:
+            calls["combined"] = partial(chain.step, combined=True)
+        result = measure(Case("chain", label, moved, lambda seed, calls=calls: calls), sweep.device)
         if out:
             result.micros["no adapter"] = out[0].micros["own"]
         out.append(result)

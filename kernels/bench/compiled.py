@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, pages
 from tucka_runtime.kernels.dispatch import choose
-from tucka_runtime.kernels.routes import Routed, RoutePlan
+from tucka_runtime.kernels.routes import Routed, RoutePlan, Slices
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ def _calls() -> list[tuple[str, Any]]:
 
         h = case.y.new_empty(rows, 3, 16)
         add("shrink_core", lambda c=case: ops.shrink_core.shrink_core(c.x, c.site, c.cores, c.plan))
+        slices = Slices.empty(adapters, 3, 2, torch.device("cpu"))
+        add(
+            "shrink_core, combined",
+            lambda c=case, m=slices: ops.shrink_core.shrink_core(c.x, c.site, m, c.plan),
+        )
         add("expand", lambda c=case, h=h: ops.expand.expand(c.y, h, c.site, c.plan))
         for n in (None, norms):
             add(
@@ -144,6 +149,7 @@ def _calls() -> list[tuple[str, Any]]:
         add("route_hidden", lambda x=x: ops.route.route_hidden(x, torch.empty(8, shape.d), 2))
     cores = torch.empty(1, 64, 16, 16).bfloat16()
     calls.append(("core", lambda: ops.core.core(_routes(None), cores)))
+    calls.append(("slices", lambda: ops.core.slices(_routes(None), Slices.empty(1, 64, 2, torch.device("cpu")))))
     return calls
 
 

@@ -1,16 +1,21 @@
 """Core: the routed (r, r) matrix between shrink and expand, for many segments at once. Reference: reference/core.py.
 
-Grid (segments, modules, blocks of r²). The group is read on the device, so that only its slices of g are, once.
+`core` makes the matrices, grid (segments, modules, blocks of r²). The group is read on the device, so that only its
+slices of g are, once. `slices` only says what each is made of, for shrinks that combine the p slices themselves.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.routes import RoutePlan
+from tucka_runtime.kernels.routes import RoutePlan, Slices
 
 BLOCK = 1024
 """Entries of a core per program; r 16 takes one program a module, 224 in a Llama-3-8B. Unmeasured."""
+
+
+MODULES = 32
+"""Modules per program of `slices`."""
 
 
 def core(plan: RoutePlan, out: Tensor) -> None:
@@ -30,6 +35,24 @@ def core(plan: RoutePlan, out: Tensor) -> None:
         BLOCK_T=triton.next_power_of_2(limits.t),
         BLOCK=BLOCK,
         num_warps=4,
+    )
+
+
+def slices(plan: RoutePlan, out: Slices) -> None:
+    """out.address[row, slots[m]] = where G[m, group] lies, out.weight[row, slots[m], j] = Σ_i weights[i] C[m, i, j]:
+    all that `core` reads, before r² entries are made of it.
+    """
+    _slices[(plan.records.shape[0], triton.cdiv(plan.limits.modules, MODULES))](
+        plan.records,
+        plan.groups,
+        plan.weights,
+        plan.weights.stride(0),
+        out.address,
+        out.weight,
+        out.address.stride(0),
+        out.weight.shape[2],
+        MODULES=MODULES,
+        num_warps=1,
     )
 
 
@@ -76,3 +99,24 @@ def mix_core(c, g, group, weights, out, entry, t, p, r, out_r, BLOCK_T: tl.const
         acc += w * tl.load(slices + j * r * r + entry, mask=real, other=0.0)
     at = out + entry // r * out_r + entry % r
     tl.store(at, acc.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _slices(records, groups, weights, weights_stride, address, weight, row_stride, width, MODULES: tl.constexpr):
+    s, m = tl.program_id(0), tl.program_id(1) * MODULES + tl.arange(0, MODULES).to(tl.int64)
+    record = records + s * 12  # as in _core
+    k, t, p, r = tl.load(record + 3), tl.load(record + 4), tl.load(record + 9), tl.load(record + 10)
+    live = m < tl.load(record + 8)
+    slot = tl.load(tl.load(record + 7).to(tl.pointer_type(tl.int64)) + m, mask=live, other=0)
+    at = tl.load(record + 11) * row_stride + slot
+    group = tl.load(groups + s)
+    tl.store(address + at, tl.load(record + 6) + (m * k + group) * p * r * r * 4, mask=live)
+    c = tl.load(record + 5).to(tl.pointer_type(tl.float32)) + m * t * p
+    for j in range(0, p):
+        total = tl.zeros((MODULES,), tl.float32)
+        for i in range(0, t):
+            expert = tl.load(weights + s * weights_stride + i)
+            total += expert * tl.load(c + i * p + j, mask=live, other=0.0)
+        tl.store(weight + at * width + j, total, mask=live)
+    for j in range(p, width):
+        tl.store(weight + at * width + j, tl.zeros((MODULES,), tl.float32), mask=live)

@@ -6,6 +6,8 @@ spans in their order and multiplies with the core. No float atomics: repeats agr
 
 Chunks of rank rows are numbered rank first, target second: chunk c is target c mod n, ranks 16·(c div n) and up. So the
 targets of a small rank lie in one block, x is read once for them, and blocks above an adapter's rank end at once.
+
+Cores come made (`core.core`), or as the slices that they are linear in (`core.slices`) and are combined here.
 """
 
 import math
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, counters, dot, load_tile
+from tucka_runtime.kernels.routes import Slices
 from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, SitePlan
 
 
@@ -47,14 +50,14 @@ def config(num_rows: int, d_in: int, rank: int) -> Config:
     return Config(block_k=64, span=span, chunks=4, one_launch=False, warps=4, stages=3)
 
 
-def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> Tensor:
+def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan) -> Tensor:
     """x (T, d_in) -> h (T, n, R). Unlike the reference's, h is unwritten beyond a row's own ranks and on base rows:
-    nothing that takes h reads them.
+    nothing that takes h reads them. And cores may be Slices, to be combined on the fly.
     """
     return run(x, site, cores, plan, config(x.shape[0], x.shape[1], plan.max_rank))
 
 
-def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: Config) -> Tensor:
+def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan, how: Config) -> Tensor:
     """`shrink_core` in a given configuration, for the bench and the sweep."""
     num_rows, d_in = x.shape
     if x.dtype != site.dtype or d_in != site.d_in:
@@ -66,15 +69,16 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: C
         return h
     rank_chunks, splits = triton.cdiv(rank, CHUNK), triton.cdiv(d_in, how.span)
     part = x.new_empty(splits, num_rows, n, rank_chunks * CHUNK, dtype=torch.float32)
-    m = x if cores is None else cores
-    core_size = 0 if cores is None else cores.shape[-1]
-    strides = (0, 0, 0) if cores is None else cores.stride()[:3]
+    made: tuple[object, ...] = (x, x, 0, 0, 0, 0)  # never read: no rank is as small as 0
+    if isinstance(cores, Slices):
+        made = (cores.address, cores.weight, *cores.address.stride(), cores.weight.shape[2], 0)
+    elif cores is not None:
+        made = (cores, x, *cores.stride()[:3], cores.shape[-1])
+    combine = isinstance(cores, Slices)
     shared = (
         part,
         h,
-        m,
-        *strides,
-        core_size,
+        *made,
         site.rank,
         segments.tiles,
         num_rows,
@@ -97,11 +101,12 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: C
         BLOCK_K=how.block_k,
         ALIGN=math.gcd(16, d_in * x.element_size()),
         ONE_LAUNCH=how.one_launch,
+        COMBINE=combine,
         num_warps=how.warps,
         num_stages=how.stages,
     )
     if not how.one_launch:
-        _finish[(num_tiles, n, rank_chunks)](*shared, BLOCK_M=segments.tile_rows, num_warps=4)
+        _finish[(num_tiles, n, rank_chunks)](*shared, BLOCK_M=segments.tile_rows, COMBINE=combine, num_warps=4)
     return h
 
 
@@ -113,6 +118,7 @@ def _shrink(
     part,
     h,
     cores,
+    core_weights,
     core_s,
     core_n,
     core_r,
@@ -132,6 +138,7 @@ def _shrink(
     BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
     ONE_LAUNCH: tl.constexpr,
+    COMBINE: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(2)
     first, end, segment, adapter = load_tile(tiles, tile)
@@ -170,7 +177,9 @@ def _shrink(
                 _mix(
                     part,
                     h,
-                    cores + segment.to(tl.int64) * core_s + own * core_n,
+                    cores,
+                    core_weights,
+                    segment.to(tl.int64) * core_s + own * core_n,
                     core_r,
                     core_size,
                     rows,
@@ -184,6 +193,7 @@ def _shrink(
                     width_part,
                     splits,
                     BLOCK_M,
+                    COMBINE,
                 )
 
 
@@ -192,6 +202,7 @@ def _finish(
     part,
     h,
     cores,
+    core_weights,
     core_s,
     core_n,
     core_r,
@@ -204,6 +215,7 @@ def _finish(
     width_part,
     splits,
     BLOCK_M: tl.constexpr,
+    COMBINE: tl.constexpr,
 ):
     """The second launch: grid (tiles, targets, chunks of h)."""
     first, end, segment, adapter = load_tile(tiles, tl.program_id(0))
@@ -216,7 +228,9 @@ def _finish(
         _mix(
             part,
             h,
-            cores + segment.to(tl.int64) * core_s + target * core_n,
+            cores,
+            core_weights,
+            segment.to(tl.int64) * core_s + target * core_n,
             core_r,
             core_size,
             rows,
@@ -230,6 +244,7 @@ def _finish(
             width_part,
             splits,
             BLOCK_M,
+            COMBINE,
         )
 
 
@@ -237,7 +252,9 @@ def _finish(
 def _mix(
     part,
     h,
-    core,
+    cores,
+    core_weights,
+    core_at,
     core_r,
     core_size,
     rows,
@@ -251,16 +268,36 @@ def _mix(
     width_part,
     splits,
     BLOCK_M: tl.constexpr,
+    COMBINE: tl.constexpr,
 ):
-    """h[rows, target, out : out + 16] from the sums over the spans, through the core where the rank has one."""
+    """h[rows, target, out : out + 16] from the sums over the spans, through the core where the rank has one.
+
+    Made, the core lies at cores + core_at, its rows core_r apart. To be combined, it is core_r slices of (r, r) at the
+    address that stands there, their weights core_r times as far on in core_weights.
+    """
     column = out + tl.arange(0, 16)
-    if r <= core_size:
+    if COMBINE:
+        address = tl.load(cores + core_at)
+        slices = address.to(tl.pointer_type(tl.float32))
+        has_core = address != 0
+    else:
+        has_core = r <= core_size
+    if has_core:
         acc = tl.zeros((BLOCK_M, 16), tl.float32)
         for c in range(0, r, 16):
             i = c + tl.arange(0, 16)
             total = _sum_spans(part, rows, inside, target, i, r, num_rows, n, width_part, splits, BLOCK_M)
             real = (i < r)[:, None] & (column < r)[None, :]
-            m = tl.load(core + i[:, None] * core_r + column[None, :], mask=real, other=0.0)
+            if COMBINE:
+                m = tl.zeros((16, 16), tl.float32)
+                for j in range(core_r):
+                    weight = tl.load(core_weights + core_at * core_r + j)
+                    height = tl.where(weight == 0, 0, r)  # where there is no slice any more nothing is read
+                    at = slices + (j * r + i[:, None]) * r + column[None, :]
+                    m += weight * tl.load(at, mask=real & (i < height)[:, None], other=0.0)
+                m = m.to(h.dtype.element_ty)
+            else:
+                m = tl.load(cores + core_at + i[:, None] * core_r + column[None, :], mask=real, other=0.0)
             acc = dot(total.to(m.dtype), m, acc)
     else:
         acc = _sum_spans(part, rows, inside, target, column, r, num_rows, n, width_part, splits, BLOCK_M)

@@ -41,6 +41,7 @@ def test_the_chain_is_the_same_step_fused() -> None:
         steps[-1].adapt("all", 1, 8)
     assert torch.equal(steps[0].step(), steps[1].step())
     adapted = steps[0].step()
+    assert torch.equal(adapted, steps[1].step(combined=True))
     steps[0].adapt(None, 0, 0)
     assert adapted.shape == steps[0].step().shape
 

@@ -26,7 +26,7 @@ from tucka_runtime.kernels.reference import expand_qkv_rope_kv as qkv_ref
 from tucka_runtime.kernels.reference import expand_residual as residual_ref
 from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
 from tucka_runtime.kernels.reference import norm as norm_ref
-from tucka_runtime.kernels.routes import RoutePlan
+from tucka_runtime.kernels.routes import Routed, RoutePlan, Slices
 from tucka_runtime.kernels.segments import Segments, SitePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -314,6 +314,31 @@ def test_core(k: int, t: int, p: int, r: int) -> None:
     core_ref.core(plan, want)
     assert delta_cases.relative(got, want) <= 1e-5
     assert torch.equal(got == 7, want == 7)
+
+
+@pytest.mark.parametrize("one_launch", [True, False])
+@pytest.mark.parametrize("p", [1, 3])
+def test_cores_combined_by_the_shrink(one_launch: bool, p: int, dtype: torch.dtype) -> None:
+    """Segments of other adapters (their p as well) in another order, a LoRA among them, and the same h either way."""
+    table = [[8, 8], [6, 6], [24, 24], [20, 20]]
+    case = delta_cases.make(table, (2, ((1, 2), (3, 0), (18, 1), (2, 3), (1, 0))), d_in=77, core_size=24, dtype=dtype)
+    routes = [(2, 24, p), (0, 8, 2), (1, 6, p), None, (0, 8, 2)]  # group, rank, p; None: the LoRA
+    device = torch.get_default_device()
+    own = [s for s, route in enumerate(routes) if route]
+    adapters = [
+        Routed(torch.randn(2, 3, p) / 3, torch.randn(2, 4, p, r, r) / r**0.5, torch.tensor([1, 2]), None)
+        for _, r, p in filter(None, routes)
+    ]
+    known = [(group, torch.rand(3).tolist()) for group, _, _ in filter(None, routes)]
+    plan = RoutePlan.build(adapters, own, [None] * len(own), known, device)
+    cores = torch.full((len(routes), 4, 24, 24), torch.nan, dtype=dtype)  # of which the site has numbers 1 and 2
+    cores[3] = torch.eye(24)
+    core_ref.core(plan, cores)
+    slices = Slices.empty(len(routes), 4, max(p, 2), device)
+    core.slices(plan, slices)
+    how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=one_launch, warps=4, stages=3)
+    case = dataclasses.replace(case, cores=cores[:, 1:3])
+    check_delta(case, LIMITS[dtype], lambda x, site, _, plan: shrink_core.run(x, site, slices.of(1, 3), plan, how))
 
 
 @pytest.mark.usefixtures("device")
