@@ -48,6 +48,27 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
     assert answers(fused=True) == answers(fused=False)
 
 
+def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
+    """One at a time; then no batch has to wait for one, whoever is in it."""
+    save_model(tmp_path / "model")
+    engine: Engine = build(tmp_path / "model", fused=True, device=DEVICE, max_num_seqs=2)
+    engine.overlap = True
+    engine.warm_up()
+    graphs = engine.runner.graphs
+    assert graphs is not None and not engine.prepare()
+    engine.load_adapter(EARLY, save_tucka(tmp_path / "early", engine.layout, targets=("q_proj",)))
+    engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("o_proj",), r=40))
+    before = len(graphs.buckets)
+    made = sum(iter(engine.prepare, False))
+    # Two sizes, for batches of either adapter and of both: all of them for ranks that warm_up did not know.
+    assert made == 6 and len(graphs.buckets) > before
+    ready = set(graphs.buckets)
+    greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    for who in ([EARLY], [PLAIN], [EARLY, PLAIN], [EARLY, None]):
+        run(engine, *(ask(prompt(4, i), id=f"{i}", adapter=key, sampling=greedy) for i, key in enumerate(who)))
+    assert set(graphs.buckets) == ready
+
+
 def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
     """The next step starts from them; the rehearsal before a capture chooses tokens too."""
     save_model(tmp_path / "model")

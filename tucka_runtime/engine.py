@@ -68,6 +68,13 @@ class Engine:
             self.step()
         self.blocks.forget_all()
 
+    def prepare(self) -> bool:
+        """Does a part (under a second) of what loaded adapters will need and nobody waits for yet; False once all is
+        done. For idle moments."""
+        if self.runner.graphs is None or not self.overlap:
+            return False
+        return self.runner.graphs.prepare([entry.folded for entry in self.runner.store.loaded.values()])
+
     @property
     def info(self) -> EngineInfo:
         runner = self.runner

@@ -10,6 +10,7 @@ base, those that are being routed inside the model, rotary positions that stretc
 """
 
 import logging
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 
@@ -114,15 +115,29 @@ class Graphs:
         without costs nothing."""
         kinds = frozenset(site for _, site in active.sites) if active else frozenset[int]()
         if active:
-            self._grow(active)
+            self._grow(active.folded.values())
         size = next(s for s in self.sizes if s >= count)
         if (size, kinds) not in self.buckets:
             self.buckets[size, kinds] = Bucket(self, size, kinds)
         return self.buckets[size, kinds]
 
-    def _grow(self, active: ActiveSet) -> None:
+    @torch.inference_mode()
+    def prepare(self, adapters: Collection[FoldedAdapter]) -> bool:
+        """Captures one graph that batches of these adapters will want, of each alone or all together, so that none of
+        them waits for it; False once there are all."""
+        able = [folded for folded in adapters if not folded.saved]
+        self._grow(able)
+        wanted = {frozenset(site for _, site in folded.sites) for folded in able}
+        for kinds in sorted(map(sorted, {*wanted, frozenset().union(*wanted)})):
+            for size in reversed(self.sizes):
+                if (size, frozenset(kinds)) not in self.buckets:
+                    self.buckets[size, frozenset(kinds)] = Bucket(self, size, frozenset(kinds))
+                    return True
+        return False
+
+    def _grow(self, adapters: Iterable[FoldedAdapter]) -> None:
         limits = self.limits
-        for folded in active.folded.values():
+        for folded in adapters:
             limits = limits.fit(folded)
         if limits != self.limits:
             self.limits, self.cores = limits, self._cores(limits.core_rank)

@@ -328,7 +328,7 @@ def serve(engine: "Engine", channel: Connection) -> None:
                 channel.send(("idle", engine.held()))
             told = not engine.busy
             try:
-                message = inbox.get(block=not engine.busy, timeout=IDLE_SECONDS)
+                message = inbox.get(block=not (engine.busy or engine.prepare()), timeout=IDLE_SECONDS)
             except queue.Empty:
                 break
             checked = False

@@ -151,9 +151,13 @@ def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -
         calls: dict[str, Call] = {"own": chain.step}
         if targets and sweep.ops.fused:
             calls["combined"] = partial(chain.step, combined=True)
-        result = measure(Case("chain", label, moved, lambda seed, calls=calls: calls), sweep.device)
+        result = measure(_case(label, moved, calls), sweep.device)
         if out:
             result.micros["no adapter"] = out[0].micros["own"]
         out.append(result)
         say(f"chain {label}: {result.micros['own']:.0f} us")
     return out
+
+
+def _case(label: dict[str, int | str], moved: int, calls: dict[str, Call]) -> Case:
+    return Case("chain", label, moved, lambda seed: calls)
