@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name
+from tucka_runtime.engine_client import EngineClient
 from tucka_runtime.errors import AdapterConflictError, EngineDeadError, ModelNotFoundError, TuckaError
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import AdapterInfo
 from tucka_runtime.sequence import AdapterKey, Route
-from tucka_runtime.worker import EngineClient
 
 log = logging.getLogger(__name__)
 

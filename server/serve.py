@@ -16,6 +16,7 @@ import uvicorn
 
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.engine_client import EngineClient
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.logs import set_up_logging
 from tucka_runtime.metrics import Metrics
@@ -28,7 +29,6 @@ from tucka_runtime.server.middleware import MAX_HEADER_BYTES
 from tucka_runtime.server.service import Service
 from tucka_runtime.server.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
-from tucka_runtime.worker import EngineClient
 
 log = logging.getLogger("tucka_runtime.server")
 

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from tucka_runtime.config import ServerConfig
+from tucka_runtime.engine_client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import EngineInfo
@@ -12,7 +13,6 @@ from tucka_runtime.server.adapters import AdapterNames, LoadedAdapter
 from tucka_runtime.server.chat_template import ChatTemplate
 from tucka_runtime.server.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
-from tucka_runtime.worker import EngineClient
 
 
 @dataclass

@@ -81,13 +81,26 @@ def test_policy_knows_no_torch(module):
 
 @pytest.mark.parametrize("module", below("trainer"))
 def test_trainer_shares_the_format_and_not_the_engine(module):
-    engine = [f"{OURS}.{m}" for m in ("engine", "worker", "scheduler", "block_manager", "runner", "batch", "server")]
+    engine = [
+        f"{OURS}.{m}"
+        for m in ("engine", "engine_client", "worker", "scheduler", "block_manager", "runner", "batch", "server")
+    ]
     assert not any(within(name, *engine) for name in ours(module))
 
 
 @pytest.mark.parametrize("module", below("server"))
 def test_server_uses_the_public_runtime(module):
-    public = ["errors", "config", "sequence", "report", "worker", "tokenizer", "metrics", "logs", "adapters.registry"]
+    public = [
+        "errors",
+        "config",
+        "sequence",
+        "report",
+        "engine_client",
+        "tokenizer",
+        "metrics",
+        "logs",
+        "adapters.registry",
+    ]
     commands = ["trainer.cli", "loadtest.cli"] if module == f"{OURS}.server.cli" else []
     allowed = [OURS + ".server", *(f"{OURS}.{p}" for p in public + commands)]
     for name in ours(module):

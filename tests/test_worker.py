@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from driving import GREEDY, Answer, ask, build, prompt, run, save_lora, save_model, save_tucka
 
-from tucka_runtime import worker
+from tucka_runtime import engine_client
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine_client import EngineClient, OutputStream
 from tucka_runtime.errors import (
     AdapterCapacityError,
     AdapterConflictError,
@@ -28,7 +29,6 @@ from tucka_runtime.errors import (
 )
 from tucka_runtime.report import StepStats
 from tucka_runtime.sequence import AdapterKey, FinishReason, Request, Route, RouteScope
-from tucka_runtime.worker import EngineClient, OutputStream
 
 TUCKA, LORA, PINNED = AdapterKey("tucka", 1), AdapterKey("lora", 1), AdapterKey("pinned", 7)
 ROUTE = Route(1, (0.5, 0.625))
@@ -313,7 +313,7 @@ def test_kill_9_ends_every_stream_and_it_comes_back(
     client: Watched, loop: asyncio.Runner, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Twice: the second time while its adapters are being brought back."""
-    monkeypatch.setattr(worker, "FIRST_RESTART_DELAY", 0.01)
+    monkeypatch.setattr(engine_client, "FIRST_RESTART_DELAY", 0.01)
     request = ask(prompt(8), id="again", sampling=SHORT, adapter=TUCKA, scope=RouteScope.REQUEST)
     ready_meanwhile: list[bool] = []
 
@@ -408,7 +408,7 @@ PARENT = """
 import asyncio, sys
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.sequence import Request, SamplingParams
-from tucka_runtime.worker import EngineClient
+from tucka_runtime.engine_client import EngineClient
 
 async def main():
     client = EngineClient(EngineConfig(model=sys.argv[1], device="cpu", kv_cache_tokens=8192, num_threads=1))
@@ -469,7 +469,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(
 
     async def main() -> list[int]:
         client.noticed.clear()
-        monkeypatch.setattr(worker.subprocess, "Popen", popen)
+        monkeypatch.setattr(engine_client.subprocess, "Popen", popen)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
         await client.noticed.wait()

@@ -1,4 +1,4 @@
-"""A fake of `tucka_runtime.worker.EngineClient`, for faults that a real engine does not have on demand.
+"""A fake of `tucka_runtime.engine_client.EngineClient`, for faults that a real engine does not have on demand.
 
 Answers are letters, determined by the prompt's ids alone. Token ids are those of the byte tokenizers of tests/golden:
 3 + the byte.
