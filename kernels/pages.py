@@ -74,7 +74,7 @@ class PagePlan:
         for table, (_, _, length) in zip(tables, spans, strict=True):
             first_page.append(len(flat))
             flat.extend(table[: -(-length // block_size)])
-        pages = torch.frombuffer(flat, dtype=torch.int32)
+        pages = torch.asarray(flat, dtype=torch.int32)
         borders = [first for first, _, _ in spans] + [spans[-1][0] + spans[-1][1]]
         tiles = [[i, j] for i, (_, count, _) in enumerate(spans) if count > 1 for j in range(0, count, TILE)]
         begin = torch.tensor(first_page, dtype=torch.int32)

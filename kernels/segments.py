@@ -137,7 +137,10 @@ class Segments:
     """Which of the cores each segment takes; segments whose core is constant may share an identity."""
     tile_rows: int
     tiles: Tensor
-    """(N, 4) int32, first row, end row, core and adapter of each tile; -1, -1 for the base's. No rows: no work."""
+    """(N, 4) int32, first row, end row, core and adapter of each tile; -1, -1 for the base's. Those of no rows, which
+    fill up a table of fixed size, come last."""
+    padded: bool
+    """Whether there may be such."""
 
     @staticmethod
     def build(
@@ -176,6 +179,7 @@ class Segments:
             core_rows=tuple(core_rows),
             tile_rows=tile_rows,
             tiles=place([torch.tensor(tiles, dtype=torch.int32).view(-1, 4)], device)[0],
+            padded=num_tiles is not None,
         )
 
     @cached_property

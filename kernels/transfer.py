@@ -23,7 +23,7 @@ def place(parts: Sequence[T], device: torch.device) -> list[T]:
         return list(parts)
     tensors = [t for part in parts for t in _tensors(part)]
     places, size = pack([t.nbytes for t in tensors])
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     for t, at in zip(tensors, places, strict=True):
         view(host, at, t.dtype, t.shape).copy_(t)
     moved = host.to(device, non_blocking=True)

@@ -19,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,25 +114,30 @@ def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: in
     return Took(end - begin, (end - all_in) / max(steps, 1))
 
 
-def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype) -> Callable[[], Took]:
-    """transformers' continuous batching of the base, everything at its defaults."""
+@contextmanager
+def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype) -> Iterator[Callable[[], Took]]:
+    """transformers' continuous batching of the base, at its defaults. It runs from the first round to the last, as a
+    server would: to start it takes most of the memory and, on a GPU, captures graphs."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
-    def run() -> Took:
-        vocab = model.config.vocab_size
-        prompts = [[random.randrange(10, vocab) for _ in range(prompt)] for _ in range(sequences)]
-        begin = time.perf_counter()
-        answers = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
-        seconds = time.perf_counter() - begin
-        if sum(len(a.generated_tokens) for a in answers.values()) != sequences * new:
-            raise RuntimeError("transformers generated another number of tokens than asked for")
-        return Took(seconds, float("nan"))
+    with model.continuous_batching_context_manager(generation_config=settings) as manager:
 
-    return run
+        def run() -> Took:
+            vocab = model.config.vocab_size
+            prompts = [[random.randrange(10, vocab) for _ in range(prompt)] for _ in range(sequences)]
+            begin = time.perf_counter()
+            manager.add_requests(prompts, max_new_tokens=new)
+            answers = [manager.get_result() for _ in range(sequences)]
+            seconds = time.perf_counter() - begin
+            if sum(len(a.generated_tokens) for a in answers if a is not None) != sequences * new:
+                raise RuntimeError("transformers generated another number of tokens than asked for")
+            return Took(seconds, float("nan"))
+
+        yield run
 
 
 def floor(engine: Engine, sequences: int, prompt: int, new: int) -> Took:
@@ -245,15 +251,16 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
     for count in counts:
         name = "1 adapter" if count == 1 else f"{count} adapters"
         cases[name] = run([keys[i % count] for i in range(n)])
-    if args.transformers:
-        cases["transformers"] = peer(model, n, args.prompt, args.new, dtype)
-    times: dict[str, list[Took]] = {name: [] for name in cases}
-    for r in range(args.rounds + 1):
-        for name, case in cases.items():
-            took = case()
-            if r:  # the first round warms up
-                times[name].append(took)
-        print(f"\rround {r}/{args.rounds}", end="", file=sys.stderr, flush=True)
+    with ExitStack() as running:
+        if args.transformers:
+            cases["transformers"] = running.enter_context(peer(model, n, args.prompt, args.new, dtype))
+        times: dict[str, list[Took]] = {name: [] for name in cases}
+        for r in range(args.rounds + 1):
+            for name, case in cases.items():
+                took = case()
+                if r:  # the first round warms up
+                    times[name].append(took)
+            print(f"\rround {r}/{args.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return times
 

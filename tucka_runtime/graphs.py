@@ -169,7 +169,9 @@ class Fields:
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.on_device = {name: view(self._device, at[name], *own) for name, own in shapes.items()}
         # Two by turns: the host writes the next step's while the last one's may still be on its way.
-        self._hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        self._hosts = [
+            torch.zeros(size, dtype=torch.uint8, device=CPU, pin_memory=device.type == "cuda") for _ in range(2)
+        ]
         self._views = [{name: view(host, at[name], *own) for name, own in shapes.items()} for host in self._hosts]
         self._turn = 0
         self._last = at[next(reversed(shapes))]
@@ -239,7 +241,7 @@ class Bucket:
             self.plan = RoutePlan((), (), (), route_limits, on["records"], on["groups"], on["weights"])
             sites = {at: site for at, site in table.sites.items() if at[1] in kinds}
             active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
-            segments = replace(Segments.build((), rows, table.capacity, CPU), tiles=on["tiles"])
+            segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=on["tiles"])
             self.delta = Delta(rows, graphs.model.ops, active, segments, cores=graphs.cores, side=graphs.side)
         self._routed: list[tuple[int, int]] = []
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.kernels.pages import PagePlan
-from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
+from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, Segments, SitePlan
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ def batch(
     dtype: torch.dtype,
     device: torch.device,
     targets: tuple[bool, ...] | None = None,
+    padded: bool | None = None,
 ) -> Batch:
-    """Random factors of `adapters` adapters that adapt `targets` (all), each with its own rows."""
+    """Random factors of `adapters` adapters that adapt `targets` (all), each with its own rows. `padded`: the table of
+    tiles has room for any membership, as in the engine's graphs; so it is by default for what those decode."""
+    padded = rows <= SMALL_BATCH if padded is None else padded
     targets = targets or (True,) * len(widths)
 
     def randn(*size: int) -> Tensor:
@@ -114,7 +117,7 @@ def batch(
         columns.append(columns[-1] + w)
     site = DeltaSite.build(u, e, columns, d_in, dtype, device, pool=device.type == "cpu")
     spans = spread(rows, adapters)
-    plan = SitePlan.build(Segments.build(spans, rows, adapters, device), site)
+    plan = SitePlan.build(Segments.build(spans, rows, adapters, device, num_tiles=rows if padded else None), site)
     cores = randn(len(spans), len(widths), rank, rank)
     return Batch(randn(rows, d_in), randn(rows, columns[-1]), site, plan, cores)
 

@@ -109,7 +109,7 @@ def decode(
         heads,
         kv_heads,
         **options,
-        BLOCK_B=max(16, triton.next_power_of_2(count)),
+        BLOCK_B=max(64, triton.next_power_of_2(count)),
         BLOCK_N=block_n,
         SPLIT=split,
         num_warps=4,
@@ -271,7 +271,7 @@ def _prefill(
     tl.store(out + rows * out_row + heads * out_head + i[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "max_splits"])
 def _decode(
     q,
     k_cache,

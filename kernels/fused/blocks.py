@@ -1,5 +1,8 @@
 """What the fused kernels share: tiles of rows, factors behind pointer tables, products, the last of many programs.
 
+What a batch decides (how many rows, tiles, parts) is in `do_not_specialize`: Triton compiles another kernel, in a second
+or more, wherever an argument is 1 or stops being a multiple of 16.
+
 Three rules hold in every kernel here. Offsets that may pass 2^31 elements are int64. What lies outside is masked, with
 0 for `other`: never wrapped around, never multiplied by what happens to be there. Sums have a fixed order.
 """
@@ -12,8 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.segments import Segments
+
 CHUNK = 16
 """Ranks go by chunks of this many: the least side of a tensor core's product. An adapter pays for ceil(r / 16)."""
+
+
+PROGRAMS = 1056
+"""Programs of a launch whose tiles a graph has fixed: eight per SM of an H200 (132). Unmeasured."""
+
+
+def tile_programs(segments: Segments, blocks: int) -> int:
+    """Programs along a grid's axis of tiles, `blocks` being those along the others: one per tile, unless the table has
+    room for as many tiles as rows. Then most would only find that theirs is empty, 14,336 programs for SwiGLU at 64
+    rows of a Llama-3-8B with one adapter, of which 896 have work; so few take tiles by turns (`next_tile`).
+    """
+    tiles = segments.tiles.shape[0]
+    return min(tiles, triton.cdiv(PROGRAMS, blocks)) if segments.padded else tiles
 
 
 @triton.jit
@@ -21,6 +39,20 @@ def load_tile(tiles, index):
     """First row, end row, segment and adapter of a tile (Segments.tiles)."""
     at = tiles + index * 4
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def next_tile(tiles, index, num_tiles, PADDED: tl.constexpr):
+    """The same of the tile after `index` that is this program's; no rows if there is none, as in tables that are not
+    padded: told so, the compiler makes no loop (of which a prompt's would need a third more registers)."""
+    index += tl.num_programs(0)
+    if PADDED:
+        at, real = tiles + index * 4, index < num_tiles
+        first, end = tl.load(at, mask=real, other=0), tl.load(at + 1, mask=real, other=0)
+        adapter = tl.load(at + 3, mask=real, other=-1)
+    else:
+        first, end, adapter = index * 0, index * 0, index * 0
+    return index, first, end, adapter
 
 
 @triton.jit

@@ -1,14 +1,24 @@
 """What stands between the packed qkv product and attention, in one pass: delta, head norms, rotary, KV write.
 
 Reference: reference/expand_qkv_rope_kv.py. Grid (tiles, heads): a program has one head of a tile of rows as its two
-halves, so that rotary pairs lie in the same place of both. Values stay in fp32 from the product to the store.
+halves, so that rotary pairs lie in the same place of both. Values stay in fp32 from the product to the store. In a
+graph a program does several tiles, one after the other (blocks.tile_programs).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import CHUNK, alignment, delta_block, find_target, load_tile, rank_block
+from tucka_runtime.kernels.fused.blocks import (
+    CHUNK,
+    alignment,
+    delta_block,
+    find_target,
+    load_tile,
+    next_tile,
+    rank_block,
+    tile_programs,
+)
 from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
 
 
@@ -39,16 +49,16 @@ def expand_qkv_rope_kv(
         raise ValueError(f"rotary pairs need an even head size, not {d}")
     q_norm, k_norm = head_norms if head_norms is not None else (q, q)
     has_rope = cos is not None and sin is not None
-    own: tuple[object, ...] = (q, q, q, q, q, 0, 0)
-    num_tiles, tile_rows, align, chunk = triton.cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1, CHUNK
+    own: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)
+    programs, tile_rows, align, chunk = triton.cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1, CHUNK
     if h is not None and site is not None and plan is not None:
         if any(c % d for c in site.columns):
             raise ValueError(f"a head of {d} columns must lie within one target: {site.columns}")
         tiles, n = plan.segments.tiles, len(site.columns) - 1
-        own = (h, site.e_ptr, site.rank, site.borders, tiles, n, plan.max_rank)
-        num_tiles, tile_rows = tiles.shape[0], plan.segments.tile_rows
+        own = (h, site.e_ptr, site.rank, site.borders, tiles, tiles.shape[0], n, plan.max_rank)
+        programs, tile_rows = tile_programs(plan.segments, heads + 2 * kv_heads), plan.segments.tile_rows
         align, chunk = alignment(site.columns), rank_block(plan.max_rank)
-    _qkv[(num_tiles, heads + 2 * kv_heads)](
+    _qkv[(programs, heads + 2 * kv_heads)](
         qkv,
         q,
         k_cache,
@@ -75,6 +85,7 @@ def expand_qkv_rope_kv(
         ALIGN=align,
         BLOCK_R=chunk,
         HAS_DELTA=h is not None,
+        PADDED=plan is not None and plan.segments.padded,
         HAS_ROPE=has_rope,
         HAS_NORM=head_norms is not None,
         num_warps=4,  # unmeasured
@@ -82,7 +93,7 @@ def expand_qkv_rope_kv(
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _qkv(
     qkv,
     q,
@@ -94,6 +105,7 @@ def _qkv(
     rank,
     borders,
     tiles,
+    num_tiles,
     n,
     width_h,
     cos,
@@ -118,36 +130,87 @@ def _qkv(
     ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    PADDED: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    if HAS_DELTA:
-        first, end, _, adapter = load_tile(tiles, tl.program_id(0))
-    else:
-        first = tl.program_id(0) * BLOCK_M
-        end = tl.minimum(first + BLOCK_M, num_rows)
-        adapter = -1
-    if first >= end:
-        return
     head = tl.program_id(1)
-    rows = first + tl.arange(0, BLOCK_M)
-    inside = rows < end
-    row = rows[:, None].to(tl.int64)
+    tile = tl.program_id(0)
     i = tl.arange(0, BLOCK_H)
     in_a, in_b = i < HALF, i < D - HALF
-    mask_a, mask_b = inside[:, None] & in_a[None, :], inside[:, None] & in_b[None, :]
     column = head * D
-    at = qkv + row * stride + column + i[None, :]
-    a = tl.load(at, mask=mask_a, other=0.0).to(tl.float32)
-    b = tl.load(at + HALF, mask=mask_b, other=0.0).to(tl.float32)
     if HAS_DELTA:
         target = find_target(borders, column, n)
-        a += delta_block(
-            h, e_ptr, rank, borders, rows, inside, adapter, target, column + i, in_a, n, width_h, ALIGN, BLOCK_R
-        )
-        b += delta_block(
-            h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN, BLOCK_R
-        )
+        first, end, _, adapter = load_tile(tiles, tile)
+        while first < end:
+            rows = first + tl.arange(0, BLOCK_M)
+            inside = rows < end
+            a, b = _load(qkv, rows, inside, column + i, in_a, in_b, stride, HALF)
+            a += delta_block(
+                h, e_ptr, rank, borders, rows, inside, adapter, target, column + i, in_a, n, width_h, ALIGN, BLOCK_R
+            )
+            b += delta_block(
+                h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN,
+                BLOCK_R,
+            )  # fmt: skip
+            _finish(
+                a, b, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm, eps,
+                heads, kv_heads, k_slot, k_head, v_slot, v_head, angle_stride, norm_stride, D, HALF, HAS_ROPE, HAS_NORM,
+            )  # fmt: skip
+            tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)
+    else:
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rows < num_rows
+        a, b = _load(qkv, rows, inside, column + i, in_a, in_b, stride, HALF)
+        _finish(
+            a, b, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm, eps,
+            heads, kv_heads, k_slot, k_head, v_slot, v_head, angle_stride, norm_stride, D, HALF, HAS_ROPE, HAS_NORM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load(qkv, rows, inside, columns, in_a, in_b, stride, HALF: tl.constexpr):
+    at = qkv + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    a = tl.load(at, mask=inside[:, None] & in_a[None, :], other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=inside[:, None] & in_b[None, :], other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _finish(
+    a,
+    b,
+    rows,
+    inside,
+    in_a,
+    in_b,
+    i,
+    head,
+    q,
+    k_cache,
+    v_cache,
+    slots,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    eps,
+    heads,
+    kv_heads,
+    k_slot,
+    k_head,
+    v_slot,
+    v_head,
+    angle_stride,
+    norm_stride,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Head norm, rotary and the store of one head's halves."""
+    row = rows[:, None].to(tl.int64)
+    mask_a, mask_b = inside[:, None] & in_a[None, :], inside[:, None] & in_b[None, :]
     dtype = q.dtype.element_ty
     if head < heads + kv_heads:
         if HAS_NORM:

@@ -1,8 +1,9 @@
 """Delta of a block's last product, residual, and the next block's norm. Reference: reference/expand_residual.py.
 
 Without adapters one launch. With them a norm needs whole rows, but E is best read by many programs, grid (tiles, blocks
-of columns). Decoding, the last program of a tile normalises the tile's rows: one launch still. Where tiles are so full
-that this takes longer than a launch, it is a second one; so it is in prompts, and there norm's own.
+of columns); in a graph a program does several tiles, one after the other (blocks.tile_programs). Decoding, the last
+program of a tile normalises the tile's rows: one launch still. Where tiles are so full that this takes longer than a
+launch, it is a second one; so it is in prompts, and there norm's own.
 """
 
 import torch
@@ -17,7 +18,9 @@ from tucka_runtime.kernels.fused.blocks import (
     delta_block,
     find_target,
     load_tile,
+    next_tile,
     rank_block,
+    tile_programs,
 )
 from tucka_runtime.kernels.fused.expand import BLOCK_N
 from tucka_runtime.kernels.fused.norm import add_norm, norm
@@ -126,7 +129,8 @@ def _launch(
     if any(c % block_n for c in site.columns[1:-1]):
         raise ValueError(f"the borders of the targets, {site.columns}, must be multiples of {block_n}")
     segments = plan.segments
-    grid = (segments.tiles.shape[0], triton.cdiv(y.shape[1], block_n))
+    blocks = triton.cdiv(y.shape[1], block_n)
+    grid = (tile_programs(segments, blocks), blocks)
     if grid[0]:
         _add[grid](
             y,
@@ -137,6 +141,7 @@ def _launch(
             site.rank,
             site.borders,
             segments.tiles,
+            segments.tiles.shape[0],
             *tail,
             len(site.columns) - 1,
             plan.max_rank,
@@ -147,12 +152,13 @@ def _launch(
             BLOCK_R=rank_block(plan.max_rank),
             BLOCK_M=segments.tile_rows,
             BLOCK_N=block_n,
+            PADDED=segments.padded,
             num_warps=4,
             **how,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _add(
     y,
     residual,
@@ -162,6 +168,7 @@ def _add(
     rank,
     borders,
     tiles,
+    num_tiles,
     counter,
     out,
     weight,
@@ -176,6 +183,7 @@ def _add(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -185,29 +193,29 @@ def _add(
     ONE_LAUNCH: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    first, end, _, adapter = load_tile(tiles, tile)
-    if first >= end:
-        return
-    rows = first + tl.arange(0, BLOCK_M)
-    inside = rows < end
     column = tl.program_id(1) * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
     wanted = columns < width
     target = find_target(borders, column, n)
-    acc = delta_block(
-        h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN, BLOCK_R
-    )
-    mask = inside[:, None] & wanted[None, :]
-    row = rows[:, None].to(tl.int64)
-    acc += tl.load(y + row * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    acc += tl.load(residual + row * residual_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(total + row * width + columns[None, :], acc.to(total.dtype.element_ty), mask=mask)
-    if ONE_LAUNCH:
-        last = arrive(counter + tile, tl.num_programs(1))
-        if last:
-            _normalise(
-                total, out, weight, bias, eps, first, end, BLOCK_M, D, BLOCK, STEP, ROW_STAGES, STEP_STAGES, CENTRE
-            )
+    first, end, _, adapter = load_tile(tiles, tile)
+    while first < end:
+        rows = first + tl.arange(0, BLOCK_M)
+        inside = rows < end
+        acc = delta_block(
+            h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN, BLOCK_R
+        )
+        mask = inside[:, None] & wanted[None, :]
+        row = rows[:, None].to(tl.int64)
+        acc += tl.load(y + row * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(residual + row * residual_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + row * width + columns[None, :], acc.to(total.dtype.element_ty), mask=mask)
+        if ONE_LAUNCH:
+            last = arrive(counter + tile, tl.num_programs(1))
+            if last:
+                _normalise(
+                    total, out, weight, bias, eps, first, end, BLOCK_M, D, BLOCK, STEP, ROW_STAGES, STEP_STAGES, CENTRE
+                )
+        tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)
 
 
 @triton.jit

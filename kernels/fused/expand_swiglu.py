@@ -1,13 +1,23 @@
 """Delta of the packed gate/up product, then SwiGLU, in one pass. Reference: reference/expand_swiglu.py.
 
 Grid (tiles, blocks of columns): a program adds both deltas to its block of gate and of up, and writes their product.
+In a graph it does so for several tiles, one after the other (blocks.tile_programs).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import CHUNK, alignment, delta_block, find_target, load_tile, rank_block
+from tucka_runtime.kernels.fused.blocks import (
+    CHUNK,
+    alignment,
+    delta_block,
+    find_target,
+    load_tile,
+    next_tile,
+    rank_block,
+    tile_programs,
+)
 from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
 
 BLOCK_N = 64
@@ -36,12 +46,14 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
             out,
             0,
             0,
+            0,
             num_rows,
             f,
             gate_up.stride(0),
             ALIGN=1,
             BLOCK_R=CHUNK,
             HAS_DELTA=False,
+            PADDED=False,
             BLOCK_M=SMALL_TILE,
             BLOCK_N=block_n,
             num_warps=4,
@@ -49,7 +61,8 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
         return out
     if not set(site.columns) <= {0, f, 2 * f}:
         raise ValueError(f"gate and up must be the targets, or one target together: {site.columns}")
-    _swiglu[(plan.segments.tiles.shape[0], triton.cdiv(f, block_n))](
+    blocks = triton.cdiv(f, block_n)
+    _swiglu[(tile_programs(plan.segments, blocks), blocks)](
         gate_up,
         out,
         h,
@@ -57,6 +70,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
         site.rank,
         site.borders,
         plan.segments.tiles,
+        plan.segments.tiles.shape[0],
         len(site.columns) - 1,
         plan.max_rank,
         num_rows,
@@ -65,6 +79,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
         ALIGN=alignment(site.columns),
         BLOCK_R=rank_block(plan.max_rank),
         HAS_DELTA=True,
+        PADDED=plan.segments.padded,
         BLOCK_M=plan.segments.tile_rows,
         BLOCK_N=block_n,
         num_warps=4,
@@ -72,7 +87,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _swiglu(
     gate_up,
     out,
@@ -81,6 +96,7 @@ def _swiglu(
     rank,
     borders,
     tiles,
+    num_tiles,
     n,
     width_h,
     num_rows,
@@ -89,33 +105,44 @@ def _swiglu(
     ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    if HAS_DELTA:
-        first, end, _, adapter = load_tile(tiles, tl.program_id(0))
-    else:
-        first = tl.program_id(0) * BLOCK_M
-        end = tl.minimum(first + BLOCK_M, num_rows)
-        adapter = -1
-    if first >= end:
-        return
-    rows = first + tl.arange(0, BLOCK_M)
-    inside = rows < end
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = columns < f
-    mask = inside[:, None] & wanted[None, :]
-    row = rows[:, None].to(tl.int64)
-    at = gate_up + row * stride + columns[None, :]
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + f, mask=mask, other=0.0).to(tl.float32)
+    tile = tl.program_id(0)
     if HAS_DELTA:
         other = find_target(borders, f, n)
-        gate += delta_block(
-            h, e_ptr, rank, borders, rows, inside, adapter, 0, columns, wanted, n, width_h, ALIGN, BLOCK_R
-        )
-        up += delta_block(
-            h, e_ptr, rank, borders, rows, inside, adapter, other, columns + f, wanted, n, width_h, ALIGN, BLOCK_R
-        )
+        first, end, _, adapter = load_tile(tiles, tile)
+        while first < end:
+            rows = first + tl.arange(0, BLOCK_M)
+            inside = rows < end
+            gate, up = _load(gate_up, rows, inside, columns, wanted, f, stride)
+            gate += delta_block(
+                h, e_ptr, rank, borders, rows, inside, adapter, 0, columns, wanted, n, width_h, ALIGN, BLOCK_R
+            )
+            up += delta_block(
+                h, e_ptr, rank, borders, rows, inside, adapter, other, columns + f, wanted, n, width_h, ALIGN, BLOCK_R
+            )
+            _store(out, gate, up, rows, inside, columns, wanted, f)
+            tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)
+    else:
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rows < num_rows
+        gate, up = _load(gate_up, rows, inside, columns, wanted, f, stride)
+        _store(out, gate, up, rows, inside, columns, wanted, f)
+
+
+@triton.jit
+def _load(gate_up, rows, inside, columns, wanted, f, stride):
+    mask = inside[:, None] & wanted[None, :]
+    at = gate_up + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32), tl.load(at + f, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(out, gate, up, rows, inside, columns, wanted, f):
     y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * f + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
+    at = out + rows[:, None].to(tl.int64) * f + columns[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=inside[:, None] & wanted[None, :])

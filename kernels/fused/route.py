@@ -62,7 +62,7 @@ def _choose(sums: Tensor, counts: Tensor, t: int) -> tuple[Tensor, Tensor]:
     return groups, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _bag(
     records, sums, groups, weights, stride, parts,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ONE: tl.constexpr,
@@ -97,7 +97,7 @@ def _bag(
         tl.store(sums + (s * parts + part) * BLOCK_K * BLOCK_T + i, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _pick_bag(records, sums, groups, weights, stride, parts, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
     """The choice from a segment's parts, added up in order."""
     s = tl.program_id(0).to(tl.int64)
@@ -114,7 +114,7 @@ def _pick_bag(records, sums, groups, weights, stride, parts, BLOCK_K: tl.constex
     decide(z, real, count, groups + s, weights + s * stride, t, k, BLOCK_K, BLOCK_T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _column_sums(x, sums, count, d, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
     part = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -126,7 +126,7 @@ def _column_sums(x, sums, count, d, stride, BLOCK: tl.constexpr, ROWS: tl.conste
     tl.store(sums + part.to(tl.int64) * d + i, tl.sum(acc, 0), mask=i < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _project(sums, centroids, out, parts, d, BLOCK: tl.constexpr):
     """One centroid's product with the sum over all parts."""
     row = tl.program_id(0).to(tl.int64)
@@ -140,7 +140,7 @@ def _project(sums, centroids, out, parts, d, BLOCK: tl.constexpr):
     tl.store(out + row, tl.sum(acc, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _pick(sums, groups, weights, parts, counts, stride, k, t, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
     choose(

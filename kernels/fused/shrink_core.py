@@ -110,7 +110,7 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePla
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "splits"])
 def _shrink(
     x,
     u_ptr,
@@ -197,7 +197,7 @@ def _shrink(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "splits"])
 def _finish(
     part,
     h,
