@@ -116,15 +116,18 @@ def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: in
 
 @contextmanager
 def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype) -> Iterator[Callable[[], Took]]:
-    """transformers' continuous batching of the base, at its defaults. It runs from the first round to the last, as a
-    server would: to start it takes most of the memory and, on a GPU, captures graphs."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    """transformers' continuous batching of the base. It runs from the first round to the last, as a server would: to
+    start it fills its cache and, on a GPU, may capture graphs. All at its defaults, but for the share of the free
+    memory that it takes, which would be nearly all. Without flash-attention it has torch's own, with masks, and no
+    graphs."""
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
-    with model.continuous_batching_context_manager(generation_config=settings) as manager:
+    share = ContinuousBatchingConfig(max_memory_percent=0.4)
+    with model.continuous_batching_context_manager(settings, continuous_batching_config=share) as manager:
 
         def run() -> Took:
             vocab = model.config.vocab_size
@@ -144,10 +147,16 @@ def floor(engine: Engine, sequences: int, prompt: int, new: int) -> Took:
     """Seconds of the model's matrix products alone: the prompts' rows once, then one row per sequence and token."""
     weights = engine.runner.model.weights
     like = weights.embed
-    matrices = [torch.randn(m.shape).to(like) for layer in weights.layers for m in layer.linears]
-    head = torch.randn(weights.head.shape).to(like)
+    own = [m for layer in weights.layers for m in layer.linears]
+    # On a CPU the engine's are packed, and torch's own product is asked for plain ones.
+    matrices = [m.dense() if like.is_cuda else torch.randn(m.shape).to(like) for m in own]
+    head = weights.head.dense() if like.is_cuda else torch.randn(weights.head.shape).to(like)
     widths = {m.shape[1] for m in [*matrices, head]}
-    inputs = {(r, w): torch.randn(r, w).to(like) for r in (sequences, sequences * prompt) for w in widths}
+    inputs = {
+        (r, w): torch.randn(r, w, dtype=like.dtype, device=like.device)
+        for r in (sequences, sequences * prompt)
+        for w in widths
+    }
 
     def products(rows: int) -> None:
         for matrix in matrices:
@@ -240,6 +249,8 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
     for i, key in enumerate(keys):
         make_adapter(scratch / key.name, engine, args.targets.split(","), args.rank, seed=i)
         engine.load_adapter(key, scratch / key.name)
+    while engine.prepare():
+        pass
 
     def run(own: list[AdapterKey | None]) -> Callable[[], Took]:
         return lambda: generate(engine, own, args.prompt, args.new, scope)

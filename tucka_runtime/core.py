@@ -83,6 +83,13 @@ class FoldedAdapter:
         return max((u.shape[0] for u, _ in self.factors.values()), default=0)
 
     @cached_property
+    def shape(self) -> tuple[object, ...]:
+        """Adapters of one shape take the same kernels."""
+        parts = self.routed.parts if self.routed else None
+        routed = (parts.k, parts.t, parts.rank, parts.table is None) if parts else None
+        return frozenset(site for _, site in self.sites), self.max_rank, routed
+
+    @cached_property
     def sites(self) -> frozenset[tuple[int, int]]:
         """(layer, site) of every linear that it adapts."""
         return frozenset((at.layer, at.site) for at in self.factors)

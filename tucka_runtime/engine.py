@@ -11,6 +11,7 @@ from tucka_runtime.block_manager import BlockManager
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.core import FoldedAdapter
 from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.kernels.segments import SMALL_BATCH
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.runner import Launched, Result, Runner
 from tucka_runtime.scheduler import Scheduler, Work
@@ -55,6 +56,8 @@ class Engine:
         # On a GPU the next step is scheduled and launched while the last one runs.
         self.overlap = self.runner.device.type == "cuda"
         self.in_flight: _InFlight | None = None
+        self.rehearsed: set[object] = set()
+        """Shapes of adapters whose kernels are compiled."""
         if self.overlap:
             self.warm_up()
 
@@ -62,18 +65,32 @@ class Engine:
         """Compiles the kernels and captures the graphs, so that no request waits for it."""
         if self.runner.graphs is not None:
             self.runner.graphs.warm_up()
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
-        self.add(Request("warm-up", ((0,) * min(32, self.runner.max_len - 2),), sampling))
-        while self.busy:
-            self.step()
+        self._rehearse(None)
         self.blocks.forget_all()
 
     def prepare(self) -> bool:
-        """Does a part (under a second) of what loaded adapters will need and nobody waits for yet; False once all is
-        done. For idle moments."""
+        """Does a part of what loaded adapters will need and nobody waits for yet: captures a graph (under a second), or
+        compiles what prompts take (seconds, the first time on a machine). False once all is done. For idle moments."""
         if self.runner.graphs is None or not self.overlap:
             return False
-        return self.runner.graphs.prepare([entry.folded for entry in self.runner.store.loaded.values()])
+        loaded = [entry.folded for entry in self.runner.store.loaded.values() if not entry.unloading]
+        if self.runner.graphs.prepare(loaded):
+            return True
+        for folded in loaded:
+            if folded.shape not in self.rehearsed:
+                self.rehearsed.add(folded.shape)
+                self._rehearse(folded.key)
+                return True
+        return False
+
+    def _rehearse(self, adapter: AdapterKey | None) -> None:
+        """Prompts of several lengths, for the kernels cut longer ones in other ways."""
+        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
+        longest = min(self.runner.max_len - 2, self.scheduler.max_tokens)
+        for length in sorted({min(length, longest) for length in (32, SMALL_BATCH + 1, longest)}):
+            self.add(Request("warm-up", ((0,) * length,), sampling, adapter=adapter))
+            while self.busy:
+                self.step()
 
     @property
     def info(self) -> EngineInfo:

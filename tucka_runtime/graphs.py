@@ -152,12 +152,13 @@ class Graphs:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures every size without adapters, and compiles the kernels that adapters need. The largest comes first:
-        the others fit into the memory that it leaves in the pool."""
+        """Captures every size without adapters. The largest comes first: the others fit into the memory that it leaves
+        in the pool. And the least and the largest with adapters everywhere, which compiles what most of them need."""
         for size in reversed(self.sizes):
             self.bucket(size, None)
         everywhere = frozenset(range(len(self.table.arch.sites)))
-        self.buckets[self.sizes[0], everywhere] = Bucket(self, self.sizes[0], everywhere)
+        for size in (self.sizes[-1], self.sizes[0]):
+            self.buckets[size, everywhere] = Bucket(self, size, everywhere)
 
 
 class Fields:

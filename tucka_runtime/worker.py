@@ -14,6 +14,7 @@ The process ends when its channel closes, so it never outlives its parent.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -51,6 +52,8 @@ def main() -> None:
         channel.send(("failed", error))
         return
     channel.send(("ready", engine.info))
+    gc.collect()
+    gc.freeze()  # what was imported and loaded stays: no collection walks it again between two tokens
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(engine, channel)
     os._exit(0)  # a loader thread may still be reading a file; nobody waits for it

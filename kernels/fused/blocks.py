@@ -1,7 +1,7 @@
 """What the fused kernels share: tiles of rows, factors behind pointer tables, products, the last of many programs.
 
-What a batch decides (how many rows, tiles, parts) is in `do_not_specialize`: Triton compiles another kernel, in a second
-or more, wherever an argument is 1 or stops being a multiple of 16.
+What a batch decides (how many rows, tiles, parts) is in `do_not_specialize`: Triton compiles another kernel, in a
+second or more, wherever an argument is 1 or stops being a multiple of 16.
 
 Three rules hold in every kernel here. Offsets that may pass 2^31 elements are int64. What lies outside is masked, with
 0 for `other`: never wrapped around, never multiplied by what happens to be there. Sums have a fixed order.
