@@ -89,6 +89,8 @@ class Graphs:
         # Everybody's: each is read before the next graph runs.
         self.logits = torch.empty(max_seqs, table.arch.vocab, device=self.device)
         self.buckets: dict[tuple[int, frozenset[int]], Bucket] = {}
+        self.fitted: ActiveSet | None = None
+        """The last one that `limits` were seen to hold."""
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -114,8 +116,9 @@ class Graphs:
         """The bucket for `count` rows. Which sites have adapters, of the four of a layer, makes another one: a site
         without costs nothing."""
         kinds = frozenset(site for _, site in active.sites) if active else frozenset[int]()
-        if active:
+        if active is not None and active is not self.fitted:
             self._grow(active.folded.values())
+            self.fitted = active
         size = next(s for s in self.sizes if s >= count)
         if (size, kinds) not in self.buckets:
             self.buckets[size, kinds] = Bucket(self, size, kinds)

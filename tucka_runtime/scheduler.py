@@ -5,6 +5,7 @@ order of arrival. A sequence gets the pages of its whole prompt when it is admit
 when none is left the youngest running sequence gives all of its own back and is computed again later.
 """
 
+from array import array
 from collections import deque
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        seq.block_table += self.blocks.allocate(need)
+        seq.block_table.extend(self.blocks.allocate(need))
         return True
 
     def _preempt(self, seq: Sequence) -> None:
@@ -93,7 +94,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table)
-        seq.block_table = []
+        seq.block_table = array("i")
         seq.num_computed = 0
 
     def _admit(self, work: list[Work], budget: int) -> None:
@@ -145,7 +146,7 @@ class Scheduler:
         if not self.blocks.can_allocate(need, reuse):
             return False
         self.blocks.hold(reuse)
-        seq.block_table = reuse + self.blocks.allocate(need)
+        seq.block_table = array("i", reuse + self.blocks.allocate(need))
         seq.num_computed = len(reuse) * size
         if not seq.scheduled_at:  # its own pages, found again after a preemption, are no gift of the cache
             seq.cached_tokens = seq.num_computed

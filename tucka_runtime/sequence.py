@@ -4,6 +4,7 @@ A request holds one or several prompts and asks `n` answers of each; every (prom
 its `index` (prompt · n + answer) is the OpenAI choice index.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -189,7 +190,7 @@ class Sequence:
         self.pending = 0
         self.num_computed = 0
         self.cached_tokens = 0
-        self.block_table: list[int] = []
+        self.block_table = array("i")
         self.block_hashes: list[bytes] = []
         self.status = Status.WAITING
         self.route: Route | None = None  # request scope: fixed once the prompt was routed
