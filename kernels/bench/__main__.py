@@ -11,6 +11,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from tucka_runtime.kernels.bench import chain, check, compiled, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Sweep
@@ -115,7 +116,13 @@ def run(op: str, what: Sweep, skip_tests: bool, configurations: bool) -> list[Re
     cases = module.variants(what) if configurations else module.cases(what)
     found = []
     for case in cases:
-        found.append(measure(case, what.device))
+        try:
+            found.append(measure(case, what.device))
+        except OutOfResources as e:
+            if not configurations:
+                raise
+            say(f"{op} {case.shape}: {e}")
+            continue
         say(f"{op} {case.shape}: {found[-1].micros['own']:.1f} us")
     return found
 
@@ -159,18 +166,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         say("No GPU: this times the reference kernels on a CPU, on small shapes. It says nothing about the fused ones.")
     what = sweep(args, device)
-    results = {
-        op: run(op, what, args.skip_tests, args.sweep) for op in args.op or (SWEPT if args.sweep else [*OPS, "chain"])
-    }
-    results = {op: found for op, found in results.items() if found}
     where = environment(what)
-    if args.json:
-        out = {**where, "results": {op: [r.as_json() for r in found] for op, found in results.items()}}
-        print(json.dumps(out, indent=1))
-    else:
+    if not args.json:
         print("\n".join(f"{key}: {value}" for key, value in where.items()))
-        for timed in results.values():
-            print("\n" + table(timed))
+    results = {}
+    for op in args.op or (SWEPT if args.sweep else [*OPS, "chain"]):
+        if found := run(op, what, args.skip_tests, args.sweep):
+            results[op] = [r.as_json() for r in found]
+            if not args.json:
+                print("\n" + table(found), flush=True)
+    if args.json:
+        print(json.dumps({**where, "results": results}, indent=1))
     return 0 if results else 1
 
 
