@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import arrive, counters, dot
+from tucka_runtime.kernels.fused.blocks import arrive, cdiv, counters, dot, power_of_2
 from tucka_runtime.kernels.pages import TILE, PagePlan
 
 SPLIT = 512
@@ -67,9 +67,9 @@ def _common(
     args = (q, k_cache, v_cache, out, pages.start, pages.length, pages.pages, pages.first_page, *strides)
     options = {
         "D": d,
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "BLOCK_D": max(16, power_of_2(d)),
         "GROUP": group,
-        "BLOCK_G": triton.next_power_of_2(group),
+        "BLOCK_G": power_of_2(group),
         "PAGE": pages.block_size,
         "WINDOWED": window is not None,
     }
@@ -91,9 +91,9 @@ def decode(
     count, (heads, d), kv_heads = pages.singles.shape[0], q.shape[1:], k_cache.shape[1]
     if not count:
         return
-    splits = triton.cdiv(pages.longest, split)
+    splits = cdiv(pages.longest, split)
     args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
-    options["BLOCK_G"] = max(16, triton.next_power_of_2(heads // kv_heads))
+    options["BLOCK_G"] = max(16, power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
     part_best, part_total = q.new_empty(2, count, splits, heads, dtype=torch.float32)
     programs = min(count * splits, max(1, MAX_PROGRAMS // kv_heads))
@@ -109,7 +109,7 @@ def decode(
         heads,
         kv_heads,
         **options,
-        BLOCK_B=max(64, triton.next_power_of_2(count)),
+        BLOCK_B=max(64, power_of_2(count)),
         BLOCK_N=block_n,
         SPLIT=split,
         num_warps=4,
@@ -132,7 +132,7 @@ def prefill(
     if not pages.tiles.shape[0]:
         return
     args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
-    group = triton.next_power_of_2(q.shape[1] // k_cache.shape[1])
+    group = power_of_2(q.shape[1] // k_cache.shape[1])
     block_m = max(block_m, group)
     rows = min(TILE, block_m // group)
     _prefill[(pages.tiles.shape[0], k_cache.shape[1], TILE // rows)](

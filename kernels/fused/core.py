@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.blocks import cdiv, power_of_2
 from tucka_runtime.kernels.routes import RoutePlan, Slices
 
 BLOCK = 1024
@@ -23,7 +24,7 @@ def core(plan: RoutePlan, out: Tensor) -> None:
     segments and all M modules of its adapter, whatever their shapes, in one launch. out (rows, N, R, R), R >= r.
     """
     limits = plan.limits
-    _core[(plan.records.shape[0], limits.modules, triton.cdiv(limits.rank**2, BLOCK))](
+    _core[(plan.records.shape[0], limits.modules, cdiv(limits.rank**2, BLOCK))](
         plan.records,
         plan.groups,
         plan.weights,
@@ -32,7 +33,7 @@ def core(plan: RoutePlan, out: Tensor) -> None:
         out.stride(0),
         out.stride(1),
         out.stride(2),
-        BLOCK_T=triton.next_power_of_2(limits.t),
+        BLOCK_T=power_of_2(limits.t),
         BLOCK=BLOCK,
         num_warps=4,
     )
@@ -42,7 +43,7 @@ def slices(plan: RoutePlan, out: Slices) -> None:
     """out.address[row, slots[m]] = where G[m, group] lies, out.weight[row, slots[m], j] = Σ_i weights[i] C[m, i, j]:
     all that `core` reads, before r² entries are made of it.
     """
-    _slices[(plan.records.shape[0], triton.cdiv(plan.limits.modules, MODULES))](
+    _slices[(plan.records.shape[0], cdiv(plan.limits.modules, MODULES))](
         plan.records,
         plan.groups,
         plan.weights,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, delta_block, load_tile, rank_block
+from tucka_runtime.kernels.fused.blocks import alignment, cdiv, delta_block, load_tile, rank_block
 from tucka_runtime.kernels.segments import DeltaSite, SitePlan
 
 BLOCK_N = 64
@@ -24,7 +24,7 @@ def run(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, block_n: int) -> 
     """`expand` with blocks of `block_n` columns."""
     segments = plan.segments
     widest = max(b - a for a, b in zip(site.columns, site.columns[1:], strict=False))
-    grid = (segments.tiles.shape[0], triton.cdiv(widest, block_n), len(site.columns) - 1)
+    grid = (segments.tiles.shape[0], cdiv(widest, block_n), len(site.columns) - 1)
     if grid[0]:
         _expand[grid](
             y,

@@ -12,10 +12,12 @@ from torch import Tensor
 from tucka_runtime.kernels.fused.blocks import (
     CHUNK,
     alignment,
+    cdiv,
     delta_block,
     find_target,
     load_tile,
     next_tile,
+    power_of_2,
     rank_block,
     tile_programs,
 )
@@ -50,7 +52,7 @@ def expand_qkv_rope_kv(
     q_norm, k_norm = head_norms if head_norms is not None else (q, q)
     has_rope = cos is not None and sin is not None
     own: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)
-    programs, tile_rows, align, chunk = triton.cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1, CHUNK
+    programs, tile_rows, align, chunk = cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1, CHUNK
     if h is not None and site is not None and plan is not None:
         if any(c % d for c in site.columns):
             raise ValueError(f"a head of {d} columns must lie within one target: {site.columns}")
@@ -80,7 +82,7 @@ def expand_qkv_rope_kv(
         q_norm.stride(0) if q_norm.dim() > 1 else 0,
         D=d,
         HALF=(d + 1) // 2,
-        BLOCK_H=max(16, triton.next_power_of_2((d + 1) // 2)),
+        BLOCK_H=max(16, power_of_2((d + 1) // 2)),
         BLOCK_M=tile_rows,
         ALIGN=align,
         BLOCK_R=chunk,

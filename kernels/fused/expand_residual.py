@@ -14,11 +14,13 @@ from torch import Tensor
 from tucka_runtime.kernels.fused.blocks import (
     alignment,
     arrive,
+    cdiv,
     counters,
     delta_block,
     find_target,
     load_tile,
     next_tile,
+    power_of_2,
     rank_block,
     tile_programs,
 )
@@ -95,8 +97,8 @@ def run(
     ahead = size % 32 == 0
     how: dict[str, int] = {
         "D": width,
-        "BLOCK": triton.next_power_of_2(width),
-        "STEP": min(1024, triton.next_power_of_2(width)),
+        "BLOCK": power_of_2(width),
+        "STEP": min(1024, power_of_2(width)),
         # 16 KB on their way into shared memory: more would take programs from the sum, whose registers let an SM have
         # ten. Unmeasured.
         "ROW_STAGES": 1 if not ahead else 3 if size <= 8192 else 2,
@@ -129,7 +131,7 @@ def _launch(
     if any(c % block_n for c in site.columns[1:-1]):
         raise ValueError(f"the borders of the targets, {site.columns}, must be multiples of {block_n}")
     segments = plan.segments
-    blocks = triton.cdiv(y.shape[1], block_n)
+    blocks = cdiv(y.shape[1], block_n)
     grid = (tile_programs(segments, blocks), blocks)
     if grid[0]:
         _add[grid](

@@ -11,6 +11,7 @@ from torch import Tensor
 from tucka_runtime.kernels.fused.blocks import (
     CHUNK,
     alignment,
+    cdiv,
     delta_block,
     find_target,
     load_tile,
@@ -36,7 +37,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
     if not num_rows:
         return out
     if h is None or site is None or plan is None:
-        _swiglu[(triton.cdiv(num_rows, SMALL_TILE), triton.cdiv(f, block_n))](
+        _swiglu[(cdiv(num_rows, SMALL_TILE), cdiv(f, block_n))](
             gate_up,
             out,
             out,
@@ -61,7 +62,7 @@ def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePla
         return out
     if not set(site.columns) <= {0, f, 2 * f}:
         raise ValueError(f"gate and up must be the targets, or one target together: {site.columns}")
-    blocks = triton.cdiv(f, block_n)
+    blocks = cdiv(f, block_n)
     _swiglu[(tile_programs(plan.segments, blocks), blocks)](
         gate_up,
         out,

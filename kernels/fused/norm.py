@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.blocks import power_of_2
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., d) / rms(x) in fp32, cast back, times weight (d,)."""
@@ -33,7 +35,7 @@ def _launch(
     x: Tensor, y: Tensor | None, total: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> None:
     d = x.shape[-1]
-    block = triton.next_power_of_2(d)
+    block = power_of_2(d)
     if x.shape[0]:
         _norm[(x.shape[0],)](
             x,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.blocks import cdiv, power_of_2
 from tucka_runtime.kernels.routes import RoutePlan
 
 PART = 256
@@ -28,8 +29,8 @@ def route_ids(plan: RoutePlan) -> None:
     one of them has more than PART tokens.
     """
     limits, count = plan.limits, plan.records.shape[0]
-    parts = max(1, triton.cdiv(limits.tokens, PART))
-    k, t = triton.next_power_of_2(limits.k), triton.next_power_of_2(limits.t)
+    parts = max(1, cdiv(limits.tokens, PART))
+    k, t = power_of_2(limits.k), power_of_2(limits.t)
     sums = plan.weights.new_empty((count, parts, k * t) if parts > 1 else (1,))
     own = (plan.records, sums, plan.groups, plan.weights, plan.weights.stride(0), parts)
     _bag[(count, parts)](*own, BLOCK_K=k, BLOCK_T=t, ROWS=ROWS, PART=PART, ONE=parts == 1, num_warps=1)
@@ -40,13 +41,11 @@ def route_ids(plan: RoutePlan) -> None:
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
     """Route of one segment from its router inputs. x (n, d); centroids (k·t, d) fp32. Returns (1,) and (1, t)."""
     (count, d), kt = x.shape, centroids.shape[0]
-    parts = triton.cdiv(count, PART)
+    parts = cdiv(count, PART)
     means = x.new_empty(parts, d, dtype=torch.float32)
-    _column_sums[(parts, triton.cdiv(d, 64))](
-        x, means, count, d, x.stride(0), BLOCK=64, ROWS=ROWS, PART=PART, num_warps=2
-    )
+    _column_sums[(parts, cdiv(d, 64))](x, means, count, d, x.stride(0), BLOCK=64, ROWS=ROWS, PART=PART, num_warps=2)
     sums = means.new_empty(1, 1, kt)
-    _project[(kt,)](means, centroids, sums, parts, d, BLOCK=min(1024, triton.next_power_of_2(d)), num_warps=4)
+    _project[(kt,)](means, centroids, sums, parts, d, BLOCK=min(1024, power_of_2(d)), num_warps=4)
     return _choose(sums, torch.full((1,), count, dtype=torch.int64, device=x.device), t)
 
 
@@ -55,7 +54,7 @@ def _choose(sums: Tensor, counts: Tensor, t: int) -> tuple[Tensor, Tensor]:
     segments, parts, kt = sums.shape
     groups = torch.empty(segments, dtype=torch.int64, device=sums.device)
     weights = sums.new_empty(segments, t)
-    blocks = {"BLOCK_K": triton.next_power_of_2(kt // t), "BLOCK_T": triton.next_power_of_2(t)}
+    blocks = {"BLOCK_K": power_of_2(kt // t), "BLOCK_T": power_of_2(t)}
     _pick[(segments,)](
         sums.contiguous(), groups, weights, parts, counts, counts.stride(0), kt // t, t, **blocks, num_warps=1
     )

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.blocks import cdiv, power_of_2
+
 BLOCK = 4096
 """Logits per step. Unmeasured."""
 SPAN = 16384
@@ -18,9 +20,9 @@ SPAN = 16384
 def uniform(seed: Tensor, position: Tensor, columns: int) -> Tensor:
     """(B, columns) fp32 in (0, 1): the reference's, bit for bit."""
     out = torch.empty(seed.shape[0], columns, dtype=torch.float32, device=seed.device)
-    block = min(BLOCK, triton.next_power_of_2(columns))
+    block = min(BLOCK, power_of_2(columns))
     if out.numel():
-        _uniform[(seed.shape[0], triton.cdiv(columns, block))](seed, position, out, columns, BLOCK=block)
+        _uniform[(seed.shape[0], cdiv(columns, block))](seed, position, out, columns, BLOCK=block)
     return out
 
 
@@ -33,9 +35,7 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
     if rows:
-        _filter[(rows,)](
-            logits, top_k, top_p, min_p, out, vocab, BLOCK=min(BLOCK, triton.next_power_of_2(vocab)), num_warps=8
-        )
+        _filter[(rows,)](logits, top_k, top_p, min_p, out, vocab, BLOCK=min(BLOCK, power_of_2(vocab)), num_warps=8)
     return out
 
 
@@ -43,16 +43,16 @@ def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) 
     """Token ids (B,) int64. logits (B, V) fp32 before temperature; temperature (B,), 0 is greedy (lowest id wins)."""
     logits = logits.contiguous()
     rows, vocab = logits.shape
-    spans = triton.cdiv(vocab, SPAN)
+    spans = cdiv(vocab, SPAN)
     best = torch.empty(rows, spans, dtype=torch.float32, device=logits.device)
     where = torch.empty(rows, spans, dtype=torch.int64, device=logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        block = min(BLOCK, triton.next_power_of_2(vocab))
+        block = min(BLOCK, power_of_2(vocab))
         _best[(rows, spans)](
             logits, temperature, seed, position, best, where, vocab, SPAN=SPAN, BLOCK=block, num_warps=8
         )
-        _choose[(rows,)](best, where, out, spans, BLOCK=triton.next_power_of_2(spans), num_warps=1)
+        _choose[(rows,)](best, where, out, spans, BLOCK=power_of_2(spans), num_warps=1)
     return out
 
 

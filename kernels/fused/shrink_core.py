@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, counters, dot, load_tile
+from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, cdiv, counters, dot, load_tile, power_of_2
 from tucka_runtime.kernels.routes import Slices
 from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, SitePlan
 
@@ -46,7 +46,7 @@ def config(num_rows: int, d_in: int, rank: int) -> Config:
         # Over r 32 the sums of a tile are too long a tail for one program (128 KB at r 128), hence the second launch.
         return Config(block_k=256, span=512, chunks=1, one_launch=rank <= 32, warps=4, stages=3)
     # Prompts: 64 rank rows share one read of x; spans shrink while tiles are too few for 132 SMs.
-    span = 512 if num_rows <= 1024 else 1024 if num_rows <= 4096 else max(CHUNK, triton.next_power_of_2(d_in))
+    span = 512 if num_rows <= 1024 else 1024 if num_rows <= 4096 else max(CHUNK, power_of_2(d_in))
     return Config(block_k=64, span=span, chunks=4, one_launch=False, warps=4, stages=3)
 
 
@@ -67,7 +67,7 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePla
     num_tiles = segments.tiles.shape[0]
     if not num_tiles:
         return h
-    rank_chunks, splits = triton.cdiv(rank, CHUNK), triton.cdiv(d_in, how.span)
+    rank_chunks, splits = cdiv(rank, CHUNK), cdiv(d_in, how.span)
     part = x.new_empty(splits, num_rows, n, rank_chunks * CHUNK, dtype=torch.float32)
     made: tuple[object, ...] = (x, x, 0, 0, 0, 0)  # never read: no rank is as small as 0
     if isinstance(cores, Slices):
@@ -87,7 +87,7 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePla
         rank_chunks * CHUNK,
         splits,
     )
-    blocks = triton.cdiv(n * rank_chunks, how.chunks)
+    blocks = cdiv(n * rank_chunks, how.chunks)
     _shrink[(num_tiles, blocks, splits)](
         x,
         site.u_ptr,
