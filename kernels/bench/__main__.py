@@ -42,11 +42,12 @@ columns:
   ×torch        our time over torch's own op
   ×without delta, ×no adapter   what adapters cost over the same kernels, or the whole step, without them
   ×combined     a step whose cores are made first over one whose shrinks combine them on the fly
+  ×one stream   a step whose shrinks run beside the base's products over one where they do not
 
 Rows are shared evenly among the adapters. An op is timed only if its tests pass on this device.
 """
 
-SWEPT = ("shrink_core", "expand", "attention")
+SWEPT = ("shrink_core", "expand", "expand_residual", "attention")
 """Ops with configurations to choose from."""
 
 

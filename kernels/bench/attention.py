@@ -46,17 +46,17 @@ def _case(sweep: Sweep, rows: int, context: int, decoding: bool) -> Case:
 
 
 def variants(sweep: Sweep) -> Iterator[Case]:
-    """Splits of a context and blocks, on a GPU alone: what `fused.attention` should say."""
+    """Splits of a context, blocks and programs, on a GPU alone: what `fused.attention` should say."""
     for rows in sweep.rows:
         for context in sweep.contexts:
-            for split, block_n in product((256, 512, 1024), (32, 64, 128)):
-                yield _decode_variant(sweep, rows, context, split, block_n)
+            for how in product((256, 512, 1024), (32, 64, 128), (396, 792, 1056)):
+                yield _decode_variant(sweep, rows, context, *how)
     for rows in sweep.prompts:
         for block_m, block_n in product((64, 128), (32, 64, 128)):
             yield _prompt_variant(sweep, rows, block_m, block_n)
 
 
-def _decode_variant(sweep: Sweep, rows: int, context: int, split: int, block_n: int) -> Case:
+def _decode_variant(sweep: Sweep, rows: int, context: int, split: int, block_n: int, most: int) -> Case:
     from tucka_runtime.kernels.fused.attention import decode
 
     case = _case(sweep, rows, context, decoding=True)
@@ -64,9 +64,9 @@ def _decode_variant(sweep: Sweep, rows: int, context: int, split: int, block_n: 
     def make(seed: int) -> dict[str, Call]:
         q, k, v, plan = _tensors(sweep, rows, context, True, seed)
         out, scale = torch.empty_like(q), sweep.shape.head**-0.5
-        return {"own": lambda: decode(q, k, v, out, plan, scale, None, split, block_n)}
+        return {"own": lambda: decode(q, k, v, out, plan, scale, None, split, block_n, most)}
 
-    return Case(case.op, {**case.shape, "split": split, "block_n": block_n}, case.moved, make)
+    return Case(case.op, {**case.shape, "split": split, "block_n": block_n, "programs": most}, case.moved, make)
 
 
 def _prompt_variant(sweep: Sweep, rows: int, block_m: int, block_n: int) -> Case:

@@ -2,7 +2,8 @@
 
 What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
 weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product. Cores are made at the
-step's beginning from routes that are known; `combined` is the same step whose shrinks make them out of their slices.
+step's beginning from routes that are known; `combined` is the same step whose shrinks make them out of their slices,
+`one stream` the one whose shrinks run before the products and not beside them.
 """
 
 from collections.abc import Callable
@@ -89,10 +90,10 @@ class Chain:
         known = [(i % K, [0.5] * T) for i in range(used)]
         self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 
-    def step(self, combined: bool = False) -> Tensor:
+    def step(self, combined: bool = False, one_stream: bool = False) -> Tensor:
         """The highest logit's id of every row."""
         ops, shape = self.sweep.ops, self.sweep.shape
-        self.combined = combined
+        self.combined, side = combined, None if one_stream else self.side
         if self.routes is not None:
             if combined:
                 ops.core.slices(self.routes, self.slices)
@@ -100,33 +101,35 @@ class Chain:
                 ops.core.core(self.routes, self.cores)
         x, y = self.x, ops.norm.norm(self.x, self.ones, None, 1e-5)
         for layer in self.layers:
-            qkv, delta = self._linear(layer, "qkv", y)
+            qkv, delta = self._linear(layer, "qkv", y, side)
             q = ops.expand_qkv_rope_kv.expand_qkv_rope_kv(
                 qkv, *delta, self.cos, self.sin, None, 1e-5, *layer.caches, self.plan.write_slots
             )
             attended = ops.attention.attention(q, *layer.caches, self.plan, shape.head**-0.5).flatten(1)
-            out, delta = self._linear(layer, "o", attended)
+            out, delta = self._linear(layer, "o", attended, side)
             y, x = ops.expand_residual.expand_residual(out, *delta, x, self.ones, None, 1e-5)
-            up, delta = self._linear(layer, "gate_up", y)
+            up, delta = self._linear(layer, "gate_up", y, side)
             inner = ops.expand_swiglu.expand_swiglu(up, *delta)
-            down, delta = self._linear(layer, "down", inner)
+            down, delta = self._linear(layer, "down", inner, side)
             y, x = ops.expand_residual.expand_residual(down, *delta, x, self.ones, None, 1e-5)
         return linear(y, self.head).argmax(-1)
 
-    def _linear(self, layer: Layer, site: str, x: Tensor) -> tuple[Tensor, tuple[object, object, object]]:
+    def _linear(
+        self, layer: Layer, site: str, x: Tensor, side: torch.cuda.Stream | None
+    ) -> tuple[Tensor, tuple[object, object, object]]:
         b = layer.deltas.get(site)
         if b is None:
             return linear(x, layer.weights[site]), (None, None, None)
         shrink = self.sweep.ops.shrink_core.shrink_core
         cores = layer.slices[site] if self.combined else b.cores
-        if self.side is None:
+        if side is None:
             return linear(x, layer.weights[site]), (shrink(x, b.site, cores, b.plan), b.site, b.plan)
         main = torch.cuda.current_stream()
-        self.side.wait_stream(main)
-        with torch.cuda.stream(self.side):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
             h = shrink(x, b.site, cores, b.plan)
         y = linear(x, layer.weights[site])
-        main.wait_stream(self.side)
+        main.wait_stream(side)
         return y, (h, b.site, b.plan)
 
 
@@ -151,6 +154,7 @@ def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -
         calls: dict[str, Call] = {"own": chain.step}
         if targets and sweep.ops.fused:
             calls["combined"] = partial(chain.step, combined=True)
+            calls["one stream"] = partial(chain.step, one_stream=True)
         result = measure(_case(label, moved, calls), sweep.device)
         if out:
             result.micros["no adapter"] = out[0].micros["own"]

@@ -1,11 +1,13 @@
 """Delta, residual and norm: against the same pass without adapters."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.segments import SMALL_BATCH
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -30,3 +32,26 @@ def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
         }
 
     return Case("expand_residual", {"rows": rows, "adapters": adapters, "rank": rank}, moved, make)
+
+
+def variants(sweep: Sweep) -> Iterator[Case]:
+    """One launch or two, and blocks, decoding on a GPU alone: what `fused.expand_residual` should say."""
+    for rows, adapters, rank in sweep.deltas:
+        if rows <= SMALL_BATCH:
+            for one, block_n in product((True, False), (32, 64)):
+                yield _variant(sweep, rows, adapters, rank, one, block_n)
+
+
+def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, one: bool, block_n: int) -> Case:
+    from tucka_runtime.kernels.fused.expand_residual import run
+
+    case, d = _case(sweep, rows, adapters, rank), sweep.shape.d
+
+    def make(seed: int) -> dict[str, Call]:
+        torch.manual_seed(seed)
+        b = batch(rows, adapters, rank, d, (d,), sweep.dtype, sweep.device)
+        h = torch.randn(rows, 1, rank, device=sweep.device).to(sweep.dtype)
+        weight = torch.ones(d, dtype=sweep.dtype, device=sweep.device)
+        return {"own": lambda: run(b.y, h, b.site, b.plan, b.x, weight, None, 1e-5, one, block_n)}
+
+    return Case(case.op, {**case.shape, "norm": "last program" if one else "second launch", "block_n": block_n}, case.moved, make)

@@ -23,7 +23,7 @@ SPLIT = 512
 """Keys per split: at D 128 in bf16 256 KB to read, several times what a program's start costs; 64 contexts of 1k with 8
 KV heads make 1024 splits, eight per SM. Unmeasured."""
 MAX_PROGRAMS = 1056
-"""Programs of a decode: eight per SM of an H200 (132). Unmeasured."""
+"""Programs of a decode: eight per SM of an H200 (132), of which registers let three run at a time. Unmeasured."""
 
 
 def prompt_blocks(d: int, size: int) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def attention(
     """
     out = torch.empty_like(q)
     d, size = q.shape[2], q.element_size()
-    decode(q, k_cache, v_cache, out, pages, scale, window, SPLIT, decode_block(d, size))
+    decode(q, k_cache, v_cache, out, pages, scale, window, SPLIT, decode_block(d, size), MAX_PROGRAMS)
     prefill(q, k_cache, v_cache, out, pages, scale, window, *prompt_blocks(d, size))
     return out
 
@@ -86,6 +86,7 @@ def decode(
     window: int | None,
     split: int,
     block_n: int,
+    most: int,
 ) -> None:
     """The sequences of one row, `pages.singles`."""
     count, (heads, d), kv_heads = pages.singles.shape[0], q.shape[1:], k_cache.shape[1]
@@ -96,7 +97,7 @@ def decode(
     options["BLOCK_G"] = max(16, power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
     part_best, part_total = q.new_empty(2, count, splits, heads, dtype=torch.float32)
-    programs = min(count * splits, max(1, MAX_PROGRAMS // kv_heads))
+    programs = min(count * splits, max(1, most // kv_heads))
     _decode[(programs, kv_heads)](
         *args,
         part,

@@ -93,7 +93,7 @@ def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: py
     q, outs = torch.randn(total, 4, 8), []
     for _ in range(2):
         outs.append(torch.full_like(q, math.nan))
-        attention.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16)
+        attention.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16, 64)
     want = attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3, window)
     assert relative(outs[0], want) <= 1e-5
     assert torch.equal(outs[0], outs[1])
@@ -121,7 +121,7 @@ def test_every_prefill_block(block_m: int, block_n: int) -> None:
     q = torch.randn(total, 3, 8)
     out = torch.full_like(q, math.nan)
     attention.prefill(q, k, v, out, plan, 0.3, None, block_m, block_n)
-    attention.decode(q, k, v, out, plan, 0.3, None, 64, block_n)
+    attention.decode(q, k, v, out, plan, 0.3, None, 64, block_n, 64)
     assert relative(out, attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3)) <= 1e-5
 
 
