@@ -137,7 +137,7 @@ def check_idle(engine: Engine) -> None:
     engine.check_integrity()
     assert not engine.busy
     assert not engine.requests
-    assert not engine.runner.sampler.counts
+    assert not engine.runner.sampler.counts and not engine.runner.sampler.grammars.matchers
     assert engine.blocks.num_free == engine.blocks.num_blocks
     assert not any(entry.leases for entry in engine.runner.store.loaded.values())
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Recorded(Sampler):
             return kernel.sample(logits, temperature, *rest)
 
         ops = SimpleNamespace(sample=SimpleNamespace(sample=recorded, filter_logits=kernel.filter_logits))
-        super().__init__(ops, VOCAB, EOS, torch.device("cpu"))
+        super().__init__(ops, VOCAB, EOS, torch.device("cpu"), Path())
 
 
 def plain(logits: Tensor, seq: Sequence) -> list[float]:
@@ -156,7 +157,7 @@ def test_the_choice_follows_the_probabilities():
     p = torch.softmax(logits[0].double() / 0.8, dim=-1)
     sampling = replace(HOT, temperature=0.8)
     by_seed = [sequence(sampling, seed=i * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF) for i in range(count)]
-    sampler = Sampler(SimpleNamespace(sample=kernel), VOCAB, EOS, torch.device("cpu"))
+    sampler = Sampler(SimpleNamespace(sample=kernel), VOCAB, EOS, torch.device("cpu"), Path())
     tokens, _ = pick(sampler, logits.expand(count, -1).clone(), by_seed)
     positions = kernel.sample(
         logits.expand(count, -1),

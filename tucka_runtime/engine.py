@@ -242,6 +242,8 @@ class Engine:
             out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
             if seq.sampling.prompt_logprobs is not None:
                 out.prompt_logprobs = seq.prompt_logprobs
+        if seq.key in self.runner.sampler.grammars.broken:
+            return self._finish(seq, out, FinishReason.ERROR)
         if result.token is None:
             return self._finish(seq, out, FinishReason.LENGTH)
         seq.tokens.append(result.token)
@@ -249,7 +251,8 @@ class Engine:
         if result.logprob is not None:
             out.logprobs = [result.logprob]
         sampling = seq.sampling
-        if result.token in self.runner.sampler.stops(seq) and known + 1 >= sampling.min_tokens:
+        least = 0 if sampling.json_schema is not None else sampling.min_tokens
+        if result.token in self.runner.sampler.stops(seq) and known + 1 >= least:
             out.stop_token_id = result.token
             return self._finish(seq, out, FinishReason.STOP)
         if known + 1 >= sampling.max_tokens or len(seq.tokens) >= self.runner.max_len:

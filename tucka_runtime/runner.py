@@ -61,14 +61,15 @@ class Launched:
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, log-probabilities, which are computed on the host."""
+        tokens so far, a schema, log-probabilities, which are computed on the host."""
         return any(_settles(work.seq) for work in self.works)
 
 
 def _settles(seq: Sequence) -> bool:
     p = seq.sampling
     unrouted = seq.scope is RouteScope.REQUEST and seq.route is None
-    return bool(p.penalised or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
+    held = p.penalised or p.json_schema is not None
+    return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 
 @dataclass(eq=False)
@@ -114,7 +115,7 @@ class Runner:
         # however small (d 512, one adapter on q and v: 105 us a site against 38).
         self.factor_dtype = self.dtype if self.ops.fused else torch.float32
         self.store = AdapterStore(arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.fused)
-        self.sampler = Sampler(self.ops, arch.vocab, self.eos, self.device)
+        self.sampler = Sampler(self.ops, arch.vocab, self.eos, self.device, folder)
         self.chosen = Chosen(config.max_num_seqs, self.device)
         self.graphs: Graphs | None = None
         if self.store.table is not None:

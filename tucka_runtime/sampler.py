@@ -1,14 +1,16 @@
-"""From logits to tokens: bias, penalties, filters, choice, log-probabilities. Whole batch at once; rows that do not ask
-for a step do not pay for it.
+"""From logits to tokens: bias, penalties, schemas, filters, choice, log-probabilities. Whole batch at once; rows that
+do not ask for a step do not pay for it.
 """
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from tucka_runtime.grammar import Grammars
 from tucka_runtime.kernels.transfer import place
 from tucka_runtime.sequence import SamplingParams, Sequence, TokenLogprob
 
@@ -27,8 +29,10 @@ class Choice:
 class Sampler:
     """Chooses tokens. Keeps token counts of the sequences that have penalties, until `forget`."""
 
-    def __init__(self, ops: SimpleNamespace, vocab: int, eos: frozenset[int], device: torch.device):
+    def __init__(self, ops: SimpleNamespace, vocab: int, eos: frozenset[int], device: torch.device, folder: Path):
+        """`folder` is the model's: its tokenizer is what JSON schemas are followed with."""
         self.ops = ops
+        self.grammars = Grammars(folder, vocab, eos)
         self.vocab = vocab
         self.eos = eos
         self.device = device
@@ -36,16 +40,19 @@ class Sampler:
 
     def forget(self, seq: Sequence) -> None:
         self.counts.pop(seq.key, None)
+        self.grammars.forget(seq)
 
     def stops(self, seq: Sequence) -> frozenset[int]:
         """Tokens that end the sequence."""
         own = frozenset(seq.sampling.stop_token_ids)
+        if seq.sampling.json_schema is not None:
+            return own | self.eos | self.grammars.ends
         return own if seq.sampling.ignore_eos else own | self.eos
 
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        bound = p.logit_bias or (seq.num_generated < p.min_tokens and self.stops(seq))
+        bound = p.json_schema is not None or p.logit_bias or (seq.num_generated < p.min_tokens and self.stops(seq))
         return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
 
     def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
@@ -76,7 +83,7 @@ class Sampler:
         return out
 
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
-        """Penalties, bias and the ban on ending early, in place. row (vocab,)."""
+        """Penalties, bias, what a schema allows and the ban on ending early, in place. row (vocab,)."""
         p = seq.sampling
         if p.penalised:
             seen, counts = self._count(seq)
@@ -87,7 +94,10 @@ class Sampler:
         if p.logit_bias:
             ids, biases = zip(*p.logit_bias, strict=True)
             row.index_add_(0, *place([torch.tensor(ids), torch.tensor(biases, dtype=row.dtype)], self.device))
-        if seq.num_generated < p.min_tokens and (stops := self.stops(seq)):
+        if p.json_schema is not None:
+            allowed = torch.frombuffer(bytearray(self.grammars.allowed(seq)), dtype=torch.uint8)
+            row.masked_fill_(place([allowed], self.device)[0] == 0, float("-inf"))
+        elif seq.num_generated < p.min_tokens and (stops := self.stops(seq)):
             row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
 
     def _count(self, seq: Sequence) -> tuple[Tensor, Tensor]:

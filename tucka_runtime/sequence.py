@@ -39,7 +39,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
-    `max_tokens` 0 scores the prompt and generates nothing.
+    `max_tokens` 0 scores the prompt and generates nothing. `json_schema` (as text) is what the answer has to match: it
+    ends when it does, whatever `min_tokens` and `ignore_eos` say.
     """
 
     max_tokens: int = 16
@@ -57,6 +58,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: str | None = None
 
     @property
     def penalised(self) -> bool:

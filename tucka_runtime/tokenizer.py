@@ -63,6 +63,11 @@ class Tokenizer:
         """Characters of the longest token: a text of c characters has at least c / longest_token tokens."""
         return max(map(len, self._backend.get_vocab()))
 
+    @property
+    def serialised(self) -> str:
+        """All of it as the text of a tokenizer.json."""
+        return str(self._backend.to_str())
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 

@@ -54,4 +54,9 @@ def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, one: bool, block
         weight = torch.ones(d, dtype=sweep.dtype, device=sweep.device)
         return {"own": lambda: run(b.y, h, b.site, b.plan, b.x, weight, None, 1e-5, one, block_n)}
 
-    return Case(case.op, {**case.shape, "norm": "last program" if one else "second launch", "block_n": block_n}, case.moved, make)
+    return Case(
+        case.op,
+        {**case.shape, "norm": "last program" if one else "second launch", "block_n": block_n},
+        case.moved,
+        make,
+    )
