@@ -35,6 +35,8 @@ async def completions(request: Request) -> Response:
     stops = fields.stops(body.stop)
     if stops:
         service.text_tokenizer("stop")
+    if body.response_format is not None:
+        service.text_tokenizer("response_format")
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
     texts, ids = await _tokenized(service, prompts, body.add_special_tokens is not False)
     ask = Ask(

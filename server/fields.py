@@ -1,8 +1,10 @@
 """The fields that hold lists and objects: read by hand, stopping at the first fault."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from tucka_runtime import grammar
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.sequence import Route
 
@@ -10,6 +12,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_SCHEMA_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MESSAGE_FIELDS = {"role", "content", "name", "refusal", "tool_calls", "function_call", "audio", "annotations"}
 
@@ -90,6 +93,33 @@ def logit_bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
             raise InvalidRequestError("`logit_bias` names the same token id twice.", "logit_bias")
         biases[int(key)] = float(bias)
     return tuple(biases.items())
+
+
+def response_format(value: Any) -> str | None:
+    """The JSON schema, as text, that the answer has to match: `json_object` is any object; None for plain text."""
+    if value is None or value == {"type": "text"}:
+        return None
+    if value == {"type": "json_object"}:
+        return '{"type": "object"}'
+    own = value.get("json_schema") if isinstance(value, dict) and value.get("type") == "json_schema" else None
+    if not isinstance(own, dict) or value.keys() != {"type", "json_schema"}:
+        raise InvalidRequestError(
+            '`response_format` must be {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}.',
+            "response_format",
+        )
+    if not own.keys() <= {"name", "schema", "strict", "description"} or not isinstance(own.get("schema"), dict):
+        raise InvalidRequestError(
+            "`response_format.json_schema` must hold a `schema`, an object; beside it only `name`, `strict` and "
+            "`description` are known.",
+            "response_format",
+        )
+    schema = json.dumps(own["schema"])
+    if len(schema) > MAX_SCHEMA_CHARS:
+        raise InvalidRequestError(f"The JSON schema has more than {MAX_SCHEMA_CHARS} characters.", "response_format")
+    if reason := grammar.check(schema):
+        raise InvalidRequestError(f"The JSON schema cannot be used: {reason}.", "response_format")
+    return schema
 
 
 def include_usage(stream: bool, options: Any) -> bool:

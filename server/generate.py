@@ -171,3 +171,7 @@ class Generation:
 def _raise_failure(output: SequenceOutput) -> None:
     if output.finish_reason is FinishReason.ABORT:
         raise EngineDeadError("The request was ended by the server before it was finished. Try again.")
+    if output.finish_reason is FinishReason.ERROR:
+        raise InvalidRequestError(
+            "The JSON schema takes too much to follow. Simplify its patterns and alternatives.", "response_format"
+        )

@@ -35,6 +35,7 @@ def sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        json_schema=fields.response_format(body.response_format),
     )
 
 

@@ -96,6 +96,7 @@ def test_server_uses_the_public_runtime(module):
         "sequence",
         "report",
         "engine_client",
+        "grammar",
         "tokenizer",
         "metrics",
         "logs",

@@ -30,12 +30,37 @@ def grammar(schema: str) -> str:
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 
+# llguidance's messages repeat what the schema says; ours do not. By how its begin:
+REASONS = {
+    "Invalid type": "a `type` is none of JSON Schema's",
+    "Unimplemented keys": "it has keywords that are not supported",
+    "oneOf": "the cases of a `oneOf` overlap; use `anyOf`",
+    "Pointer": "a `$ref` points to nothing in it",
+    "Resource": "a `$ref` points out of it",
+    "regex": "a `pattern` is no regular expression that is supported",
+    "Unknown format": "a `format` is not supported",
+    "Unsatisfiable": "nothing can match it",
+    "schema too large": "it is too large",
+    "recursion": "it is nested too deeply",
+    "Expecting object": "it must be an object",
+}
+UNSUPPORTED = (
+    "not if then else dependentSchemas dependentRequired propertyNames unevaluatedItems unevaluatedProperties contains "
+    "minContains maxContains uniqueItems"
+).split()
+
+
 def check(schema: str) -> str | None:
-    """Why a schema cannot be used, in a line; None if it can. What only a tokenizer tells, the engine finds out."""
+    """Why a schema cannot be used; None if it can. What only a tokenizer tells, the engine finds out."""
     try:
-        return LLMatcher.validate_grammar(grammar(schema), limits=LIMITS).partition("\n")[0] or None
+        message = LLMatcher.validate_grammar(grammar(schema), limits=LIMITS)
     except ValueError as error:
-        return str(error)
+        message = str(error)
+    if not message:
+        return None
+    reason = next((ours for theirs, ours in REASONS.items() if message.startswith(theirs)), "it is no JSON schema")
+    named = [word for word in UNSUPPORTED if f'"{word}"' in message]
+    return f"{reason} ({', '.join(named)})" if named and reason == REASONS["Unimplemented keys"] else reason
 
 
 class Grammars:

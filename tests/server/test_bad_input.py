@@ -406,8 +406,7 @@ def test_row_17_messages(live: Server, messages: object) -> None:
     ("field", "value"),
     [
         ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"a": 1}), ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"), ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}), ("guided_regex", "(a+)+$"),
+        ("tool_choice", "auto"), ("guided_regex", "(a+)+$"),
         ("guided_json", {}), ("structured_outputs", {"regex": "a"}), ("functions", [{}]), ("modalities", ["audio"]),
         ("audio", {}), ("reasoning_effort", "low"), ("store", True), ("prediction", {}), ("service_tier", "flex"),
         ("logits_processors", ["os.system"]), ("no_such_field", 1),
@@ -415,6 +414,22 @@ def test_row_17_messages(live: Server, messages: object) -> None:
 )  # fmt: skip
 def test_rows_18_20_fields_that_are_not_supported(live: Server, field: str, value: object) -> None:
     assert check(live.post("/v1/chat/completions", chat(**{field: value})), 400)["param"] == field
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "json", {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": "{}"}}, {"type": "json_object", "x": 1},
+        {"type": "json_schema", "json_schema": {"schema": {"type": SECRET}}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "regex": "a"}},
+        {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1:1/x"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}},
+    ],
+)  # fmt: skip
+def test_row_18_response_formats(live: Server, value: object) -> None:
+    assert check(live.post("/v1/chat/completions", chat(response_format=value)), 400)["param"] == "response_format"
 
 
 def test_row_21_pickled_fields(live: Server) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import jsonschema
 import openai
 import pytest
 import torch
@@ -46,6 +47,27 @@ def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI, model: st
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert whole.usage.prompt_tokens == 5 and whole.usage.completion_tokens == 12
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_answers_of_a_schema(client: openai.OpenAI, model: str) -> None:
+    """Whatever a random model would rather say; streamed or not."""
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["bug", "wish"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["kind", "count"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "ticket", "schema": schema, "strict": True}}
+    ask = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "seed": 1}
+    answer = client.chat.completions.create(**ask, response_format=form).choices[0]
+    assert answer.finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.message.content), schema)
+    chunks = client.chat.completions.create(**ask, response_format=form, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.message.content
+    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"const": [1]}}}
+    answer = client.completions.create(model=model, prompt="x", max_tokens=80, extra_body={"response_format": form})
+    assert json.loads(answer.choices[0].text) == [1]
 
 
 def test_models_differ(client: openai.OpenAI) -> None:
