@@ -8,17 +8,26 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name
 from tucka_runtime.engine_client import EngineClient
-from tucka_runtime.errors import AdapterConflictError, EngineDeadError, ModelNotFoundError, TuckaError
+from tucka_runtime.errors import (
+    AdapterConflictError,
+    BaseModelMismatchError,
+    EngineDeadError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TuckaError,
+)
+from tucka_runtime.logs import fields
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import AdapterInfo
 from tucka_runtime.sequence import AdapterKey, Route
+from tucka_runtime.server.errors import reason
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +79,6 @@ class AdapterNames:
         Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
         name, and what the registry and the engine raise for the files.
         """
-        try:
-            return await self._load(name, source, inplace, pinned, durable)
-        except TuckaError as error:
-            self._metrics.adapter_refused(error.code)
-            raise
-
-    async def _load(
-        self, name: str, source: Path, inplace: bool, pinned: Route | None, durable: bool
-    ) -> tuple[LoadedAdapter, bool]:
         check_name(name)
         if name == self._base_name:
             raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
@@ -102,8 +102,20 @@ class AdapterNames:
                 self._registry.release(stored)
                 await self._collect()
 
+    @contextmanager
+    def noting_failure(self, name: str) -> Iterator[None]:
+        """A load that fails in here is counted by its code and leaves a line in the log."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(name, error)
+            raise
+
     async def unload(self, name: str) -> bool:
-        """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError."""
+        """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
+        InvalidRequestError for the base."""
+        if name == self._base_name:
+            raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
         async with self._lock(name):
             old = self.get(name)
             self._check_engine()
@@ -112,13 +124,20 @@ class AdapterNames:
             await self._engine.unload_adapter(old.key)
             await asyncio.to_thread(self._registry.remove, name)
             await self._collect()
-            return self._in_use[old.key] > 0
+            in_use = self._in_use[old.key] > 0
+            log.info(
+                "adapter %s is unloaded%s",
+                name,
+                ": running requests go on" if in_use else "",
+                extra=fields(event="adapter_unloaded", adapter=name, digest=old.digest, generation=old.key.generation),
+            )
+            return in_use
 
     async def restore(self, base_fingerprint: str) -> None:
         """Loads what the registry remembers. What does not fit this base or cannot be loaded is left out and logged."""
         for entry in self._registry.names():
             if entry.base_fingerprint != base_fingerprint:
-                log.error("adapter %s was made for another base model: left out", entry.name)
+                self._failed(entry.name, BaseModelMismatchError("it was loaded beside another base model."))
                 continue
             self._generation = max(self._generation, entry.generation)
             try:
@@ -130,7 +149,7 @@ class AdapterNames:
                     durable=True,
                 )
             except TuckaError as error:
-                log.error("adapter %s cannot be loaded again: %s", entry.name, error.message)
+                self._failed(entry.name, error)
 
     async def reload(self) -> None:
         """Brings every name into a fresh engine process. One that cannot be loaded is dropped, and logged.
@@ -150,7 +169,7 @@ class AdapterNames:
                 except EngineDeadError:
                     raise
                 except TuckaError as error:
-                    log.error("adapter %s cannot be loaded again: %s", name, error.message)
+                    self._failed(name, error)
                     del self._loaded[name]
                     self._metrics.adapter_unloaded(name)
         self.ready = True
@@ -191,9 +210,28 @@ class AdapterNames:
         if old is not None:
             await self._engine.unload_adapter(old.key)
         log.info(
-            "adapter %s is loaded: %s, digest %s, generation %d", name, info.kind, stored.digest[:12], key.generation
+            "adapter %s is loaded: %s, digest %s, generation %d",
+            name,
+            info.kind,
+            stored.digest[:12],
+            key.generation,
+            extra=fields(event="adapter_loaded", adapter=name, digest=stored.digest, generation=key.generation),
         )
         return self._loaded[name]
+
+    def _failed(self, name: str, error: Exception) -> None:
+        try:
+            check_name(name)
+        except InvalidRequestError:
+            name = "?"  # the client's own text stays out of the log
+        self._metrics.adapter_refused(reason(error))
+        log.warning(
+            "adapter %s is not loaded, %s: %s",
+            name,
+            reason(error),
+            error.message if isinstance(error, TuckaError) else "an error inside the server",
+            extra=fields(event="adapter_refused", adapter=name, error=reason(error)),
+        )
 
     def _check_engine(self) -> None:
         """A change made while `reload` brings the names into a new process would be lost."""

@@ -1,11 +1,14 @@
 """Managing adapters: GET/POST /v1/adapters, GET/DELETE /v1/adapters/{name}, and vLLM's two routes with its bodies."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from tucka_runtime.adapters.registry import resolve_source
+from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
 from tucka_runtime.sequence import Route
 from tucka_runtime.server import fields
 from tucka_runtime.server.adapters import LoadedAdapter
@@ -22,8 +25,12 @@ async def list_adapters(request: Request) -> Response:
 
 
 async def get_adapter(request: Request) -> Response:
+    """The card, and with it the whole of the adapter's training.json."""
     service: Service = request.app.state.service
-    return JSON(adapter_card(service, service.adapters.get(request.path_params["name"])))
+    with _params(name="name"):
+        adapter = service.adapters.get(request.path_params["name"])
+    card = adapter_card(service, adapter)
+    return JSON(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
 
 
 async def post_adapter(request: Request) -> Response:
@@ -31,7 +38,8 @@ async def post_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse(LoadAdapterBody, await read_json(request, service.config.max_body_bytes))
     pinned = fields.pinned_route(body.pinned)
-    adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
+    with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
+        adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
     return JSON(adapter_card(service, adapter), 201 if loaded else 200)
 
 
@@ -39,27 +47,44 @@ async def delete_adapter(request: Request) -> Response:
     """200 when the adapter is gone, 202 when requests that use it go on until they end."""
     service: Service = request.app.state.service
     name = request.path_params["name"]
-    in_use = await service.adapters.unload(name)
+    with _params(name="name"):
+        in_use = await service.adapters.unload(name)
     return JSON({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
 
 
 async def load_lora_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse(LoadLoraBody, await read_json(request, service.config.max_body_bytes))
-    await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
+    with _params(name="lora_name", path="lora_path"):
+        await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload_lora_adapter(request: Request) -> Response:
+    """200, as vLLM's, also when requests that use it go on."""
     service: Service = request.app.state.service
     body = parse(UnloadLoraBody, await read_json(request, service.config.max_body_bytes))
-    in_use = await service.adapters.unload(body.lora_name)
-    text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
-    return PlainTextResponse(text, 202 if in_use else 200)
+    with _params(name="lora_name"):
+        await service.adapters.unload(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 async def _load(
     service: Service, name: str, path: str, inplace: bool, pinned: Route | None
 ) -> tuple[LoadedAdapter, bool]:
-    source = resolve_source(path, [Path(root) for root in service.config.adapter_root])
-    return await service.adapters.load(name, source, inplace, pinned)
+    with service.adapters.noting_failure(name):
+        source = resolve_source(path, [Path(root) for root in service.config.adapter_root])
+        return await service.adapters.load(name, source, inplace, pinned)
+
+
+@contextmanager
+def _params(name: str, path: str | None = None) -> Iterator[None]:
+    """Errors name the field as the route's client called it; those about an adapter's files name its path."""
+    try:
+        yield
+    except TuckaError as error:
+        if error.param in ("name", "model") or type(error) is InvalidRequestError:
+            error.param = name
+        elif isinstance(error, InvalidAdapterError | BaseModelMismatchError):
+            error.param = path
+        raise

@@ -37,6 +37,8 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
         ("GET", "/health", ops.health),
+        ("GET", "/ping", ops.health),
+        ("POST", "/ping", ops.health),
         ("GET", "/ready", ops.ready),
         ("GET", "/version", ops.version),
         ("GET", "/metrics", ops.metrics),

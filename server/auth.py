@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.errors import ForbiddenError, UnauthorizedError, error_response
 
-PROBES = ("/health", "/ready")
+PROBES = ("/health", "/ping", "/ready")
 _ADMIN_PATHS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 

@@ -27,7 +27,7 @@ async def chat_completions(request: Request) -> Response:
     body = parse(ChatBody, await read_json(request, service.config.max_body_bytes))
     service.find(body.model)
     messages = fields.messages(body.messages)
-    n = num_sequences(body.n, 1, service.config)
+    n = num_sequences(body, 1, service.config)
     usage_wanted = fields.include_usage(bool(body.stream), body.stream_options)
     stops = fields.stops(body.stop)
     logprobs = _logprobs(body, service)
@@ -61,11 +61,12 @@ def _logprobs(body: ChatBody, service: Service) -> int | None:
 
 
 def _max_tokens(body: ChatBody, prompt_tokens: int, service: Service) -> int:
-    if body.max_completion_tokens is None:
-        return max_tokens_for(body.max_tokens, None, prompt_tokens, service.info)
-    if body.max_tokens is not None and body.max_tokens != body.max_completion_tokens:
-        raise InvalidRequestError("`max_tokens` and `max_completion_tokens` differ. Send one of them.", "max_tokens")
-    return max_tokens_for(body.max_completion_tokens, None, prompt_tokens, service.info, param="max_completion_tokens")
+    asked, param = body.max_tokens, "max_tokens"
+    if body.max_completion_tokens is not None:
+        if asked not in (None, body.max_completion_tokens):
+            raise InvalidRequestError("`max_tokens` and `max_completion_tokens` differ. Send one of them.", param)
+        asked, param = body.max_completion_tokens, "max_completion_tokens"
+    return max_tokens_for(asked, None, prompt_tokens, service.info, param, prompt_param="messages")
 
 
 class _Answer:

@@ -30,7 +30,7 @@ async def completions(request: Request) -> Response:
     body = parse(CompletionBody, await read_json(request, service.config.max_body_bytes))
     service.find(body.model)
     prompts = fields.prompts(body.prompt, service.info.vocab_size, service.config.max_n)
-    n = num_sequences(body.n, len(prompts), service.config)
+    n = num_sequences(body, len(prompts), service.config)
     usage_wanted = fields.include_usage(bool(body.stream), body.stream_options)
     stops = fields.stops(body.stop)
     if stops:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 
@@ -68,7 +69,14 @@ class HeadersTooLargeError(InvalidRequestError):
 
 
 def envelope(error: TuckaError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    """Sentences begin with a capital here; in the log and after a command's name they go on as they are."""
+    message = error.message[:1].upper() + error.message[1:]
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def reason(error: BaseException) -> str:
+    """What log and metrics call an error: its code, or its type where it has none."""
+    return (error.code or error.type) if isinstance(error, TuckaError) else TuckaError.type
 
 
 def internal_error(request_id: str) -> TuckaError:
@@ -80,7 +88,7 @@ def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> 
     headers = dict(headers or {})
     if error.status in RETRY_AFTER_SECONDS:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS[error.status])
-    return JSON(envelope(error), error.status, headers)
+    return _ErrorResponse(error, headers)
 
 
 class JSON(Response):
@@ -90,3 +98,15 @@ class JSON(Response):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+class _ErrorResponse(JSON):
+    """Leaves the error's reason in `state.error` for the access log."""
+
+    def __init__(self, error: TuckaError, headers: dict[str, str]):
+        super().__init__(envelope(error), error.status, headers)
+        self._reason = reason(error)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["error"] = self._reason
+        await super().__call__(scope, receive, send)

@@ -4,18 +4,21 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tucka_runtime.logs import fields
 from tucka_runtime.metrics import Metrics
+from tucka_runtime.server.auth import PROBES
 from tucka_runtime.server.errors import HeadersTooLargeError, error_response, internal_error
 
 log = logging.getLogger("tucka_runtime.server.access")
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 2**10
+SHOWN_PATH = 100  # characters of a path that leads nowhere, in the log
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -62,20 +65,30 @@ class RequestScope:
             self._note(scope, status, request_id, time.monotonic() - started)
 
     def _note(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
-        route = scope["state"].get("route", "unmatched")
+        route, error = scope["state"].get("route", "unmatched"), scope["state"].get("error")
+        path = quote(scope["path"])[:SHOWN_PATH] if route == "unmatched" else None
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(route, method, str(status)).inc()
-        level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
+        level = logging.DEBUG if route in (*PROBES, "/metrics") else logging.INFO
         log.log(
             level,
-            "%s %s %d %.0f ms %s",
+            "%s %s%s %d%s %.0f ms %s",
             method,
             route,
+            f" {path}" if path else "",
             status,
+            f" {error}" if error else "",
             seconds * 1000,
             request_id,
             extra=fields(
-                event="http", method=method, route=route, code=status, seconds=round(seconds, 6), request_id=request_id
+                event="http",
+                method=method,
+                route=route,
+                path=path,
+                code=status,
+                error=error,
+                seconds=round(seconds, 6),
+                request_id=request_id,
             ),
         )
 

@@ -62,6 +62,5 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
             "num_modules": info.num_modules,
             "bytes": info.bytes,
             "pinned": {"group": adapter.pinned.group, "weights": adapter.pinned.weights} if adapter.pinned else None,
-            "training": info.training,
         },
     }

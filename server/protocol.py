@@ -23,9 +23,11 @@ _WITHOUT_EFFECT: dict[str, type] = {
     "parallel_tool_calls": bool,
 }
 
+# Fields of other servers for what has another name here.
+_ELSEWHERE = {"adapter_id": "Name the adapter in `model`."}
+
 # Fields of OpenAI's API (and vLLM's) that are not supported here, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (),
     "suffix": ("",),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -57,6 +59,7 @@ class GenerationBody(Body):
 
     model: Annotated[str, Field(min_length=1)]
     n: Annotated[int, Field(ge=1)] | None = None
+    best_of: int | None = None
     max_tokens: int | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -116,7 +119,10 @@ class LoadLoraBody(Body):
 
 
 class UnloadLoraBody(Body):
+    """`lora_int_id` is vLLM's own number for the adapter; the name says all."""
+
     lora_name: str
+    lora_int_id: int | None = None
 
 
 class LoadAdapterBody(Body):
@@ -146,6 +152,8 @@ def parse(kind: type[B], body: dict[str, Any]) -> B:
         name = str(first["loc"][0])
         if first["type"] == "missing":
             raise InvalidRequestError(f"The field `{name}` is required.", name) from None
+        if first["type"] == "string_too_short":
+            raise InvalidRequestError(f"`{name}` is empty. GET /v1/models lists what it can be.", name) from None
         raise InvalidRequestError(f"`{name}`: {first['msg']}.", name) from None
 
 
@@ -165,6 +173,8 @@ def _check_foreign(name: str, value: Any) -> None:
     elif name in _NEUTRAL:
         if value is not None and not any(type(value) is type(v) and value == v for v in _NEUTRAL[name]):
             raise InvalidRequestError(f"`{name}` is not supported by this server. Leave it out.", name)
+    elif name in _ELSEWHERE:
+        raise InvalidRequestError(f"`{name}` is not a field of this server. {_ELSEWHERE[name]}", name)
     else:
         raise _unknown(name)
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
-from tucka_runtime.errors import TuckaError
 from tucka_runtime.logs import fields
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.sequence import FinishReason, RouteScope, SamplingParams, SequenceOutput, Timing
 from tucka_runtime.server.adapters import LoadedAdapter
+from tucka_runtime.server.errors import reason
 
 if TYPE_CHECKING:
     from tucka_runtime.server.traces import Traces
@@ -169,7 +169,7 @@ class RequestRecord:
                 generation_tokens=self.generated,
                 sequences=len(self.sequences),
                 outcome=self.outcome,
-                error=(self.error.code or self.error.type) if isinstance(self.error, TuckaError) else None,
+                error=reason(self.error) if self.error is not None else None,
                 finish_reasons=reasons,
                 trace_id=self.trace_id,
                 **{name: value if value is None else round(value, 6) for name, value in seconds.items()},

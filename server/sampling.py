@@ -39,9 +39,11 @@ def sampling_params(
     )
 
 
-def num_sequences(n: int | None, num_prompts: int, config: ServerConfig) -> int:
+def num_sequences(body: GenerationBody, num_prompts: int, config: ServerConfig) -> int:
     """`n`, checked before anything of its size is made."""
-    n = 1 if n is None else n
+    n = 1 if body.n is None else body.n
+    if body.best_of not in (None, n):
+        raise InvalidRequestError("`best_of` other than `n` is not supported by this server. Leave it out.", "best_of")
     if n * num_prompts > config.max_n:
         raise InvalidRequestError(
             f"The request asks for more than {config.max_n} answers (prompts x n), this server's --max-n.", "n"
@@ -56,36 +58,33 @@ def num_logprobs(value: int | None, param: str, config: ServerConfig) -> int | N
 
 
 def max_tokens_for(
-    asked: int | None, default: int | None, longest_prompt: int, info: EngineInfo, param: str = "max_tokens"
+    asked: int | None,
+    default: int | None,
+    longest_prompt: int,
+    info: EngineInfo,
+    param: str = "max_tokens",
+    prompt_param: str = "prompt",
 ) -> int:
     """Tokens that may be generated. `default` None is: up to the end of the context. Raises ContextLengthError."""
-    room = room_for(longest_prompt, info)
+    context = min(info.max_model_len, info.kv_cache_tokens)
+    room = context - longest_prompt
+    if room < 0:
+        raise ContextLengthError(
+            f"The prompt has {longest_prompt} tokens, more than the context of {context}. Shorten it.", prompt_param
+        )
     if asked is None:
         asked = room if default is None else min(default, room)
         if asked == 0:
             raise ContextLengthError(
-                f"The prompt fills the context of {_context(info)} tokens: no room for an answer. Shorten it.", "prompt"
+                f"The prompt fills the context of {context} tokens: no room for an answer. Shorten it.", prompt_param
             )
     elif not 0 <= asked <= room:
         raise ContextLengthError(
-            f"`{param}` must lie between 0 and {room}: the context has {_context(info)} tokens, "
+            f"`{param}` must lie between 0 and {room}: the context has {context} tokens, "
             f"the prompt takes {longest_prompt}.",
             param,
         )
     return asked
-
-
-def room_for(longest_prompt: int, info: EngineInfo) -> int:
-    """Tokens that the context leaves for an answer. Raises ContextLengthError if not even the prompt fits."""
-    if longest_prompt > _context(info):
-        raise ContextLengthError(
-            f"The prompt has more tokens than the context of {_context(info)}. Shorten it.", "prompt"
-        )
-    return _context(info) - longest_prompt
-
-
-def _context(info: EngineInfo) -> int:
-    return min(info.max_model_len, info.kv_cache_tokens)
 
 
 def _or(value: float | None, default: float) -> float:

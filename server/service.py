@@ -62,7 +62,9 @@ class Service:
         tokenizer = self.text_tokenizer(param)
         if any(len(text) > self.info.max_model_len * tokenizer.longest_token for text in texts):
             raise ContextLengthError(
-                f"The prompt has more tokens than the context of {self.info.max_model_len}. Shorten it.", param
+                f"The prompt has {max(map(len, texts))} characters, more than the context of "
+                f"{self.info.max_model_len} tokens can hold. Shorten it.",
+                param,
             )
         encoded = await asyncio.to_thread(lambda: [tokenizer.encode(text, add_special_tokens) for text in texts])
         if max((max(ids, default=0) for ids in encoded), default=0) >= self.info.vocab_size:

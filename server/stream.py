@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.server.errors import envelope, internal_error
+from tucka_runtime.server.errors import envelope, internal_error, reason
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class EventStream(Response):
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send(send, scope["state"]["request_id"]))
+        await until_disconnect(receive, self._send(send, scope["state"]))
 
-    async def _send(self, send: Send, request_id: str) -> None:
+    async def _send(self, send: Send, state: dict[str, Any]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         last = b"data: [DONE]\n\n"
         try:
@@ -63,10 +63,12 @@ class EventStream(Response):
                 async for chunk in chunks:
                     await send(_body(_event(chunk)))
         except TuckaError as error:
+            state["error"] = reason(error)
             last = _event(envelope(error))
-        except Exception:  # the headers are out: the client must learn of it here, the log has the rest
-            log.exception("request %s failed while streaming", request_id)
-            last = _event(envelope(internal_error(request_id)))
+        except Exception as error:  # the headers are out: the client must learn of it here, the log has the rest
+            state["error"] = reason(error)
+            log.exception("request %s failed while streaming", state["request_id"])
+            last = _event(envelope(internal_error(state["request_id"])))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

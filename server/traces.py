@@ -4,7 +4,9 @@ sequences, what it waited for (queue), its prompt (prefill) and its answer (deco
 Needs the extra `otel`. Spans are made when a generation is over, from recorded times: tracing costs nothing before.
 """
 
+import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tucka_runtime import __version__
@@ -13,6 +15,10 @@ from tucka_runtime.server.record import RequestRecord, SequenceRecord
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+
+log = logging.getLogger(__name__)
+
+COMPLAINT_SECONDS = 60.0  # a collector that is away is said once in so long
 
 
 class Traces:
@@ -32,12 +38,29 @@ class Traces:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
         except ImportError:
             raise ConfigError("--otlp-traces-endpoint needs the extra: pip install 'tucka-runtime[otel]'.") from None
         provider = TracerProvider(resource=Resource.create({"service.version": __version__}))
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+
+        class Exporter(OTLPSpanExporter):
+            quiet_until = 0.0
+
+            def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+                result = super().export(spans)
+                now = time.monotonic()
+                if result is not SpanExportResult.SUCCESS and now >= self.quiet_until:
+                    self.quiet_until = now + COMPLAINT_SECONDS
+                    log.warning(
+                        "traces do not reach --otlp-traces-endpoint and are dropped: is a collector listening there? "
+                        "(said at most once a minute)"
+                    )
+                return result
+
+        for name in ("opentelemetry.exporter", "urllib3"):  # they warn of every attempt
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        provider.add_span_processor(BatchSpanProcessor(Exporter(endpoint)))
         return Traces(provider)
 
     def record(self, record: RequestRecord) -> str:

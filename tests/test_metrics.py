@@ -11,6 +11,7 @@ from tucka_runtime.adapter_metrics import BLOCK, MAX_STALE, AdapterMetrics
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import AdapterKey, FinishReason, Route, Timing
+from tucka_runtime.vllm_metrics import ALIASES
 
 
 def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | None = None, k: int = 3) -> AdapterInfo:
@@ -208,6 +209,30 @@ def test_label_values_are_escaped() -> None:
     serve_one(metrics, 'a"b\\c\nd%s')
     assert value(metrics, "tucka_adapter_prompt_tokens_total", model='a"b\\c\nd%s') == 10
     assert value(metrics, "tucka_adapter_time_to_first_token_seconds_count", model='a"b\\c\nd%s') == 1
+
+
+def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metrics) -> None:
+    """By the names of vLLM's own Grafana dashboard; the whole server's, by the base's name."""
+    serve_one(metrics)
+    metrics.on_step(step(preemptions=2))
+    found = samples(metrics)
+    vllm = {"model_name": "llama", "engine": "0"}
+    for name, (own, *_) in ALIASES.items():
+        ours = {
+            (key.removeprefix(own), tuple(value for _, value in labels)): value
+            for (key, labels), value in found.items()
+            if key.startswith(own)
+        }
+        theirs = {
+            (key.removeprefix(name), tuple(value for label, value in labels if label not in vllm)): value
+            for (key, labels), value in found.items()
+            if key.startswith(name) and dict(labels).items() >= vllm.items()
+        }
+        assert theirs == ours and any(ours.values()), name
+    assert value(metrics, "vllm:request_success_total", finished_reason="length", **vllm) == 1
+    assert value(metrics, "vllm:time_to_first_token_seconds_bucket", le="0.3", **vllm) == 1
+    assert value(metrics, "vllm:request_prompt_tokens_bucket", le="10.0", **vllm) == 1
+    assert value(metrics, "vllm:request_generation_tokens_sum", **vllm) == 3
 
 
 def test_vllm_names_can_be_left_out() -> None:

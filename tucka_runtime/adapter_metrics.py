@@ -25,7 +25,7 @@ _FAMILIES = (
     ("time_to_first_token_seconds", "histogram", "request's first bytes to first token sent"),
     ("request_latency_seconds", "histogram", "request's first bytes to last token sent"),
     ("info", "gauge", "1; kind and first 12 digits of the digest"),
-    ("generation", "gauge", "generation: every load under any name counts it up"),
+    ("generation", "gauge", "number of its load; all names share one count, so it skips"),
     ("loads_total", "counter", "times that content was loaded under the name"),
     ("load_seconds", "gauge", "duration of the last load, by stage"),
     ("resident_bytes", "gauge", "bytes of its tensors, by tier"),

@@ -39,6 +39,10 @@ class Value:
     def render(self) -> str:
         return f"{self._series} {self.value!r}\n"
 
+    def alias(self, name: str, labels: str) -> Callable[[], str]:
+        """Writes the same figure under another name."""
+        return lambda: f"{name}{{{labels}}} {self.value!r}\n"
+
 
 class Histogram:
     """`bounds` are upper and inclusive. `labels` as in Value."""
@@ -62,13 +66,25 @@ class Histogram:
 
     def render(self) -> str:
         if not self._template:  # most of 1,000 adapters are never asked for
-            name, labels = self._name, self._labels.replace("%", "%%")
-            before, alone = (f"{labels},", f"{{{labels}}}") if labels else ("", "")
-            borders = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
-            lines = [f'{name}_bucket{{{before}le="{border}"}} %d\n' for border in borders]
-            self._template = "".join(lines) + f"{name}_count{alone} %d\n{name}_sum{alone} %.6f\n"
+            self._template = self._lines(self._name, self._labels)
+        return self._fill(self._template)
+
+    def alias(self, name: str, labels: str) -> Callable[[], str]:
+        """Writes the same figures under another name."""
+        template = self._lines(name, labels)
+        return lambda: self._fill(template)
+
+    def _lines(self, name: str, labels: str) -> str:
+        """The text, with places for the numbers."""
+        labels = labels.replace("%", "%%")
+        before, alone = (f"{labels},", f"{{{labels}}}") if labels else ("", "")
+        borders = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
+        lines = [f'{name}_bucket{{{before}le="{border}"}} %d\n' for border in borders]
+        return "".join(lines) + f"{name}_count{alone} %d\n{name}_sum{alone} %.6f\n"
+
+    def _fill(self, template: str) -> str:
         totals = tuple(accumulate(self._counts))
-        return self._template % (*totals, totals[-1], self._sum)
+        return template % (*totals, totals[-1], self._sum)
 
 
 Series = TypeVar("Series", Value, Histogram)
@@ -79,6 +95,7 @@ class Family(Generic[Series]):
 
     def __init__(self, name: str, kind: str, help: str, labels: tuple[str, ...], make: Callable[[str, str], Series]):
         self._head = head(name, kind, help)
+        self._kind, self._help = kind, help
         self._name, self._labels = name, labels
         self._make: Callable[[str, str], Series] = make
         self._series: dict[tuple[str, ...], Series] = {}
@@ -93,3 +110,12 @@ class Family(Generic[Series]):
 
     def render(self) -> str:
         return self._head + "".join([series.render() for series in self._series.values()])
+
+    def alias(self, name: str, labels: str, *own: str) -> Callable[[], str]:
+        """Writes the series that exist by now under another name: with `labels`, and their own called `own`."""
+        lines = head(name, self._kind, self._help)
+        twins: list[Callable[[], str]] = []
+        for values, series in self._series.items():
+            pairs: list[str] = [label(*pair) for pair in zip(own, values, strict=True)]
+            twins.append(series.alias(name, ",".join([labels, *pairs])))
+        return lambda: lines + "".join([twin() for twin in twins])

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from tucka_runtime.adapter_metrics import AdapterMetrics
-from tucka_runtime.errors import AdapterError
+from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, TuckaError
 from tucka_runtime.exposition import Family, Histogram, Series, Value
 from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
 from tucka_runtime.sequence import FinishReason, Timing
@@ -24,6 +24,7 @@ LATENCY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 120)
 LOAD_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 CHANGES = (0, 1, 2, 5, 10, 20, 50, 100)
 STAGES = ("schedule", "batch", "route", "forward", "sample", "output")
 
@@ -32,10 +33,9 @@ class Metrics:
     """All series. `model_name` is what requests call the base by."""
 
     def __init__(self, model_name: str = "base", max_adapters: int = 0, block_size: int = 0, vllm: bool = True):
-        self._families: list[Family[Any]] = []
+        self._families: dict[str, Family[Any]] = {}
         self._processes = CollectorRegistry()
         self.adapters = AdapterMetrics(model_name)
-        self._vllm = VLLMMetrics(model_name) if vllm else None
         self._max_adapters, self._block_size = max_adapters, block_size
         self._in_flight: Multiset[str] = Multiset()  # sequences by model
         self._stats: StepStats | None = None
@@ -43,6 +43,7 @@ class Metrics:
         self._define_requests()
         self._define_engine()
         ProcessCollector(registry=self._processes)
+        self._vllm = VLLMMetrics(model_name, self._families) if vllm else None
 
     def _define_requests(self) -> None:
         self.http_requests = self._counters("http_requests", "HTTP requests answered", "route", "method", "code")
@@ -62,6 +63,8 @@ class Metrics:
         self._queue = self._histogram("request_queue_seconds", "accepted by the engine to scheduled", TTFT_SECONDS)
         self._prefill = self._histogram("request_prefill_seconds", "scheduled to first token", TTFT_SECONDS)
         self._decode = self._histogram("request_decode_seconds", "first token to last token", LATENCY_SECONDS)
+        self._prompt_length = self._histogram("request_prompt_tokens", "prompt tokens of an admitted request", LENGTHS)
+        self._answer_length = self._histogram("request_generation_tokens", "tokens generated for a request", LENGTHS)
         self._changes = self._histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES)
         self._running = self._gauge("requests_running", "sequences in the batch")
         self._waiting = self._gauge("requests_waiting", "sequences accepted and not in the batch")
@@ -89,9 +92,15 @@ class Metrics:
         self._load_seconds = self._histograms(
             "load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"
         )
-        self._load_failures = self._counters("load_failures", "loads refused or failed, by error code", "code")
-        for error in AdapterError.__subclasses__():
-            self._load_failures.labels(error.code or "error")
+        self._load_failures = self._counters("load_failures", "loads refused or failed, by the error's code", "code")
+        errors: list[type[TuckaError]] = [
+            *AdapterError.__subclasses__(),
+            EngineDeadError,
+            InvalidRequestError,
+            TuckaError,
+        ]
+        for error in errors:
+            self._load_failures.labels(error.code or error.type)
 
     def watch_engine(self, pid: Callable[[], int | None]) -> None:
         """Shows memory, CPU time and open files of the engine's process beside this one's."""
@@ -105,9 +114,9 @@ class Metrics:
         for stage, value in seconds.items():
             self._load_seconds.labels(stage).observe(value)
 
-    def adapter_refused(self, code: str | None) -> None:
-        """A load failed; `code` is the error class's own."""
-        self._load_failures.labels(code or "error").inc()
+    def adapter_refused(self, code: str) -> None:
+        """A load failed; `code` is the error class's own, or its type."""
+        self._load_failures.labels(code).inc()
 
     def adapter_unloaded(self, name: str) -> None:
         """Deletes the adapter's series; what its last requests bring is not counted by name."""
@@ -118,6 +127,7 @@ class Metrics:
     def admitted(self, model: str, prompt_tokens: int, sequences: int) -> None:
         """A request was taken on; every one of its sequences ends in `finished`."""
         self._prompt_tokens.inc(prompt_tokens)
+        self._prompt_length.observe(prompt_tokens)
         self._in_flight[model] += sequences
         self.adapters.admitted(model, prompt_tokens)
 
@@ -156,6 +166,7 @@ class Metrics:
     def closed(self, model: str, seconds: float, generated: int, failed: bool) -> None:
         """A request ended, `seconds` after its first bytes had come."""
         self._latency.observe(seconds)
+        self._answer_length.observe(generated)
         self.adapters.closed(model, seconds, generated, failed)
 
     # What the engine tells.
@@ -207,7 +218,7 @@ class Metrics:
         self._slots.set(self._max_adapters)
         if info is not None:
             self._engine_info.labels(version, info.model_type, info.dtype, info.device).set(1)
-        own = "".join([family.render() for family in self._families])
+        own = "".join([family.render() for family in self._families.values()])
         parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
         if self._vllm is not None:
             active = {key.name for key in stats.active if key.name in self.adapters} if stats and running else set()
@@ -230,7 +241,7 @@ class Metrics:
         self, name: str, kind: str, help: str, labels: tuple[str, ...], make: Callable[[str, str], Series]
     ) -> Family[Series]:
         family = Family(f"tucka_{name}", kind, help, labels, make)
-        self._families.append(family)
+        self._families[f"tucka_{name}"] = family
         return family
 
     def _counters(self, name: str, help: str, *labels: str) -> Family[Value]:

@@ -1,12 +1,14 @@
 """vLLM's names for what routers and dashboards in the field read: those of the Gateway API Inference Extension's
-model-server protocol (its endpoint picker reads them as tests/test_vllm_metrics.py does) and of its adapter residency.
+model-server protocol (its endpoint picker reads them as tests/test_vllm_metrics.py does), of its adapter residency, and
+of vLLM's Grafana dashboards. They are the whole server's; no series is an adapter's but those of the residency.
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from tucka_runtime.exposition import head, label
+from tucka_runtime.exposition import Family, head, label
 
 GAUGES = {
     "vllm:num_requests_running": "sequences in the batch",
@@ -18,6 +20,23 @@ GAUGES = {
     "vllm:num_gpu_loaded_lora_adapters": "adapters loaded",
     "vllm:num_cpu_loaded_lora_adapters": "adapters loaded: there is no other tier",
     "vllm:lora_adapter_loaded": "1 while the adapter is loaded",
+}
+
+# Ours that are vLLM's under another name, with what it calls their labels. Histograms keep our borders.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "vllm:prompt_tokens_total": ("tucka_prompt_tokens_total",),
+    "vllm:generation_tokens_total": ("tucka_generation_tokens_total",),
+    "vllm:request_success_total": ("tucka_requests_total", "finished_reason"),
+    "vllm:num_preemptions_total": ("tucka_preemptions_total",),
+    "vllm:time_to_first_token_seconds": ("tucka_time_to_first_token_seconds",),
+    "vllm:inter_token_latency_seconds": ("tucka_inter_token_seconds",),
+    "vllm:time_per_output_token_seconds": ("tucka_inter_token_seconds",),  # the same, as vLLM called it before
+    "vllm:e2e_request_latency_seconds": ("tucka_request_latency_seconds",),
+    "vllm:request_queue_time_seconds": ("tucka_request_queue_seconds",),
+    "vllm:request_prefill_time_seconds": ("tucka_request_prefill_seconds",),
+    "vllm:request_decode_time_seconds": ("tucka_request_decode_seconds",),
+    "vllm:request_prompt_tokens": ("tucka_request_prompt_tokens",),
+    "vllm:request_generation_tokens": ("tucka_request_generation_tokens",),
 }
 
 
@@ -37,10 +56,15 @@ class Load:
 
 
 class VLLMMetrics:
-    """Adapters stay loaded until they are unloaded by name, so all are in level "gpu" and pinned."""
+    """Adapters stay loaded until they are unloaded by name, so all are in level "gpu" and pinned.
 
-    def __init__(self, model_name: str):
+    `families` are our own by name, with all of their series: those of ALIASES are shown again."""
+
+    def __init__(self, model_name: str, families: Mapping[str, Family[Any]] | None = None):
         self._labels = label("model_name", model_name) + ',engine="0"'
+        self._aliases: list[Callable[[], str]] = []
+        if families is not None:
+            self._aliases = [families[own].alias(name, self._labels, *names) for name, (own, *names) in ALIASES.items()]
         self._adapters: tuple[str, str] | None = None
         self._changed = 0.0
         self._loaded: tuple[list[str], str] = ([], "")  # names, and the series that say so
@@ -74,4 +98,4 @@ class VLLMMetrics:
             parts.append(head(name, "gauge", help))
             if name in samples:
                 parts.append("{}{{{}}} {}\n".format(name, *samples[name]))
-        return "".join([*parts, self._loaded[1]]).encode()
+        return "".join([*parts, self._loaded[1], *[alias() for alias in self._aliases]]).encode()

@@ -1,5 +1,6 @@
 """Adapters by name at run time, on the real engine: loaded, replaced, unloaded, while requests go on."""
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def test_vllms_routes(live: Server, name: str) -> None:
     assert live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": ONE}).status_code == 200
     answer = live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": TWO})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_exists")
-    answer = live.post("/v1/unload_lora_adapter", {"lora_name": name})
+    answer = live.post("/v1/unload_lora_adapter", {"lora_name": name, "lora_int_id": 7})
     assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter '{name}' removed successfully.")
     assert complete(live, name).status_code == 404
 
@@ -48,7 +49,7 @@ def test_our_routes(live: Server, name: str) -> None:
     card = answer.json()
     assert answer.status_code == 201 and card["id"] == name and card["tucka"]["scope"] is None
     assert live.post("/v1/adapters", {"name": name, "path": ONE}).status_code == 200
-    assert live.get(f"/v1/adapters/{name}").json() == live.get(f"/v1/models/{name}").json() == card
+    assert live.get(f"/v1/models/{name}").json() == card
     assert name in [card["id"] for card in live.get("/v1/adapters").json()["data"]]
     answer = live.client.delete(f"{live.url}/v1/adapters/{name}")
     assert (answer.status_code, answer.json()["deleted"]) == (200, True)
@@ -84,6 +85,20 @@ def test_row_37_replaced_in_place(live: Server, name: str) -> None:
     assert text(live, name) == text(live, "two")
 
 
+def test_only_an_adapters_own_page_has_its_training(live: Server, roots: Path, name: str) -> None:
+    folder = roots / "trained"
+    shutil.copytree(ONE, folder)
+    training = {"route": "request", "final_loss": 0.5}
+    (folder / "training.json").write_text(json.dumps(training))
+    card = live.post("/v1/adapters", {"name": name, "path": str(folder)}).json()
+    shutil.rmtree(folder)
+    own = live.get(f"/v1/adapters/{name}").json()
+    assert own.pop("tucka") == card["tucka"] | {"training": training}
+    for path in ("/v1/models", "/v1/adapters"):
+        listed = live.get(path).text
+        assert name in listed and "final_loss" not in listed and str(roots) not in listed
+
+
 def test_training_json_alone_is_other_content(live: Server, roots: Path, name: str) -> None:
     folder = roots / "retrained"
     shutil.copytree(ONE, folder)
@@ -97,13 +112,18 @@ def test_training_json_alone_is_other_content(live: Server, roots: Path, name: s
     assert new["digest"] == old["digest"] and new["generation"] > old["generation"]
 
 
-def test_row_38_unloaded_in_use(live: Server, name: str) -> None:
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "vllms"])
+def test_row_38_unloaded_in_use(live: Server, ours: bool) -> None:
+    name = "leaving"
     live.post("/v1/adapters", {"name": name, "path": ONE}).raise_for_status()
     body = {"model": name, "prompt": "Hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{live.url}/v1/completions", json=body | {"route": "request"}, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
-        assert live.client.delete(f"{live.url}/v1/adapters/{name}").status_code == 202
+        if ours:
+            assert live.client.delete(f"{live.url}/v1/adapters/{name}").status_code == 202
+        else:
+            assert live.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
         assert complete(live, name).status_code == 404
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]

@@ -46,7 +46,7 @@ def test_row_23_every_route_method_and_spelling(server: Server) -> None:
             assert status(server, method, spelling) == 401, (method, spelling)
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/%68ealth", "/health?x=1"])
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready", "/%68ealth", "/health?x=1"])
 def test_row_23_probes_are_open(server: Server, path: str) -> None:
     assert status(server, "GET", path) == 200
 

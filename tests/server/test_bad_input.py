@@ -71,7 +71,7 @@ def check(response: httpx.Response, status: int, code: str | None = None, type: 
     assert set(response.json()) == {"error"}
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == type and error["message"]
+    assert error["type"] == type and (error["message"][0].isupper() or error["message"][0] == "`")
     if code is not None:
         assert error["code"] == code
     return error
@@ -327,7 +327,10 @@ def test_row_12_n(live: Server, n: int) -> None:
 
 def test_row_12_prompts_times_n_and_best_of(live: Server) -> None:
     check(live.post("/v1/completions", body(prompt=["a"] * 33, n=2)), 400)
-    assert check(live.post("/v1/completions", body(best_of=1)), 400)["param"] == "best_of"
+    for n, best_of in ((1, 2), (3, 1), (None, 10**9), (None, True)):
+        assert check(live.post("/v1/completions", body(n=n, best_of=best_of)), 400)["param"] == "best_of"
+    for n, best_of in ((None, 1), (2, 2)):
+        assert live.post("/v1/completions", body(n=n, best_of=best_of)).status_code == 200
 
 
 @pytest.mark.parametrize("max_tokens", [-1, 2**63, 257, 10**19])
@@ -344,6 +347,19 @@ def test_row_13_max_tokens(live: Server, max_tokens: int) -> None:
 @pytest.mark.parametrize("prompt", ["a" * 257, [5] * 257, [5] * 256, "a" * 500_000])
 def test_row_13_prompts_past_the_context(live: Server, prompt: object) -> None:
     check(live.post("/v1/completions", body(prompt=prompt, max_tokens=None)), 400, "context_length_exceeded")
+
+
+def test_row_13_says_how_long_the_prompt_is(live: Server) -> None:
+    error = check(live.post("/v1/completions", body(prompt="a" * 300)), 400)
+    assert "300 tokens" in error["message"] and "256" in error["message"] and error["param"] == "prompt"
+    error = check(live.post("/v1/completions", body(prompt="a" * 200, max_tokens=100)), 400)
+    assert "between 0 and 56" in error["message"] and "takes 200" in error["message"] and error["param"] == "max_tokens"
+    error = check(live.post("/v1/completions", body(prompt="a" * 50_000)), 400)
+    assert "50000 characters" in error["message"] and error["param"] == "prompt"
+    for length in (300, 256 - len("user: \nassistant:")):
+        messages = [{"role": "user", "content": "a" * length}]
+        error = check(live.post("/v1/chat/completions", chat(messages=messages, max_tokens=None)), 400)
+        assert error["param"] == "messages" and "256" in error["message"]
 
 
 @pytest.mark.parametrize("logprobs", [-1, 21, 2**62, True, "5", 1.0])
@@ -432,6 +448,12 @@ def test_row_18_response_formats(live: Server, value: object) -> None:
     assert check(live.post("/v1/chat/completions", chat(response_format=value)), 400)["param"] == "response_format"
 
 
+def test_what_has_another_name_here(live: Server) -> None:
+    assert "`model`" in check(live.post("/v1/completions", body(adapter_id="one")), 400)["message"]
+    error = check(live.post("/v1/completions", body(model="")), 400)
+    assert error["message"] == "`model` is empty. GET /v1/models lists what it can be."
+
+
 def test_row_21_pickled_fields(live: Server) -> None:
     assert check(live.post("/v1/completions", body(prompt_embeds="gASVAAAA")), 400)["param"] == "prompt_embeds"
 
@@ -494,8 +516,8 @@ def test_row_27_paths_outside_the_roots(live: Server, roots: Path, path: object)
     link = roots / "link"
     if not link.is_symlink():
         link.symlink_to(GOLDEN.parent)
-    check(load(live, path), 400)
-    check(live.post("/v1/adapters", {"name": "bad", "path": path}), 400)
+    assert check(load(live, path), 400)["param"] == "lora_path"
+    assert check(live.post("/v1/adapters", {"name": "bad", "path": path}), 400)["param"] == "path"
 
 
 @pytest.mark.parametrize(
@@ -560,7 +582,8 @@ def test_row_31_configs_that_are_no_json(live: Server, copy: Path, text: str) ->
 
 
 def test_row_32_other_bases(live: Server, copy: Path) -> None:
-    check(load(live, str(GOLDEN / "gpt2-all-r8k2t2" / "adapter")), 400, "base_model_mismatch")
+    error = check(load(live, str(GOLDEN / "gpt2-all-r8k2t2" / "adapter")), 400, "base_model_mismatch")
+    assert error["param"] == "lora_path"
     edit(copy, target_modules=["no_such_module"])
     check(load(live, str(copy)), 400, "base_model_mismatch")
 
@@ -608,10 +631,16 @@ def test_row_34_spoilt_tensors(live: Server, copy: Path) -> None:
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a\nb", "x" * 129, "é", "llama-tiny", "one", 5, None])
 def test_adapter_names(live: Server, name: object) -> None:
     path = str(GOLDEN / "llama-all7-r4k2t2" / "adapter")
-    check(load(live, path, name), 409 if name in ("llama-tiny", "one") else 400)
+    status = 409 if name in ("llama-tiny", "one") else 400
+    assert check(load(live, path, name), status)["param"] == "lora_name"
+    assert check(live.post("/v1/adapters", {"name": name, "path": path}), status)["param"] == "name"
 
 
 def test_unload_what_is_not_loaded(live: Server) -> None:
-    check(live.post("/v1/unload_lora_adapter", {"lora_name": SECRET}), 404, "model_not_found")
-    check(live.client.delete(f"{live.url}/v1/adapters/{SECRET}"), 404, "model_not_found")
-    check(live.post("/v1/unload_lora_adapter", {"lora_name": "llama-tiny"}), 404)
+    unload, adapters = "/v1/unload_lora_adapter", f"{live.url}/v1/adapters"
+    assert check(live.post(unload, {"lora_name": SECRET}), 404, "model_not_found")["param"] == "lora_name"
+    assert check(live.client.delete(f"{adapters}/{SECRET}"), 404, "model_not_found")["param"] == "name"
+    assert check(live.client.get(f"{adapters}/{SECRET}"), 404, "model_not_found")["param"] == "name"
+    for answer in (live.post(unload, {"lora_name": "llama-tiny"}), live.client.delete(f"{adapters}/llama-tiny")):
+        error = check(answer, 400)
+        assert "is the base model" in error["message"] and error["param"] in ("lora_name", "name")

@@ -22,7 +22,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     golden = Path(__file__).parents[1] / "golden"
     process, url = start_command(
         "--model", str(base), "--adapter", f"fin={golden / 'llama-qv-r8k3t3' / 'adapter'}",
-        "--log-format", "json", "--log-prompts", log=folder / "log",
+        "--log-format", "json", "--log-prompts", "--adapter-root", str(golden), log=folder / "log",
     )  # fmt: skip
     server = Server(url, process.pid)
     context = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
@@ -34,6 +34,12 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     body = b'{"model": "llama"}'
     head = b"POST /v1/completions?%1b[2J HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\xc2\x9b2Jb\r\nConnection: close\r\n"
     server.raw(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    server.get("/no%0d%0asuch%1b[31m \u9b54/path?secret=1" + "x" * 300)
+    adapter = {"name": "guest", "path": "llama-qv-r8k3t3/adapter"}
+    server.post("/v1/adapters", adapter)
+    server.client.delete(url + "/v1/adapters/guest")
+    server.post("/v1/adapters", adapter | {"path": "/etc"})
+    server.post("/v1/adapters", adapter | {"name": "x\r\nforged"})
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     raw = (folder / "log").read_bytes()
@@ -63,9 +69,37 @@ def test_a_finished_request(lines: list[dict[str, object]]) -> None:
 
 
 def test_the_http_lines(lines: list[dict[str, object]]) -> None:
-    assert [line["code"] for line in events(lines, "http")] == [200, 200, 404, 400]
-    assert {line["route"] for line in events(lines, "http")} == {"/v1/completions"}
+    seen = [(line["route"], line["code"], line["error"]) for line in events(lines, "http")]
+    assert seen == [
+        ("/v1/completions", 200, None),
+        ("/v1/completions", 200, None),
+        ("/v1/completions", 404, "model_not_found"),
+        ("/v1/completions", 400, "invalid_request_error"),
+        ("unmatched", 404, "not_found"),
+        ("/v1/adapters", 201, None),
+        ("/v1/adapters/{name:path}", 200, None),
+        ("/v1/adapters", 400, "invalid_adapter"),
+        ("/v1/adapters", 400, "invalid_request_error"),
+    ]
     assert all(str(line["request_id"]).isalnum() for line in events(lines, "http"))
+
+
+def test_a_path_that_leads_nowhere_is_shown_in_part(lines: list[dict[str, object]]) -> None:
+    paths = [line["path"] for line in events(lines, "http")]
+    assert [path for path in paths if path] == [paths[4]]
+    assert str(paths[4]).startswith("/no%0D%0Asuch%1B%5B31m%20%E9%AD%94/path") and len(str(paths[4])) <= 100
+    assert f"GET unmatched {paths[4]} 404 not_found " in str(events(lines, "http")[4]["message"])
+
+
+def test_what_happens_to_adapters(lines: list[dict[str, object]]) -> None:
+    loaded = events(lines, "adapter_loaded")
+    assert [(line["adapter"], line["generation"]) for line in loaded] == [("fin", 1), ("guest", 2)]
+    (unloaded,) = events(lines, "adapter_unloaded")
+    assert (unloaded["adapter"], unloaded["generation"]) == ("guest", 2)
+    refused = events(lines, "adapter_refused")
+    assert [(line["adapter"], line["error"]) for line in refused] == [
+        ("guest", "invalid_adapter"), ("?", "invalid_request_error")
+    ]  # fmt: skip
 
 
 def record(message: str, *arguments: object, **values: object) -> logging.LogRecord:

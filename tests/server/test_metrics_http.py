@@ -1,6 +1,7 @@
 """/metrics over HTTP: closed label sets whatever clients send (row 46), adapters that come and go, a dead engine."""
 
 import time
+from collections import Counter
 
 from prometheus_client.parser import text_string_to_metric_families
 from servers import GOLDEN, Server
@@ -37,6 +38,25 @@ def test_row_46_what_clients_make_up_never_becomes_a_label(live: Server) -> None
     after = series(live)
     assert set(after) == before
     assert not [name for name in after if "made-up" in name.lower() or "MADEUP" in name]
+
+
+def test_refused_loads_are_counted_by_the_code_that_was_answered(live: Server) -> None:
+    one, other = (str(GOLDEN / name / "adapter") for name in ("llama-qv-r8k3t3", "gpt2-all-r8k2t2"))
+    refused = [("bad", "../x"), ("bad", "/etc"), ("bad", "nowhere"), ("bad", other), ("two", one), ("a b", one)]
+    before, answered = series(live), Counter()
+    for name, path in refused:
+        for route, body in (
+            ("/v1/adapters", {"name": name, "path": path}),
+            ("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}),
+        ):
+            error = live.post(route, body).json()["error"]
+            answered[error["code"] or error["type"]] += 1
+    after = series(live)
+    key = 'tucka_load_failures_total{code="%s"}'
+    assert {code: after[key % code] - before[key % code] for code in answered} == answered
+    assert answered == {
+        "invalid_adapter": 6, "base_model_mismatch": 2, "adapter_exists": 2, "invalid_request_error": 2
+    }  # fmt: skip
 
 
 def test_an_adapter_comes_and_goes(live: Server) -> None:

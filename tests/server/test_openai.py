@@ -218,7 +218,7 @@ def test_tokenize_and_back(live: Server) -> None:
 
 
 def test_probes_version_and_metrics(live: Server) -> None:
-    assert live.get("/health").json() == {"status": "ok"}
+    assert live.get("/health").json() == live.get("/ping").json() == live.post("/ping", {}).json() == {"status": "ok"}
     assert live.get("/ready").json() == {"status": "ready"}
     assert set(live.get("/version").json()) == {"version", "torch", "transformers"}
     live.post("/v1/completions", {"model": "one", "prompt": "a", "max_tokens": 1})

@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import http.server
+import logging
+import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -159,6 +161,19 @@ def test_spans_reach_a_collector() -> None:
 
 def gunzipped(body: bytes) -> bytes:
     return gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+
+
+def test_a_collector_that_is_away_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
+    traces = Traces.to(f"http://127.0.0.1:{port}/v1/traces")
+    for _ in range(3):
+        traces._tracer.start_span("text_completion fin").end()
+        traces._provider.force_flush()
+    traces.close()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "--otlp-traces-endpoint" in line
 
 
 def test_without_the_extra_the_flag_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
