@@ -76,10 +76,14 @@ class Grammars:
     @cached_property
     def tokenizer(self) -> LLTokenizer:
         """Made when it is first needed: a second for a large vocabulary."""
-        found = Tokenizer.load(self.folder)
-        if found is None:
+        file = self.folder / "tokenizer.json"
+        if file.is_file():  # transformers, which takes seconds to import, would make the same of it
+            text = file.read_text("utf-8")
+        elif (found := Tokenizer.load(self.folder)) is not None:
+            text = found.serialised
+        else:
             raise ModelLoadError("The base model has no tokenizer, so no JSON schema can be followed.")
-        return LLTokenizer(found.serialised, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
+        return LLTokenizer(text, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
 
     @property
     def ends(self) -> frozenset[int]:
