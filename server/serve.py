@@ -61,6 +61,9 @@ def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) 
         )
     if not os.path.isfile(folder / "config.json"):
         raise ConfigError(f"--model {folder} has no config.json: give the folder of a Hugging Face model.")
+    for file in (folder / "config.json", *folder.glob("*.safetensors")):
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"--model: {file} cannot be read by this user: chmod -R a+rX {folder} lets everybody.")
     if config.served_model_name is not None:
         try:
             check_name(config.served_model_name)

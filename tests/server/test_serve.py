@@ -109,6 +109,12 @@ def test_what_is_wrong_at_first_sight_starts_no_engine(
     assert said in caplog.text
 
 
+def test_weights_that_this_user_may_not_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda file, mode: not str(file).endswith(".safetensors"))  # root may read all
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .* chmod"):
+        serve._check_names_and_folders(EngineConfig(model=BASE), ServerConfig())
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(serve, "set_up_logging", lambda *_: None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
