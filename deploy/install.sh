@@ -1,18 +1,26 @@
 #!/bin/sh
 # Makes .venv at the top of the repository with TuckA runtime and, optionally, extras:
-#   sh deploy/install.sh          what serving needs
-#   sh deploy/install.sh test     and what the tests need
+#   sh deploy/install.sh                   what serving needs
+#   sh deploy/install.sh train,loadtest    and what `tucka train` and `tucka loadtest` need; otel: traces
+#   sh deploy/install.sh test              and what the tests need: all of these
 # Where there is no NVIDIA GPU it takes torch's CPU build, never gigabytes of CUDA. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+if [ ! -x .venv/bin/python ]; then
+    echo "making .venv ..."
+    "${PYTHON:-python3}" -m venv .venv
+fi
 
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+        echo "installing torch, CPU build (200 MB) ..."
         # The "+cpu" makes it this build or none: no other index has a package of that version.
         .venv/bin/pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
     else
+        echo "installing torch ..."
         .venv/bin/pip install -q torch==2.13.0
     fi
 fi
+echo "installing TuckA runtime${1:+ with the extras $1} ..."
 .venv/bin/pip install -q -e ".${1:+[$1]}"
+echo "done: .venv/bin/tucka"

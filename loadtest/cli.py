@@ -26,8 +26,8 @@ examples
   tucka loadtest compare before.json after.json
       what changed, and whether it is more than noise
 
-Exit status: 0; 1 if the server or the arguments are wrong; 2 if answers were (a canary answered as another adapter,
-an unloaded adapter answered). docs/loadtest.md defines every figure.
+Exit status: 0; 1 if the server or the arguments are wrong, or no request was answered; 2 if answers were wrong (a
+canary answered as another adapter, an unloaded adapter answered). docs/loadtest.md defines every figure.
 """
 
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 for wrong arguments or a server that cannot be tested; 2 for wrong answers."""
+    """0; 1 for wrong arguments or a server that cannot be tested or answered nothing; 2 for wrong answers."""
     try:
         if args.action == "compare":
             print(compare.render(report.read(args.a), report.read(args.b), (args.a, args.b)))
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("aborted", file=sys.stderr)
         return 130
-    status = 0 if outcome["correct"] else 2
+    results = [point["result"] for point in outcome["points"]] if args.action == "sweep" else [outcome]
+    status = 2 if not outcome["correct"] else 0 if any(result["completed"] for result in results) else 1
     try:  # files before the table: whoever reads that may go away first, as `| head` does
         if test.json:
             report.write(outcome, test.json)

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from tucka_runtime.endpoint import client_key, server_address
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.loadtest.record import Record, Token
 from tucka_runtime.loadtest.settings import Settings
@@ -73,14 +73,24 @@ def read_logprobs(logprobs: dict[str, Any]) -> list[Token]:
     return found
 
 
+def error_message(body: str) -> str:
+    """What an error's body says: its message if it is OpenAI's or vLLM's JSON, else its beginning. Printable."""
+    try:
+        value = json.loads(body)
+        text = str(value.get("error", value)["message"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        text = body
+    return "".join(c if c.isprintable() else " " for c in text[:300])
+
+
 class Client:
     """Use it as an async context manager. `clock` gives seconds since the run began; set it anew for each run."""
 
     def __init__(self, settings: Settings) -> None:
-        self.url = settings.url.rstrip("/").removesuffix("/v1")
+        self.url = server_address(settings.url)
         self.chat = settings.endpoint == "chat"
         self.path = "/v1/chat/completions" if self.chat else "/v1/completions"
-        key = settings.api_key or os.environ.get("OPENAI_API_KEY")
+        key = client_key(settings.api_key)
         admin = settings.admin_key or key
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.admin_headers = {"Authorization": f"Bearer {admin}"} if admin else {}
@@ -127,7 +137,7 @@ class Client:
             async with asyncio.timeout(self.timeout):
                 url = f"{self.url}/v1/{action}_lora_adapter"
                 async with self.session.post(url, json=body, headers=self.admin_headers) as response:
-                    return response.status, (await response.text())[:300]
+                    return response.status, error_message(await response.text())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return 0, type(error).__name__
 
@@ -154,7 +164,7 @@ class Client:
                         await self._read(response, record)
                     else:
                         record.cause = f"http_{response.status}"
-                        record.detail = (await response.text())[:300]
+                        record.detail = error_message(await response.text())
         except TimeoutError:
             record.cause = "timeout"
         except aiohttp.ClientConnectorError as error:
@@ -188,7 +198,7 @@ class Client:
     def _take(self, event: dict[str, Any], arrived: float, record: Record) -> str:
         """One event's text; notes its time, usage and end."""
         if "error" in event:
-            record.cause, record.detail = "error_event", json.dumps(event["error"])[:300]
+            record.cause, record.detail = "error_event", error_message(json.dumps(event))
         if usage := event.get("usage"):
             record.prompt_tokens = usage.get("prompt_tokens")
             record.output_tokens = usage.get("completion_tokens")

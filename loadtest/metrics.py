@@ -157,8 +157,8 @@ def fairness(per_adapter: Mapping[str, Mapping[str, Any]]) -> dict[str, float | 
     shares = [a["good_share"] for a in per_adapter.values()]
     speeds = [a["tokens_per_second_of_a_request"] or 0.0 for a in per_adapter.values()]
     return {
-        "jain_goodput": stats.jain(shares) if shares else None,
-        "jain_speed": stats.jain(speeds) if speeds else None,
+        "jain_goodput": stats.jain(shares),
+        "jain_speed": stats.jain(speeds),
     }
 
 
@@ -178,6 +178,15 @@ def cold_and_warm(records: Iterable[Record], percentiles: Sequence[float], count
 def failures(records: Iterable[Record]) -> dict[str, int]:
     """How many requests failed, by cause, most frequent first."""
     return dict(Counter(r.cause for r in records if r.cause is not None).most_common())
+
+
+def first_details(records: Iterable[Record]) -> dict[str, str]:
+    """What the first failure of each cause said, where it said anything."""
+    details: dict[str, str] = {}
+    for record in records:
+        if record.cause is not None and record.detail:
+            details.setdefault(record.cause, record.detail)
+    return details
 
 
 def peak_concurrency(records: Iterable[Record]) -> int:

@@ -202,9 +202,9 @@ def adapters(result: dict[str, Any]) -> str:
 def correctness(result: dict[str, Any]) -> str:
     html = "<h2>Correctness and failures</h2>"
     if result["failures"]:
-        html += table(
-            ["failed requests by cause", "count"], [[escape(c), str(n)] for c, n in result["failures"].items()]
-        )
+        said = result.get("failure_details", {})
+        rows = [[escape(c), str(n), escape(said.get(c, ""))] for c, n in result["failures"].items()]
+        html += table(["failed requests by cause", "count", "what the first one said"], rows)
     else:
         html += "<p>No request failed.</p>"
     if canaries := result["canaries"]:
@@ -254,7 +254,7 @@ def client(result: dict[str, Any]) -> str:
 
 def settings(result: dict[str, Any]) -> str:
     rows = [
-        [escape(k), f"<code>{escape(str(v))}</code>"]
+        [escape(k), f"<code>{escape(', '.join(v) if isinstance(v, list) else str(v))}</code>"]
         for k, v in sorted(result["settings"].items())
         if v not in ([], False)
     ]

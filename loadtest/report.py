@@ -152,6 +152,7 @@ def build(session: SessionResult) -> dict[str, Any]:
         "cold": metrics.cold_and_warm(records, settings.percentile_list, settings.count_empty),
         "score": sum(scored) / len(scored) if scored else None,
         "failures": metrics.failures(load),
+        "failure_details": metrics.first_details(load),
         "client_limited": any(run["client"]["client_limited"] for run in runs + base_runs),
         "canaries": canaries,
         "unloaded_but_answered": answered_away,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tucka_runtime.endpoint import server_address
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest import arrivals, lengths, popularity, slo
 
@@ -23,9 +24,11 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 class Settings:
     """What to send, how fast, to whom, and what to check."""
 
-    url: str = _setting("http://127.0.0.1:8000", "server", "server under test")
+    url: str = _setting("http://127.0.0.1:8000", "server", "server under test; a /v1 at the end is understood")
     endpoint: str = _setting("completions", "server", "/v1/completions or /v1/chat/completions", choices=ENDPOINTS)
-    api_key: str | None = _setting(None, "server", "bearer key (default: $OPENAI_API_KEY)", metavar="KEY")
+    api_key: str | None = _setting(
+        None, "server", "bearer key (default: $TUCKA_CLIENT_KEY or $OPENAI_API_KEY)", metavar="KEY"
+    )
     admin_key: str | None = _setting(None, "server", "key for loading adapters (default: same)", metavar="KEY")
     timeout: float = _setting(120.0, "server", "seconds after which a request counts as failed", metavar="S")
     extra_body: str | None = _setting(
@@ -83,7 +86,10 @@ class Settings:
 
     churn_rate: float = _setting(0.0, "churn", "adapters loaded, reloaded or unloaded per second during the run")
     churn_adapter: tuple[str, ...] = _setting(
-        (), "churn", "adapter to churn; several paths take turns at each load; repeatable (default: all that are used)",
+        (),
+        "churn",
+        "adapter to churn; several paths take turns at each load; repeatable (default: all that are used, if "
+        "/v1/models tells their paths: vLLM's does, TuckA's does not)",
         metavar="NAME=PATH[,PATH]",
     )  # fmt: skip
     churn_drain: bool = _setting(
@@ -120,8 +126,8 @@ class Settings:
     quiet: bool = _setting(False, "output", "no progress on stderr")
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError("--url must start with http:// or https://")
+        if not server_address(self.url).startswith(("http://", "https://")):
+            raise ConfigError("--url must be an address of HTTP, as http://127.0.0.1:8000")
         for name in ("timeout", "trace_speed", "duration", "burstiness"):
             value = getattr(self, name)
             if value is not None and not value > 0:

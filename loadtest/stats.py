@@ -47,11 +47,11 @@ def percentile_interval(values: Sequence[float], p: float) -> tuple[float, float
     return float(ordered[low]), float(ordered[high])
 
 
-def jain(values: Sequence[float]) -> float:
+def jain(values: Sequence[float]) -> float | None:
     """Jain's fairness index (Jain, Chiu, Hawe 1984): (Σx)² / (n Σx²). 1 is equal shares, 1/n is one gets all.
-    All zero counts as equal."""
+    None where there is nothing to compare: fewer than two, or nobody gets anything."""
     squares = sum(x * x for x in values)
-    return 1.0 if squares == 0 else sum(values) ** 2 / (len(values) * squares)
+    return None if len(values) < 2 or squares == 0 else sum(values) ** 2 / (len(values) * squares)
 
 
 def quantile_curve(values: Sequence[float], points: int = 200) -> list[float]:

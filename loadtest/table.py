@@ -37,6 +37,8 @@ def warnings(result: dict[str, Any]) -> list[str]:
     lines = []
     for run in result["runs"] + result["base_runs"]:
         lines += [f"! the client was the limit: {reason}" for reason in run["client"]["reasons"]]
+    if not result["completed"]:
+        lines.append("! NO REQUEST WAS ANSWERED")
     if not result["correct"]:
         lines.append("! WRONG ANSWERS: see the canaries below")
     failed = [e for run in result["runs"] for e in run["churn_events"] if not e["ok"]]
@@ -68,7 +70,8 @@ def throughput(result: dict[str, Any]) -> list[str]:
     if result["score"] is not None:
         rows.append(("answers as expected", f"{result['score']:.1%}"))
     for cause, count in result["failures"].items():
-        rows.append((f"  failed: {cause}", str(count)))
+        said = result["failure_details"].get(cause)
+        rows.append((f"  failed: {cause}", f"{count}, the first: {said}" if said else str(count)))
     width = max(len(name) for name, _ in rows)
     return [f"  {name.ljust(width)}  {value}" for name, value in rows]
 

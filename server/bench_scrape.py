@@ -5,6 +5,7 @@ thread for a whole scrape over HTTP, with the kernel's part of sending it; and h
 a process of its own, as Prometheus is, and asks over one connection.
 """
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -45,7 +46,11 @@ for _ in sys.stdin:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    parser = argparse.ArgumentParser(
+        prog="python -m tucka_runtime.server.bench_scrape", description="How long a scrape of /metrics takes."
+    )
+    parser.add_argument("adapters", nargs="?", type=int, default=1000, help="adapters in use (default: 1000)")
+    count = parser.parse_args().adapters
     metrics = Metrics("base", max_adapters=count, block_size=16)
     keys = [AdapterKey(f"adapter-{i:04d}", i) for i in range(count)]
     for key in keys:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from tucka_runtime import __version__
+from tucka_runtime.endpoint import KEY_VARIABLES
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server import settings
+from tucka_runtime.server.extras import how_to_install
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"tucka {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve a model and its adapters over HTTP")
+    serve = commands.add_parser("serve", help="serve a model and its adapters over HTTP", description=settings.SOURCES)
+    serve.usage = "%(prog)s [--model DIR] [--adapter NAME=PATH ...] [flags]"
     settings.add_flags(serve)
     serve.set_defaults(run=_serve)
 
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top.add_argument("server", nargs="?", default=None, metavar="URL", help="the server's address, as --url")
     _add_server_flags(top)
     top.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="time between pictures (default: 2)"
+        "--interval", type=interval, default=2.0, metavar="SECONDS", help="time between pictures (default: 2)"
     )
     top.add_argument("--once", action="store_true", help="print one picture and end")
     top.set_defaults(run=_top)
@@ -42,14 +45,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_other(commands, "train", "tucka_runtime.trainer.cli", "train an adapter", arguments)
     _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
 
-    flags = parser.parse_args(arguments)
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hints = "".join(f"\n{hint}" for hint in _vllm_hints(unknown)) if flags.command == "serve" else ""
+        commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
     try:
-        return flags.run(flags)
+        status = flags.run(flags)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read has enough, as `| head`: what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except TuckaError as error:
         print(f"tucka: {error.message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _vllm_hints(unknown: Sequence[str]) -> list[str]:
+    """What to write instead of what `vllm serve` takes."""
+    hints = []
+    if not unknown[0].startswith("-"):
+        hints.append(f"The model is named with a flag: --model {unknown[0]}.")
+    if any(argument.startswith("--lora-modules") for argument in unknown):
+        hints.append("For --lora-modules NAME=PATH write --adapter NAME=PATH, once for each adapter.")
+    if "--enable-lora" in unknown:
+        hints.append("--enable-lora is not needed: adapters are always served.")
+    return hints
+
+
+def interval(text: str) -> float:
+    """A flag's type; argparse names it where the text is no number."""
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("must be between 0.1 and 3600 seconds")
+    return seconds
 
 
 def _serve(flags: argparse.Namespace) -> int:
@@ -105,7 +136,8 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", default="http://127.0.0.1:8000", help="the server's address (default: http://127.0.0.1:8000)"
     )
-    parser.add_argument("--api-key", default=None, help="its (admin) key (default: TUCKA_CLIENT_KEY)")
+    variables = " or ".join(KEY_VARIABLES)
+    parser.add_argument("--api-key", default=None, metavar="KEY", help=f"its (admin) key (default: {variables})")
 
 
 def _add_other(
@@ -115,11 +147,16 @@ def _add_other(
     help: str,
     arguments: Sequence[str] | None,
 ) -> None:
-    """A subcommand of another part, which is imported only when it is the one that runs."""
+    """A subcommand of another part, which is imported only when it is the one that runs. It needs the extra of its
+    name."""
     parser = commands.add_parser(name, help=help)
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == [name]:
-        part = importlib.import_module(module)
+        try:
+            part = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            parser.exit(2, f"tucka {name}: {missing} is not installed. To get it, {how_to_install(name)}.\n")
         part.add_arguments(parser)
         parser.set_defaults(run=part.run)
 

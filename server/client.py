@@ -1,23 +1,23 @@
 """What `tucka adapters` and `tucka top` say to a server."""
 
 import json
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Any
 
+from tucka_runtime.endpoint import KEY_VARIABLES, client_key, server_address
 from tucka_runtime.errors import TuckaError
 
 TIMEOUT_SECONDS = 600  # loading a large adapter takes a while
 
 
 class Client:
-    """One server. `api_key` None: the environment's TUCKA_CLIENT_KEY, if there is one."""
+    """One server. `api_key` None: the environment's key, if there is one."""
 
     def __init__(self, url: str, api_key: str | None):
-        self._url = url.rstrip("/")
-        self._key = api_key or os.environ.get("TUCKA_CLIENT_KEY")
+        self._url = server_address(url)
+        self._key = client_key(api_key)
 
     def get(self, path: str) -> bytes:
         return self._call("GET", path, None)
@@ -39,10 +39,21 @@ class Client:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            raise TuckaError(_message(error)) from None
+            raise TuckaError(self._message(error)) from None
         except (urllib.error.URLError, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise TuckaError(f"No answer from {self._url}: {reason}. Is the server running, is --url right?") from None
+
+    def _message(self, error: urllib.error.HTTPError) -> str:
+        """What the server says, in the command line's terms where it speaks of HTTP's."""
+        if error.code == 401:
+            wrong = "does not know this API key" if self._key else "wants an API key"
+            return f"The server {wrong}. Give one of its keys with --api-key or in {' or '.join(KEY_VARIABLES)}."
+        try:
+            message = str(json.loads(error.read())["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            return f"The server answered {error.code} {error.reason}."
+        return message.replace("`load_inplace: true`", "--replace")
 
 
 def list_adapters(client: Client) -> int:
@@ -66,10 +77,3 @@ def unload_adapter(client: Client, name: str) -> int:
     client.delete(f"/v1/adapters/{urllib.parse.quote(name)}")
     print(f"{name} is unloaded")
     return 0
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"The server answered {error.code} {error.reason}."

@@ -7,6 +7,7 @@ import shutil
 
 from tucka_runtime import __version__
 from tucka_runtime.server.embedded import FOLDER
+from tucka_runtime.server.extras import EXTRAS, how_to_install, installed
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "fastapi", "uvicorn", "peft", "openai")
 
@@ -31,6 +32,9 @@ def doctor() -> int:
     else:
         print("GPU           none that torch can use")
     print(f"disk          {shutil.disk_usage(os.getcwd()).free / 2**30:.1f} GiB free here")
+    for extra, (_, needed_by) in EXTRAS.items():
+        state = "installed" if installed(extra) else f"not installed: {how_to_install(extra)}"
+        print(f"extra         {extra}, for {needed_by}: {state}")
     print(f"will use      --device {'cuda' if cuda else 'cpu'}, {_kernels(cuda)} kernels")
     embedded = (FOLDER / "base" / "config.json").is_file()
     print(f"default model {'embedded' if embedded else 'none: tucka serve needs --model DIR'}")

@@ -11,12 +11,14 @@ FOLDER = Path(tucka_runtime.__file__).parent / "default"
 
 
 def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
-    """The configs unchanged if they name a model. Raises ConfigError if they do not and nothing is embedded."""
+    """The configs unchanged if they name a model; an --adapter takes the place of the embedded one of its name. Raises
+    ConfigError if no model is named and none is embedded."""
     if engine.model is not None:
         return engine, server
     base = FOLDER / "base"
     if not (base / "config.json").is_file():
         raise ConfigError("This installation has no embedded model. Name one: tucka serve --model DIR.")
+    given = {adapter.partition("=")[0] for adapter in server.adapter}
     folders = sorted(folder for folder in (FOLDER / "adapters").glob("*") if folder.is_dir())
-    embedded = tuple(f"{folder.name}={folder}" for folder in folders)
+    embedded = tuple(f"{folder.name}={folder}" for folder in folders if folder.name not in given)
     return replace(engine, model=str(base)), replace(server, adapter=embedded + server.adapter)

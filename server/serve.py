@@ -14,10 +14,10 @@ from pathlib import Path
 
 import uvicorn
 
-from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.adapters.registry import AdapterRegistry, check_name
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.engine_client import EngineClient
-from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
 from tucka_runtime.logs import set_up_logging
 from tucka_runtime.metrics import Metrics
 from tucka_runtime.server.adapters import AdapterNames
@@ -27,6 +27,7 @@ from tucka_runtime.server.connection import connection_class
 from tucka_runtime.server.embedded import with_embedded_default
 from tucka_runtime.server.middleware import MAX_HEADER_BYTES
 from tucka_runtime.server.service import Service
+from tucka_runtime.server.settings import unknown_variables
 from tucka_runtime.server.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -40,11 +41,38 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     set_up_logging(config.log_format, "server")
     os.environ["TUCKA_LOG_FORMAT"] = config.log_format  # the engine's process logs alike
     try:
+        for variable in unknown_variables(os.environ):
+            log.warning("%s is no setting of this server and has no effect: tucka serve --help lists those", variable)
         engine_config, config = with_embedded_default(engine_config, config)
+        _check_names_and_folders(engine_config, config)
         return asyncio.run(_run(engine_config, config))
     except TuckaError as error:
         log.error("%s", error.message)
         return 1
+
+
+def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) -> None:
+    """Raises ConfigError for what is wrong at first sight: the engine takes seconds until it finds out."""
+    folder = Path(engine_config.model or "")
+    if not os.path.isdir(folder):
+        raise ConfigError(
+            f"--model {folder} is no folder that can be read here. Models are not downloaded by name: give the folder "
+            "of a Hugging Face model."
+        )
+    if not os.path.isfile(folder / "config.json"):
+        raise ConfigError(f"--model {folder} has no config.json: give the folder of a Hugging Face model.")
+    for file in (folder / "config.json", *folder.glob("*.safetensors")):
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"--model: {file} cannot be read by this user: chmod -R a+rX {folder} lets everybody.")
+    if config.served_model_name is not None:
+        try:
+            check_name(config.served_model_name)
+        except InvalidRequestError as error:
+            raise ConfigError(f"--served-model-name follows the rule of adapters' names: {error.message}") from None
+    for root in config.adapter_root:
+        if not os.path.isdir(root):
+            raise ConfigError(f"--adapter-root {root} is no folder that can be read here.")
+    _first_adapters(config)
 
 
 async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -98,7 +126,6 @@ async def _start(
     engine: EngineClient, engine_config: EngineConfig, config: ServerConfig, registry: AdapterRegistry
 ) -> Service:
     """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError."""
-    first_adapters = _first_adapters(config)
     folder = Path(engine_config.model or "")
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
@@ -114,7 +141,7 @@ async def _start(
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)
-    for adapter_name, path in first_adapters:
+    for adapter_name, path in _first_adapters(config).items():
         try:
             await adapters.load(adapter_name, path, inplace=True, durable=False)
         except TuckaError as error:
@@ -123,16 +150,18 @@ async def _start(
     return service
 
 
-def _first_adapters(config: ServerConfig) -> list[tuple[str, Path]]:
-    """The names and folders of --adapter. Raises ConfigError for what is wrong at first sight: loading takes longer."""
-    adapters = []
+def _first_adapters(config: ServerConfig) -> dict[str, Path]:
+    """The names and folders of --adapter. Raises ConfigError."""
+    adapters: dict[str, Path] = {}
     for adapter in config.adapter:
         name, _, path = adapter.partition("=")
         if not name or not path:
             raise ConfigError("--adapter takes NAME=PATH: the name for requests and the adapter's folder.")
-        if not Path(path).is_dir():
-            raise ConfigError(f"--adapter {name}: there is no folder {path}.")
-        adapters.append((name, Path(path).resolve()))
+        if not os.path.isdir(path):
+            raise ConfigError(f"--adapter {name}: {path} is no folder that can be read here.")
+        if name in adapters:
+            raise ConfigError(f"--adapter {name} is given twice: every adapter needs a name of its own.")
+        adapters[name] = Path(path).resolve()
     return adapters
 
 
@@ -224,8 +253,10 @@ def _greet(service: Service, listener: socket.socket) -> None:
         path, ask = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
     else:
         path, ask = "completions", '"prompt": "Hello"' if service.tokenizer else '"prompt": [1, 2, 3]'
-    log.info("ready at %s. Try:", url)
-    if service.config.log_format == "text":
+    if service.config.log_format == "json":
+        log.info("ready at %s", url)
+    else:
+        log.info("ready at %s. Try:", url)
         print(
             f"  curl {url}/v1/{path} {key}-H 'Content-Type: application/json' -d '{{\"model\": \"{model}\", {ask}}}'",
             file=sys.stderr,

@@ -4,6 +4,7 @@ default. All three are read from the fields of `tucka_runtime.config`.
 
 import argparse
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import Field, fields
@@ -17,7 +18,17 @@ from tucka_runtime.errors import ConfigError
 
 C = TypeVar("C", EngineConfig, ServerConfig)
 
+SOURCES = (
+    "Every setting is a flag, an environment variable (TUCKA_MAX_NUM_SEQS for --max-num-seqs) and a key of the "
+    "--config file (max_num_seqs). A flag wins over the environment, that over the file, that over the default. "
+    "Several values: the flag again for each, commas in the variable (TUCKA_ADAPTER=law=/a/law,fin=/a/fin), a list in "
+    "the file."
+)
+
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+_PLAIN = {int: "a whole number", bool: "true or false", str: "a string (in quotes, if it looks like something else)"}
+_FOR_CLIENTS = {"TUCKA_CLIENT_KEY"}
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +62,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:
     """Raises ConfigError."""
     file = _read_file(flags["config"]) if flags.get("config") else {}
-    known = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
-    if unknown := sorted(set(file) - known):
+    if unknown := sorted(set(file) - _names()):
         raise ConfigError(f"The configuration file has unknown settings: {', '.join(unknown)}. See tucka serve --help.")
     return _build(EngineConfig, flags, environment, file), _build(ServerConfig, flags, environment, file)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """TUCKA_* variables that set nothing: a misspelt one must not pass unseen. What Kubernetes says of Services whose
+    name begins with `tucka` is left out."""
+    known = {f"TUCKA_{name.upper()}" for name in _names()} | _FOR_CLIENTS
+    return sorted(
+        name
+        for name, value in environment.items()
+        if name.startswith("TUCKA_") and name not in known and not (_SERVICE_LINK.search(name) or _is_link(value))
+    )
+
+
+def _names() -> set[str]:
+    return {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+
+
+def _is_link(value: str) -> bool:
+    """Whether it is what Kubernetes puts into NAME_PORT for a Service."""
+    return value.startswith(("tcp://", "udp://", "sctp://"))
 
 
 def _build(kind: type[C], flags: Mapping[str, Any], environment: Mapping[str, str], file: Mapping[str, Any]) -> C:
@@ -80,6 +110,11 @@ def _from_text(field: Field[Any], text: str, variable: str) -> Any:
         if text.lower() not in _SWITCHES:
             raise ConfigError(f"{variable} must be true or false.")
         return _SWITCHES[text.lower()]
+    if variable == "TUCKA_PORT" and _is_link(text):
+        raise ConfigError(
+            "TUCKA_PORT is an address: Kubernetes sets it in every pod beside a Service named `tucka`. Rename the "
+            "Service, or write `enableServiceLinks: false` into the pod's spec."
+        )
     try:
         return _kind(field)(text)
     except ValueError:
@@ -91,10 +126,11 @@ def _from_yaml(field: Field[Any], value: Any) -> Any:
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, str) for item in items):
             return items
-    elif type(value) is _kind(field):
+        form = f"{field.name}: [{field.metadata.get('metavar') or field.name.upper()}, ...]"
+        raise ConfigError(f"{field.name} in the configuration file must be a list of strings, as `{form}`.")
+    if type(value) is _kind(field):
         return value
-    expected = "a string or a list of strings" if isinstance(field.default, tuple) else _kind(field).__name__
-    raise ConfigError(f"{field.name} in the configuration file must be {expected}.")
+    raise ConfigError(f"{field.name} in the configuration file must be {_PLAIN[_kind(field)]}.")
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -102,8 +138,12 @@ def _read_file(path: str) -> dict[str, Any]:
         value = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"The configuration file {path} is not valid YAML{where}: {error.problem}.") from None
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigError(f"The configuration file {path} is not valid YAML.") from None
+        raise ConfigError(f"The configuration file {path} is not valid YAML: it is not a text file.") from None
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tucka_runtime import __version__
 from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.server.extras import how_to_install
 from tucka_runtime.server.record import RequestRecord, SequenceRecord
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Traces:
             from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
         except ImportError:
-            raise ConfigError("--otlp-traces-endpoint needs the extra: pip install 'tucka-runtime[otel]'.") from None
+            raise ConfigError(f"--otlp-traces-endpoint needs the extra otel: {how_to_install('otel')}.") from None
         provider = TracerProvider(resource=Resource.create({"service.version": __version__}))
 
         class Exporter(OTLPSpanExporter):

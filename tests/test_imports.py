@@ -91,6 +91,7 @@ def test_trainer_shares_the_format_and_not_the_engine(module):
 @pytest.mark.parametrize("module", below("server"))
 def test_server_uses_the_public_runtime(module):
     public = [
+        "endpoint",
         "errors",
         "config",
         "sequence",
@@ -111,7 +112,7 @@ def test_server_uses_the_public_runtime(module):
 @pytest.mark.parametrize("module", below("loadtest"))
 def test_loadtest_speaks_http(module):
     for name in ours(module):
-        assert name == OURS or within(name, f"{OURS}.loadtest", f"{OURS}.errors"), name
+        assert name == OURS or within(name, f"{OURS}.loadtest", f"{OURS}.endpoint", f"{OURS}.errors"), name
         assert not within(name, "torch"), name
 
 

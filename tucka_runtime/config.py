@@ -2,6 +2,7 @@
 `--config file.yaml` all read these fields.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -40,7 +41,9 @@ class EngineConfig:
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
     max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
     num_threads: int | None = _setting(None, "CPU threads for the engine (default: all cores)")
-    seed: int = _setting(0, "seed for requests that give none")
+    seed: int = _setting(
+        0, "seed of the generator that requests without a seed draw theirs from: runs repeat, requests differ"
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -91,13 +94,17 @@ class ServerConfig:
         _check_choices(self)
         for name in ("max_body_bytes", "max_n", "max_connections"):
             _check_at_least(self, name, 1)
-        for name in ("port", "max_logprobs", "shutdown_timeout"):
+        if not 0 <= self.port <= 65535:
+            raise ConfigError("port must be between 0 and 65535; 0 takes a free one")
+        for name in ("max_logprobs", "shutdown_timeout"):
             _check_at_least(self, name, 0)
         for name in ("api_key", "admin_key"):
             if not all(key.strip() for key in getattr(self, name)):
                 raise ConfigError(f"{name} holds an empty key, which anybody could send. Give a key, or leave it out.")
         if self.admin_key and not self.api_key:
             raise ConfigError("admin_key is set but api_key is not: inference would be open. Set both, or neither.")
+        if self.otlp_traces_endpoint is not None and not re.match(r"https?://[^/\s]", self.otlp_traces_endpoint):
+            raise ConfigError("otlp_traces_endpoint must be a whole URL, as http://127.0.0.1:4318/v1/traces")
 
 
 def _check_choices(config: Any) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -189,6 +190,25 @@ def test_a_temporary_root_goes(source):
         root = registry.root
         assert root.stat().st_mode & 0o077 == 0
     assert not root.exists()
+
+
+def test_what_a_killed_server_left_goes_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    AdapterRegistry(tmp_path / "tucka-state").close()  # somebody's --state-dir
+    (tmp_path / "tucka-file").touch()
+    code = f"""
+import os, tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+from tucka_runtime.adapters.registry import AdapterRegistry
+registry = AdapterRegistry(None)
+os.kill(os.getpid(), 9)
+"""
+    with AdapterRegistry(None) as running:
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+        assert len(list(tmp_path.glob("tucka-*"))) == 4
+        with AdapterRegistry(None) as next_one:
+            kept = {tmp_path / "tucka-state", tmp_path / "tucka-file", running.root, next_one.root}
+            assert set(tmp_path.glob("tucka-*")) == kept
 
 
 def test_one_server_per_root(tmp_path):

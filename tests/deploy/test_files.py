@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import yaml
 from monitoring import DEPLOY, ROOT
 
 from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.server.extras import EXTRAS
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 EXACT_TAG = re.compile(r"[\w./-]+:v?\d+(\.\d+)+(-\w+)?")
@@ -61,6 +63,15 @@ def test_its_environment_names_real_settings(steps: list[tuple[str, str]]) -> No
     assert {name for name in env if name.startswith("TUCKA_")} <= known
     torch = re.search(r"ARG TORCH=(\S+)", DOCKERFILE)
     assert torch and f"torch=={torch[1]}" in (DEPLOY / "install.sh").read_text(), "one version of torch everywhere"
+
+
+def test_the_extras_are_named_where_one_looks_for_them() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert set(EXTRAS) | {"test"} == extras
+    comment = [line for line in (DEPLOY / "install.sh").read_text().splitlines() if line.startswith("#")]
+    assert extras <= set(re.findall(r"\w+", " ".join(comment)))
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert "tucka-runtime[" not in page.read_text(), f"{page.name}: there is no such package in a registry"
 
 
 @pytest.fixture(scope="module")

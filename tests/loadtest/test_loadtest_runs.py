@@ -400,6 +400,23 @@ def test_a_file_that_cannot_be_written_costs_no_figures(fake, tmp_path, capsys):
     assert "cannot be written" in printed.err and "request throughput" in printed.out
 
 
+def test_a_test_without_an_answer_fails_and_says_why(fake, capsys):
+    url = fake(every=1, after=2, misbehave="status:503")
+    flags = ["--requests", "3", "--canary-rate", "0", "--warmup", "0", "--quiet"]
+    assert cli.main(["--url", f"{url.removeprefix('http://')}/v1", *flags]) == 1
+    shown = capsys.readouterr().out
+    assert "NO REQUEST WAS ANSWERED" in shown and "http_503" in shown and "3, the first: as told" in shown
+
+
+def test_the_report_shows_lists_and_failures_plainly(fake, load_test):
+    url = fake(adapters=ADAPTERS, every=2, after=2, misbehave="error_event")
+    result = load_test(url, requests=4, concurrency=1, goodput=("ttft:500", "tpot:50"))
+    assert result["failure_details"] == {"error_event": "engine died"}
+    html = page.render(result)
+    assert "ttft:500, tpot:50" in html and "engine died" in html
+    check_page(html)
+
+
 def test_the_sweep_stops_when_the_client_is_the_limit():
     async def measure(rate):
         return {"good_share": 1.0, "client_limited": rate > 4}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -80,9 +81,8 @@ def start_command(*arguments: str, log: Path) -> tuple[subprocess.Popen[bytes], 
         )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text().splitlines():
-            if "ready at " in line:
-                return process, line.split("ready at ")[1].split(". Try")[0]
+        if found := re.search(r"ready at (http://[\w.]+:\d+)\b", log.read_text()):
+            return process, found[1]
         time.sleep(0.1)
     process.kill()
     raise RuntimeError(f"the server did not start:\n{log.read_text()}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     raw = (folder / "log").read_bytes()
     assert not [byte for byte in raw if byte < 32 and byte != 10] and raw.isascii()
     return [json.loads(line) for line in raw.decode().splitlines()]
+
+
+def test_ready_is_a_whole_sentence(lines: list[dict[str, object]]) -> None:
+    (ready,) = [str(line["message"]) for line in lines if str(line["message"]).startswith("ready at ")]
+    assert re.fullmatch(r"ready at http://127\.0\.0\.1:\d+", ready)
 
 
 def events(lines: list[dict[str, object]], event: str) -> list[dict[str, object]]:

@@ -88,6 +88,33 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
         serve._bind(ServerConfig(port=taken.getsockname()[1]))
 
 
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        ("meta/llama", {}, "not downloaded"),
+        (".", {}, "no config.json"),
+        (BASE, {"served_model_name": "my model"}, "--served-model-name"),
+        (BASE, {"adapter_root": ("/nowhere",)}, "--adapter-root /nowhere"),
+        (BASE, {"adapter": ("one=/nowhere",)}, "--adapter one"),
+        (BASE, {"adapter": (f"one={ONE}", f"one={ONE}")}, "given twice"),
+    ],
+)
+def test_what_is_wrong_at_first_sight_starts_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, model: str, settings: dict, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve, "set_up_logging", lambda *_: None)
+    monkeypatch.delattr(serve, "EngineClient")
+    assert serve.serve(EngineConfig(model=model), ServerConfig(port=0, **settings)) == 1
+    assert said in caplog.text
+
+
+def test_weights_that_this_user_may_not_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda file, mode: not str(file).endswith(".safetensors"))  # root may read all
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .* chmod"):
+        serve._check_names_and_folders(EngineConfig(model=BASE), ServerConfig())
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(serve, "set_up_logging", lambda *_: None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))

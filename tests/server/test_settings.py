@@ -11,7 +11,7 @@ from tucka_runtime.errors import ConfigError
 from tucka_runtime.server import embedded
 from tucka_runtime.server.cli import main
 from tucka_runtime.server.embedded import with_embedded_default
-from tucka_runtime.server.settings import add_flags, read_settings
+from tucka_runtime.server.settings import add_flags, read_settings, unknown_variables
 
 
 def read(*flags: str, environment: dict[str, str] | None = None) -> tuple[EngineConfig, ServerConfig]:
@@ -68,6 +68,43 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read("--config", str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port: 1\nhost: a: b", "line 2, column 8"),
+        ("port: many", "port .* a whole number"),
+        ("log_prompts: 3", "true or false"),
+        ("adapter: {law: /a/law}", r"`adapter: \[NAME=PATH, \.\.\.\]`"),
+    ],
+)
+def test_a_files_error_says_where_and_what(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read("--config", write(tmp_path, text))
+
+
+def test_a_service_named_tucka_is_told_from_a_port() -> None:
+    with pytest.raises(ConfigError, match="enableServiceLinks"):
+        read(environment={"TUCKA_PORT": "tcp://10.0.0.1:8000"})
+
+
+def test_a_variable_that_sets_nothing_is_named() -> None:
+    ours = {"TUCKA_PROT": "1", "TUCKA_PORT": "1", "TUCKA_CLIENT_KEY": "x", "PATH": "/bin"}
+    links = {"TUCKA_SERVICE_HOST": "10.0.0.1", "TUCKA_PORT_8000_TCP_PROTO": "tcp", "TUCKA_UI_PORT": "tcp://10.0.0.2:80"}
+    assert unknown_variables(ours | links) == ["TUCKA_PROT"]
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none(port: int) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 65535"):
+        ServerConfig(port=port)
+
+
+@pytest.mark.parametrize("url", ["localhost:4318", "http://", "ftp://host/v1/traces"])
+def test_an_endpoint_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigError, match="whole URL"):
+        ServerConfig(otlp_traces_endpoint=url)
+
+
 @pytest.mark.parametrize("environment", [{"TUCKA_PORT": "x"}, {"TUCKA_ROUTE": "pinned"}, {"TUCKA_MAX_NUM_SEQS": "0"}])
 def test_an_environment_that_is_wrong(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
@@ -102,7 +139,7 @@ def test_help_has_every_field_with_its_default(capsys: pytest.CaptureFixture[str
 def test_wrong_settings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(embedded, "FOLDER", tmp_path)
     assert main(["serve", "--port", "-1"]) == 1
-    assert capsys.readouterr().err == "tucka: port must be at least 0\n"
+    assert capsys.readouterr().err == "tucka: port must be between 0 and 65535; 0 takes a free one\n"
     assert main(["serve", "--port", "0"]) == 1
     assert "--model" in capsys.readouterr().err
 
@@ -115,6 +152,8 @@ def test_the_embedded_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     engine, server = with_embedded_default(EngineConfig(), ServerConfig(adapter=("c=d",)))
     assert engine.model == str(tmp_path / "base")
     assert server.adapter == (f"a={tmp_path}/adapters/a", f"b={tmp_path}/adapters/b", "c=d")
+    _, server = with_embedded_default(EngineConfig(), ServerConfig(adapter=("a=d",)))
+    assert server.adapter == (f"b={tmp_path}/adapters/b", "a=d"), "one's own takes the embedded one's place"
     named = EngineConfig(model="x"), ServerConfig()
     assert with_embedded_default(*named) == named
 
@@ -122,5 +161,5 @@ def test_the_embedded_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for word in ("Python", "torch", "triton", "GiB of memory", "will use"):
+    for word in ("Python", "torch", "triton", "GiB of memory", "will use", "for tucka train", "for traces"):
         assert word in shown

@@ -1,6 +1,8 @@
 """`tucka top`: the picture that two scrapes make, and the command against a live server."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from servers import Server
@@ -85,3 +87,17 @@ def test_the_command(live: Server, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "engine up" in out and "\x1b" not in out and "one " in out
     assert main(["top", "http://127.0.0.1:9", "--once"]) == 1
+    for wrong in ("0", "nan", "x"):
+        with pytest.raises(SystemExit):
+            main(["top", live.url, "--interval", wrong])
+    assert "between 0.1 and 3600" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error(live: Server) -> None:
+    command = [sys.executable, "-m", "tucka_runtime.server.cli", "top", live.url, "--interval", "0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert "engine" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(20) == 0 and process.stderr.read() == ""
+    process.stderr.close()

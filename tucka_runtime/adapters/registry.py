@@ -47,6 +47,8 @@ COPY_BYTES = 2**20  # memory taken while an adapter of any size is copied
 
 _REGISTRY = "registry.json"
 _TEMPORARY = ".tmp-"
+_TEMPORARY_ROOT = "tucka-"
+_IS_TEMPORARY = b"temporary"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ class AdapterRegistry:
 
     def __init__(self, root: Path | None):
         self._temporary = root is None
-        self.root = Path(tempfile.mkdtemp(prefix="tucka-")) if root is None else root
+        if root is None:
+            _remove_leftovers()
+            root = Path(tempfile.mkdtemp(prefix=_TEMPORARY_ROOT))
+        self.root = root
         self._blobs = self.root / "blobs"
         try:
             self._blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -95,6 +100,9 @@ class AdapterRegistry:
         except BlockingIOError:
             self._lock_file.close()
             raise ConfigError("the state folder is in use by another server. Give each server its own.") from None
+        if self._temporary:  # said only while the lock is held: where it says so and is free, the owner is gone
+            self._lock_file.write(_IS_TEMPORARY)
+            self._lock_file.flush()
         self._mutex = threading.Lock()
         self._held: Counter[Path] = Counter()
         try:
@@ -210,6 +218,20 @@ class AdapterRegistry:
                 f"{_REGISTRY} in the state folder cannot be read. Restore it, or remove it to start without adapters."
             ) from None
         return {entry.name: entry for entry in entries}
+
+
+def _remove_leftovers() -> None:
+    """The temporary roots of servers that were killed: marked as temporary, ours, and locked by nobody."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_ROOT}*"):
+        try:
+            if folder.lstat().st_uid != os.geteuid():
+                continue
+            with open(folder / "lock", "rb") as lock:
+                if lock.read() == _IS_TEMPORARY:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # not one of these, or in use
+            continue
 
 
 def check_name(name: str) -> None:
