@@ -206,7 +206,7 @@ def test_every_flag_says_what_it_does_and_its_default():
 
 @pytest.mark.parametrize(
     ("method", "flags", "alpha"),
-    [("tucka", (), 64), ("lora", (), 8), ("lora", ("--alpha", "3"), 3), ("tucka", ("--alpha", "3"), 3)],
+    [("tucka", (), 64), ("lora", (), 8), ("lora", ("--alpha", "0.5"), 0.5), ("tucka", ("--alpha", "3"), 3)],
 )
 def test_default_scales(workplace, method, flags, alpha):
     """LoRA's is PEFT's habit, twice the rank; TuckA's normalised factors need a scale of their own."""

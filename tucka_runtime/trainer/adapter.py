@@ -48,9 +48,8 @@ class AdapterSettings:
         """The PEFT configuration; ValueError for sizes that cannot work."""
         targets: Any = "all-linear" if self.target_modules == ("all-linear",) else list(self.target_modules)
         if self.method == "lora":
-            return peft.LoraConfig(
-                r=self.r, lora_alpha=round(self.alpha), target_modules=targets, task_type="CAUSAL_LM"
-            )
+            alpha: Any = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
+            return peft.LoraConfig(r=self.r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         return TuckAConfig(
             r=self.r, k=self.k, t=self.t, p=self.p, alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM",
             ec_perturb_scale=self.ec_perturb_scale, use_kaiming_init_ec=self.centroids == "kaiming",
