@@ -195,6 +195,11 @@ def test_command_says_what_is_wrong(workplace, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+def test_a_training_that_diverges_is_said(workplace, capsys):
+    assert train(workplace, "--steps", "3", "--alpha", "1e38") == 2
+    assert "Lower --lr or --alpha" in capsys.readouterr().err
+
+
 def test_every_flag_says_what_it_does_and_its_default():
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)

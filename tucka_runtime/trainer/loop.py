@@ -142,7 +142,7 @@ class Loop:
             out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), labels=labels)
             loss = completion_loss(out.logits, labels)[0] / tokens
             if not torch.isfinite(loss):
-                raise FloatingPointError(
+                raise ConfigError(
                     f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
                 )
             loss.backward()
