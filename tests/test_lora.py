@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.sequence import AdapterKey, RouteScope
 
 FP32 = 1e-4
@@ -33,12 +34,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ALL, "lora_alpha": 3, "alpha_pattern": {"v_proj": 17, "layers.0.mlp.down_proj": 0.5}},
     ),
     "rslora": ("llama", {"target_modules": ALL, "use_rslora": True, "rank_pattern": {"o_proj": 7}}),
+    "orthogonal": ("llama", {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": "orthogonal"}),
+    "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
+    "dropout": ("llama", {"target_modules": ["q_proj"], "lora_dropout": 0.5}),
+    "no-biases-to-train": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
     "own-head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "own-embedding": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "own-norms": (
         "qwen3",
         {"target_modules": ["v_proj"], "modules_to_save": ["q_norm", "norm", "input_layernorm", "layers.1.mlp"]},
     ),
+    "own-tied-head-and-embedding": (
+        "qwen2",
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "all-conv1d": ("gpt2", {"target_modules": "all-linear"}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d-saved": (
         "gpt2",
@@ -89,6 +99,61 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path):
         unadapted = plain(torch.tensor([ids])).logits[0]
     assert relative(recorder.of("base")[:9], expected) < FP32
     assert relative(recorder.of("r")[:21], unadapted) > 0.05, "the adapter changes nothing: this shows nothing"
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dora": ("llama", {"use_dora": True}, "merge_and_unload"),
+    "lora-bias": ("qwen2", {"lora_bias": True}, "merge_and_unload"),
+    "qalora": ("llama", {"use_qalora": True, "qalora_group_size": 8}, "merge_and_unload"),
+    "activated": ("llama", {"alora_invocation_tokens": [3]}, "merge_and_unload"),
+    "parameters": ("llama", {"target_parameters": ["k_proj.weight"]}, "merge_and_unload"),
+    "repeated-layers": ("llama", {"layer_replication": [(0, 2), (1, 2)]}, "merge_and_unload"),
+    "tokens": ("llama", {"trainable_token_indices": [3, 4]}, "modules_to_save"),
+    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "modules_to_save"),
+    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}, "modules_to_save"),
+    "all-biases": ("qwen2", {"bias": "all"}, "bias='none'"),
+    "own-biases": ("qwen2", {"bias": "lora_only"}, "bias='none'"),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+    "olora": ("llama", {"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+    "no-task-type": ("llama", {"task_type": None}, "set it to null"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_peft_has_and_is_not_served(name: str, tmp_path: Path):
+    """Nothing of it loads as if it were a plain LoRA, and the refusal says what to do instead."""
+    kind, settings, what_to_do = REFUSED[name]
+    save_peft(
+        save_model(tmp_path / "base", kind), tmp_path / "adapter", 1, **{"target_modules": ["q_proj"], **settings}
+    )
+    with pytest.raises(InvalidAdapterError, match=what_to_do):
+        build(tmp_path / "base").load_adapter(KEY, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_whose_base_was_changed_is_served_once_converted(kind: str, tmp_path: Path):
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=kind, task_type="CAUSAL_LM")
+    torch.manual_seed(1)
+    trained = get_peft_model(save_model(tmp_path / "base"), config)
+    config.init_lora_weights = True  # as PEFT has it: the untrained adapter is saved as a plain one
+    trained.save_pretrained(tmp_path / "untrained", save_embedding_layers=False)
+    config.init_lora_weights = kind
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    trained.save_pretrained(
+        tmp_path / "adapter",
+        path_initial_model_for_weight_conversion=str(tmp_path / "untrained"),
+        save_embedding_layers=False,
+    )
+    engine = build(tmp_path / "base")
+    engine.load_adapter(KEY, tmp_path / "adapter")
+    recorder = Recorder(engine)
+    run(engine, ask(prompt(21), sampling=replace(GREEDY, max_tokens=1), adapter=KEY))
+    with torch.inference_mode():
+        theirs = trained(torch.tensor([prompt(21)])).logits[0]
+    assert relative(recorder.of("r"), theirs) < FP32
 
 
 @pytest.mark.parametrize("tokens", [2048, 12])

@@ -1,5 +1,7 @@
 """Base model folders: what is read is exactly what was saved, and what cannot be served is refused by name."""
 
+import errno
+import io
 import json
 import re
 from collections.abc import Callable
@@ -212,6 +214,29 @@ def test_a_folder_without_weights(tmp_path: Path):
     save_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "shard.safetensors"]
+)
+def test_a_folder_of_another_user(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Opening is what is denied here, since no mode of a file keeps root out."""
+    save_model(tmp_path)
+    if "index" in name or "shard" in name:
+        (tmp_path / "model.safetensors").rename(tmp_path / "shard.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    opened = io.open
+
+    def denied(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if file == tmp_path / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", denied)
+    refused(tmp_path, f"{name} cannot be read: permission denied", "read access")
+    if name != "config.json":
+        with pytest.raises(ModelLoadError, match="permission denied"):
+            fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -40])

@@ -52,7 +52,7 @@ class Engine:
         )
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
-        self.layout = base_layout(self.runner.arch, self.runner.fingerprint)
+        self.layout = base_layout(self.runner.arch, self.runner.fingerprint, config.model or "")
         # On a GPU the next step is scheduled and launched while the last one runs.
         self.overlap = self.runner.device.type == "cuda"
         self.in_flight: _InFlight | None = None

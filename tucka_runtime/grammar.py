@@ -26,8 +26,10 @@ Its defaults are 20, 17 and 500."""
 def grammar(schema: str) -> str:
     """llguidance's form of a JSON schema, an object as text; its own options, in `x-guidance`, are overruled. Raises
     ValueError if it is no such text."""
-    options = {"whitespace_flexible": True, "whitespace_pattern": f"[ \\t\\n\\r]{{0,{WHITESPACE}}}"}
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    blanks = f"[ \\t\\n\\r]{{0,{WHITESPACE}}}"
+    return LLMatcher.grammar_from_json_schema(
+        schema, overrides={"whitespace_flexible": True, "whitespace_pattern": blanks}
+    )
 
 
 # llguidance's messages repeat what the schema says; ours do not. By how its begin:

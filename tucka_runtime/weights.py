@@ -50,15 +50,18 @@ def read_config(folder: Path) -> tuple[Any, Architecture]:
     """The transformers configuration of a folder and the architecture it describes. Runs no code of the folder's."""
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
+    path = folder / "config.json"
     try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
+        raw = json.loads(path.read_text("utf-8"))
         kind = raw.get("model_type")
         if kind in FAMILIES:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelLoadError(f"{folder} has no config.json: give the folder of a Hugging Face model.") from None
+    except PermissionError as e:
+        raise _unreadable(e) from None
     except Exception as e:  # whatever transformers and its validators raise: the file is foreign to both of us
-        raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {e}") from e
+        raise ModelLoadError(f"{path} cannot be read: {e}") from e
     if kind not in FAMILIES:
         raise ModelLoadError(f"{folder} is of the type {kind!r}; supported are {', '.join(sorted(FAMILIES))}.")
     return config, FAMILIES[kind](config)
@@ -85,6 +88,27 @@ def fingerprint(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each of which can be opened. Raises ModelLoadError."""
+    try:
+        paths = _named_files(folder)
+        for path in paths:
+            path.open("rb").close()
+    except OSError as e:
+        raise _unreadable(e) from None
+    return paths
+
+
+def _unreadable(error: OSError) -> ModelLoadError:
+    what = f"{error.filename} cannot be read: {(error.strerror or type(error).__name__).lower()}."
+    if isinstance(error, PermissionError):
+        what += (
+            " Give the user that runs this read access to the folder and every file in it (`chmod -R a+rX` does for "
+            "everybody), or run as its owner."
+        )
+    return ModelLoadError(what)
+
+
+def _named_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]

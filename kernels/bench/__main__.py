@@ -172,10 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"{key}: {value}" for key, value in where.items()))
     results = {}
     for op in args.op or (SWEPT if args.sweep else [*OPS, "chain"]):
-        if found := run(op, what, args.skip_tests, args.sweep):
-            results[op] = [r.as_json() for r in found]
-            if not args.json:
-                print("\n" + table(found), flush=True)
+        timed = run(op, what, args.skip_tests, args.sweep)
+        if timed:
+            results[op] = [r.as_json() for r in timed]
+        if timed and not args.json:
+            print("\n" + table(timed), flush=True)
     if args.json:
         print(json.dumps({**where, "results": results}, indent=1))
     return 0 if results else 1

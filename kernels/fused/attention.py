@@ -65,7 +65,7 @@ def _common(
     group = heads // kv_heads
     strides = (*q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], *out.stride()[:2])
     args = (q, k_cache, v_cache, out, pages.start, pages.length, pages.pages, pages.first_page, *strides)
-    options = {
+    options: dict[str, object] = {
         "D": d,
         "BLOCK_D": max(16, power_of_2(d)),
         "GROUP": group,

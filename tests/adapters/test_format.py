@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,9 @@ def test_configuration_that_is_refused(tmp_path, base, changes):
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
         {"ensure_weight_tying": True},
+        {"kasa_config": {"a": 1}},
+        {"arrow_config": {"a": 1}},
+        {"use_bdlora": {"a": 1}},
         {"init_lora_weights": "pissa_niter_4"},
         {"rank_pattern": {"q_proj": 0}},
         {"rank_pattern": {"(": 2}},
@@ -376,6 +380,22 @@ def test_lora_configuration_that_is_refused(tmp_path, base, changes):
     with pytest.raises(InvalidAdapterError) as error:
         read_adapter(put(tmp_path, lora_config(**changes), lora_tensors(base)), base)
     assert next(iter(changes)) in str(error.value) or "regular expression" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what_to_do"),
+    [
+        ({"use_dora": True}, "merge_and_unload"),
+        ({"lora_bias": True}, "merge_and_unload"),
+        ({"trainable_token_indices": [1]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"auto_mapping": {"base_model_class": "os", "parent_library": "os"}}, "set it to null"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_to_do(tmp_path, base, changes, what_to_do):
+    with pytest.raises(InvalidAdapterError, match=what_to_do):
+        read_adapter(put(tmp_path, lora_config(**changes), lora_tensors(base)), base)
 
 
 def test_neutral_unknown_fields_are_accepted(tmp_path, base):
@@ -599,9 +619,40 @@ def test_lora_on_an_embedding_or_with_biases(tmp_path, base):
     config = lora_config(target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(InvalidAdapterError, match=r"model\.embed_tokens"):
         read_adapter(put(tmp_path / "a", config, {**lora_tensors(base, "q_proj"), **embedding}), base)
-    biased = {**lora_tensors(base), f"{FIRST}.bias": torch.ones(6)}
-    with pytest.raises(InvalidAdapterError, match="trained biases"):
+    biased = {**lora_tensors(base), f"{FIRST}.base_layer.bias": torch.ones(6)}
+    with pytest.raises(InvalidAdapterError, match="bias='none'"):
         read_adapter(put(tmp_path / "b", lora_config(bias="lora_only"), biased), base)
+    embedded = {**lora_tensors(base), f"{PREFIX}model.embed_tokens.weight": torch.ones(16, 6)}
+    with pytest.raises(InvalidAdapterError, match="save_embedding_layers=False"):
+        read_adapter(put(tmp_path / "c", lora_config(), embedded), base)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "warns"),
+    [
+        ("meta-llama/Llama-3-8B", "/models/llama-3-8b/", False),
+        ("meta-llama/Llama-3-8B", "/hub/models--meta-llama--Llama-3-8B/snapshots/0123abcd", False),
+        ("C:\\models\\tiny", "tiny", False),
+        ("meta-llama/Llama-3-8B", "/models/llama-3-8b-instruct", True),
+        ("a\nb" + "x" * 4000, "tiny", True),
+        (None, "tiny", False),
+        ("", "tiny", False),
+        ("tiny", "", False),
+        ("tiny", ".", False),
+    ],
+)
+def test_a_base_of_another_name_is_said(tmp_path, base, caplog, theirs, ours, warns):
+    put(tmp_path, lora_config(base_model_name_or_path=theirs), lora_tensors(base))
+    read_adapter(tmp_path, replace(base, name=ours))
+    assert len(caplog.records) == warns
+    if warns:
+        message = caplog.messages[0]
+        assert theirs.split("/")[-1][:1] in message and ours.split("/")[-1] in message
+        assert "\n" not in message and len(message) < 1000
+    caplog.clear()
+    (tmp_path / TRAINING_NAME).write_text(json.dumps({"base_fingerprint": base.fingerprint}))
+    read_adapter(tmp_path, replace(base, name=ours))
+    assert not caplog.records, "the fingerprint has decided it"
 
 
 # --- folders that are refused ---
@@ -614,6 +665,15 @@ def test_pickled_weights_are_never_opened(tmp_path, base, kind):
     os.mkfifo(tmp_path / f"adapter_model.{kind}")  # opening it would wait for ever
     with pytest.raises(InvalidAdapterError, match="pickled"):
         read_adapter(tmp_path, base)
+
+
+def test_a_folder_of_several_adapters_is_said(tmp_path, base):
+    """PEFT's layout for adapters that have names of their own."""
+    for name in ("law", "tax"):
+        put(tmp_path / name, lora_config(), lora_tensors(base))
+    with pytest.raises(InvalidAdapterError, match="Give the subfolder"):
+        read_adapter(tmp_path, base)
+    assert read_adapter(tmp_path / "law", base).kind == "lora"
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])

@@ -356,6 +356,13 @@ def test_paths_that_are_refused(tmp_path, roots, path):
     assert len(path) < 4 or path not in error.value.message
 
 
+def test_a_relative_path_starts_below_the_root(tmp_path):
+    (tmp_path / "ad" / "law").mkdir(parents=True)
+    assert resolve_source("law", [tmp_path / "ad"]).name == "law"
+    with pytest.raises(InvalidAdapterError, match="looked for below each --adapter-root"):
+        resolve_source("ad/law", [tmp_path / "ad"])
+
+
 def test_hosts_are_refused_before_the_disk_is_touched(monkeypatch):
     def touched(*_, **__):
         raise AssertionError("the disk was touched")

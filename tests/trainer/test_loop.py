@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import stat
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -42,7 +46,7 @@ def examples(n=24):
 
 
 def make(config, folder=None, method="tucka"):
-    model = attach(base(), AdapterSettings(method=method, r=4, balance=0.01 if method == "tucka" else 0.0), 0)
+    model = attach(base(), AdapterSettings(method=method, r=4, alpha=64, balance=0.01 if method == "tucka" else 0.0), 0)
     seed_all(0)
     return Loop(model, examples(), examples(8), config, pad=0, device=CPU, router=router_of(model), folder=folder)
 
@@ -81,6 +85,24 @@ def test_resume_with_other_settings_is_refused(tmp_path):
     make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1), tmp_path).run()
     with pytest.raises(ConfigError, match="lr"):
         make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1, lr=1e-5)).resume(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("dtype", lambda loop: loop.model.base_model.bfloat16()),
+        ("data", lambda loop: setattr(loop, "train", examples(12))),
+        ("adapter", lambda loop: setattr(loop.model.peft_config["default"], "alpha", 8)),
+    ],
+)
+def test_resume_of_another_training_is_refused(tmp_path, what, change):
+    config = LoopConfig(steps=2, batch_size=8, checkpoint_every=1)
+    make(config, tmp_path).run()
+    make(config).resume(tmp_path / "checkpoint.pt")
+    other = make(config)
+    change(other)
+    with pytest.raises(ConfigError, match=rf"other settings \({what}\)"):
+        other.resume(tmp_path / "checkpoint.pt")
 
 
 def test_accumulation_equals_a_larger_batch():
@@ -159,7 +181,7 @@ def test_command_writes_an_adapter_that_loads(workplace, method, capsys):
 def test_command_is_deterministic(workplace):
     weights = []
     for _ in range(2):
-        train(workplace, "--steps", "3")
+        assert train(workplace, "--steps", "3", "--overwrite") == 0
         weights.append((workplace / "out/adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
@@ -173,6 +195,92 @@ def test_command_says_what_is_wrong(workplace, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+def test_a_training_that_diverges_is_said(workplace, capsys):
+    assert train(workplace, "--steps", "3", "--alpha", "1e38") == 2
+    assert "Lower --lr or --alpha" in capsys.readouterr().err
+
+
+def test_every_flag_says_what_it_does_and_its_default():
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    for action in parser._actions[1:]:
+        assert action.help, action.dest
+        assert action.required or "default" in action.help, action.dest
+    parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "alpha"),
+    [("tucka", (), 64), ("lora", (), 8), ("lora", ("--alpha", "0.5"), 0.5), ("tucka", ("--alpha", "3"), 3)],
+)
+def test_default_scales(workplace, method, flags, alpha):
+    """LoRA's is PEFT's habit, twice the rank; TuckA's normalised factors need a scale of their own."""
+    assert train(workplace, "--method", method, "--steps", "1", *flags) == 0
+    config = json.loads((workplace / "out/adapter_config.json").read_text())
+    assert config["alpha" if method == "tucka" else "lora_alpha"] == alpha
+
+
+def test_files_are_as_readable_as_the_umask_allows(workplace):
+    """A server may be another user; safetensors alone would keep the weights to their owner."""
+    before = os.umask(0o027)
+    try:
+        assert train(workplace, "--steps", "1") == 0
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (workplace / "out").iterdir()} == {0o640}
+
+
+def test_an_earlier_training_is_not_overwritten_unasked(workplace, capsys):
+    assert train(workplace, "--steps", "1", "--checkpoint-every", "1") == 0
+    weights = (workplace / "out/adapter_model.safetensors").read_bytes()
+    assert train(workplace, "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "--overwrite" in error and "--resume" in error
+    assert (workplace / "out/adapter_model.safetensors").read_bytes() == weights
+    assert train(workplace, "--steps", "1", "--checkpoint-every", "1", "--resume") == 0
+    assert train(workplace, "--steps", "2", "--overwrite") == 0
+    assert (workplace / "out/adapter_model.safetensors").read_bytes() != weights
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--eval-data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--data", "empty.jsonl"), "holds no records"),
+        (("--batch-size", "0"), "batch_size"),
+        (("--t", "1"), "t = 1"),
+        (("--resume",), "no checkpoint"),
+        (("--out", "empty.jsonl"), "cannot be written"),
+    ],
+)
+def test_inputs_are_checked_before_the_model_is_loaded(workplace, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(workplace)
+    (workplace / "empty.jsonl").write_text("\n")
+    monkeypatch.setattr(cli, "_model", None)
+    assert train(workplace, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_chat_template_is_said_once(workplace, capsys):
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (workplace / "data.jsonl").write_text(f"{json.dumps(record)}\n" * 36)
+    config = json.loads((workplace / "base/tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (workplace / "base/tokenizer_config.json").write_text(json.dumps(config))
+    assert train(workplace) == 2
+    error = capsys.readouterr().err
+    assert error.count("chat template") == 1 and "bad records" not in error
+
+
+def test_training_says_nothing_of_its_tools(workplace):
+    """Neither progress of loading nor warnings of libraries: what is on stderr is the training's."""
+    command = [sys.executable, "-m", "tucka_runtime.trainer.cli", "--steps", "1", "--r", "4", "--batch-size", "8"]
+    paths = ["--model", workplace / "base", "--data", workplace / "data.jsonl", "--out", workplace / "out"]
+    said = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=True).stderr
+    assert [line.split()[0] for line in said.splitlines()] == ["step"], said
+
+
 def test_publish_loads_the_adapter_into_a_server(workplace, capsys):
     seen = []
 
@@ -182,19 +290,22 @@ def test_publish_loads_the_adapter_into_a_server(workplace, capsys):
             seen.append((self.path, body, self.headers["Authorization"]))
             self.send_response(200 if len(seen) == 1 else 409)
             self.end_headers()
-            self.wfile.write(b"taken")
+            self.wfile.write(
+                b'{"error": {"message": "The name is taken.", "type": "x"}}' if len(seen) == 2 else b"taken"
+            )
 
         def log_message(self, *args):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    flags = ("--steps", "1", "--publish", f"http://127.0.0.1:{server.server_port}", "--api-key", "k")
+    flags = ("--steps", "1", "--overwrite", "--publish", f"http://127.0.0.1:{server.server_port}", "--api-key", "k")
     assert train(workplace, *flags) == 0
     path, body, key = seen[0]
     assert path == "/v1/load_lora_adapter" and key == "Bearer k"
     assert body == {"lora_name": "out", "lora_path": str((workplace / "out").resolve())}
-    assert train(workplace, *flags, "--name", "again") == 2
-    assert "refused it (409): taken" in capsys.readouterr().err
+    for said in ("The name is taken.", "taken"):  # our own error body, and another's
+        assert train(workplace, *flags, "--name", "again") == 2
+        assert capsys.readouterr().err.endswith(f"refused it (409): {said}\n")
     server.shutdown()
-    assert train(workplace, "--steps", "1", "--publish", "http://127.0.0.1:9") == 2
+    assert train(workplace, "--steps", "1", "--overwrite", "--publish", "http://127.0.0.1:9") == 2

@@ -19,7 +19,7 @@ def llama():
 
 
 def test_formulas_count_what_is_trained():
-    tucka = attach(llama(), AdapterSettings(r=4, k=3, t=2, p=2), 0)
+    tucka = attach(llama(), AdapterSettings(r=4, k=3, t=2, p=2, alpha=64), 0)
     assert trainable_parameters(tucka) == tucka_parameters(LAYERS, 32, 4, 3, 2, 2)
-    lora = attach(llama(), AdapterSettings(method="lora", r=4), 0)
+    lora = attach(llama(), AdapterSettings(method="lora", r=4, alpha=8), 0)
     assert trainable_parameters(lora) == lora_parameters(LAYERS, 4)

@@ -38,6 +38,24 @@ _INERT_LORA_FIELDS = (
     "velora_config",
 )
 
+# LoRA fields that make it something else than base(x) + scale · x Aᵀ Bᵀ: what that is.
+_OTHER_LORA_FIELDS = {
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens of a text only",
+    "arrow_config": "it routes between other adapters",
+    "ensure_weight_tying": "embedding and head are replaced each by itself. Set it to false if neither was trained",
+    "kasa_config": "it also changes the base",
+    "layer_replication": "it runs layers of the base several times",
+    "lora_bias": "it adds a bias of its own",
+    "target_parameters": "it adapts parameters that are no linear layers",
+    "trainable_token_indices": "it changes single rows of the embedding. `modules_to_save` replaces all of it",
+    "use_bdlora": "its factors are block-diagonal",
+    "use_dora": "DoRA also rescales the base's own weights",
+    "use_qalora": "its factors act on groups of inputs",
+}
+_OTHER_LORA_REMEDY = (
+    "Train it without, or merge it into its base (PEFT's merge_and_unload, where it can) and serve the result as a base"
+)
+
 # Initialisations that also change the base weights: on the plain base such an adapter computes something else.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -136,6 +154,9 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
     known = {f.name for f in fields(kind)}
     for name, value in table.items():
         if name not in known and not _neutral(value):
+            if kind is LoRAConfig and name in _OTHER_LORA_FIELDS:
+                why = _OTHER_LORA_FIELDS[name]
+                raise _invalid(f"`{name}` is set, which is not served: {why}. {_OTHER_LORA_REMEDY}")
             raise _invalid(f"{printable(name)} is set, and is not supported. An adapter that needs it is not served")
     for name, value in table.items():
         if name in known:
@@ -148,7 +169,8 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
     elif isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise _invalid(
             "`init_lora_weights` names an initialisation that changed the base weights. Convert the adapter with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which PEFT has for PiSSA, OLoRA, "
+            "CorDA and LoRA-GA, or merge it with merge_and_unload and serve the result as a base"
         )
     return config
 

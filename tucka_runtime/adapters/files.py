@@ -155,7 +155,19 @@ def _why_missing(folder_fd: int, name: str) -> str:
             f"the adapter has no {WEIGHTS_NAME}, only pickled weights, which are never opened because they can run "
             "code. Save it again with safe_serialization=True."
         )
+    if name == CONFIG_NAME and any(_is_file(folder_fd, f"{entry}/{name}") for entry in os.listdir(folder_fd)):
+        return (
+            f"the adapter's folder has no {name}, but subfolders with one: PEFT writes a subfolder for each adapter "
+            "that is not named `default`. Give the subfolder of the one to load."
+        )
     return f"the adapter has no {name}. Give the folder that PEFT's save_pretrained wrote."
+
+
+def _is_file(folder_fd: int, name: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

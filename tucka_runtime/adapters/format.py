@@ -5,6 +5,7 @@ weight is read, and every weight before it is used. Equations and keys: docs/arc
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from tucka_runtime.adapters.config import AdapterConfig, LoRAConfig, TuckAConfig, config_as_dict, parse_config
+from tucka_runtime.adapters.config import (
+    MAX_NAME,
+    AdapterConfig,
+    LoRAConfig,
+    TuckAConfig,
+    config_as_dict,
+    parse_config,
+)
 from tucka_runtime.adapters.files import (
     CONFIG_NAME,
     MAX_WEIGHTS_BYTES,
@@ -51,6 +59,8 @@ __all__ = [
     "read_adapter",
     "write_adapter",
 ]
+
+log = logging.getLogger(__name__)
 
 # The maths divides by Euclidean norms in fp32: the square of a norm must be a normal fp32 number.
 MIN_NORM, MAX_NORM = 1e-18, 1e18
@@ -110,6 +120,8 @@ def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
                 "the adapter was trained on other base weights: the fingerprint in its training.json differs from "
                 "this model's. Load it beside the base it was trained on."
             )
+        if not (training and training.get("base_fingerprint")):
+            _warn_of_another_base(config, base)
         targets = find_targets(config, base)
         router = find_router(config, targets) if isinstance(config, TuckAConfig) else None
         ranks = pattern_values(config.rank_pattern, targets, config.r) if isinstance(config, LoRAConfig) else {}
@@ -164,6 +176,24 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, tor
     digest = start_digest(config_bytes, len(weights))
     digest.update(weights)
     return digest.hexdigest()
+
+
+def _warn_of_another_base(config: AdapterConfig, base: BaseLayout) -> None:
+    """A name proves nothing, since a base may be called otherwise on every machine: nobody is refused for it."""
+    theirs, ours = _model_name(config.base_model_name_or_path or ""), _model_name(base.name)
+    if theirs and ours and theirs.lower() != ours.lower():
+        log.warning(
+            "an adapter that is being loaded says that it was trained on %r, and this base is %r: if they are not the "
+            "same weights, its answers are wrong", theirs[:MAX_NAME], ours,
+        )  # fmt: skip
+
+
+def _model_name(path: str) -> str:
+    """The last part of a model's path or Hub name; of a snapshot in the Hub's cache, the model's."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].rpartition("--")[2]
+    return parts[-1] if parts else ""
 
 
 def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:

@@ -25,12 +25,13 @@ class BaseLayout:
     linears: dotted module path -> (d_in, d_out) of every linear an adapter may adapt, in the order they are declared,
     which is the order they run in; the head is not among them. parameters: name -> shape of every parameter that
     `modules_to_save` may replace, as the base stores it (Conv1D weights are (in, out)). fingerprint: identity of the
-    base's weights.
+    base's weights. name: its path, or what else it is called; empty where nobody knows.
     """
 
     linears: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, tuple[int, ...]]
     fingerprint: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,26 @@ def check_names(names: Set[str], expected: Set[str], targets: list[str], base: B
         )
     if extra:
         raise InvalidAdapterError(
-            f"the adapter has {len(extra)} tensors that its configuration does not account for ({_some(extra)}). Other "
-            "kinds of LoRA, trained biases and embeddings saved outside `modules_to_save` are not supported."
+            f"the adapter has {len(extra)} tensors that its configuration does not account for ({_some(extra)}). "
+            + _remedy(extra, base)
         )
     if missing:
         raise InvalidAdapterError(
             f"the adapter lacks {len(missing)} tensors that its configuration calls for ({_some(missing)}). "
             "Save it again."
         )
+
+
+def _remedy(extra: list[str], base: BaseLayout) -> str:
+    """What to do about tensors that the configuration does not account for."""
+    if all(name.endswith(".bias") for name in extra):
+        return "Trained biases are not served. Train it with bias='none', or name whole modules in `modules_to_save`."
+    if all(name.removeprefix(PREFIX) in base.parameters for name in extra):
+        return (
+            "They are the base's own, as PEFT adds them for a new vocabulary. Save it with save_embedding_layers=False "
+            "if they were not trained, else train them through `modules_to_save`."
+        )
+    return "It is another kind of LoRA than is served, or its two files do not belong together."
 
 
 def _adapted_path(name: str) -> str | None:

@@ -269,8 +269,9 @@ def resolve_source(path: str, roots: Sequence[Path]) -> Path:
         if folder.is_relative_to(real) and folder.is_dir():
             return folder
     raise InvalidAdapterError(
-        "the adapter's path names no folder below an allowed root. Move the adapter there, or start the server with "
-        "another --adapter-root."
+        "the adapter's path names no folder below an allowed root. A relative path is looked for below each "
+        "--adapter-root, whose own name is not part of it. Move the adapter there, or start the server with another "
+        "--adapter-root."
     )
 
 

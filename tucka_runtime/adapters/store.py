@@ -24,7 +24,7 @@ TABLE_ROWS = 8192  # tokens of the vocabulary whose router inputs are computed a
 ACTIVE_SETS = 4  # stacked sets kept for batches that come back, as when two groups of adapters take turns
 
 
-def base_layout(arch: Architecture, fingerprint: str) -> BaseLayout:
+def base_layout(arch: Architecture, fingerprint: str, name: str = "") -> BaseLayout:
     """What adapters/format.py checks an adapter against."""
     linears = {
         arch.path(i, target): (site.d_in, width)
@@ -32,7 +32,7 @@ def base_layout(arch: Architecture, fingerprint: str) -> BaseLayout:
         for site in arch.sites
         for target, width in zip(site.targets, site.widths, strict=True)
     }
-    return BaseLayout(linears, dict(parameter_shapes(arch)), fingerprint)
+    return BaseLayout(linears, dict(parameter_shapes(arch)), fingerprint, name)
 
 
 def locate(arch: Architecture) -> dict[str, Where]:

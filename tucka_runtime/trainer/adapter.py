@@ -3,8 +3,10 @@
 import hashlib
 import json
 import random
+import stat
+import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class AdapterSettings:
     k: int = 4
     t: int = 2
     p: int = 2
-    alpha: float = 64.0
+    alpha: float = field(kw_only=True)
     target_modules: tuple[str, ...] = ("all-linear",)
     centroids: str = "data"
     ec_perturb_scale: float = 1.0
@@ -37,14 +39,17 @@ class AdapterSettings:
             raise ConfigError("method must be tucka or lora")
         if self.centroids not in ("data", "kaiming"):
             raise ConfigError("centroids must be data (set from the first batch) or kaiming")
+        try:
+            self.peft_config()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def peft_config(self) -> peft.PeftConfig:
         """The PEFT configuration; ValueError for sizes that cannot work."""
         targets: Any = "all-linear" if self.target_modules == ("all-linear",) else list(self.target_modules)
         if self.method == "lora":
-            return peft.LoraConfig(
-                r=self.r, lora_alpha=round(self.alpha), target_modules=targets, task_type="CAUSAL_LM"
-            )
+            alpha: Any = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
+            return peft.LoraConfig(r=self.r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         return TuckAConfig(
             r=self.r, k=self.k, t=self.t, p=self.p, alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM",
             ec_perturb_scale=self.ec_perturb_scale, use_kaiming_init_ec=self.centroids == "kaiming",
@@ -62,7 +67,10 @@ def attach(base: Any, settings: AdapterSettings, seed: int) -> Any:
     """A PeftModel with one fresh adapter named "default"; initialised from `seed` alone."""
     seed_all(seed)
     try:
-        return peft.get_peft_model(base, settings.peft_config())
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a property by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return peft.get_peft_model(base, settings.peft_config())
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -90,6 +98,8 @@ def write(model: Any, folder: Path, base_name: str, training: dict[str, Any]) ->
         config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    # safetensors keeps its file to its owner; a server may be another user
+    (folder / "adapter_model.safetensors").chmod(stat.S_IMODE(config_path.stat().st_mode))
 
 
 def digest(data: bytes | Iterable[str]) -> str:

@@ -2,59 +2,96 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tucka_runtime.errors import ConfigError, TuckaError
 
+CHECKPOINT = "checkpoint.pt"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `tucka train`; imports nothing heavy."""
     a = parser.add_argument
-    a("--model", type=Path, default=None, metavar="DIR", help="folder of the base model (default: the embedded one)")
+    d = "(default: %(default)s)"
+    a("--model", type=Path, metavar="DIR", help="folder of the base model (default: the embedded one)")
     a("--data", type=Path, required=True, metavar="JSONL", help="records: prompt/completion, or chat messages")
     a("--out", type=Path, required=True, metavar="DIR", help="folder of the adapter")
     a("--eval-data", type=Path, metavar="JSONL", help="held-out records (default: a share of --data)")
-    a("--eval-fraction", type=float, default=0.1, help="share of --data that is held out")
-    a("--max-length", type=int, default=1024, help="longest record in tokens; longer ones are refused")
-    a("--method", choices=("tucka", "lora"), default="tucka")
-    a("--r", type=int, default=8, help="rank")
-    a("--k", type=int, default=4, help="expert groups")
-    a("--t", type=int, default=2, help="experts in a group")
-    a("--p", type=int, default=2, help="slices of the core that a group shares")
-    a("--alpha", type=float, default=64.0, help="scale of the change (LoRA: lora_alpha)")
-    a("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="layers to adapt, or all-linear")
-    a("--centroids", choices=("data", "kaiming"), default="data", help="set them from the first batch, or draw them")
-    a("--ec-perturb-scale", type=float, default=1.0, help="noise around the first batch's mean")
-    a("--balance", type=float, default=0.0, metavar="GAMMA", help="step of the load-balancing bias; 0 is off")
-    a("--route-batch", choices=("batch", "per-sample", "mixed"), default="mixed", help="which tokens share a route")
-    a("--epochs", type=float, default=3.0, help="passes over the data")
-    a("--steps", type=int, help="optimiser steps, instead of --epochs")
-    a("--batch-size", type=int, default=32)
-    a("--accumulate", type=int, default=1, help="batches in one optimiser step")
-    a("--lr", type=float, default=2e-3)
-    a("--warmup", type=float, default=0.05, help="share of the steps")
-    a("--weight-decay", type=float, default=0.0)
-    a("--eval-every", type=int, default=0, metavar="STEPS", help="default: ten times in all")
-    a("--patience", type=int, default=0, metavar="EVALS", help="stop after so many evaluations without a better loss")
-    a("--checkpoint-every", type=int, default=0, metavar="STEPS")
-    a("--resume", action="store_true", help="continue from the checkpoint in --out")
+    a("--eval-fraction", type=float, default=0.1, help=f"share of --data that is held out {d}")
+    a("--max-length", type=int, default=1024, help=f"longest record in tokens; longer ones are refused {d}")
+    a("--method", choices=("tucka", "lora"), default="tucka", help=f"kind of adapter {d}")
+    a("--r", type=int, default=8, help=f"rank {d}")
+    a("--k", type=int, default=4, help=f"expert groups {d}")
+    a("--t", type=int, default=2, help=f"experts in a group {d}")
+    a("--p", type=int, default=2, help=f"slices of the core that a group shares {d}")
+    a("--alpha", type=float, help="scale of the change; lora_alpha for LoRA (default: 64; LoRA: twice --r)")
+    a(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="layers to adapt, or all-linear (default: all-linear)",
+    )
+    a(
+        "--centroids",
+        choices=("data", "kaiming"),
+        default="data",
+        help=f"set them from the first batch, or draw them {d}",
+    )
+    a("--ec-perturb-scale", type=float, default=1.0, help=f"noise around the first batch's mean {d}")
+    a("--balance", type=float, default=0.0, metavar="GAMMA", help=f"step of the load-balancing bias; 0 is off {d}")
+    a(
+        "--route-batch",
+        choices=("batch", "per-sample", "mixed"),
+        default="mixed",
+        help=f"which tokens share a route {d}",
+    )
+    a("--epochs", type=float, default=3.0, help=f"passes over the data {d}")
+    a("--steps", type=int, help="optimiser steps (default: what --epochs makes)")
+    a("--batch-size", type=int, default=32, help=f"records in a batch {d}")
+    a("--accumulate", type=int, default=1, help=f"batches in one optimiser step {d}")
+    a("--lr", type=float, default=2e-3, help=f"highest learning rate {d}")
+    a("--warmup", type=float, default=0.05, help=f"share of the steps in which the learning rate rises {d}")
+    a("--weight-decay", type=float, default=0.0, help=f"AdamW's weight decay {d}")
+    a("--eval-every", type=int, default=0, metavar="STEPS", help="steps between evaluations (default: ten in all)")
+    a(
+        "--patience",
+        type=int,
+        default=0,
+        metavar="EVALS",
+        help=f"stop after so many evaluations without a better loss; 0 is never {d}",
+    )
+    a(
+        "--checkpoint-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help=f"write what --resume needs every so many steps; 0 is never {d}",
+    )
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out (default: off)")
+    earlier.add_argument(
+        "--overwrite", action="store_true", help="replace the adapter or checkpoint in --out (default: refuse)"
+    )
     a(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="type of the base (auto: stored; CPU: float32)",
+        help=f"type of the base; auto is the stored one, on a CPU float32 {d}",
     )
-    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    a("--seed", type=int, default=0)
-    a("--publish", metavar="URL", help="load the adapter into this running server afterwards")
+    a("--device", choices=("auto", "cpu", "cuda"), default="auto", help=f"auto is a GPU where there is one {d}")
+    a("--seed", type=int, default=0, help=f"of initialisation, order and held-out share {d}")
+    a("--publish", metavar="URL", help="load the adapter into this running server afterwards (default: no server)")
     a("--name", help="name to publish under (default: the name of --out)")
-    a("--api-key", help="key for --publish")
+    a("--api-key", help="key for --publish (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,32 +101,79 @@ def run(args: argparse.Namespace) -> int:
     except TuckaError as error:
         print(f"tucka train: {error.message}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"tucka train: {error.filename} cannot be used by this user: permission denied.", file=sys.stderr)
+        return 2
     return 0
 
 
 def load_base(folder: Path, dtype: str, device: str) -> tuple[Any, Any, Any]:
     """(model, tokenizer, torch device) from a folder. Raises ConfigError when it cannot be used."""
+    where = _device(device)
+    return _model(folder, dtype, where), _tokenizer(folder), where
+
+
+def _device(device: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda was asked for, but torch sees none. Use --device cpu.")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if dtype == "auto" and where.type == "cpu":
-        dtype = "float32"  # bf16 products are slower than fp32 on most CPUs
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json: --model must be the folder of a Hugging Face model.")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"The tokenizer in {folder} has no end-of-sequence token, so completions could not end.")
+    return tokenizer
+
+
+def _model(folder: Path, dtype: str, where: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if dtype == "auto" and where.type == "cpu":
+        dtype = "float32"  # bf16 products are slower than fp32 on most CPUs
+    try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"The tokenizer in {folder} has no end-of-sequence token, so completions could not end.")
-    return model.to(where), tokenizer, where
+    return model.to(where)
+
+
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raises ConfigError where a training would undo, or continue, what is not meant."""
+    if resume and not (out / CHECKPOINT).is_file():
+        raise ConfigError(f"--resume: there is no checkpoint in {out}. Start without it.")
+    found = [name for name in ("adapter_config.json", CHECKPOINT) if (out / name).exists()]
+    if found and not resume and not overwrite:
+        go_on = ", or continue from its checkpoint with --resume" if CHECKPOINT in found else ""
+        raise ConfigError(
+            f"{out} holds an earlier training ({', '.join(found)}). Give another --out, or replace it with "
+            f"--overwrite{go_on}."
+        )
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written: {nearest} is no folder, or not one this user may write to.")
 
 
 def _run(args: argparse.Namespace) -> None:
+    folder = args.model or Path(__file__).parent.parent / "default" / "base"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: --model must be the folder of a Hugging Face model.")
+    for path in filter(None, (args.data, args.eval_data)):
+        if not path.exists():
+            raise ConfigError(f"The data file {path} does not exist.")
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError("--eval-fraction must be from 0 to below 1")
+    _check_out(args.out, args.resume, args.overwrite)
+
     from tucka_runtime.trainer import data
     from tucka_runtime.trainer.adapter import (
         AdapterSettings,
@@ -106,15 +190,18 @@ def _run(args: argparse.Namespace) -> None:
     from tucka_runtime.weights import fingerprint
 
     started = time.monotonic()
-    folder = args.model or Path(__file__).parent.parent / "default" / "base"
-    if not 0 <= args.eval_fraction < 1:
-        raise ConfigError("--eval-fraction must be from 0 to below 1")
+    alpha = args.alpha if args.alpha is not None else 2.0 * args.r if args.method == "lora" else 64.0
     settings = AdapterSettings(
-        method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=args.alpha,
+        method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=alpha,
         target_modules=tuple(args.target_modules), centroids=args.centroids,
         ec_perturb_scale=args.ec_perturb_scale, balance=args.balance,
     )  # fmt: skip
-    base, tokenizer, device = load_base(folder, args.dtype, args.device)
+    config = LoopConfig(
+        steps=args.steps or 1, batch_size=args.batch_size, accumulate=args.accumulate, lr=args.lr, warmup=args.warmup,
+        weight_decay=args.weight_decay, route_batch=args.route_batch, eval_every=args.eval_every or 1,
+        patience=args.patience, checkpoint_every=args.checkpoint_every, seed=args.seed,
+    )  # fmt: skip
+    device, identity, tokenizer = _device(args.device), fingerprint(folder), _tokenizer(folder)
     examples = data.load(args.data, tokenizer, args.max_length)
     if args.eval_data:
         train, held = examples, data.load(args.eval_data, tokenizer, args.max_length)
@@ -122,12 +209,8 @@ def _run(args: argparse.Namespace) -> None:
         train, held = data.split(examples, args.eval_fraction, args.seed)
     per_step = args.batch_size * args.accumulate
     steps = args.steps or max(1, round(args.epochs * len(train) / per_step))
-    config = LoopConfig(
-        steps=steps, batch_size=args.batch_size, accumulate=args.accumulate, lr=args.lr, warmup=args.warmup,
-        weight_decay=args.weight_decay, route_batch=args.route_batch, eval_every=args.eval_every or max(1, steps // 10),
-        patience=args.patience, checkpoint_every=args.checkpoint_every, seed=args.seed,
-    )  # fmt: skip
-    model = attach(base, settings, args.seed)
+    config = replace(config, steps=steps, eval_every=args.eval_every or max(1, steps // 10))
+    model = attach(_model(folder, args.dtype, device), settings, args.seed)
     router = router_of(model)
     seed_all(args.seed)
     print(
@@ -136,11 +219,8 @@ def _run(args: argparse.Namespace) -> None:
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loop = Loop(model, train, held, config, pad=pad, device=device, router=router, folder=args.out)
-    checkpoint = args.out / "checkpoint.pt"
     if args.resume:
-        if not checkpoint.is_file():
-            raise ConfigError(f"--resume: there is no checkpoint in {args.out}. Start without it.")
-        loop.resume(checkpoint)
+        loop.resume(args.out / CHECKPOINT)
         print(f"continuing after step {loop.step}")
     loop.progress, close = _bar(steps, loop.step)
     try:
@@ -151,7 +231,7 @@ def _run(args: argparse.Namespace) -> None:
     source = {"file": args.data.name, "sha256": digest(args.data.read_bytes())}
     source |= {"train": len(train), "held_out": len(held)}
     training = manifest(
-        settings, config, history, result, base_name=folder.name, base_fingerprint=fingerprint(folder),
+        settings, config, history, result, base_name=folder.name, base_fingerprint=identity,
         data=source,
         parameters=trainable_parameters(model), router=router, seconds=time.monotonic() - started,
     )  # fmt: skip
@@ -194,10 +274,20 @@ def publish(url: str, name: str, folder: Path, api_key: str | None) -> None:
         with urllib.request.urlopen(request, timeout=60):
             print(f"published as {name!r} at {url}")
     except urllib.error.HTTPError as error:
-        answer = error.read().decode(errors="replace")
-        raise ConfigError(f"The adapter is in {folder}, but the server refused it ({error.code}): {answer}") from error
+        raise ConfigError(
+            f"The adapter is in {folder}, but the server refused it ({error.code}): {_said(error)}"
+        ) from error
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ConfigError(f"The adapter is in {folder}, but {url} cannot be reached: {error}") from error
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The message in a server's answer; of one that is not ours, its beginning."""
+    answer = error.read().decode(errors="replace")
+    try:
+        return str(json.loads(answer)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer[:300] or error.reason
 
 
 def main() -> int:

@@ -59,7 +59,10 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def encode(record: Any, tokenizer: Any, max_length: int) -> Example:
-    """One record to an example; raises ValueError with the reason when it cannot be used."""
+    """One record to an example.
+
+    Raises ValueError with the reason when it cannot be used, DataError when no other of its kind could be either.
+    """
     if not isinstance(record, dict):
         raise ValueError("a record must be a JSON object")
     chat = "messages" in record
@@ -71,7 +74,10 @@ def encode(record: Any, tokenizer: Any, max_length: int) -> Example:
         raise ValueError("'task' must be a string")
     if chat:
         if tokenizer.chat_template is None:
-            raise ValueError("'messages' need a chat template, which this tokenizer lacks; use prompt/completion")
+            raise DataError(
+                "The records have 'messages', which need a chat template, and this base's tokenizer has none. Use "
+                "records with prompt/completion, or the base's chat version; nothing was trained."
+            )
         messages = _messages(record)
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids

@@ -1,10 +1,13 @@
 """The training loop: accumulation, warm-up and cosine, evaluation, early stop, checkpoints that resume bit for bit."""
 
+import hashlib
+import json
 import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +142,7 @@ class Loop:
             out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), labels=labels)
             loss = completion_loss(out.logits, labels)[0] / tokens
             if not torch.isfinite(loss):
-                raise FloatingPointError(
+                raise ConfigError(
                     f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
                 )
             loss.backward()
@@ -168,11 +171,22 @@ class Loop:
             h.since_best += 1
             h.stopped_early = bool(self.config.patience) and h.since_best >= self.config.patience
 
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What has to be the same for a run to be continued: settings, adapter, type of the base, data."""
+        adapter = self.model.peft_config["default"].to_dict()
+        del adapter["base_model_name_or_path"]  # the same base may lie elsewhere
+        frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
+        return asdict(self.config) | {
+            "adapter": json.dumps(adapter, default=sorted, sort_keys=True), "dtype": sorted(frozen),
+            "data": hashlib.sha256(repr(self.train).encode()).hexdigest(),
+        }  # fmt: skip
+
     def save(self, path: Path) -> None:
         """Write everything a resumed run needs to continue as if never stopped; the old file stays until the end."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            "config": asdict(self.config), "step": self.step, "history": asdict(self.history),
+            "config": self._settings, "step": self.step, "history": asdict(self.history),
             "parameters": {n: p.detach() for n, p in self.parameters}, "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(), "best": self.best,
             "router": self.router.state_dict() if self.router is not None else None,
@@ -184,14 +198,17 @@ class Loop:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ."""
         state = torch.load(path, weights_only=True, map_location=self.device)
-        if state["config"] != asdict(self.config):
-            changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v]
+        settings = self._settings
+        if state["config"] != settings:
+            changed = [k for k, v in settings.items() if state["config"].get(k) != v]
             raise ConfigError(
                 f"The checkpoint was made with other settings ({', '.join(changed)}): it cannot continue bit for bit. "
-                "Use the same settings, or start anew without --resume."
+                "Use the same settings, or start anew: --overwrite instead of --resume."
             )
         if {n: p.shape for n, p in self.parameters} != {n: p.shape for n, p in state["parameters"].items()}:
-            raise ConfigError("The checkpoint is of another adapter or base: start anew without --resume.")
+            raise ConfigError(
+                "The checkpoint is of another adapter or base: start anew, with --overwrite instead of --resume."
+            )
         with torch.no_grad():
             for name, p in self.parameters:
                 p.copy_(state["parameters"][name])
