@@ -152,6 +152,7 @@ def test_the_embedded_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     engine, server = with_embedded_default(EngineConfig(), ServerConfig(adapter=("c=d",)))
     assert engine.model == str(tmp_path / "base")
     assert server.adapter == (f"a={tmp_path}/adapters/a", f"b={tmp_path}/adapters/b", "c=d")
+    assert server.adapter_root == (f"{tmp_path}/adapters",), "what was unloaded can come back"
     _, server = with_embedded_default(EngineConfig(), ServerConfig(adapter=("a=d",)))
     assert server.adapter == (f"b={tmp_path}/adapters/b", "a=d"), "one's own takes the embedded one's place"
     named = EngineConfig(model="x"), ServerConfig()
