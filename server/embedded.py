@@ -21,6 +21,6 @@ def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[E
     given = {adapter.partition("=")[0] for adapter in server.adapter}
     folders = sorted(folder for folder in (FOLDER / "adapters").glob("*") if folder.is_dir())
     embedded = tuple(f"{folder.name}={folder}" for folder in folders if folder.name not in given)
-    # Its own folder is a root, so that an adapter that was unloaded can come back: by its name, which is its path there.
+    # Its own folder is a root, so that what was unloaded can come back: by its name, which is its path there.
     roots = (*server.adapter_root, str(FOLDER / "adapters"))
     return replace(engine, model=str(base)), replace(server, adapter=embedded + server.adapter, adapter_root=roots)
