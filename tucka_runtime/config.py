@@ -40,7 +40,9 @@ class EngineConfig:
     block_size: int = _setting(16, "tokens in one KV page")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
     max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
-    num_threads: int | None = _setting(None, "CPU threads for the engine (default: all cores)")
+    num_threads: int | None = _setting(
+        None, "CPU threads for the engine (default: all cores; one for models narrower than 512)"
+    )
     seed: int = _setting(
         0, "seed of the generator that requests without a seed draw theirs from: runs repeat, requests differ"
     )

@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # without work for so long, the engine checks its books once
 
+NARROW = 512
+"""Models whose hidden states are narrower get one thread: more only take the cores from the API process. Two against
+one, `python -m tucka_runtime.bench`, base only: d 128 1796 and 2056 tok/s, d 256 1208 and 1136, d 512 588 and 452; with
+`tucka loadtest --rate 4` on the embedded default (d 128) a token takes 14.3 and 6.5 ms. On 2 cores."""
+
 
 def main() -> None:
     """The engine process: `python -m tucka_runtime.worker FD`."""
@@ -51,6 +56,10 @@ def main() -> None:
     except ModelLoadError as error:
         channel.send(("failed", error))
         return
+    if config.num_threads is None and engine.runner.arch.hidden < NARROW:
+        import torch
+
+        torch.set_num_threads(1)
     channel.send(("ready", engine.info))
     gc.collect()
     gc.freeze()  # what was imported and loaded stays: no collection walks it again between two tokens
