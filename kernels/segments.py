@@ -26,6 +26,11 @@ DENSE_WORK = 200_000
 SMALL_TILE, LARGE_TILE, SMALL_BATCH = 16, 64, 256
 
 
+def power_of_2(n: int) -> int:
+    """The least one that is not under n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 @dataclass(frozen=True, eq=False)
 class DeltaSite:
     """The folded low-rank factors of the active adapters at one site: a set of n linears that share their input.

@@ -22,7 +22,7 @@ from tucka_runtime.core import ActiveSet, FoldedAdapter, SlotTable
 from tucka_runtime.delta import Delta, Routes, Segment, core_rows, route_plan
 from tucka_runtime.kernels.pages import PagePlan
 from tucka_runtime.kernels.routes import RouteLimits, RoutePlan
-from tucka_runtime.kernels.segments import Segments
+from tucka_runtime.kernels.segments import Segments, power_of_2
 from tucka_runtime.kernels.transfer import pack, view
 from tucka_runtime.models.decoder import Decoder
 from tucka_runtime.sampler import draws
@@ -56,15 +56,11 @@ class Limits:
         """The same, or larger where the adapter needs it."""
         parts = folded.routed.parts if folded.routed else None
         return Limits(
-            max(self.rank, _power(folded.max_rank)),
-            max(self.core_rank, _power(parts.rank if parts else 0)),
-            max(self.k, _power(parts.k if parts else 0)),
-            max(self.t, _power(parts.t if parts else 0)),
+            max(self.rank, power_of_2(folded.max_rank)),
+            max(self.core_rank, power_of_2(parts.rank if parts else 0)),
+            max(self.k, power_of_2(parts.k if parts else 0)),
+            max(self.t, power_of_2(parts.t if parts else 0)),
         )
-
-
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 class Graphs:

@@ -15,17 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.segments import Segments
+from tucka_runtime.kernels.segments import Segments, power_of_2
 
 
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up. triton.cdiv also serves its compiler, and takes 3 us a call for it."""
     return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The least one that is not under n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 CHUNK = 16

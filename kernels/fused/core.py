@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import cdiv, power_of_2
+from tucka_runtime.kernels.fused.blocks import cdiv
 from tucka_runtime.kernels.routes import RoutePlan, Slices
+from tucka_runtime.kernels.segments import power_of_2
 
 BLOCK = 1024
 """Entries of a core per program; r 16 takes one program a module, 224 in a Llama-3-8B. Unmeasured."""

@@ -17,11 +17,10 @@ from tucka_runtime.kernels.fused.blocks import (
     find_target,
     load_tile,
     next_tile,
-    power_of_2,
     rank_block,
     tile_programs,
 )
-from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
+from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan, power_of_2
 
 
 def expand_qkv_rope_kv(

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import cdiv, power_of_2
+from tucka_runtime.kernels.fused.blocks import cdiv
 from tucka_runtime.kernels.routes import RoutePlan
+from tucka_runtime.kernels.segments import power_of_2
 
 PART = 256
 """Tokens per part, so 8192 of them are 32 programs; a decoding segment has one part. Unmeasured."""

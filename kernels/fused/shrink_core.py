@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, cdiv, counters, dot, load_tile, power_of_2
+from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, cdiv, counters, dot, load_tile
 from tucka_runtime.kernels.routes import Slices
-from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, SitePlan
+from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, SitePlan, power_of_2
 
 
 @dataclass(frozen=True)
