@@ -35,8 +35,6 @@ async def completions(request: Request) -> Response:
     stops = fields.stops(body.stop)
     if stops:
         service.text_tokenizer("stop")
-    if body.response_format is not None:
-        service.text_tokenizer("response_format")
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
     texts, ids = await _tokenized(service, prompts, body.add_special_tokens is not False)
     ask = Ask(
@@ -56,6 +54,8 @@ async def completions(request: Request) -> Response:
         skip_special_tokens=body.skip_special_tokens is not False,
         cache_salt=request.state.cache_salt,
     )
+    if ask.sampling.json_schema is not None:
+        service.text_tokenizer("response_format")
     origin = Origin.of(request, "text_completion", body.prompt if service.config.log_prompts else None)
     answer = _Answer(service, body, Generation(service, ask, request.state.received, origin), texts)
     if not body.stream:

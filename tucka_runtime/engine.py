@@ -251,8 +251,7 @@ class Engine:
         if result.logprob is not None:
             out.logprobs = [result.logprob]
         sampling = seq.sampling
-        least = 0 if sampling.json_schema is not None else sampling.min_tokens
-        if result.token in self.runner.sampler.stops(seq) and known + 1 >= least:
+        if result.token in self.runner.sampler.stops(seq) and known + 1 >= sampling.least_tokens:
             out.stop_token_id = result.token
             return self._finish(seq, out, FinishReason.STOP)
         if known + 1 >= sampling.max_tokens or len(seq.tokens) >= self.runner.max_len:

@@ -126,11 +126,11 @@ class Graphs:
         them waits for it; False once there are all."""
         able = [folded for folded in adapters if not folded.saved]
         self._grow(able)
-        wanted = {frozenset(site for _, site in folded.sites) for folded in able}
-        for kinds in sorted(map(sorted, {*wanted, frozenset().union(*wanted)})):
+        alone = {frozenset(site for _, site in folded.sites) for folded in able}
+        for kinds in alone | {frozenset[int]().union(*alone)}:
             for size in reversed(self.sizes):
-                if (size, frozenset(kinds)) not in self.buckets:
-                    self.buckets[size, frozenset(kinds)] = Bucket(self, size, frozenset(kinds))
+                if (size, kinds) not in self.buckets:
+                    self.buckets[size, kinds] = Bucket(self, size, kinds)
                     return True
         return False
 

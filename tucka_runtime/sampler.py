@@ -52,7 +52,7 @@ class Sampler:
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        bound = p.json_schema is not None or p.logit_bias or (seq.num_generated < p.min_tokens and self.stops(seq))
+        bound = p.json_schema is not None or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
         return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
 
     def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
@@ -97,7 +97,7 @@ class Sampler:
         if p.json_schema is not None:
             allowed = torch.frombuffer(bytearray(self.grammars.allowed(seq)), dtype=torch.uint8)
             row.masked_fill_(place([allowed], self.device)[0] == 0, float("-inf"))
-        elif seq.num_generated < p.min_tokens and (stops := self.stops(seq)):
+        if seq.num_generated < p.least_tokens and (stops := self.stops(seq)):
             row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
 
     def _count(self, seq: Sequence) -> tuple[Tensor, Tensor]:

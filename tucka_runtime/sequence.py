@@ -61,6 +61,11 @@ class SamplingParams:
     json_schema: str | None = None
 
     @property
+    def least_tokens(self) -> int:
+        """No answer ends with fewer: `min_tokens`, unless a schema says when it is complete."""
+        return self.min_tokens if self.json_schema is None else 0
+
+    @property
     def penalised(self) -> bool:
         """Whether the tokens so far change the next one's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

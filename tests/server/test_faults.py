@@ -210,9 +210,12 @@ def test_without_tokenizer_ids_are_served(start_fake) -> None:
     ).json()
     assert answer["choices"][0]["text"] == ""
     assert len(answer["choices"][0]["token_ids"]) == 3 and answer["choices"][0]["prompt_token_ids"] == [5, 6]
+    plain = {"model": "base", "prompt": [5], "max_tokens": 1, "response_format": {"type": "text"}}
+    assert server.post("/v1/completions", plain).status_code == 200
     for body, param in (
         ({"model": "base", "prompt": "text"}, "prompt"),
         ({"model": "base", "prompt": [5], "stop": "x"}, "stop"),
+        ({"model": "base", "prompt": [5], "response_format": {"type": "json_object"}}, "response_format"),
     ):
         error = server.post("/v1/completions", body).json()["error"]
         assert error["param"] == param and "tokenizer" in error["message"]
