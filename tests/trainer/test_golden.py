@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tucka_runtime.trainer import TuckAConfig, centroids, routers, set_route_scope
@@ -32,22 +33,34 @@ def expected(golden):
     return load_file(golden / CASE / "expected.safetensors")
 
 
-def test_loss_and_gradients(golden, expected):
-    model = _load(golden, CASE, trainable=True).train()
+def _gradients(golden: Path, expected: dict[str, Tensor], dtype: torch.dtype):
+    """The model after one backward pass over the recorded batch, its output and its recorded parameters' gradients."""
+    model = _load(golden, CASE, trainable=True).train().to(dtype)
     out = model(input_ids=expected["train.input_ids"], labels=expected["train.labels"])
     out.loss.backward()
+    keys = [k.removeprefix("grad.") for k in expected if k.startswith("grad.")]
+    return model, out, {key: _parameter(model, key).grad for key in keys}
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.double(), theirs.double()
+    return float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs))
+
+
+def test_loss_and_gradients(golden, expected):
+    """Gradients of the router and of its module's c are small differences of large sums: in fp32 their relative error
+    is up to 3e-5, and which bits differ is the processor's. So the recorded ones are held to float64."""
+    model, out, gradients = _gradients(golden, expected, torch.float32)
     torch.testing.assert_close(out.loss.detach().view(1), expected["train.loss"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.logits.detach(), expected["train.logits"], atol=1e-4, rtol=1e-4)
     route = routers(model)["default"].route
     assert route.group.tolist() == expected["train.group"].tolist()
     torch.testing.assert_close(route.weights.detach()[0], expected["train.weights"], atol=1e-6, rtol=1e-6)
-    keys = [k.removeprefix("grad.") for k in expected if k.startswith("grad.")]
-    assert len(keys) == 25
-    for key in keys:
-        want = expected[f"grad.{key}"]
-        torch.testing.assert_close(
-            _parameter(model, key).grad, want, atol=1e-5 * max(want.abs().max().item(), 1e-4), rtol=1e-4
-        )
+    _, _, exact = _gradients(golden, expected, torch.float64)
+    assert len(exact) == 25
+    for key, gradient in exact.items():
+        assert _relative(expected[f"grad.{key}"], gradient) < 5e-5, key
+        assert _relative(gradients[key], gradient) < 5e-5, key
 
 
 def test_adamw_steps(golden, expected):
