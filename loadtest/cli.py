@@ -1,4 +1,4 @@
-"""`tucka loadtest`: run, sweep, compare, report."""
+"""`tucka loadtest`: run, sweep, compare, report. The help needs no extra: what does is imported when it runs."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tucka_runtime.errors import ConfigError, TuckaError
-from tucka_runtime.loadtest import compare, report, settings, slo, sweep, table
+from tucka_runtime.loadtest import settings, slo
 from tucka_runtime.loadtest.settings import Settings
 
 EXAMPLES = """
@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 for wrong arguments or a server that cannot be tested or answered nothing; 2 for wrong answers."""
+    from tucka_runtime.loadtest import sweep
+    from tucka_runtime.loadtest.report import compare, report, table
+
     try:
         if args.action == "compare":
             print(compare.render(report.read(args.a), report.read(args.b), (args.a, args.b)))
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def run_once(test: Settings) -> dict[str, Any]:
+    from tucka_runtime.loadtest.report import report
     from tucka_runtime.loadtest.session import Session
 
     return report.build(await Session(test).execute())
@@ -94,6 +98,8 @@ async def run_once(test: Settings) -> dict[str, Any]:
 
 async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
     """The outcome of the sweep; the single results are in its `points`, without raw requests."""
+    from tucka_runtime.loadtest import sweep
+
     if not 0 < args.share <= 1 or args.start_rate <= 0 or args.tolerance <= 0 or args.most_runs < 1:
         raise ConfigError("--share must be in (0, 1], --start-rate and --tolerance positive, --most-runs at least 1")
     test = replace(test, no_raw=True, duration=test.duration or (None if test.requests else 20.0))
@@ -118,7 +124,7 @@ async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_page(result: dict[str, Any], path: str) -> None:
-    from tucka_runtime.loadtest import page
+    from tucka_runtime.loadtest.report import page
 
     try:
         Path(path).write_text(page.render(result), encoding="utf-8")

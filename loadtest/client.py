@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from tucka_runtime.endpoint import client_key, server_address
+from tucka_runtime.client import client_key, server_address
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.loadtest.record import Record, Token
 from tucka_runtime.loadtest.settings import Settings

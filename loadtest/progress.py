@@ -5,7 +5,7 @@ import math
 import sys
 from typing import TextIO
 
-from tucka_runtime.loadtest.metrics import Latency
+from tucka_runtime.loadtest.report.metrics import Latency
 from tucka_runtime.loadtest.runner import Run
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tucka_runtime.loadtest import stats
+from tucka_runtime.loadtest.report import stats
 
 INTERVAL = 0.02  # seconds between looks at the event loop
 # A lag is too long when it exceeds both an absolute floor that idle machines reach now and then and a share of what

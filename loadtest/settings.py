@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tucka_runtime.endpoint import server_address
+from tucka_runtime.client import server_address
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest import arrivals, lengths, popularity, slo
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tucka_runtime.loadtest.table import columns, number
+from tucka_runtime.loadtest.report.table import columns, number
 
 GROWTH = 1.5
 POINT = (

@@ -19,12 +19,11 @@ from typing import Any
 import uvicorn
 
 from tucka_runtime.config import ServerConfig
-from tucka_runtime.metrics import Metrics
-from tucka_runtime.report import AdapterInfo, EngineInfo, StepStats
-from tucka_runtime.sequence import AdapterKey, FinishReason, Route, Timing
-from tucka_runtime.server.app import create_app
-from tucka_runtime.server.connection import connection_class
-from tucka_runtime.server.service import Service
+from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, FinishReason, Route, StepStats, Timing
+from tucka_runtime.server.api.app import create_app
+from tucka_runtime.server.http.connection import connection_class
+from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.service import Service
 
 REPEATS = 50
 GROUPS = 4
@@ -58,7 +57,7 @@ def main() -> None:
         metrics.adapter_loaded(info, {"copy": 0.1, "read": 0.1, "fold": 0.1, "wait": 0.1})
     for route in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "/health", "/ready"):
         for code in ("200", "400", "404", "429", "503"):
-            metrics.http_requests.labels(route, "POST", code).inc()
+            metrics.answered(route, "POST", code)
     with Scraped(metrics) as scraped:
         scraped.show("none used yet", [])
         begin = time.thread_time()

@@ -16,19 +16,17 @@ import uvicorn
 
 from tucka_runtime.adapters.registry import AdapterRegistry, check_name
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.engine_client import EngineClient
+from tucka_runtime.embedded import with_embedded_default
+from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
-from tucka_runtime.logs import set_up_logging
-from tucka_runtime.metrics import Metrics
-from tucka_runtime.server.adapters import AdapterNames
-from tucka_runtime.server.app import create_app
-from tucka_runtime.server.chat_template import ChatTemplate
-from tucka_runtime.server.connection import connection_class
-from tucka_runtime.server.embedded import with_embedded_default
-from tucka_runtime.server.middleware import MAX_HEADER_BYTES
-from tucka_runtime.server.service import Service
-from tucka_runtime.server.settings import unknown_variables
-from tucka_runtime.server.traces import Traces
+from tucka_runtime.server.api.app import create_app
+from tucka_runtime.server.http.connection import connection_class
+from tucka_runtime.server.http.middleware import MAX_HEADER_BYTES
+from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 
 log = logging.getLogger("tucka_runtime.server")
@@ -38,11 +36,8 @@ STOP_ENGINE_SECONDS = 5
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
-    set_up_logging(config.log_format, "server")
     os.environ["TUCKA_LOG_FORMAT"] = config.log_format  # the engine's process logs alike
     try:
-        for variable in unknown_variables(os.environ):
-            log.warning("%s is no setting of this server and has no effect: tucka serve --help lists those", variable)
         engine_config, config = with_embedded_default(engine_config, config)
         _check_names_and_folders(engine_config, config)
         return asyncio.run(_run(engine_config, config))

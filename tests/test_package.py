@@ -21,7 +21,13 @@ def test_wheel_has_one_top_level_package(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     info = wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
     assert {name.split("/")[0] for name in names} == {"tucka_runtime", info}
-    for part in ("kernels/dispatch.py", "kernels/fused/route.py", "server/cli.py", "loadtest/cli.py", "worker.py"):
+    for part in (
+        "kernels/dispatch.py",
+        "kernels/fused/route.py",
+        "server/serve.py",
+        "loadtest/cli.py",
+        "engine/process.py",
+    ):
         assert f"tucka_runtime/{part}" in names
     sources = {
         f"{prefix}/{path.relative_to(folder).as_posix()}"

@@ -30,8 +30,8 @@ from torch.nn.functional import linear
 
 from tucka_runtime.adapters.format import TuckAConfig, write_adapter
 from tucka_runtime.config import SPIN, EngineConfig
-from tucka_runtime.engine import Engine
-from tucka_runtime.sequence import AdapterKey, Request, RouteScope, SamplingParams
+from tucka_runtime.engine.engine import Engine
+from tucka_runtime.messages import AdapterKey, Request, RouteScope, SamplingParams
 
 LLAMA_3_8B = {
     "vocab_size": 128256,

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tucka_runtime.kernels.bench.shapes import PAGE, Sweep, pages
 from tucka_runtime.kernels.bench.timing import Call, Case
-from tucka_runtime.kernels.pages import PagePlan
+from tucka_runtime.kernels.tables.blocks import PagePlan
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:

@@ -18,8 +18,8 @@ from tucka_runtime.kernels.bench import model
 from tucka_runtime.kernels.bench.core import K, P, T
 from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, pages
 from tucka_runtime.kernels.bench.timing import Call, Case, Result, measure
-from tucka_runtime.kernels.pages import PagePlan
-from tucka_runtime.kernels.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
 
 
 @dataclass(frozen=True)

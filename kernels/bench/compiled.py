@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, pages
 from tucka_runtime.kernels.dispatch import choose
-from tucka_runtime.kernels.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
 
 
 @dataclass(frozen=True)

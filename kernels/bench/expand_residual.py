@@ -7,7 +7,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
-from tucka_runtime.kernels.segments import SMALL_BATCH
+from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:

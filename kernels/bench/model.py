@@ -11,7 +11,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Shape, spread
 from tucka_runtime.kernels.fused.expand_residual import one_launch
-from tucka_runtime.kernels.segments import SMALL_TILE, Segments
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments
 
 NORMED = ("o", "down")
 """Sites whose sum is normalised. Without a delta that is one launch; with one the norm is a second, or a tile's last

@@ -6,7 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep
 from tucka_runtime.kernels.bench.timing import Call, Case
-from tucka_runtime.kernels.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
 
 K, T = 4, 2
 

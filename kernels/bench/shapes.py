@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from tucka_runtime.kernels.pages import PagePlan
-from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, Segments, SitePlan
+from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.segments import SMALL_BATCH, DeltaSite, Segments, SitePlan
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import arrive, cdiv, counters, dot
-from tucka_runtime.kernels.pages import TILE, PagePlan
-from tucka_runtime.kernels.segments import power_of_2
+from tucka_runtime.kernels.tables.blocks import TILE, PagePlan
+from tucka_runtime.kernels.tables.segments import power_of_2
 
 SPLIT = 512
 """Keys per split: at D 128 in bf16 256 KB to read, several times what a program's start costs; 64 contexts of 1k with 8

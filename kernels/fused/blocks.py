@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.segments import Segments, power_of_2
+from tucka_runtime.kernels.tables.segments import Segments, power_of_2
 
 
 def cdiv(a: int, b: int) -> int:

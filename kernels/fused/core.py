@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import cdiv
-from tucka_runtime.kernels.routes import RoutePlan, Slices
-from tucka_runtime.kernels.segments import power_of_2
+from tucka_runtime.kernels.tables.routes import RoutePlan, Slices
+from tucka_runtime.kernels.tables.segments import power_of_2
 
 BLOCK = 1024
 """Entries of a core per program; r 16 takes one program a module, 224 in a Llama-3-8B. Unmeasured."""

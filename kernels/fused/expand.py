@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import alignment, cdiv, delta_block, load_tile, rank_block
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 BLOCK_N = 64
 """Columns per program: 2 KB of E per chunk and 64 programs for d 4096, so that few tiles fill the SMs too. Unmeasured.

@@ -20,7 +20,7 @@ from tucka_runtime.kernels.fused.blocks import (
     rank_block,
     tile_programs,
 )
-from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan, power_of_2
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, DeltaSite, SitePlan, power_of_2
 
 
 def expand_qkv_rope_kv(

@@ -25,7 +25,7 @@ from tucka_runtime.kernels.fused.blocks import (
 )
 from tucka_runtime.kernels.fused.expand import BLOCK_N
 from tucka_runtime.kernels.fused.norm import add_norm, norm
-from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, Segments, SitePlan, power_of_2
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, DeltaSite, Segments, SitePlan, power_of_2
 
 TAIL_BYTES = 24 * 1024
 """Of a tile's rows: as much as one program normalises while another launch would start. It reads them twice, the norm's

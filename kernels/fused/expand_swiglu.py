@@ -19,7 +19,7 @@ from tucka_runtime.kernels.fused.blocks import (
     rank_block,
     tile_programs,
 )
-from tucka_runtime.kernels.segments import SMALL_TILE, DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, DeltaSite, SitePlan
 
 BLOCK_N = 64
 """Columns of gate and of up per program, 4 KB of E per chunk; see expand.BLOCK_N. Unmeasured."""

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.segments import power_of_2
+from tucka_runtime.kernels.tables.segments import power_of_2
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import cdiv
-from tucka_runtime.kernels.routes import RoutePlan
-from tucka_runtime.kernels.segments import power_of_2
+from tucka_runtime.kernels.tables.routes import RoutePlan
+from tucka_runtime.kernels.tables.segments import power_of_2
 
 PART = 256
 """Tokens per part, so 8192 of them are 32 programs; a decoding segment has one part. Unmeasured."""

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import cdiv
-from tucka_runtime.kernels.segments import power_of_2
+from tucka_runtime.kernels.tables.segments import power_of_2
 
 BLOCK = 4096
 """Logits per step. Unmeasured."""

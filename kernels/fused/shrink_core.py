@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, cdiv, counters, dot, load_tile
-from tucka_runtime.kernels.routes import Slices
-from tucka_runtime.kernels.segments import SMALL_BATCH, DeltaSite, SitePlan, power_of_2
+from tucka_runtime.kernels.tables.routes import Slices
+from tucka_runtime.kernels.tables.segments import SMALL_BATCH, DeltaSite, SitePlan, power_of_2
 
 
 @dataclass(frozen=True)

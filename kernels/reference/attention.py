@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tucka_runtime.kernels.pages import Decode, PagePlan
+from tucka_runtime.kernels.tables.blocks import Decode, PagePlan
 
 
 def attention(

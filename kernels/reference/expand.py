@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 
 def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:

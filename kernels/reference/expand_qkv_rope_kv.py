@@ -5,7 +5,7 @@ from torch import Tensor
 from tucka_runtime.kernels.reference.expand import expand
 from tucka_runtime.kernels.reference.norm import rms_norm
 from tucka_runtime.kernels.reference.rotary import rotate
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 
 def expand_qkv_rope_kv(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tucka_runtime.kernels.reference.expand import expand
 from tucka_runtime.kernels.reference.norm import norm
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 
 def expand_residual(

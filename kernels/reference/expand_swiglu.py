@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from tucka_runtime.kernels.reference.expand import expand
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 
 def expand_swiglu(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePlan | None) -> Tensor:

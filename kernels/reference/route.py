@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tucka_runtime.kernels.routes import RoutePlan
+from tucka_runtime.kernels.tables.routes import RoutePlan
 
 
 def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:

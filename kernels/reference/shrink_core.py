@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 
 def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> Tensor:

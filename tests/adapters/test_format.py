@@ -4,12 +4,19 @@ import io
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_files import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load, load_file, save
+
+from tests.support import GOLDEN
+from tests.support.adapter_files import (
     PREFIX,
     K,
     P,
@@ -23,19 +30,12 @@ from adapter_files import (
     tucka_config,
     tucka_tensors,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load, load_file, save
-
 from tucka_runtime.adapters import format as adapter_format
 from tucka_runtime.adapters import targets
+from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import MAX_CENTROIDS, parse_config
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, start_digest, strict_json
 from tucka_runtime.adapters.format import (
-    BaseLayout,
     LoRAConfig,
     LoRAModule,
     TuckAConfig,
@@ -47,7 +47,7 @@ from tucka_runtime.adapters.format import (
 from tucka_runtime.adapters.safefile import MAX_HEADER_BYTES, read_header, read_tensors
 from tucka_runtime.errors import AdapterError, BaseModelMismatchError, InvalidAdapterError
 
-CASES = sorted(folder.parent.name for folder in (Path(__file__).parents[1] / "golden").glob("*/adapter"))
+CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/adapter"))
 ROUTER_LATE = "llama-routername-late-k1"
 
 

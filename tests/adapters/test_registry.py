@@ -11,17 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
-from adapter_files import put, tucka_config, tucka_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import ROOT
+from tests.support.adapter_files import put, tucka_config, tucka_tensors
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.adapters.format import read_adapter
-from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name, resolve_source
+from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name
+from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError
-from tucka_runtime.sequence import Route
+from tucka_runtime.messages import Route
 
-CHILD = Path(__file__).with_name("registry_child.py")
+CHILD = ROOT / "tests" / "support" / "registry_child.py"
 
 
 @pytest.fixture

@@ -4,17 +4,15 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from monitoring import DEPLOY, GOLDEN, ROOT, Load, Prometheus, binary, wait_until
 
-sys.path.insert(0, str(ROOT / "tests" / "server"))
-
-from servers import start_command
+from tests.support import GOLDEN
+from tests.support.monitoring import DEPLOY, Load, Prometheus, binary, wait_until
+from tests.support.servers import start_command
 
 
 @pytest.fixture(scope="session")

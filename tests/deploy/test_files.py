@@ -12,10 +12,11 @@ from types import ModuleType
 
 import pytest
 import yaml
-from monitoring import DEPLOY, ROOT
 
+from tests.support import ROOT
+from tests.support.monitoring import DEPLOY
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.server.extras import EXTRAS
+from tucka_runtime.extras import EXTRAS
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 EXACT_TAG = re.compile(r"[\w./-]+:v?\d+(\.\d+)+(-\w+)?")

@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import httpx
-from monitoring import DEPLOY, Load, Prometheus, wait_until
+
+from tests.support.monitoring import DEPLOY, Load, Prometheus, wait_until
 
 VARIABLES = {"$__rate_interval": "15s", "$instance": ".*", "$model": ".*"}
 RULES = DEPLOY / "prometheus" / "rules.yml"

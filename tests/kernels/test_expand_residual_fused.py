@@ -3,16 +3,15 @@
 import dataclasses
 import math
 
-import delta_cases
 import pytest
 import torch
-from delta_cases import LIMITS
-from test_fused_delta import retiled, surrounded
 from torch import Tensor
 
+from tests.support import delta_cases
+from tests.support.delta_cases import LIMITS, retiled, surrounded
 from tucka_runtime.kernels.fused import blocks, expand_residual, norm, shrink_core
 from tucka_runtime.kernels.reference import norm as norm_ref
-from tucka_runtime.kernels.segments import Segments, SitePlan
+from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

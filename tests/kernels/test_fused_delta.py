@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Callable
 
-import delta_cases
 import pytest
 import torch
-from delta_cases import LIMITS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_reference_route import routed
 from torch import Tensor
 
+from tests.support import delta_cases
+from tests.support.delta_cases import LIMITS, retiled, surrounded
+from tests.support.route_cases import routed
 from tucka_runtime.kernels.fused import (
     core,
     expand,
@@ -26,8 +26,8 @@ from tucka_runtime.kernels.reference import expand_qkv_rope_kv as qkv_ref
 from tucka_runtime.kernels.reference import expand_residual as residual_ref
 from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
 from tucka_runtime.kernels.reference import norm as norm_ref
-from tucka_runtime.kernels.routes import Routed, RoutePlan, Slices
-from tucka_runtime.kernels.segments import Segments, SitePlan
+from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -89,46 +89,6 @@ def test_every_expand_block_with_nan_around_its_rows(block_n: int, tile_rows: in
     h = torch.where(case.adapted(), h_true.float(), torch.nan)
     y = expand.run(case.y.clone(), h, case.site, plan, block_n)
     assert delta_cases.relative(y - case.y, delta_true) <= 1e-5
-
-
-def retiled(plan: SitePlan, tile_rows: int) -> SitePlan:
-    """The same batch in tiles of another height, and some empty ones."""
-    rows = [
-        [i, min(i + tile_rows, end), s, a]
-        for begin, end, s, a in [
-            (0, plan.segments.spans[0][0], -1, -1),
-            *((f, e, s, a) for s, (f, e, a) in enumerate(plan.segments.spans)),
-        ]
-        for i in range(begin, end, tile_rows)
-    ]
-    tiles = torch.tensor([*rows, [0, 0, -1, -1]], dtype=torch.int32)
-    return dataclasses.replace(plan, segments=dataclasses.replace(plan.segments, tiles=tiles, tile_rows=tile_rows))
-
-
-def surrounded(name: str, **options: object) -> delta_cases.Case:
-    """The batch of that name with its factors, rows and cores cut out of buffers of NaN."""
-
-    def embed(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        room = torch.full((t.numel() + 512,), torch.nan, dtype=t.dtype)
-        room[256 : 256 + t.numel()] = t.flatten()
-        return room[256 : 256 + t.numel()].view(t.shape)
-
-    case = delta_cases.mix(name, **options)
-    site = case.site
-    u, e = ([[embed(t) for t in row] for row in table] for table in (site.u, site.e))
-    built = type(site).build(u, e, site.columns, case.x.shape[1], case.x.dtype, case.x.device, pool=False)
-    wide = torch.full((len(case.x), case.x.shape[1] + 24), torch.nan)
-    wide[:, : case.x.shape[1]] = case.x
-    cores = None
-    if case.cores is not None:
-        size = case.cores.shape[-1]
-        cores = torch.full((case.cores.shape[0], case.cores.shape[1] + 3, size, size), torch.nan)[:, 1:-2]
-        for s, (_, _, a) in enumerate(case.plan.segments.spans):
-            for j, r in enumerate(site.ranks[a]):
-                cores[s, j, :r, :r] = case.cores[s, j, :r, :r]
-    return dataclasses.replace(case, site=built, x=wide[:, : case.x.shape[1]], cores=cores)
 
 
 @pytest.mark.usefixtures("device")

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from delta_cases import LIMITS, relative
-from test_reference_route import PAGES, check_route, check_routes, filtered64, paged, routed
 
+from tests.support.delta_cases import LIMITS, relative
+from tests.support.route_cases import PAGES, check_route, check_routes, filtered64, paged, routed
 from tucka_runtime.kernels.fused import attention, route, sample
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
-from tucka_runtime.kernels.routes import RoutePlan
+from tucka_runtime.kernels.tables.routes import RoutePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -7,14 +7,14 @@ Without a GPU the same kernels run over the same tensors, without a graph betwee
 import dataclasses
 from collections.abc import Callable
 
-import delta_cases
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support import delta_cases
 from tucka_runtime.kernels.fused import attention, expand, expand_qkv_rope_kv, expand_residual, shrink_core
-from tucka_runtime.kernels.pages import PagePlan
-from tucka_runtime.kernels.segments import DeltaSite, Segments, SitePlan
+from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 
 ROWS, ADAPTERS, RANK, D_IN, HEADS, KV_HEADS, HEAD, BLOCK, WIDTH, SLOTS = 10, 4, 24, 40, 4, 2, 16, 16, 4, 1024
 WIDTHS = (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)

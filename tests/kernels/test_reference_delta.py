@@ -2,21 +2,21 @@
 
 import dataclasses
 
-import delta_cases
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reference_route import routed
 
+from tests.support import delta_cases
+from tests.support.route_cases import routed
 from tucka_runtime.kernels.reference.core import core
 from tucka_runtime.kernels.reference.expand import expand
 from tucka_runtime.kernels.reference.expand_qkv_rope_kv import expand_qkv_rope_kv
 from tucka_runtime.kernels.reference.expand_residual import expand_residual
 from tucka_runtime.kernels.reference.expand_swiglu import expand_swiglu
 from tucka_runtime.kernels.reference.shrink_core import shrink_core
-from tucka_runtime.kernels.routes import RoutePlan
-from tucka_runtime.kernels.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.tables.routes import RoutePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 LIMIT = 1e-5
 

@@ -3,16 +3,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tucka_runtime.loadtest import report
+from tests.support import ROOT
+from tucka_runtime.loadtest.report import report
 from tucka_runtime.loadtest.session import Session
 from tucka_runtime.loadtest.settings import Settings
 
-FAKE = Path(__file__).parent / "fake_server.py"
+FAKE = ROOT / "tests" / "support" / "fake_server.py"
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tucka_runtime.loadtest import metrics
 from tucka_runtime.loadtest.client import Client, EventStream, ServerError
 from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.report import metrics
 from tucka_runtime.loadtest.settings import Settings
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tucka_runtime.loadtest import metrics, stats
-from tucka_runtime.loadtest.metrics import Figures, Latency
 from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.report import metrics, stats
+from tucka_runtime.loadtest.report.metrics import Figures, Latency
 
 
 def record(start, times, tokens=None, model="a", chars=None, **more):

@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 import pytest
 
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.loadtest import cli, compare, page, report, saturation, sweep, table
+from tucka_runtime.loadtest import cli, saturation, sweep
 from tucka_runtime.loadtest.churn import Adapter, adapters
 from tucka_runtime.loadtest.client import ModelCard, ServerError
 from tucka_runtime.loadtest.record import Record
+from tucka_runtime.loadtest.report import compare, page, report, table
 from tucka_runtime.loadtest.session import choose_models
 from tucka_runtime.loadtest.settings import Settings
 

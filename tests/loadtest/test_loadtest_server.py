@@ -17,7 +17,7 @@ START_SECONDS = 90
 def served(golden: Path) -> Iterator[tuple[str, Path]]:
     """A tiny random model with three adapters; (URL, folder of the adapters)."""
     adapters = {"qv": "llama-qv-r8k3t3", "all7": "llama-all7-r4k2t2", "odown": "llama-odown-r8k1t1"}
-    command = [sys.executable, "-c", "import sys; from tucka_runtime.server.cli import main; sys.exit(main())", "serve"]
+    command = [sys.executable, "-c", "import sys; from tucka_runtime.cli.main import main; sys.exit(main())", "serve"]
     command += ["--model", str(golden / "bases" / "llama-tiny"), "--served-model-name", "tiny", "--port", "0"]
     for name, folder in adapters.items():
         command += ["--adapter", f"{name}={golden / folder / 'adapter'}"]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tucka_runtime.trainer.base import END, build_tokenizer
 from tucka_runtime.trainer.data import DataError, collate, encode, epoch, load, split, tasks
-from tucka_runtime.trainer.tasks import TASKS, held_out
+from tucka_runtime.trainer.experiments.base import END, build_tokenizer
+from tucka_runtime.trainer.experiments.tasks import TASKS, held_out
 
 TOKENIZER = build_tokenizer()
 

@@ -14,15 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tucka_runtime.cli import train as cli
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.trainer import cli
+from tucka_runtime.trainer import base_model
 from tucka_runtime.trainer.adapter import AdapterSettings, attach, router_of, seed_all
-from tucka_runtime.trainer.base import build_model, build_tokenizer, save_base
 from tucka_runtime.trainer.data import encode
 from tucka_runtime.trainer.evaluate import evaluate
+from tucka_runtime.trainer.experiments.base import build_model, build_tokenizer, save_base
+from tucka_runtime.trainer.experiments.together import decode_together
 from tucka_runtime.trainer.loop import Loop, LoopConfig, learning_rate
 from tucka_runtime.trainer.model import set_route_scope
-from tucka_runtime.trainer.together import decode_together
 
 TOKENIZER = build_tokenizer()
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -257,7 +258,7 @@ def test_an_earlier_training_is_not_overwritten_unasked(workplace, capsys):
 def test_inputs_are_checked_before_the_model_is_loaded(workplace, capsys, monkeypatch, flags, words):
     monkeypatch.chdir(workplace)
     (workplace / "empty.jsonl").write_text("\n")
-    monkeypatch.setattr(cli, "_model", None)
+    monkeypatch.setattr(base_model, "load_model", None)
     assert train(workplace, *flags) == 2
     assert words in capsys.readouterr().err
 
@@ -275,7 +276,7 @@ def test_a_missing_chat_template_is_said_once(workplace, capsys):
 
 def test_training_says_nothing_of_its_tools(workplace):
     """Neither progress of loading nor warnings of libraries: what is on stderr is the training's."""
-    command = [sys.executable, "-m", "tucka_runtime.trainer.cli", "--steps", "1", "--r", "4", "--batch-size", "8"]
+    command = [sys.executable, "-m", "tucka_runtime.cli.train", "--steps", "1", "--r", "4", "--batch-size", "8"]
     paths = ["--model", workplace / "base", "--data", workplace / "data.jsonl", "--out", workplace / "out"]
     said = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=True).stderr
     assert [line.split()[0] for line in said.splitlines()] == ["step"], said

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import (
     MAX_NAME,
     AdapterConfig,
@@ -37,7 +38,6 @@ from tucka_runtime.adapters.files import (
 )
 from tucka_runtime.adapters.manifest import (
     PREFIX,
-    BaseLayout,
     check_names,
     check_shapes,
     expected_tensors,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
+from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import AdapterConfig, LoRAConfig, TuckAConfig, printable
 from tucka_runtime.adapters.safefile import Entry
 from tucka_runtime.adapters.targets import is_all_linear, match_targets
@@ -16,22 +17,6 @@ from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
 PREFIX = "base_model.model."
 
 NAMES_SHOWN = 3  # tensor names in one error message
-
-
-@dataclass(frozen=True)
-class BaseLayout:
-    """What an adapter needs to know of a base model.
-
-    linears: dotted module path -> (d_in, d_out) of every linear an adapter may adapt, in the order they are declared,
-    which is the order they run in; the head is not among them. parameters: name -> shape of every parameter that
-    `modules_to_save` may replace, as the base stores it (Conv1D weights are (in, out)). fingerprint: identity of the
-    base's weights. name: its path, or what else it is called; empty where nobody knows.
-    """
-
-    linears: Mapping[str, tuple[int, int]]
-    parameters: Mapping[str, tuple[int, ...]]
-    fingerprint: str
-    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ After a crash at any moment the same names come back with the same content. Stan
 
 import fcntl
 import hashlib
-import ipaddress
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -39,10 +38,9 @@ from tucka_runtime.adapters.files import (
     sync_folder,
     write_file,
 )
-from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError
-from tucka_runtime.sequence import Route
+from tucka_runtime.errors import ConfigError, InvalidRequestError
+from tucka_runtime.messages import Route
 
-MAX_PATH = 4096  # characters; Linux's own limit
 COPY_BYTES = 2**20  # memory taken while an adapter of any size is copied
 
 _REGISTRY = "registry.json"
@@ -241,49 +239,6 @@ def check_name(name: str) -> None:
             "an adapter's name must be 1 to 128 letters, digits or characters of `. _ : / @ -`, without empty, `.` or "
             "`..` parts between slashes. Choose another name."
         )
-
-
-def resolve_source(path: str, roots: Sequence[Path]) -> Path:
-    """The folder `path` names: absolute and below a root, or relative and looked for below each root in turn.
-
-    What can be refused by its form is refused before the disk is touched; the network never is. Raises
-    InvalidAdapterError, with one message for what is absent and for what lies outside.
-    """
-    if not 0 < len(path) <= MAX_PATH or not path.isprintable():
-        raise InvalidAdapterError(f"the adapter's path must be 1 to {MAX_PATH} printable characters.")
-    if _names_a_host(path):
-        raise InvalidAdapterError(
-            "the adapter's path looks like a URL or a network address. Adapters are loaded from local folders only: "
-            "download it first."
-        )
-    if ".." in path.split("/"):
-        raise InvalidAdapterError("the adapter's path has a `..` part. Give the folder's own path.")
-    for root in roots:
-        real = root.resolve()
-        if path.startswith("/") and not any(Path(path).is_relative_to(prefix) for prefix in (root, real)):
-            continue
-        try:
-            folder = (real / path).resolve(strict=True)
-        except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
-            continue
-        if folder.is_relative_to(real) and folder.is_dir():
-            return folder
-    raise InvalidAdapterError(
-        "the adapter's path names no folder below an allowed root. A relative path is looked for below each "
-        "--adapter-root, whose own name is not part of it. Move the adapter there, or start the server with another "
-        "--adapter-root."
-    )
-
-
-def _names_a_host(path: str) -> bool:
-    if "\\" in path or path.startswith("//") or "://" in path:
-        return True
-    first = path.split("/")[0]
-    try:
-        ipaddress.ip_address(first.strip("[]"))
-    except ValueError:
-        return ":" in first or first.startswith("[")
-    return True
 
 
 def _copy_weights(source: BufferedIOBase, size: int, config: bytes | bytearray, target: Path) -> str:

@@ -1,6 +1,6 @@
 """What the decoder families have in common, as data: a family is a function from its configuration to this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -73,6 +73,29 @@ class Architecture:
     def first_linear(self, layer: int, site: int) -> int:
         """The number of a site's first linear, counted through the decoder."""
         return layer * sum(len(s.targets) for s in self.sites) + sum(len(s.targets) for s in self.sites[:site])
+
+
+def parameter_shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter of the checkpoint by name, in declaration order, with its stored shape."""
+    yield f"{arch.embed}.weight", (arch.vocab, arch.hidden)
+    if arch.positions:
+        yield f"{arch.positions}.weight", (arch.max_len, arch.hidden)
+    kinds = ("weight", "bias") if arch.norm_bias else ("weight",)
+    for i in range(arch.num_layers):
+        for norm in (arch.input_norm, arch.post_norm):
+            for kind in kinds:
+                yield arch.path(i, f"{norm}.{kind}"), (arch.hidden,)
+        for norm in arch.head_norms or ():
+            yield arch.path(i, f"{norm}.weight"), (arch.head_dim,)
+        for site in arch.sites:
+            for target, width in zip(site.targets, site.widths, strict=True):
+                shape = (site.d_in, width) if arch.transposed else (width, site.d_in)
+                yield arch.path(i, f"{target}.weight"), shape
+                if site.bias:
+                    yield arch.path(i, f"{target}.bias"), (width,)
+    for kind in kinds:
+        yield f"{arch.final_norm}.{kind}", (arch.hidden,)
+    yield f"{arch.head}.weight", (arch.vocab, arch.hidden)
 
 
 Family = Callable[[Any], Architecture]

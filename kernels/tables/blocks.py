@@ -1,0 +1,138 @@
+"""Where a batch's keys and values lie: the metadata that paged attention reads. Shared by all layers of a step.
+
+A cache is (slots, KV heads, D); slot = page · block_size + offset. A sequence's rows are contiguous in the batch.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.kernels.tables.transfer import place
+
+# The reference attends to decodes together, padded to the longest of their bucket; a bucket holds contexts up to a
+# power of two from this on, so that one long context does not make every short one pay for it.
+SMALLEST_BUCKET = 256
+
+# Rows of a prompt that one entry of `PagePlan.tiles` stands for. The fused prefill cuts it further by its own block.
+TILE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Decode:
+    """One-token sequences of similar length: `rows` (B,) of the batch, `slots` (B, L), `length` (B,), all int64."""
+
+    rows: Tensor
+    slots: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """Rows first..end of the batch are the last of `slots` (L,) int64, the context of one sequence."""
+
+    first: int
+    end: int
+    slots: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PagePlan:
+    """All sequences of a batch, as flat tables for the fused kernels; `decodes` and `prefills` are the reference's."""
+
+    spans: tuple[tuple[int, int, int], ...]
+    """(first row, rows, context length) of each sequence, in row order."""
+    longest: int
+    """No context is longer: it sizes the fused decode's buffers."""
+    block_size: int
+    write_slots: Tensor
+    """(T,) int64: where each row's own key and value go."""
+    start: Tensor
+    """(B + 1,) int32 row borders of the sequences."""
+    length: Tensor
+    """(B,) int32 context lengths, this step's tokens included."""
+    pages: Tensor
+    """(P,) int32 page numbers, sequence after sequence."""
+    first_page: Tensor
+    """(B,) int32: where in `pages` each sequence's begin."""
+    singles: Tensor
+    """(D,) int32: the sequences of one row, which the fused kernel decodes."""
+    tiles: Tensor
+    """(N, 2) int32, sequence and first of TILE of its rows, of all the others."""
+    memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    """Indices and masks derived once per step and reused by every layer."""
+
+    @staticmethod
+    def build(
+        spans: Sequence[tuple[int, int, int]], tables: Sequence[Sequence[int]], block_size: int, device: torch.device
+    ) -> "PagePlan":
+        """`spans` as above; `tables` the pages of each sequence, at least as many as its context fills."""
+        flat, first_page = array("i"), []
+        for table, (_, _, length) in zip(tables, spans, strict=True):
+            first_page.append(len(flat))
+            flat.extend(table[: -(-length // block_size)])
+        pages = torch.asarray(flat, dtype=torch.int32)
+        borders = [first for first, _, _ in spans] + [spans[-1][0] + spans[-1][1]]
+        tiles = [[i, j] for i, (_, count, _) in enumerate(spans) if count > 1 for j in range(0, count, TILE)]
+        begin = torch.tensor(first_page, dtype=torch.int32)
+        plan = PagePlan(
+            spans=tuple(spans),
+            longest=max(length for _, _, length in spans),
+            block_size=block_size,
+            write_slots=_write_slots(spans, pages, begin, block_size),
+            start=torch.tensor(borders, dtype=torch.int32),
+            length=torch.tensor([length for _, _, length in spans], dtype=torch.int32),
+            pages=pages,
+            first_page=begin,
+            singles=torch.tensor([i for i, s in enumerate(spans) if s[1] == 1], dtype=torch.int32),
+            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 2),
+        )
+        return place([plan], device)[0]
+
+    @cached_property
+    def decodes(self) -> tuple[Decode, ...]:
+        device = self.pages.device
+        buckets: dict[int, list[int]] = {}
+        for i, (_, count, length) in enumerate(self.spans):
+            if count == 1:
+                buckets.setdefault(max(length, SMALLEST_BUCKET).bit_length(), []).append(i)
+        out = []
+        for members in buckets.values():
+            lengths = torch.tensor([self.spans[i][2] for i in members]).to(device)
+            rows = torch.tensor([self.spans[i][0] for i in members]).to(device)
+            # Past its end a sequence repeats its own last slot: never another's, whose values (a NaN, say) would reach
+            # it through the zeros that the softmax gives to masked keys.
+            longest = max(self.spans[i][2] for i in members)
+            token = torch.minimum(torch.arange(longest, device=device), lengths[:, None] - 1)
+            first = self.first_page[torch.tensor(members).to(device)].long()
+            out.append(Decode(rows, _slots(self.pages, first[:, None], token, self.block_size), lengths))
+        return tuple(out)
+
+    @cached_property
+    def prefills(self) -> tuple[Prefill, ...]:
+        device = self.pages.device
+        return tuple(
+            Prefill(
+                first,
+                first + count,
+                _slots(self.pages, self.first_page[i].long(), torch.arange(length, device=device), self.block_size),
+            )
+            for i, (first, count, length) in enumerate(self.spans)
+            if count > 1
+        )
+
+
+def _slots(pages: Tensor, first: Tensor, token: Tensor, block_size: int) -> Tensor:
+    """Slots, int64, of the tokens of sequences whose pages begin at `first`."""
+    return pages[first + token // block_size].long() * block_size + token % block_size
+
+
+def _write_slots(spans: Sequence[tuple[int, int, int]], pages: Tensor, first_page: Tensor, block_size: int) -> Tensor:
+    """(T,) int64: each sequence's last `rows` slots."""
+    table = torch.tensor([(count, length - count - first) for first, count, length in spans])
+    count, ahead = table.unbind(1)
+    token = torch.arange(int(count.sum())) + ahead.repeat_interleave(count) + spans[0][0]
+    return _slots(pages, first_page.long().repeat_interleave(count), token, block_size)

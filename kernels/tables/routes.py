@@ -1,0 +1,130 @@
+"""Which segments are routed, from what, and where their cores go: the metadata of `route_ids`, `core` and `slices`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.kernels.tables.transfer import place
+
+# Columns of RoutePlan.records.
+IDS, COUNT, TABLE, K, T, C, G, SLOTS, MODULES, P, R, CORE = range(12)
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What routes and cores of one adapter are made of; M linears are adapted, of k groups of t experts each.
+
+    c (M, t, p) and g (M, k, p, r, r) fp32, normalised; slots (M,) int64: where in a segment's cores each linear's lies;
+    table (vocab, k·t) fp32: the router's logits of every token, None where they are no function of the token alone.
+    """
+
+    c: Tensor
+    g: Tensor
+    slots: Tensor
+    table: Tensor | None
+
+    @property
+    def k(self) -> int:
+        return self.g.shape[1]
+
+    @property
+    def t(self) -> int:
+        return self.c.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.g.shape[-1]
+
+    @cached_property
+    def record(self) -> tuple[int, ...]:
+        """Columns TABLE to R."""
+        m, k, p, r, _ = self.g.shape
+        table = 0 if self.table is None else self.table.data_ptr()
+        return table, k, self.t, self.c.data_ptr(), self.g.data_ptr(), self.slots.data_ptr(), m, p, r
+
+
+@dataclass(frozen=True)
+class RouteLimits:
+    """What no segment exceeds: it sizes grids and blocks. `tokens` that a segment is routed by."""
+
+    k: int
+    t: int
+    modules: int
+    rank: int
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class RoutePlan:
+    """S segments: `adapters` of each, `core_rows` that take its cores, `ids` (n,) int64 that route it (None: the route
+    is known). On the host; `records` has all of it for the fused kernels."""
+
+    adapters: tuple[Routed, ...]
+    core_rows: tuple[int, ...]
+    ids: tuple[Tensor | None, ...]
+    limits: RouteLimits
+    records: Tensor
+    """(S, 12) int64, by the names above; COUNT 0: the route is known."""
+    groups: Tensor
+    """(S,) int64. `route_ids` fills in what is not known."""
+    weights: Tensor
+    """(S, at least t) fp32."""
+
+    @staticmethod
+    def build(
+        adapters: Sequence[Routed],
+        core_rows: Sequence[int],
+        ids: Sequence[Tensor | None],
+        known: Sequence[tuple[int, Sequence[float]] | None],
+        device: torch.device,
+    ) -> "RoutePlan":
+        """`known` has group and weights of the segments without `ids`."""
+        limits = RouteLimits(
+            k=max(a.k for a in adapters),
+            t=max(a.t for a in adapters),
+            modules=max(len(a.slots) for a in adapters),
+            rank=max(a.rank for a in adapters),
+            tokens=max((len(own) for own in ids if own is not None), default=0),
+        )
+        weights = torch.zeros(len(adapters), limits.t)
+        for row, route in zip(weights, known, strict=True):
+            if route is not None:
+                row[: len(route[1])] = torch.tensor(route[1])
+        records = [
+            (0 if own is None else own.data_ptr(), 0 if own is None else len(own), *adapter.record, row)
+            for adapter, row, own in zip(adapters, core_rows, ids, strict=True)
+        ]
+        table, groups, weights = place(
+            [
+                torch.tensor(records, dtype=torch.int64),
+                torch.tensor([route[0] if route is not None else 0 for route in known], dtype=torch.int64),
+                weights,
+            ],
+            device,
+        )
+        return RoutePlan(tuple(adapters), tuple(core_rows), tuple(ids), limits, table, groups, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Cores that are combined where they are used: core (c, m) = Σ_j weight[c, m, j] · S_j with S (p, r, r) fp32 at
+    address[c, m], the identity where that is 0.
+
+    address (C, N) int64; weight (C, N, P) fp32, 0 from an adapter's own p on.
+    """
+
+    address: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def empty(num_cores: int, modules: int, p: int, device: torch.device) -> "Slices":
+        """Identities all."""
+        address = torch.zeros(num_cores, modules, dtype=torch.int64, device=device)
+        return Slices(address, torch.zeros(num_cores, modules, p, device=device))
+
+    def of(self, first: int, end: int) -> "Slices":
+        """Those of the linears first..end: a site's."""
+        return Slices(self.address[:, first:end], self.weight[:, first:end])

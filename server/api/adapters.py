@@ -1,0 +1,90 @@
+"""Managing adapters: GET/POST /v1/adapters, GET/DELETE /v1/adapters/{name}, and vLLM's two routes with its bodies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from tucka_runtime.adapters.sources import resolve_source
+from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
+from tucka_runtime.messages import Route
+from tucka_runtime.server.api import fields
+from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, parse
+from tucka_runtime.server.api.models import adapter_card
+from tucka_runtime.server.http.body import read_json
+from tucka_runtime.server.http.errors import JSON
+from tucka_runtime.server.service.adapters import LoadedAdapter
+from tucka_runtime.server.service.service import Service
+
+
+async def list_adapters(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return JSON({"object": "list", "data": [adapter_card(service, adapter) for adapter in service.adapters.all()]})
+
+
+async def get_adapter(request: Request) -> Response:
+    """The card, and with it the whole of the adapter's training.json."""
+    service: Service = request.app.state.service
+    with _params(name="name"):
+        adapter = service.adapters.get(request.path_params["name"])
+    card = adapter_card(service, adapter)
+    return JSON(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
+
+
+async def post_adapter(request: Request) -> Response:
+    """201 with the card when it was loaded, 200 when the name had this content already."""
+    service: Service = request.app.state.service
+    body = parse(LoadAdapterBody, await read_json(request, service.config.max_body_bytes))
+    pinned = fields.pinned_route(body.pinned)
+    with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
+        adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
+    return JSON(adapter_card(service, adapter), 201 if loaded else 200)
+
+
+async def delete_adapter(request: Request) -> Response:
+    """200 when the adapter is gone, 202 when requests that use it go on until they end."""
+    service: Service = request.app.state.service
+    name = request.path_params["name"]
+    with _params(name="name"):
+        in_use = await service.adapters.unload(name)
+    return JSON({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
+
+
+async def load_lora_adapter(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = parse(LoadLoraBody, await read_json(request, service.config.max_body_bytes))
+    with _params(name="lora_name", path="lora_path"):
+        await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_lora_adapter(request: Request) -> Response:
+    """200, as vLLM's, also when requests that use it go on."""
+    service: Service = request.app.state.service
+    body = parse(UnloadLoraBody, await read_json(request, service.config.max_body_bytes))
+    with _params(name="lora_name"):
+        await service.adapters.unload(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _load(
+    service: Service, name: str, path: str, inplace: bool, pinned: Route | None
+) -> tuple[LoadedAdapter, bool]:
+    with service.adapters.noting_failure(name):
+        source = resolve_source(path, [Path(root) for root in service.config.adapter_root])
+        return await service.adapters.load(name, source, inplace, pinned)
+
+
+@contextmanager
+def _params(name: str, path: str | None = None) -> Iterator[None]:
+    """Errors name the field as the route's client called it; those about an adapter's files name its path."""
+    try:
+        yield
+    except TuckaError as error:
+        if error.param in ("name", "model") or type(error) is InvalidRequestError:
+            error.param = name
+        elif isinstance(error, InvalidAdapterError | BaseModelMismatchError):
+            error.param = path
+        raise

@@ -1,0 +1,81 @@
+"""The FastAPI application: which path leads where."""
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.server.api import adapters as admin
+from tucka_runtime.server.api import ops
+from tucka_runtime.server.api.chat import chat_completions
+from tucka_runtime.server.api.completions import completions
+from tucka_runtime.server.api.models import get_model, list_models
+from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
+from tucka_runtime.server.http.keys import Auth
+from tucka_runtime.server.http.middleware import RequestScope
+from tucka_runtime.server.service.service import Service
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(service: Service) -> ASGIApp:
+    """Request id and log outermost, then the keys, then the routes."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    for method, path, endpoint in (
+        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/chat/completions", chat_completions),
+        ("GET", "/v1/models", list_models),
+        ("GET", "/v1/models/{name:path}", get_model),
+        ("GET", "/v1/adapters", admin.list_adapters),
+        ("POST", "/v1/adapters", admin.post_adapter),
+        ("GET", "/v1/adapters/{name:path}", admin.get_adapter),
+        ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
+        ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
+        ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
+        ("GET", "/health", ops.health),
+        ("GET", "/ping", ops.health),
+        ("POST", "/ping", ops.health),
+        ("GET", "/ready", ops.ready),
+        ("GET", "/version", ops.version),
+        ("GET", "/metrics", ops.metrics),
+        ("POST", "/tokenize", ops.tokenize),
+        ("POST", "/detokenize", ops.detokenize),
+    ):
+        app.router.add_route(path, _noting(path, endpoint), methods=[method])
+    app.add_exception_handler(TuckaError, _tucka_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+    config = service.config
+    return RequestScope(Auth(app, config.api_key, config.admin_key), service.metrics.answered)
+
+
+def _noting(path: str, endpoint: Endpoint) -> Endpoint:
+    """The endpoint, leaving the route's template for log and metrics: the path itself is the client's to choose."""
+
+    async def noting(request: Request) -> Response:
+        request.state.route = path
+        return await endpoint(request)
+
+    return noting
+
+
+async def _tucka_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TuckaError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return error_response(MethodNotAllowedError("This path does not take this method."), dict(error.headers or {}))
+    return error_response(NotFoundError("There is nothing at this path."))
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    return error_response(internal_error(request.state.request_id))

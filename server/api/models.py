@@ -1,0 +1,66 @@
+"""GET /v1/models and /v1/models/{id}: the base model and its adapters as cards."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tucka_runtime.server.http.errors import JSON
+from tucka_runtime.server.service.adapters import LoadedAdapter
+from tucka_runtime.server.service.service import Service
+
+
+async def list_models(request: Request) -> Response:
+    service: Service = request.app.state.service
+    cards = [base_card(service), *(adapter_card(service, adapter) for adapter in service.adapters.all())]
+    return JSON({"object": "list", "data": cards})
+
+
+async def get_model(request: Request) -> Response:
+    service: Service = request.app.state.service
+    name = request.path_params["name"]
+    if name == service.model_name:
+        return JSON(base_card(service))
+    return JSON(adapter_card(service, service.adapters.get(name)))
+
+
+def base_card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "tucka",
+        "root": service.model_name,
+        "parent": None,
+        "max_model_len": service.info.max_model_len,
+    }
+
+
+def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
+    """As OpenAI's card; `parent` is the base, and `tucka` has what is particular to adapters."""
+    info = adapter.info
+    return {
+        "id": adapter.key.name,
+        "object": "model",
+        "created": adapter.created,
+        "owned_by": "tucka",
+        "root": service.model_name,
+        "parent": service.model_name,
+        "max_model_len": service.info.max_model_len,
+        "tucka": {
+            "digest": adapter.digest,
+            "generation": adapter.key.generation,
+            "kind": info.kind,
+            "r": info.r,
+            "k": info.k,
+            "t": info.t,
+            "p": info.p,
+            "alpha": info.alpha,
+            "scope": info.scope,
+            "router": info.router,
+            "target_modules": list(info.target_modules),
+            "num_modules": info.num_modules,
+            "bytes": info.bytes,
+            "pinned": {"group": adapter.pinned.group, "weights": adapter.pinned.weights} if adapter.pinned else None,
+        },
+    }

@@ -1,0 +1,90 @@
+"""From a request's fields to the engine's `SamplingParams`, with every limit that needs the model or the server."""
+
+from tucka_runtime.config import ServerConfig
+from tucka_runtime.errors import ContextLengthError, InvalidRequestError
+from tucka_runtime.messages import EngineInfo, SamplingParams
+from tucka_runtime.server.api import fields
+from tucka_runtime.server.api.bodies import GenerationBody
+
+
+def sampling_params(
+    body: GenerationBody,
+    info: EngineInfo,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """`max_tokens` and the logprobs are already checked. Raises InvalidRequestError."""
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequestError("`min_tokens` is larger than `max_tokens`.", "min_tokens")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=min(max(body.top_k or 0, 0), info.vocab_size),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
+        seed=None if body.seed is None else body.seed % 2**63,
+        stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        json_schema=fields.response_format(body.response_format),
+    )
+
+
+def num_sequences(body: GenerationBody, num_prompts: int, config: ServerConfig) -> int:
+    """`n`, checked before anything of its size is made."""
+    n = 1 if body.n is None else body.n
+    if body.best_of not in (None, n):
+        raise InvalidRequestError("`best_of` other than `n` is not supported by this server. Leave it out.", "best_of")
+    if n * num_prompts > config.max_n:
+        raise InvalidRequestError(
+            f"The request asks for more than {config.max_n} answers (prompts x n), this server's --max-n.", "n"
+        )
+    return n
+
+
+def num_logprobs(value: int | None, param: str, config: ServerConfig) -> int | None:
+    if value is not None and not 0 <= value <= config.max_logprobs:
+        raise InvalidRequestError(f"`{param}` must lie between 0 and {config.max_logprobs}.", param)
+    return value
+
+
+def max_tokens_for(
+    asked: int | None,
+    default: int | None,
+    longest_prompt: int,
+    info: EngineInfo,
+    param: str = "max_tokens",
+    prompt_param: str = "prompt",
+) -> int:
+    """Tokens that may be generated. `default` None is: up to the end of the context. Raises ContextLengthError."""
+    context = min(info.max_model_len, info.kv_cache_tokens)
+    room = context - longest_prompt
+    if room < 0:
+        raise ContextLengthError(
+            f"The prompt has {longest_prompt} tokens, more than the context of {context}. Shorten it.", prompt_param
+        )
+    if asked is None:
+        asked = room if default is None else min(default, room)
+        if asked == 0:
+            raise ContextLengthError(
+                f"The prompt fills the context of {context} tokens: no room for an answer. Shorten it.", prompt_param
+            )
+    elif not 0 <= asked <= room:
+        raise ContextLengthError(
+            f"`{param}` must lie between 0 and {room}: the context has {context} tokens, "
+            f"the prompt takes {longest_prompt}.",
+            param,
+        )
+    return asked
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,142 @@
+"""A request's body as strict JSON: limited while it is read, and nothing in it that would bite later."""
+
+import asyncio
+import json
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.http.errors import BodyTooLargeError
+
+MAX_DEPTH = 64
+MAX_ITEMS = 1_000_000  # by commas and opening brackets, those within strings included
+MAX_DIGITS = 20  # of an integer: 2^64 has 20
+_PARSE_ASIDE_BYTES = 64 * 2**10  # larger bodies are parsed off the event loop
+
+
+async def read_json(request: Request, limit: int) -> dict[str, Any]:
+    """The body's JSON object. Raises InvalidRequestError, BodyTooLargeError, ClientDisconnect."""
+    raw = await _read(request, limit)
+    if len(raw) <= _PARSE_ASIDE_BYTES:
+        return parse_json(raw)
+    return await asyncio.to_thread(parse_json, raw)
+
+
+def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
+    """Strict: no duplicate keys, no NaN or Infinity, no lone surrogates, limited depth, digits and items."""
+    if not raw:
+        raise InvalidRequestError("The body is empty. Send a JSON object.")
+    if raw.count(b",") + raw.count(b"[") > MAX_ITEMS:
+        raise InvalidRequestError(
+            f"The body has more than {MAX_ITEMS} commas and brackets, too many to be read. Send fewer or shorter lists."
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidRequestError("The body is not valid UTF-8. Encode the JSON as UTF-8.") from None
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_refuse_constant,
+        )
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(f"The body is not valid JSON (line {error.lineno}, column {error.colno}).") from None
+    except RecursionError:
+        raise _too_deep() from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError("The body must be a JSON object.")
+    _check(value)
+    return value
+
+
+async def _read(request: Request, limit: int) -> bytearray:
+    declared = request.headers.get("content-length")
+    if declared is not None and int(declared) > limit and "expect" in request.headers:
+        raise _too_large(limit)
+    body = bytearray()
+    total = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
+        total += len(chunk)
+        if total <= limit:
+            body += chunk
+        elif total > 2 * limit:
+            raise _too_large(limit)
+        else:
+            # Dropped but read on: a client that is still sending would see a reset instead of the answer.
+            body.clear()
+        if not message.get("more_body", False):
+            break
+    if total > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _check(root: Any) -> None:
+    """Refuses depth beyond MAX_DEPTH and strings that are not Unicode text."""
+    level = [root]
+    for _ in range(MAX_DEPTH):
+        deeper = []
+        for container in level:
+            if isinstance(container, dict):
+                for key in container:
+                    _check_string(key)
+            for item in container.values() if isinstance(container, dict) else container:
+                if isinstance(item, str):
+                    _check_string(item)
+                elif isinstance(item, list | dict):
+                    deeper.append(item)
+        level = deeper
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _check_string(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            "A string holds a lone surrogate (\\ud800 to \\udfff), which is not a character. Send whole pairs."
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise InvalidRequestError("An object names the same key twice. Send every key once.")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise InvalidRequestError(f"An integer has more than {MAX_DIGITS} digits.")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise InvalidRequestError("A number is too large for a 64-bit float.")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise InvalidRequestError("NaN and Infinity are not JSON. Send finite numbers.")
+
+
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is larger than {limit} bytes, which is this server's --max-body-bytes.")

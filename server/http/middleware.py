@@ -1,0 +1,107 @@
+"""What happens to every request: an id, a limit on its headers, one log line, one metric, and a last resort."""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from urllib.parse import quote
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tucka_runtime.logs import fields
+from tucka_runtime.server.http.errors import HeadersTooLargeError, error_response, internal_error
+from tucka_runtime.server.http.keys import PROBES
+
+log = logging.getLogger("tucka_runtime.server.access")
+
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 2**10
+SHOWN_PATH = 100  # characters of a path that leads nowhere, in the log
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class RequestScope:
+    """The outermost layer. Every answer gets `x-request-id`: the client's own if it is well-formed, else a new one."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None]):
+        """`count` is told of every answer's route, method and status code."""
+        self._app = app
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        started = state.setdefault("received", time.monotonic())  # the connection knows better
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            if _too_large(scope):
+                error = HeadersTooLargeError(
+                    f"More than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them. Send fewer."
+                )
+                await error_response(error, {"Connection": "close"})(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = 499  # nobody is there to see it; it is for the log
+        except Exception:  # the last resort: no request may take the server down or see a traceback
+            log.exception("request %s failed", request_id)
+            if not status:
+                await error_response(internal_error(request_id))(scope, receive, send_with_id)
+        finally:
+            self._note(scope, status, request_id, time.monotonic() - started)
+
+    def _note(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
+        route, error = scope["state"].get("route", "unmatched"), scope["state"].get("error")
+        path = quote(scope["path"])[:SHOWN_PATH] if route == "unmatched" else None
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._count(route, method, str(status))
+        level = logging.DEBUG if route in (*PROBES, "/metrics") else logging.INFO
+        log.log(
+            level,
+            "%s %s%s %d%s %.0f ms %s",
+            method,
+            route,
+            f" {path}" if path else "",
+            status,
+            f" {error}" if error else "",
+            seconds * 1000,
+            request_id,
+            extra=fields(
+                event="http",
+                method=method,
+                route=route,
+                path=path,
+                code=status,
+                error=error,
+                seconds=round(seconds, 6),
+                request_id=request_id,
+            ),
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value.decode()
+    return uuid.uuid4().hex
+
+
+def _too_large(scope: Scope) -> bool:
+    headers = scope["headers"]
+    size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
+    return len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES

@@ -1,0 +1,178 @@
+"""What one generation did, step by step: for the metrics as it happens, for its log line and its trace at the end."""
+
+import logging
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+
+from tucka_runtime.logs import fields
+from tucka_runtime.messages import FinishReason, RouteScope, SamplingParams, SequenceOutput, Timing
+from tucka_runtime.server.http.errors import reason
+from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.adapters import LoadedAdapter
+
+if TYPE_CHECKING:
+    from tucka_runtime.server.service.traces import Traces
+
+log = logging.getLogger("tucka_runtime.server.requests")
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The HTTP request behind a generation. `operation` is the GenAI conventions' name for it, `prompt` is None unless
+    it may be logged."""
+
+    request_id: str
+    operation: str
+    context: dict[str, str]
+    prompt: Any = None
+
+    @staticmethod
+    def of(request: Request, operation: str, prompt: Any = None) -> "Origin":
+        """Keeps the W3C trace context of the headers."""
+        context = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
+        return Origin(request.state.request_id, operation, context, prompt)
+
+    @property
+    def trace_id(self) -> str | None:
+        """Of the caller's trace, if its header is well-formed."""
+        match = _TRACEPARENT.fullmatch(self.context.get("traceparent", ""))
+        return match[1] if match else None
+
+
+@dataclass
+class SequenceRecord:
+    """Times are `time.monotonic()`; 0 is not yet. `first` is when the first text was sent, `last` the
+    latest token."""
+
+    first: float = 0.0
+    last: float = 0.0
+    timing: Timing | None = None
+    reason: FinishReason | None = None
+    tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class RequestRecord:
+    """Begins when the engine has taken the request on, ends with `close`, whatever happens in between. `model` is a
+    registered name, never the client's text; `started` is when the request's first bytes came."""
+
+    metrics: Metrics
+    traces: "Traces | None"
+    origin: Origin
+    model: str
+    adapter: LoadedAdapter | None
+    scope: RouteScope
+    sampling: SamplingParams
+    prompt_tokens: int
+    started: float
+    sequences: list[SequenceRecord]
+    answers: int  # sequences of one prompt; they stand together
+    ended: float = 0.0
+    error: BaseException | None = None
+    trace_id: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics.admitted(self.model, self.prompt_tokens, len(self.sequences))
+
+    def output(self, output: SequenceOutput) -> None:
+        """One step's output for one sequence."""
+        sequence = self.sequences[output.index]
+        sequence.timing = output.timing or sequence.timing
+        sequence.tokens += len(output.token_ids)
+        if not sequence.last:
+            # A prompt counts once, whatever the number of its answers, as in prompt_tokens.
+            sequence.cached_tokens = output.cached_tokens if output.index % self.answers == 0 else 0
+        self.metrics.tokens(len(output.token_ids))
+
+    def sent(self, output: SequenceOutput, shown: bool) -> None:
+        """What this output brought has been written to the client, or is kept for a whole answer. `shown`: there was
+        something to see in it."""
+        now, sequence = time.monotonic(), self.sequences[output.index]
+        if shown and not sequence.first:
+            sequence.first = now
+            self.metrics.first_token(self.model, now - self.started, sequence.cached_tokens, sequence.timing)
+        if sequence.last:
+            self.metrics.waited(now - sequence.last, len(output.token_ids))
+        sequence.last = now
+
+    def finished(self, output: SequenceOutput, reason: FinishReason) -> None:
+        """The sequence of this output is complete."""
+        sequence = self.sequences[output.index]
+        sequence.reason = reason
+        self.metrics.decoded(sequence.last - sequence.first)
+        self.metrics.finished(self.model, reason, 1, output.route.changes if output.route else None)
+
+    @property
+    def generated(self) -> int:
+        return sum(sequence.tokens for sequence in self.sequences)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(sequence.cached_tokens for sequence in self.sequences)
+
+    @property
+    def outcome(self) -> str:
+        """ "ok", "error", or "abort" where the client left."""
+        if self.error is not None:
+            return "error"
+        return "ok" if all(s.reason not in (None, FinishReason.ABORT) for s in self.sequences) else "abort"
+
+    def close(self) -> None:
+        """What did not finish counts as an error where there was one, else as aborted."""
+        self.ended = time.monotonic()
+        if unfinished := [sequence for sequence in self.sequences if sequence.reason is None]:
+            reason = FinishReason.ABORT if self.error is None else FinishReason.ERROR
+            for sequence in unfinished:
+                sequence.reason = reason
+            self.metrics.finished(self.model, reason, len(unfinished))
+        self.metrics.closed(self.model, self.ended - self.started, self.generated, self.error is not None)
+        self.trace_id = self.traces.record(self) if self.traces is not None else self.origin.trace_id
+        self._log()
+
+    def _log(self) -> None:
+        first = min((s.first for s in self.sequences if s.first), default=0.0)
+        timings = [s.timing for s in self.sequences if s.timing is not None and s.timing.scheduled]
+        reasons = [str(s.reason) for s in self.sequences]
+        seconds: dict[str, float | None] = {
+            "queue_seconds": max((t.scheduled - t.arrived for t in timings), default=None),
+            "prefill_seconds": max((t.first_token - t.scheduled for t in timings if t.first_token), default=None),
+            "first_token_seconds": first - self.started if first else None,
+            "decode_seconds": max((s.last - s.first for s in self.sequences), default=0.0),
+            "seconds": self.ended - self.started,
+        }
+        log.info(
+            "%s: %d prompt tokens, %d generated, %s, %.0f ms, %s",
+            self.model,
+            self.prompt_tokens,
+            self.generated,
+            self.outcome if self.outcome != "ok" else ",".join(sorted(set(reasons))),
+            1000 * (self.ended - self.started),
+            self.origin.request_id,
+            extra=fields(
+                event="request",
+                request_id=self.origin.request_id,
+                operation=self.origin.operation,
+                model=self.model,
+                adapter=self.adapter.key.name if self.adapter else None,
+                digest=self.adapter.digest if self.adapter else None,
+                generation=self.adapter.key.generation if self.adapter else None,
+                route_scope=str(self.scope) if self.adapter else None,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=self.cached_tokens,
+                generation_tokens=self.generated,
+                sequences=len(self.sequences),
+                outcome=self.outcome,
+                error=reason(self.error) if self.error is not None else None,
+                finish_reasons=reasons,
+                trace_id=self.trace_id,
+                **{name: value if value is None else round(value, 6) for name, value in seconds.items()},
+                **({} if self.origin.prompt is None else {"prompt": self.origin.prompt}),
+            ),
+        )

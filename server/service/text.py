@@ -1,0 +1,111 @@
+"""One sequence's tokens as text: detokenised, cut at stop strings, released only when it can no longer change."""
+
+from dataclasses import dataclass, field
+
+from tucka_runtime.messages import FinishReason, SequenceOutput, TokenLogprob
+from tucka_runtime.server.service.stops import StopStrings, StopTable
+from tucka_runtime.tokenizer import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token; its text begins at character `start` of the answer."""
+
+    id: int
+    start: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(slots=True)
+class Delta:
+    """What became final with one step. The tokens are those whose text is in `text` (or that have none)."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class SequenceText:
+    """Invariant: what was released is a prefix of the final answer, text and tokens alike.
+
+    `detokenizer` is None where the model has no tokenizer: tokens pass, texts are empty.
+    """
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer | None,
+        stops: StopTable = (),
+        stop_token_ids: tuple[int, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ):
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops)
+        self._stop_token_ids = stop_token_ids
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._released = 0  # characters
+        self._tail = ""  # detokenised, not released
+        self._tokens: list[Token] = []  # not released
+        self.generated = 0  # tokens the engine made, those of a cut stop string included
+        self.finished = False
+
+    def push(self, output: SequenceOutput) -> Delta:
+        """Takes one step's tokens. After a delta with `finish_reason` nothing more may be pushed."""
+        delta = Delta()
+        for i, token_id in enumerate(output.token_ids):
+            logprob = output.logprobs[i] if output.logprobs else None
+            self._tokens.append(Token(token_id, self._released + len(self._tail), logprob))
+            self.generated += 1
+            ends = output.stop_token_id is not None and i == len(output.token_ids) - 1
+            if (
+                self._detokenizer
+                and (self._include_stop or not ends)
+                and self._append(self._detokenizer.push(token_id), delta)
+            ):
+                return delta
+            self._release(delta)
+        if output.finish_reason is not None:
+            self._finish(output, delta)
+        return delta
+
+    def _finish(self, output: SequenceOutput, delta: Delta) -> None:
+        if self._detokenizer and self._append(self._detokenizer.flush(), delta):
+            return
+        delta.text += self._tail
+        delta.tokens += self._tokens
+        delta.finish_reason = output.finish_reason
+        if output.stop_token_id in self._stop_token_ids:
+            delta.stop_reason = output.stop_token_id
+        self.finished = True
+
+    def _append(self, piece: str, delta: Delta) -> bool:
+        """Adds text; True if a stop string ended the answer."""
+        before = self._released + len(self._tail)
+        self._tail += piece
+        match = self._stops.feed(piece, counts=self.generated > self._min_tokens)
+        if match is None:
+            return False
+        length, stop = match
+        end = before + length - (0 if self._include_stop else len(stop))
+        delta.text += self._tail[: end - self._released]
+        delta.tokens += [token for token in self._tokens if token.start < end]
+        delta.finish_reason = FinishReason.STOP
+        delta.stop_reason = stop
+        self.finished = True
+        return True
+
+    def _release(self, delta: Delta) -> None:
+        count = len(self._tail) - self._stops.held
+        delta.text += self._tail[:count]
+        self._tail = self._tail[count:]
+        self._released += count
+        if not self._tail and not (self._detokenizer and self._detokenizer.pending):
+            settled = len(self._tokens)
+        else:
+            settled = 0
+            while settled < len(self._tokens) and self._tokens[settled].start < self._released:
+                settled += 1
+        delta.tokens += self._tokens[:settled]
+        del self._tokens[:settled]

@@ -1,0 +1,73 @@
+"""The command line around the server: what it says where something is missing or meant otherwise."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import GOLDEN
+from tucka_runtime.cli.main import main
+from tucka_runtime.client import client_key, server_address
+
+ONE, TWO = (str(GOLDEN / name / "adapter") for name in ("llama-qv-r8k3t3", "llama-all7-r4k2t2"))
+
+
+@pytest.mark.parametrize(("command", "module"), [("train", "peft"), ("loadtest", "aiohttp")])
+def test_a_missing_extra_is_one_line(command: str, module: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; from tucka_runtime.cli.main import main; main()"
+    flags = {"train": ["--data", __file__, "--out", "nowhere"], "loadtest": ["--url", "127.0.0.1:9"]}[command]
+    done = subprocess.run([sys.executable, "-c", code, command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"{module} is not installed" in done.stderr and f"sh deploy/install.sh {command}" in done.stderr
+    helped = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)
+    assert "usage: tucka " + command in helped.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["m/llama"], "--model m/llama"),
+        (["--lora-modules", "law=/a/law"], "--adapter NAME=PATH"),
+        (["--enable-lora"], "not needed"),
+    ],
+)
+def test_the_habits_of_vllm(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "usage: tucka serve" in error and said in error
+
+
+def test_the_command_line_speaks_of_its_own_flags(
+    start_fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_fake(api_key=("right",))
+    flags = ["--url", f"{server.url.removeprefix('http://')}/v1/"]
+    monkeypatch.delenv("TUCKA_CLIENT_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(["adapters", "list", *flags]) == 1
+    assert "wants an API key. Give one of its keys with --api-key or in TUCKA_CLIENT_KEY" in capsys.readouterr().err
+    assert main(["adapters", "list", *flags, "--api-key", "wrong"]) == 1
+    assert "does not know this API key" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "right")
+    assert main(["adapters", "load", "a", ONE, *flags]) == 0
+    assert main(["adapters", "load", "a", TWO, *flags]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--replace" in error and "load_inplace" not in error
+    assert main(["adapters", "load", "a", TWO, *flags, "--replace"]) == 0
+
+
+def test_where_clients_go_and_with_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("127.0.0.1:8123", "http://127.0.0.1:8123/", "http://127.0.0.1:8123/v1/"):
+        assert server_address(url) == "http://127.0.0.1:8123"
+    monkeypatch.setenv("OPENAI_API_KEY", "second")
+    monkeypatch.setenv("TUCKA_CLIENT_KEY", "")
+    assert client_key(None) == "second"
+    monkeypatch.setenv("TUCKA_CLIENT_KEY", "first")
+    assert client_key(None) == "first" and client_key("given") == "given"
+
+
+def test_the_scrape_benchs_help() -> None:
+    command = [sys.executable, "-m", "tucka_runtime.server.bench_scrape", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "adapters in use" in done.stdout

@@ -1,0 +1,88 @@
+"""docs/api.md names every route, field, error code and setting, and no others."""
+
+import inspect
+import re
+from dataclasses import fields
+from types import SimpleNamespace
+
+from tests.support import ROOT
+from tucka_runtime import errors
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.server.api import app
+from tucka_runtime.server.api import bodies as protocol
+from tucka_runtime.server.http import errors as http_errors
+from tucka_runtime.server.http import keys as auth
+from tucka_runtime.server.metrics.metrics import Metrics
+
+TEXT = (ROOT / "docs" / "api.md").read_text()
+
+
+def section(title: str) -> str:
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def cells(title: str, column: int) -> list[str]:
+    """Of the section's tables."""
+    return [line.split(" | ")[column] for line in section(title).splitlines() if re.match(r"\| [^|]", line)]
+
+
+def names(title: str) -> set[str]:
+    return {name for cell in cells(title, 0) for name in re.findall(r"`(\w+)`", cell)}
+
+
+def routes() -> set[str]:
+    service = SimpleNamespace(config=ServerConfig(), metrics=Metrics())
+    made = app.create_app(service)._app._app  # type: ignore[arg-type, attr-defined]
+    return {
+        f"{method} {route.path.replace(':path', '')}" for route in made.routes for method in route.methods - {"HEAD"}
+    }
+
+
+def test_every_route_is_named_with_its_key() -> None:
+    rows = {
+        route: key
+        for routes, key in zip(cells("Routes", 0), cells("Routes", 1), strict=True)
+        for route in re.findall(r"`([A-Z]+ [^`]+)`", routes)
+    }
+    assert set(rows) == routes()
+    for route, key in rows.items():
+        path = route.split()[1]
+        expected = "none" if path in auth.PROBES else "admin" if auth._is_admin_path(path) else "user"
+        assert key == expected, route
+
+
+def test_every_field_of_a_generation_is_named() -> None:
+    named = names("Completions and chat") - {"finish_reason", "stop_reason", "usage", "cached_tokens", "route"}
+    declared = set(protocol.CompletionBody.model_fields) | set(protocol.ChatBody.model_fields)
+    assert named == declared - {"route"} and "| `route` |" in section("Completions and chat")
+
+
+def test_every_other_field_is_named() -> None:
+    for title, bodies in {
+        "Adapters": (protocol.LoadAdapterBody, protocol.LoadLoraBody, protocol.UnloadLoraBody),
+        "Tokenizer": (protocol.TokenizeBody, protocol.DetokenizeBody),
+    }.items():
+        for body in bodies:
+            for name in body.model_fields:
+                assert f"`{name}`" in section(title), name
+
+
+def test_every_field_that_is_not_supported_is_named() -> None:
+    assert names("Fields that are not supported") == {*protocol._WITHOUT_EFFECT, *protocol._NEUTRAL}
+    assert all(f"`{name}`" in section("Fields that are not supported") for name in protocol._ELSEWHERE)
+
+
+def test_every_error_code_is_named_with_its_status() -> None:
+    kinds = [
+        kind
+        for module in (errors, http_errors)
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, errors.TuckaError) and kind.code
+    ]
+    named = re.findall(r"^\| (\d+) \| `(\w+)` \|", section("Errors"), re.MULTILINE)
+    assert {(int(status), code) for status, code in named} == {(kind.status, kind.code) for kind in kinds}
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    known = {"--" + field.name.replace("_", "-") for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known

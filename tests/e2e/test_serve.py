@@ -1,0 +1,121 @@
+"""The command itself: how it starts, stops, and comes back."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support import GOLDEN
+from tests.support.servers import start_command
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.server import serve
+
+BASE = str(GOLDEN / "bases" / "llama-tiny")
+ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
+
+
+def held(client: httpx.Client) -> list[str]:
+    """What the engine is said to hold."""
+    gauges = ("tucka_requests_running ", "tucka_requests_waiting ", "tucka_kv_blocks_used ")
+    return [line.split()[1] for line in client.get("/metrics").text.splitlines() if line.startswith(gauges)]
+
+
+def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
+    """One server's life: an adapter over HTTP, its engine killed, a stream through Ctrl-C, and another life after."""
+    arguments = ("--model", BASE, "--state-dir", str(tmp_path / "state"), "--adapter-root", str(GOLDEN))
+    process, url = start_command(*arguments, "--shutdown-timeout", "20", log=tmp_path / "log")
+    client = httpx.Client(timeout=30, base_url=url)
+    ask = {"model": "kept", "prompt": "Hello", "max_tokens": 8, "temperature": 0, "route": "request"}
+    client.post("/v1/adapters", json={"name": "kept", "path": ONE}).raise_for_status()
+    expected = client.post("/v1/completions", json=ask).json()["choices"]
+
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (engine,) = (int(c) for c in children if b"tucka_runtime.engine.process" in Path(f"/proc/{c}/cmdline").read_bytes())
+    long = ask | {"max_tokens": 240, "ignore_eos": True, "stream": True, "n": 8}
+    with client.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        for _ in range(20):
+            next(lines)
+        assert held(client)[0] == "8.0"
+        os.kill(engine, signal.SIGKILL)
+        seen = [line for line in lines if line]
+    assert "engine_unavailable" in seen[-1] and "[DONE]" not in seen[-1]
+    assert client.get("/health").status_code == 200
+    answer = client.get("/ready")
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+    assert held(client) == ["0.0"] * 3
+    answer = client.post("/v1/completions", json=ask)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_unavailable"
+    deadline = time.monotonic() + 60
+    while client.get("/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert held(client) == ["0.0"] * 3, "the new engine has nothing of the old one's"
+    assert client.post("/v1/completions", json=ask).json()["choices"] == expected
+
+    with client.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url + "/health")
+        seen = [line for line in lines if line]
+    assert seen[-1] == "data: [DONE]", "a running request may finish"
+    assert process.wait(20) == 0
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said and "leaked" not in said
+
+    process, url = start_command(*arguments, log=tmp_path / "log2")
+    assert httpx.post(url + "/v1/completions", json=ask, timeout=30).json()["choices"] == expected
+    with httpx.stream("POST", url + "/v1/completions", json=long, timeout=30) as stream:
+        next(stream.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 8
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="Choose another"):
+        serve._bind(ServerConfig(port=taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        ("meta/llama", {}, "not downloaded"),
+        (".", {}, "no config.json"),
+        (BASE, {"served_model_name": "my model"}, "--served-model-name"),
+        (BASE, {"adapter_root": ("/nowhere",)}, "--adapter-root /nowhere"),
+        (BASE, {"adapter": ("one=/nowhere",)}, "--adapter one"),
+        (BASE, {"adapter": (f"one={ONE}", f"one={ONE}")}, "given twice"),
+    ],
+)
+def test_what_is_wrong_at_first_sight_starts_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, model: str, settings: dict, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(serve, "EngineClient")
+    assert serve.serve(EngineConfig(model=model), ServerConfig(port=0, **settings)) == 1
+    assert said in caplog.text
+
+
+def test_weights_that_this_user_may_not_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda file, mode: not str(file).endswith(".safetensors"))  # root may read all
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .* chmod"):
+        serve._check_names_and_folders(EngineConfig(model=BASE), ServerConfig())
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    assert serve.serve(EngineConfig(model=str(tmp_path)), ServerConfig(port=0)) == 1
+    assert "nothing" in caplog.text and "Traceback" not in caplog.text

@@ -1,0 +1,118 @@
+"""The whole engine on the fused kernels, on a tiny model in fp32: on a GPU, or where there is none in Triton's
+interpreter, which runs what a GPU would."""
+
+import pytest
+import torch
+
+from tests.support.driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
+from tucka_runtime.engine.cuda_graphs import Bucket
+from tucka_runtime.engine.engine import Engine
+from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.interpreted
+EARLY, LATE, PLAIN = (AdapterKey(name, 1) for name in ("early", "late", "plain"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_tokens_equal_the_reference_paths(tmp_path, kind):
+    """Base, TuckA routed by token and inside the model, LoRA of another rank, mixed in one batch; prefill in chunks."""
+    save_model(tmp_path / "model", kind)
+    attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
+    output = ("c_proj",) if kind == "gpt2" else ("o_proj", "down_proj")
+
+    def answers(fused: bool) -> list[list[int]]:
+        engine: Engine = build(
+            tmp_path / "model", fused=fused, device=DEVICE, max_num_batched_tokens=24, max_num_seqs=6
+        )
+        engine.overlap = fused
+        engine.warm_up()
+        layout = engine.layout
+        engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=attention))
+        engine.load_adapter(LATE, save_tucka(tmp_path / "late", layout, seed=1, targets=output, r=6))
+        engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", layout, targets=attention + output, r=18))
+        greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        drawn = SamplingParams(max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, seed=5, ignore_eos=True)
+        done = run(
+            engine,
+            ask(prompt(5), id="base", sampling=drawn),
+            ask(prompt(7, 1), id="early", adapter=EARLY, sampling=greedy),
+            ask(prompt(3, 2), id="early-request", adapter=EARLY, scope=RouteScope.REQUEST, sampling=drawn),
+            ask(prompt(6, 3), id="late", adapter=LATE, sampling=greedy),
+            ask(prompt(4, 4), id="plain", adapter=PLAIN, sampling=greedy),
+        )
+        if engine.runner.graphs is not None:
+            assert any(kinds for _, kinds in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
+        return [answer.token_ids for sequences in done for answer in sequences]
+
+    assert answers(fused=True) == answers(fused=False)
+
+
+def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
+    """One at a time; then no batch has to wait for one, whoever is in it."""
+    save_model(tmp_path / "model")
+    engine: Engine = build(tmp_path / "model", fused=True, device=DEVICE, max_num_seqs=2)
+    engine.overlap = True
+    engine.warm_up()
+    graphs = engine.runner.graphs
+    assert graphs is not None and not engine.prepare()
+    engine.load_adapter(EARLY, save_tucka(tmp_path / "early", engine.layout, targets=("q_proj",)))
+    engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("o_proj",), r=40))
+    # Two sizes of graphs for batches of either adapter and of both, with ranks that warm_up did not know; then prompts.
+    assert sum(iter(engine.prepare, False)) == 6 + 2
+    ready = set(graphs.buckets)
+    greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    for who in ([EARLY], [PLAIN], [EARLY, PLAIN], [EARLY, None]):
+        run(engine, *(ask(prompt(4, i), id=f"{i}", adapter=key, sampling=greedy) for i, key in enumerate(who)))
+    assert set(graphs.buckets) == ready
+
+
+def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
+    """The next step starts from them; the rehearsal before a capture chooses tokens too."""
+    save_model(tmp_path / "model")
+    engine: Engine = build(tmp_path / "model", fused=True, device=DEVICE, max_num_seqs=4)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    graphs.chosen.tokens.fill_(VOCAB)
+    with torch.inference_mode():
+        graphs.bucket(4, None)._rehearse()
+    assert graphs.chosen.tokens.tolist() == [VOCAB] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
+    """Adapters, ranks, routes, lengths and company change after a graph was captured."""
+    save_model(tmp_path / "model", kind)
+    attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
+    engine: Engine = build(tmp_path / "model", device="cuda", dtype="bfloat16", max_num_seqs=6)
+    for key, r, seed in ((EARLY, 4, 0), (LATE, 6, 1)):
+        folder = save_tucka(tmp_path / key.name, engine.layout, targets=attention, r=r, seed=seed)
+        engine.load_adapter(key, folder)
+    engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=attention, r=18))
+    replays = 0
+
+    def both(bucket: Bucket) -> None:
+        nonlocal replays
+        chosen = bucket.graphs.chosen.tokens
+        before = chosen.clone()
+        bucket._graph.replay()
+        logits, tokens = bucket.logits.clone(), bucket.tokens.clone()
+        chosen.copy_(before)
+        bucket._step()
+        real = bucket.fields.on_device["length"] > 0
+        assert torch.equal(bucket.logits[real], logits[real])
+        assert torch.equal(bucket.tokens[real], tokens[real])
+        replays += 1
+
+    monkeypatch.setattr(Bucket, "run", both)
+    for round in range(6):
+        keys = [None, EARLY, LATE, PLAIN, EARLY, LATE][round:] + [PLAIN] * round
+        sampling = SamplingParams(max_tokens=4 + round, temperature=0.7, seed=round, ignore_eos=True)
+        run(
+            engine,
+            *(ask(prompt(3 + 5 * i, i), id=f"{round}-{i}", adapter=k, sampling=sampling) for i, k in enumerate(keys)),
+        )
+    assert replays > 20
+    assert len(engine.runner.graphs.buckets) <= 8, "graphs are per size of batch, not per membership"

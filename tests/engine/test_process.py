@@ -1,0 +1,480 @@
+"""The engine's process: adapters come and go beside requests, it dies and comes back, it never outlives its parent."""
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.driving import GREEDY, Answer, ask, build, prompt, run, save_lora, save_model, save_tucka
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine import client as engine_client
+from tucka_runtime.engine.client import EngineClient, OutputStream
+from tucka_runtime.errors import (
+    AdapterCapacityError,
+    AdapterConflictError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
+    OverloadedError,
+)
+from tucka_runtime.messages import AdapterKey, FinishReason, Request, Route, RouteScope, StepStats
+
+TUCKA, LORA, PINNED = AdapterKey("tucka", 1), AdapterKey("lora", 1), AdapterKey("pinned", 7)
+ROUTE = Route(1, (0.5, 0.625))
+LONG = replace(GREEDY, max_tokens=4000)  # longer than any test
+SHORT = replace(GREEDY, max_tokens=6, logprobs=2)
+PATIENCE = 60  # seconds for what takes one or two on an idle machine
+
+
+class Watched(EngineClient):
+    """Says when it has noticed that its process is gone, and counts the ones it starts."""
+
+    def __init__(self, config: EngineConfig):
+        super().__init__(config)
+        self.noticed = asyncio.Event()
+        self.spawned: list[int] = []
+
+    async def _spawn(self) -> Any:
+        starting = asyncio.ensure_future(super()._spawn())
+        await asyncio.sleep(0)  # the process is started before the first await
+        assert self.pid is not None
+        self.spawned.append(self.pid)
+        return await starting
+
+    def _died(self, channel: Any) -> None:
+        super()._died(channel)
+        self.noticed.set()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and two adapters for it."""
+    folder = tmp_path_factory.mktemp("worker")
+    save_model(folder / "model", max_position_embeddings=8192)
+    layout = build(folder / "model", kv_cache_tokens=8192).layout
+    save_tucka(folder / "tucka", layout)
+    save_lora(folder / "lora", layout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder / "model"),
+        device="cpu",
+        kv_cache_tokens=32768,
+        num_threads=1,
+        max_num_seqs=4,
+        max_queue=2,
+        max_loaded_adapters=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def shared(loop: asyncio.Runner, config: EngineConfig) -> Iterator[Watched]:
+    async def start() -> Watched:
+        client = Watched(config)
+        await client.start()
+        return client
+
+    client = loop.run(start())
+    yield client
+    loop.run(client.stop(PATIENCE))
+
+
+@pytest.fixture
+def client(shared: Watched, loop: asyncio.Runner) -> Iterator[Watched]:
+    """The shared engine, handed over and taken back without requests or adapters."""
+    shared.on_step = shared.on_idle = shared.on_restart = None
+    yield shared
+    for stream in list(shared._streams.values()):
+        stream.abort()
+
+    async def clean() -> None:
+        for key in (TUCKA, LORA, PINNED):
+            await shared.unload_adapter(key)
+        await collect(shared.submit(ask(prompt(3), id="last", sampling=replace(GREEDY, max_tokens=1))))
+
+    loop.run(patiently(clean()))
+    assert shared.ready
+    assert not shared.in_flight
+
+
+async def patiently(work: Coroutine[Any, Any, Any]) -> Any:
+    async with asyncio.timeout(PATIENCE):
+        return await work
+
+
+async def collect(stream: OutputStream) -> list[Answer]:
+    answers: dict[int, Answer] = {}
+    async for out in stream:
+        answers.setdefault(out.index, Answer()).take(out)
+    assert all(answer.finish_reason is not None for answer in answers.values())
+    return [answers[i] for i in sorted(answers)]
+
+
+async def leftovers(stream: OutputStream) -> None:
+    """Reads to the end of a stream that will not end by itself."""
+    async for out in stream:
+        assert out.finish_reason is None
+
+
+async def first(stream: OutputStream) -> None:
+    """Returns when the request is being generated."""
+    await anext(stream)
+
+
+def expected(folder: Path, request: Request) -> list[Answer]:
+    """The same request in an engine of this process, alone."""
+    engine = build(folder / "model", kv_cache_tokens=8192)
+    engine.load_adapter(TUCKA, folder / "tucka")
+    engine.load_adapter(LORA, folder / "lora")
+    engine.load_adapter(PINNED, folder / "tucka", ROUTE)
+    (answers,) = run(engine, request)
+    return answers
+
+
+def test_what_comes_out_is_what_the_engine_computes(client: Watched, loop: asyncio.Runner, folder: Path):
+    requests = [
+        ask(prompt(9), prompt(4), id="base", sampling=replace(SHORT, prompt_logprobs=1), n=2),
+        ask(prompt(12), id="tucka", sampling=SHORT, adapter=TUCKA, scope=RouteScope.REQUEST),
+        ask(prompt(5), id="lora", sampling=SHORT, adapter=LORA),
+        ask(prompt(7), id="pinned", sampling=SHORT, adapter=PINNED),
+    ]
+
+    async def main() -> list[list[Answer]]:
+        await client.load_adapter(TUCKA, folder / "tucka")
+        await client.load_adapter(LORA, folder / "lora")
+        info = await client.load_adapter(PINNED, folder / "tucka", ROUTE)
+        assert info.key == PINNED
+        assert info.scope == RouteScope.PINNED
+        return [await collect(client.submit(request)) for request in requests]
+
+    answers = loop.run(patiently(main()))
+    for request, mine in zip(requests, answers, strict=True):
+        theirs = expected(folder, request)
+        assert len(mine) == request.num_sequences
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.token_ids == b.token_ids
+            assert [entry.logprob for entry in a.logprobs] == pytest.approx([e.logprob for e in b.logprobs], abs=1e-4)
+            assert (a.prompt_logprobs is None) == (b.prompt_logprobs is None)
+            assert (a.route is None) == (b.route is None)
+            assert a.finish_reason is b.finish_reason is FinishReason.LENGTH
+
+
+def test_adapters_come_and_go_beside_requests(client: Watched, loop: asyncio.Runner, folder: Path):
+    """An adapter that is unloaded while a request uses it serves that request to its end, and no other."""
+    sampling = replace(GREEDY, max_tokens=120)
+    request = ask(prompt(11), id="adapted", sampling=sampling, adapter=LORA)
+
+    async def main() -> list[Answer]:
+        busy = client.submit(ask(prompt(5), id="busy", sampling=LONG))
+        await first(busy)
+        await client.load_adapter(LORA, folder / "lora")
+        with pytest.raises(AdapterConflictError):
+            await client.load_adapter(LORA, folder / "lora")
+        stream = client.submit(request)
+        early = await anext(stream)
+        await client.unload_adapter(LORA)
+        with pytest.raises(ModelNotFoundError):
+            await collect(client.submit(ask(prompt(3), id="late", sampling=SHORT, adapter=LORA)))
+        answer = Answer()
+        answer.take(early)
+        async for out in stream:
+            answer.take(out)
+        await client.load_adapter(LORA, folder / "lora")  # its place was freed with the last lease
+        await client.unload_adapter(LORA)
+        await client.unload_adapter(AdapterKey("never heard of", 1))
+        busy.abort()
+        return [answer]
+
+    (answer,) = loop.run(patiently(main()))
+    (alone,) = expected(folder, request)
+    assert answer.token_ids == alone.token_ids
+    assert answer.finish_reason is FinishReason.LENGTH
+
+
+def test_bad_adapters_leave_it_running(client: Watched, loop: asyncio.Runner, folder: Path, tmp_path: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (broken / name).write_bytes((folder / "tucka" / name).read_bytes()[:-20])
+
+    async def main() -> None:
+        pid = client.pid
+        busy = client.submit(ask(prompt(5), id="busy", sampling=LONG))
+        await first(busy)
+        for path in (broken, tmp_path / "nowhere", folder / "model", tmp_path):
+            with pytest.raises(InvalidAdapterError):
+                await client.load_adapter(TUCKA, path)
+        with pytest.raises(InvalidAdapterError, match="pinned"):
+            await client.load_adapter(PINNED, folder / "tucka", Route(3, (0.5, 0.5)))
+        for generation in range(client.config.max_loaded_adapters):
+            await client.load_adapter(AdapterKey("many", generation), folder / "lora")
+        with pytest.raises(AdapterCapacityError):
+            await client.load_adapter(TUCKA, folder / "tucka")
+        for generation in range(client.config.max_loaded_adapters):
+            await client.unload_adapter(AdapterKey("many", generation))
+        await client.load_adapter(TUCKA, folder / "tucka")
+        await first(busy)
+        assert client.pid == pid
+        assert client.restarts == 0
+
+    loop.run(patiently(main()))
+
+
+def test_requests_that_cannot_run_are_refused_alone(client: Watched, loop: asyncio.Runner):
+    async def main() -> None:
+        busy = client.submit(ask(prompt(5), id="busy", sampling=LONG))
+        await first(busy)
+        for request, error in (
+            (ask((), id="empty"), InvalidRequestError),
+            (ask(prompt(10), id="long", sampling=replace(GREEDY, max_tokens=8183)), InvalidRequestError),
+            (ask(prompt(10), id="unknown", adapter=TUCKA), ModelNotFoundError),
+        ):
+            with pytest.raises(error):
+                await collect(client.submit(request))
+        await first(busy)
+        assert client.in_flight == 1
+
+    loop.run(patiently(main()))
+
+
+def test_the_queue_is_bounded(client: Watched, loop: asyncio.Runner):
+    """Four run and two wait; then requests are refused at once, until there is room again."""
+
+    async def main() -> None:
+        streams = [client.submit(ask(prompt(4, i), id=f"long{i}", sampling=LONG)) for i in range(4)]
+        await asyncio.gather(*map(first, streams))
+        waiting = client.submit(ask(prompt(5), prompt(6), id="waiting", sampling=SHORT))
+        assert client.in_flight == 6
+        with pytest.raises(OverloadedError):
+            client.submit(ask(prompt(7), id="refused", sampling=SHORT))
+        streams[0].abort()
+        assert client.in_flight == 5
+        accepted = client.submit(ask(prompt(7), id="accepted", sampling=SHORT))
+        assert len(await collect(waiting)) == 2
+        assert len(await collect(accepted)) == 1
+        assert client.in_flight == 3
+
+    loop.run(patiently(main()))
+
+
+def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Runner):
+    async def main() -> None:
+        steps: list[StepStats] = []
+        idle: list[StepStats | None] = []
+        client.on_step, client.on_idle = steps.append, idle.append
+        streams = [client.submit(ask(prompt(100, i), id=f"long{i}", sampling=LONG)) for i in range(3)]
+        await asyncio.gather(*map(first, streams))
+        assert steps[-1].blocks_used >= 3 * 6
+        # A request that the engine has not seen a step of, awaited by another task.
+        late = client.submit(ask(prompt(100), id="late", sampling=LONG))
+        waiter = asyncio.create_task(leftovers(late))
+        await asyncio.sleep(0)
+        for stream in (*streams, late):
+            stream.abort()
+            stream.abort()
+            assert stream.unfinished == 0
+        await waiter
+        await asyncio.gather(*map(leftovers, streams))
+        assert client.in_flight == 0
+        while not idle:
+            await asyncio.sleep(0.01)
+        assert idle[0] is not None
+        assert (idle[0].running, idle[0].waiting, idle[0].blocks_used) == (0, 0, 0)
+        steps.clear()
+        await collect(client.submit(ask(prompt(3), id="after", sampling=replace(GREEDY, max_tokens=2))))
+        assert steps[-1].running == 0
+        assert steps[-1].blocks_used == 0
+        assert steps[-1].decode_tokens == 1
+
+    loop.run(patiently(main()))
+
+
+def test_kill_9_ends_every_stream_and_it_comes_back(
+    client: Watched, loop: asyncio.Runner, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Twice: the second time while its adapters are being brought back."""
+    monkeypatch.setattr(engine_client, "FIRST_RESTART_DELAY", 0.01)
+    request = ask(prompt(8), id="again", sampling=SHORT, adapter=TUCKA, scope=RouteScope.REQUEST)
+    ready_meanwhile: list[bool] = []
+
+    async def main() -> list[Answer]:
+        client.noticed.clear()
+        client.spawned.clear()
+        idle: list[StepStats | None] = []
+        client.on_idle = idle.append
+        await client.load_adapter(TUCKA, folder / "tucka")
+        streams = [client.submit(ask(prompt(9, i), id=f"r{i}", sampling=LONG, adapter=TUCKA)) for i in range(2)]
+        streams.append(client.submit(ask(prompt(9), prompt(3), id="base", sampling=LONG)))
+        await asyncio.gather(*map(first, streams))
+
+        async def bring_back() -> None:
+            ready_meanwhile.append(client.ready)
+            if len(ready_meanwhile) == 1:
+                assert client.pid is not None
+                os.kill(client.pid, signal.SIGKILL)
+            await client.load_adapter(TUCKA, folder / "tucka")
+
+        client.on_restart = bring_back
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        loading = asyncio.gather(client.load_adapter(LORA, folder / "lora"), return_exceptions=True)
+        for stream in streams:
+            with pytest.raises(EngineDeadError):
+                await leftovers(stream)
+        await client.noticed.wait()
+        (failed,) = await loading
+        assert isinstance(failed, EngineDeadError)
+        assert not client.ready
+        assert client.in_flight == 0
+        with pytest.raises(EngineDeadError):
+            client.submit(ask(prompt(3), id="too early"))
+        with pytest.raises(EngineDeadError):
+            await client.load_adapter(PINNED, folder / "tucka", ROUTE)
+        await client.unload_adapter(LORA)
+        for stream in streams:
+            stream.abort()
+        assert client._restart is not None
+        await client._restart
+        assert client.ready
+        assert ready_meanwhile == [False, False]
+        assert idle.count(None) == 2, "each death is told"
+        assert idle[-1] is not None, "and the new engine's own account"
+        assert client.restarts == 2
+        answers = await collect(client.submit(request))
+        assert len(client.spawned) == 2, "each death is answered by one new process"
+        return answers
+
+    (answer,) = loop.run(patiently(main()))
+    (alone,) = expected(folder, request)
+    assert answer.token_ids == alone.token_ids
+
+
+def test_a_model_that_cannot_be_loaded_is_not_tried_again(loop: asyncio.Runner, config: EngineConfig, tmp_path: Path):
+    async def main() -> None:
+        client = Watched(replace(config, model=str(tmp_path)))
+        with pytest.raises(ModelLoadError, match=r"config\.json"):
+            await client.start()
+        await client.noticed.wait()
+        assert client._restart is None
+        assert client.restarts == 0
+        assert not client.ready
+        with pytest.raises(EngineDeadError):
+            client.submit(ask(prompt(3)))
+        await client.stop(PATIENCE)
+
+    loop.run(patiently(main()))
+
+
+def test_stop_ends_the_process_and_the_streams(loop: asyncio.Runner, config: EngineConfig):
+    async def main() -> None:
+        client = Watched(config)
+        info = await client.start()
+        assert info.max_model_len == 8192
+        stream = client.submit(ask(prompt(5), id="busy", sampling=LONG))
+        await first(stream)
+        await client.stop(PATIENCE)
+        with pytest.raises(EngineDeadError):
+            await leftovers(stream)
+        assert client._process is not None
+        assert client._process.returncode == 0
+        await client.noticed.wait()
+        assert client._restart is None
+        assert not client.ready
+
+    loop.run(patiently(main()))
+
+
+PARENT = """
+import asyncio, sys
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.client import EngineClient
+from tucka_runtime.messages import Request, SamplingParams
+
+async def main():
+    client = EngineClient(EngineConfig(model=sys.argv[1], device="cpu", kv_cache_tokens=8192, num_threads=1))
+    await client.start()
+    stream = client.submit(Request("r", ((5, 6, 7),), SamplingParams(max_tokens=8000, ignore_eos=True)))
+    await anext(stream)
+    print(client.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_it_does_not_outlive_its_parent(folder: Path):
+    """The parent is killed in the middle of a request."""
+    command = [sys.executable, "-P", "-c", PARENT, str(folder / "model")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = os.pidfd_open(int(parent.stdout.readline()))
+        try:
+            parent.kill()
+            ended, _, _ = select.select([child], [], [], PATIENCE)
+            if not ended:
+                signal.pidfd_send_signal(child, signal.SIGKILL)
+            assert ended, "the engine went on without its parent"
+        finally:
+            os.close(child)
+
+
+def test_one_sequence_ends_and_its_siblings_go_on(client: Watched, loop: asyncio.Runner):
+    """As when a stop string is found, which the engine does not know of."""
+
+    async def one_of_two() -> dict[int, list[FinishReason | None]]:
+        stream = client.submit(ask(prompt(5), id="two", sampling=replace(GREEDY, max_tokens=40), n=2))
+        reasons: dict[int, list[FinishReason | None]] = {0: [], 1: []}
+        async for output in stream:
+            reasons[output.index].append(output.finish_reason)
+            if len(reasons[0]) == 2 and output.index == 0:
+                stream.end(0)
+        return reasons
+
+    reasons = loop.run(one_of_two())
+    assert len(reasons[1]) == 40 and reasons[1][-1] is FinishReason.LENGTH
+    assert len(reasons[0]) < 40 and reasons[0][-1] is FinishReason.ABORT
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(
+    client: Watched, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+):
+    """As when memory is short right after the old engine was killed for it."""
+    real, refused = subprocess.Popen, []
+
+    def popen(*args: Any, **options: Any) -> Any:
+        if not refused:
+            refused.append(args)
+            raise OSError("Cannot allocate memory")
+        return real(*args, **options)
+
+    async def main() -> list[int]:
+        client.noticed.clear()
+        monkeypatch.setattr(engine_client.subprocess, "Popen", popen)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await client.noticed.wait()
+        assert client._restart is not None
+        await client._restart
+        return [token async for output in client.submit(ask(prompt(4), sampling=SHORT)) for token in output.token_ids]
+
+    assert len(loop.run(main())) == SHORT.max_tokens
+    assert len(refused) == 1

@@ -1,0 +1,207 @@
+"""Adapters by name at run time, on the real engine: loaded, replaced, unloaded, while requests go on."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support import GOLDEN
+from tests.support.servers import Server
+from tucka_runtime.cli.main import main
+
+ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
+TWO = str(GOLDEN / "llama-all7-r4k2t2" / "adapter")
+
+
+def complete(live: Server, model: str, **fields: object) -> httpx.Response:
+    body = {"model": model, "prompt": "Hello", "max_tokens": 8, "temperature": 0, "route": "request"}
+    return live.post("/v1/completions", body | fields)
+
+
+def text(live: Server, model: str) -> str:
+    return complete(live, model).raise_for_status().json()["choices"][0]["text"]
+
+
+@pytest.fixture
+def name(live: Server, request: pytest.FixtureRequest) -> Iterator[str]:
+    yield request.node.name
+    live.client.delete(f"{live.url}/v1/adapters/{request.node.name}")
+
+
+def test_vllms_routes(live: Server, name: str) -> None:
+    answer = live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": ONE})
+    assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter '{name}' added successfully.")
+    assert text(live, name) == text(live, "one")
+    assert live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": ONE}).status_code == 200
+    answer = live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": TWO})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_exists")
+    answer = live.post("/v1/unload_lora_adapter", {"lora_name": name, "lora_int_id": 7})
+    assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter '{name}' removed successfully.")
+    assert complete(live, name).status_code == 404
+
+
+def test_our_routes(live: Server, name: str) -> None:
+    answer = live.post("/v1/adapters", {"name": name, "path": ONE})
+    card = answer.json()
+    assert answer.status_code == 201 and card["id"] == name and card["tucka"]["scope"] is None
+    assert live.post("/v1/adapters", {"name": name, "path": ONE}).status_code == 200
+    assert live.get(f"/v1/models/{name}").json() == card
+    assert name in [card["id"] for card in live.get("/v1/adapters").json()["data"]]
+    answer = live.client.delete(f"{live.url}/v1/adapters/{name}")
+    assert (answer.status_code, answer.json()["deleted"]) == (200, True)
+    assert live.get(f"/v1/adapters/{name}").status_code == 404
+
+
+def test_relative_paths_are_looked_for_below_the_roots(live: Server, name: str) -> None:
+    body = {"lora_name": name, "lora_path": "llama-qv-r8k3t3/adapter"}
+    assert live.post("/v1/load_lora_adapter", body).status_code == 200
+
+
+def test_names_with_slashes(live: Server) -> None:
+    assert live.post("/v1/adapters", {"name": "team/a", "path": ONE}).status_code == 201
+    assert live.get("/v1/models/team/a").json()["id"] == "team/a"
+    assert text(live, "team/a") == text(live, "one")
+    assert live.client.delete(f"{live.url}/v1/adapters/team/a").status_code == 200
+
+
+def test_row_36_the_same_load_at_once(live: Server, name: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: live.post("/v1/adapters", {"name": name, "path": ONE}), range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+    assert len({answer.json()["tucka"]["generation"] for answer in answers}) == 1
+
+
+def test_row_37_replaced_in_place(live: Server, name: str) -> None:
+    old = live.post("/v1/adapters", {"name": name, "path": ONE}).json()["tucka"]
+    assert text(live, name) == text(live, "one")
+    answer = live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": TWO, "load_inplace": True})
+    assert answer.status_code == 200
+    new = live.get(f"/v1/adapters/{name}").json()["tucka"]
+    assert new["generation"] > old["generation"] and new["digest"] != old["digest"]
+    assert text(live, name) == text(live, "two")
+
+
+def test_only_an_adapters_own_page_has_its_training(live: Server, roots: Path, name: str) -> None:
+    folder = roots / "trained"
+    shutil.copytree(ONE, folder)
+    training = {"route": "request", "final_loss": 0.5}
+    (folder / "training.json").write_text(json.dumps(training))
+    card = live.post("/v1/adapters", {"name": name, "path": str(folder)}).json()
+    shutil.rmtree(folder)
+    own = live.get(f"/v1/adapters/{name}").json()
+    assert own.pop("tucka") == card["tucka"] | {"training": training}
+    for path in ("/v1/models", "/v1/adapters"):
+        listed = live.get(path).text
+        assert name in listed and "final_loss" not in listed and str(roots) not in listed
+
+
+def test_training_json_alone_is_other_content(live: Server, roots: Path, name: str) -> None:
+    folder = roots / "retrained"
+    shutil.copytree(ONE, folder)
+    (folder / "training.json").write_text('{"route": "batch"}')
+    old = live.post("/v1/adapters", {"name": name, "path": str(folder)}).json()["tucka"]
+    (folder / "training.json").write_text('{"route": "request"}')
+    assert live.post("/v1/adapters", {"name": name, "path": str(folder)}).status_code == 409
+    new = live.post("/v1/adapters", {"name": name, "path": str(folder), "load_inplace": True}).json()["tucka"]
+    shutil.rmtree(folder)
+    assert (old["scope"], new["scope"]) == ("batch", "request")
+    assert new["digest"] == old["digest"] and new["generation"] > old["generation"]
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "vllms"])
+def test_row_38_unloaded_in_use(live: Server, ours: bool) -> None:
+    name = "leaving"
+    live.post("/v1/adapters", {"name": name, "path": ONE}).raise_for_status()
+    body = {"model": name, "prompt": "Hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=body | {"route": "request"}, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        if ours:
+            assert live.client.delete(f"{live.url}/v1/adapters/{name}").status_code == 202
+        else:
+            assert live.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
+        assert complete(live, name).status_code == 404
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+
+
+def test_row_40_bad_loads_amid_good_traffic(live: Server, roots: Path) -> None:
+    bad = roots / "bad"
+    shutil.copytree(ONE, bad)
+    (bad / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    expected = text(live, "one")
+    done = threading.Event()
+    seen = []
+
+    def ask() -> None:
+        while not done.is_set():
+            seen.append(text(live, "one"))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for i in range(50):
+        answer = live.post("/v1/load_lora_adapter", {"lora_name": f"bad{i}", "lora_path": str(bad)})
+        assert answer.status_code == 400
+    done.set()
+    thread.join()
+    shutil.rmtree(bad)
+    assert set(seen) == {expected}
+
+
+def test_a_pinned_route(live: Server, name: str) -> None:
+    pinned = {"group": 1, "weights": [0.5, 0.6, 0.7]}
+    card = live.post("/v1/adapters", {"name": name, "path": ONE, "pinned": pinned}).json()
+    assert card["tucka"]["pinned"] == pinned and card["tucka"]["scope"] == "pinned"
+    answer = complete(live, name, route=None, include_route=True).json()["choices"][0]
+    assert (answer["route"]["scope"], answer["route"]["group"]) == ("pinned", 1)
+    assert answer["route"]["weights"] == pytest.approx([0.5, 0.6, 0.7])
+    refused = complete(live, name, route="batch")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "route"
+
+
+@pytest.mark.parametrize(
+    "pinned",
+    [
+        {},
+        {"group": 0},
+        {"group": 9, "weights": [0.5] * 3},
+        {"group": 0, "weights": [0.5]},
+        {"group": True, "weights": []},
+        {"group": 1, "weights": [0.5, 0.5, 1.5]},
+        {"group": 1, "weights": [0.5, 0.5, -0.1]},
+        {"group": 1, "weights": [10**400, 0, 0]},
+        {"group": 1, "weights": [True, 0.5, 0.5]},
+    ],
+)
+def test_a_pinned_route_that_does_not_fit(live: Server, pinned: dict) -> None:
+    assert live.post("/v1/adapters", {"name": "unfit", "path": ONE, "pinned": pinned}).status_code == 400
+    assert live.get("/v1/adapters/unfit").status_code == 404
+
+
+def test_metrics_forget_unloaded_names(live: Server, name: str) -> None:
+    live.post("/v1/adapters", {"name": name, "path": ONE}).raise_for_status()
+    text(live, name)
+    assert f'"{name}"' in live.get("/metrics").text
+    live.client.delete(f"{live.url}/v1/adapters/{name}")
+    assert f'"{name}"' not in live.get("/metrics").text
+
+
+def test_the_command(live: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    url = ["--url", live.url]
+    assert main(["adapters", "load", "cli", ONE, *url]) == 0
+    assert main(["adapters", "list", *url]) == 0
+    out = capsys.readouterr().out
+    assert "cli is loaded" in out and "cli  tucka  r=8 k=3 t=3" in out
+    assert main(["adapters", "load", "cli", TWO, *url]) == 1
+    assert "An adapter of that name with other content" in capsys.readouterr().err
+    assert main(["adapters", "load", "cli", TWO, "--replace", *url]) == 0
+    assert main(["adapters", "unload", "cli", *url]) == 0
+    assert main(["adapters", "unload", "cli", *url]) == 1
+    assert main(["top", "--interval", "0.1", "--once", *url]) == 0
+    assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1
+    assert "Is the server running" in capsys.readouterr().err

@@ -1,0 +1,319 @@
+"""Drives an engine from a test: tiny random models and adapters, requests to the end, every row's logits.
+
+Every engine that `build` makes has NaN in all of its KV slots, so that a read of one that was never written shows.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tucka_runtime.adapters.base_layout import BaseLayout
+from tucka_runtime.adapters.format import LoRAConfig, TuckAConfig, write_adapter
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.adapters.folded import FoldedAdapter, Where
+from tucka_runtime.engine.engine import Engine
+from tucka_runtime.kernels.reference.core import core
+from tucka_runtime.kernels.reference.route import select
+from tucka_runtime.kernels.tables.routes import RoutePlan
+from tucka_runtime.messages import (
+    AdapterKey,
+    FinishReason,
+    Request,
+    Route,
+    RouteReport,
+    RouteScope,
+    SamplingParams,
+    SequenceOutput,
+    TokenLogprob,
+)
+
+VOCAB = 97  # no multiple of anything
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+_ROTARY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any):
+    """Writes a random model of a family and returns it, in fp32 and with all of its parameters away from their fresh
+    values: norms are not 1, biases not 0."""
+    shard = changes.pop("max_shard_size", "1GB")
+    config = CONFIG_MAPPING[kind](**{**(_GPT2 if kind == "gpt2" else _ROTARY), **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model.float()
+
+
+def build(folder: Path, fused: bool | None = None, **settings: Any) -> Engine:
+    engine = Engine(EngineConfig(**{"model": str(folder), "kv_cache_tokens": 1024, "device": "cpu", **settings}), fused)
+    poison(engine)
+    return engine
+
+
+def poison(engine: Engine) -> None:
+    for pair in engine.runner.caches:
+        for cache in pair:
+            cache.fill_(float("nan"))
+
+
+@dataclass
+class Answer:
+    """All that came out for one sequence."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    last: SequenceOutput | None = None
+
+    @property
+    def route(self) -> RouteReport | None:
+        assert self.last is not None
+        return self.last.route
+
+    def take(self, out: SequenceOutput) -> None:
+        assert self.finish_reason is None, "an output came after the last one"
+        self.token_ids += out.token_ids
+        self.logprobs += out.logprobs or []
+        if out.prompt_logprobs is not None:
+            assert self.prompt_logprobs is None, "the prompt's log-probabilities came twice"
+            self.prompt_logprobs = out.prompt_logprobs
+        self.finish_reason, self.last = out.finish_reason, out
+
+
+Answers = dict[tuple[str, int], Answer]
+
+
+def drain(engine: Engine, answers: Answers, steps: int = 10_000) -> None:
+    """Steps until nothing is left; the books are checked after every step."""
+    for _ in range(steps):
+        if not engine.busy:
+            break
+        outputs, _ = engine.step()
+        engine.check_integrity()
+        for out in outputs:
+            answers[out.request_id, out.index].take(out)
+    else:
+        raise AssertionError("the engine did not come to an end")
+    check_idle(engine)
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing may be left of requests that ended."""
+    engine.check_integrity()
+    assert not engine.busy
+    assert not engine.requests
+    assert not engine.runner.sampler.counts and not engine.runner.sampler.grammars.matchers
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    assert not any(entry.leases for entry in engine.runner.store.loaded.values())
+
+
+def run(engine: Engine, *requests: Request) -> list[list[Answer]]:
+    """All requests at once, to the end: per request its sequences."""
+    answers: Answers = {(r.id, i): Answer() for r in requests for i in range(r.num_sequences)}
+    for request in requests:
+        engine.add(request)
+    drain(engine, answers)
+    assert all(answer.finish_reason is not None for answer in answers.values())
+    return [[answers[r.id, i] for i in range(r.num_sequences)] for r in requests]
+
+
+def ask(
+    *prompts: Iterable[int],
+    id: str = "r",
+    sampling: SamplingParams = GREEDY,
+    n: int = 1,
+    adapter: AdapterKey | None = None,
+    scope: RouteScope = RouteScope.BATCH,
+    salt: str = "",
+) -> Request:
+    return Request(id, tuple(tuple(p) for p in prompts), sampling, n, adapter, scope, salt)
+
+
+class Recorder:
+    """The logits of every row that an engine computes, and the route of every piece of work.
+
+    `logits[request id, index][position]` (vocab,) is what predicts position + 1; `routes` likewise has one entry per
+    forward pass.
+    """
+
+    def __init__(self, engine: Engine):
+        self.logits: dict[tuple[str, int], dict[int, Tensor]] = {}
+        self.routes: dict[tuple[str, int], list[Route | None]] = {}
+        self.router_means: list[Tensor] = []
+        runner = engine.runner
+        launch, collect = runner.launch, runner.collect
+        forward, route_hidden = runner.model.forward, runner.ops.route.route_hidden
+        rows: list[Tensor] = []
+
+        def recorded_forward(*args: Any) -> Tensor:
+            hidden = forward(*args)
+            rows.append(runner.model.logits(hidden, torch.arange(len(hidden)), args[-1]))
+            return hidden
+
+        def recorded_launch(works: Any) -> Any:
+            launched = launch(works)
+            launched.recorded = rows.pop()
+            return launched
+
+        def recorded_collect(launched: Any) -> Any:
+            results, stages = collect(launched)
+            first, logits = 0, launched.recorded
+            for work, result in results:
+                own = logits[first : first + work.count].clone()
+                first += work.count
+                if work.seq.route_sum is None:
+                    self.logits.setdefault(work.seq.key, {}).update(enumerate(own, work.start))
+                    self.routes.setdefault(work.seq.key, []).append(result.route)
+            return results, stages
+
+        def recorded_route(x: Tensor, *rest: Any) -> Any:
+            self.router_means.append(x.mean(dim=0).clone())
+            return route_hidden(x, *rest)
+
+        runner.launch, runner.collect, runner.model.forward = recorded_launch, recorded_collect, recorded_forward
+        ops = type(runner.ops)(**vars(runner.ops))
+        ops.route = type(runner.ops)(**{**vars(runner.ops.route), "route_hidden": recorded_route})
+        runner.ops = ops
+
+    def of(self, id: str, index: int = 0) -> Tensor:
+        """(positions, vocab)."""
+        rows = self.logits[id, index]
+        assert sorted(rows) == list(range(len(rows)))
+        return torch.stack([rows[i] for i in range(len(rows))])
+
+
+def routed_cores(folded: FoldedAdapter, route: Route) -> dict[Where, Tensor]:
+    """The core M of every linear that a TuckA adapter adapts, under a route."""
+    routed = folded.routed
+    assert routed is not None
+    r = routed.g.shape[-1]
+    out = torch.zeros(1, int(routed.slots.max()) + 1, r, r)
+    known = [(route.group, route.weights)]
+    core(RoutePlan.build([routed.parts], [0], [None], known, out.device), out)
+    return dict(zip(routed.places, out[0, routed.slots], strict=True))
+
+
+def route_of(logits: Tensor, t: int) -> Route:
+    """The route that router logits (k·t,) lead to."""
+    groups, weights = select(logits[None], t)
+    return Route(int(groups), tuple(weights[0].tolist()))
+
+
+def table_route(folded: FoldedAdapter, ids: Sequence[int]) -> Route:
+    """The route of some tokens together, where it is a function of their ids."""
+    assert folded.routed is not None
+    router = folded.routed.router
+    assert router.table is not None
+    return route_of(router.table[torch.tensor(ids)].mean(dim=0), router.t)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest of all rows' relative L2 errors; NaN counts as infinite, a row of zeros must be met exactly."""
+    ours, theirs = ours.double(), theirs.double()
+    error = torch.linalg.vector_norm(ours - theirs, dim=-1) / torch.linalg.vector_norm(theirs, dim=-1)
+    return float(error.nan_to_num(float("inf")).where((ours != theirs).any(dim=-1), 0.0).max())
+
+
+def matching(base: BaseLayout, targets: Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
+    """Paths of the linears that an adapter with these targets adapts."""
+    found = [path for path in base.linears if path.endswith(tuple(targets))]
+    if layers is None:
+        return found
+    return [path for path in found if any(f".{i}." in path for i in layers)]
+
+
+def save_tucka(
+    folder: Path,
+    base: BaseLayout,
+    seed: int = 0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    r: int = 4,
+    k: int = 3,
+    t: int = 2,
+    p: int = 2,
+    alpha: float = 24.0,
+    layers: Sequence[int] | None = None,
+    saved: dict[str, Tensor] | None = None,
+    **config: Any,
+) -> Path:
+    """A random TuckA adapter whose groups differ and are all taken by some prompt."""
+    make = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = dict(saved or {})
+    paths = matching(base, targets, layers)
+    tensors[f"{paths[0]}.tucka_ec"] = torch.randn(k * t, base.linears[paths[0]][0], generator=make)
+    for path in paths:
+        tensors[f"{path}.tucka_g"] = torch.randn(k, p, r, r, generator=make)
+        tensors[f"{path}.tucka_c"] = torch.randn(t, p, generator=make)
+        tensors[f"{path}.tucka_u"] = torch.randn(base.linears[path][0], r, generator=make)
+    write_adapter(folder, TuckAConfig(**tucka_settings(r, k, t, p, alpha, targets, layers, **config)), tensors)
+    return folder
+
+
+def tucka_settings(
+    r: int, k: int, t: int, p: int, alpha: float, targets: Sequence[str], layers: Sequence[int] | None, **more: Any
+) -> dict[str, Any]:
+    own = {"r": r, "k": k, "t": t, "p": p, "alpha": alpha, "target_modules": list(targets)}
+    if layers is not None:
+        own["layers_to_transform"] = list(layers)
+    return {**own, **more}
+
+
+def save_lora(
+    folder: Path, base: BaseLayout, seed: int = 0, targets: Sequence[str] = ("q_proj", "down_proj"), r: int = 3
+) -> Path:
+    make = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path in matching(base, targets):
+        d_in, d_out = base.linears[path]
+        tensors[f"{path}.lora_A.weight"] = torch.randn(r, d_in, generator=make) / d_in**0.5
+        tensors[f"{path}.lora_B.weight"] = torch.randn(d_out, r, generator=make) / r**0.5
+    write_adapter(folder, LoRAConfig(r=r, lora_alpha=2.0 * r, target_modules=list(targets)), tensors)
+    return folder
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random tokens, none of them special."""
+    make = torch.Generator().manual_seed(1000 * seed + length)
+    return tuple(torch.randint(3, VOCAB, (length,), generator=make).tolist())
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

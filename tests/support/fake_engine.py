@@ -1,0 +1,96 @@
+"""A fake of `tucka_runtime.engine_client.EngineClient`, for faults that a real engine does not have on demand.
+
+Answers are letters, determined by the prompt's ids alone. Token ids are those of the byte tokenizers of tests/golden:
+3 + the byte.
+"""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, TuckaError
+from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, FinishReason, Request, Route, SequenceOutput
+
+VOCAB = 320
+
+
+class FakeEngine:
+    """`seconds_per_token`, and one fault: `fail_after` tokens every stream raises `failure`."""
+
+    def __init__(self) -> None:
+        self.config = EngineConfig()
+        self.info = EngineInfo("llama", VOCAB, 256, (2,), "float32", "cpu", 4096, "fake", 2048)
+        self.ready = True
+        self.restarts = 0
+        self.on_step = self.on_idle = None
+        self.on_restart = None
+        self.seconds_per_token = 0.0
+        self.fail_after: int | None = None
+        self.failure: Exception = EngineDeadError("the fake engine died")
+        self.submit_error: Exception | None = None
+        self.requests: list[Request] = []
+        self.aborted: set[str] = set()
+        self.ended: set[tuple[str, int]] = set()
+        self.loaded: dict[AdapterKey, Path] = {}
+        self.load_error: TuckaError | None = None
+
+    async def start(self) -> EngineInfo:
+        return self.info
+
+    async def stop(self, timeout: float) -> None:
+        self.ready = False
+
+    def submit(self, request: Request) -> "FakeStream":
+        if self.submit_error is not None:
+            raise self.submit_error
+        self.requests.append(request)
+        return FakeStream(self, request)
+
+    async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
+        if self.load_error is not None:
+            raise self.load_error
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise InvalidAdapterError("no weights")
+        await asyncio.sleep(0.01)
+        self.loaded[key] = folder
+        return AdapterInfo(
+            key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj", None, 1, None
+        )
+
+    async def unload_adapter(self, key: AdapterKey) -> None:
+        self.loaded.pop(key, None)
+
+
+class FakeStream(AsyncIterator[SequenceOutput]):
+    def __init__(self, engine: FakeEngine, request: Request):
+        self._engine = engine
+        self.request_id = request.id
+        self._outputs = self._run(request)
+
+    async def __anext__(self) -> SequenceOutput:
+        return await anext(self._outputs)
+
+    def end(self, index: int) -> None:
+        self._engine.ended.add((self.request_id, index))
+
+    def abort(self) -> None:
+        self._engine.aborted.add(self.request_id)
+
+    async def _run(self, request: Request):
+        count = request.sampling.max_tokens
+        for step in range(max(count, 1)):
+            if self._engine.fail_after == step:
+                raise self._engine.failure
+            await asyncio.sleep(self._engine.seconds_per_token)
+            for index in range(request.num_sequences):
+                prompt = request.prompts[index // request.n]
+                letter = 97 + zlib.crc32(repr((prompt, step)).encode()) % 26
+                last = step >= count - 1
+                yield SequenceOutput(
+                    request.id,
+                    index,
+                    [3 + letter] if count else [],
+                    finish_reason=FinishReason.LENGTH if last else None,
+                )

@@ -1,0 +1,40 @@
+"""Figures as an engine and a request bring them, for the metrics."""
+
+from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, StepStats, Timing
+from tucka_runtime.server.metrics.metrics import Metrics
+
+
+def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | None = None, k: int = 3) -> AdapterInfo:
+    key = AdapterKey(name, generation)
+    return AdapterInfo(key, "ab" * 32, kind, 8, k, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q", scope, 4096, None)
+
+
+def step(
+    running: int = 1, waiting: int = 0, blocks_used: int = 2, preemptions: int = 0, routes=(), active=(), **stages
+) -> StepStats:
+    seconds = dict.fromkeys(("schedule", "batch", "route", "forward", "sample", "output"), 0.001) | stages
+    return StepStats(
+        **seconds,
+        prefill_tokens=5,
+        decode_tokens=1,
+        adapters=len(active),
+        routes=routes,
+        running=running,
+        waiting=waiting,
+        blocks_used=blocks_used,
+        blocks_total=8,
+        preemptions=preemptions,
+        sequences=2,
+        active=active,
+    )
+
+
+def serve_one(metrics: Metrics, model: str = "fin") -> None:
+    metrics.admitted(model, prompt_tokens=10, sequences=1)
+    metrics.first_token(model, 0.3, cached_tokens=4, timing=Timing(100.0, 100.1, 100.2, 0.0))
+    metrics.tokens(1)
+    metrics.tokens(2)
+    metrics.waited(0.05, 2)
+    metrics.decoded(0.05)
+    metrics.finished(model, FinishReason.LENGTH, route_changes=2)
+    metrics.closed(model, 0.4, generated=3, failed=False)

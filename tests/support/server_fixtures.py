@@ -1,0 +1,110 @@
+"""Two servers over real sockets: `live`, the command `tucka serve` with the real engine, and `start_fake`, the
+application in a thread of the tests' own process with a fake engine, for faults and for settings of all kinds.
+"""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from tests.support import GOLDEN
+from tests.support.fake_engine import FakeEngine
+from tests.support.servers import Server, make_base, start_command
+from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.config import ServerConfig
+from tucka_runtime.server.api.app import create_app
+from tucka_runtime.server.http.connection import connection_class
+from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.service import Service
+from tucka_runtime.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder below which the live server loads adapters."""
+    return tmp_path_factory.mktemp("roots")
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory, roots: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("live")
+    process, url = start_command(
+        "--model", str(make_base(folder / "llama-tiny")),
+        "--adapter", f"one={GOLDEN / 'llama-qv-r8k3t3' / 'adapter'}",
+        "--adapter", f"two={GOLDEN / 'llama-all7-r4k2t2' / 'adapter'}",
+        "--adapter-root", str(GOLDEN),
+        "--adapter-root", str(roots),
+        "--max-body-bytes", str(2**20),
+        "--shutdown-timeout", "5",
+        log=folder / "log",
+    )  # fmt: skip
+    server = Server(url, process.pid)
+    yield server
+    assert process.poll() is None, f"the server died:\n{(folder / 'log').read_text()}"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0, "Ctrl-C must end the server with status 0"
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    loaded = Tokenizer.load(GOLDEN / "bases" / "llama-tiny")
+    assert loaded is not None
+    return loaded
+
+
+StartFake = Callable[..., Server]
+
+
+@pytest.fixture
+def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
+    running: list[tuple[uvicorn.Server, threading.Thread, AdapterRegistry]] = []
+
+    def start(with_tokenizer: bool = True, **settings: object) -> Server:
+        config = ServerConfig(port=0, adapter_root=(str(GOLDEN),), **settings)  # type: ignore[arg-type]
+        engine, metrics = FakeEngine(), Metrics()
+        registry = AdapterRegistry(tmp_path / f"state{len(running)}")
+        adapters = AdapterNames(engine, registry, "base", metrics)  # type: ignore[arg-type]
+        adapters.ready = True
+        engine.on_restart = adapters.reload  # type: ignore[assignment]
+        service = Service(
+            config,
+            "base",
+            engine,
+            tokenizer if with_tokenizer else None,
+            None,
+            adapters,
+            metrics,  # type: ignore[arg-type]
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(service),
+                port=0,
+                http=connection_class(config.max_connections),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        running.append((server, thread, registry))
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop)
+
+    yield start
+    for server, thread, registry in running:
+        server.should_exit = True
+        thread.join()
+        registry.close()

@@ -1,0 +1,52 @@
+"""`tucka doctor`: versions, device and memory, and what a server started here would use."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+from tucka_runtime import __version__
+from tucka_runtime.embedded import FOLDER
+from tucka_runtime.extras import EXTRAS, how_to_install, installed
+
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "fastapi", "uvicorn", "peft", "openai")
+
+
+def doctor() -> int:
+    """Prints; returns 0 if a server could run here, 1 if not."""
+    import torch
+
+    print(f"tucka         {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in _PACKAGES:
+        print(f"{package:13} {_version(package)}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"CPU           {len(os.sched_getaffinity(0))} cores, {memory / 2**30:.1f} GiB of memory")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            print(
+                f"GPU {i}         {torch.cuda.get_device_name(i)}, "
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
+            )
+    else:
+        print("GPU           none that torch can use")
+    print(f"disk          {shutil.disk_usage(os.getcwd()).free / 2**30:.1f} GiB free here")
+    for extra, what in EXTRAS.items():
+        state = "installed" if installed(extra) else f"not installed: {how_to_install(extra)}"
+        print(f"extra         {extra}, for {what.used_by}: {state}")
+    print(f"will use      --device {'cuda' if cuda else 'cpu'}, {_kernels(cuda)} kernels")
+    embedded = (FOLDER / "base" / "config.json").is_file()
+    print(f"default model {'embedded' if embedded else 'none: tucka serve needs --model DIR'}")
+    return 0
+
+
+def _kernels(cuda: bool) -> str:
+    return "fused Triton" if cuda and _version("triton") != "not installed" else "reference (torch)"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

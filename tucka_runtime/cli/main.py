@@ -1,0 +1,178 @@
+"""The command `tucka`."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from tucka_runtime import __version__
+from tucka_runtime.cli import settings
+from tucka_runtime.client import KEY_VARIABLES
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.extras import EXTRAS, how_to_install
+from tucka_runtime.logs import set_up_logging
+
+log = logging.getLogger("tucka_runtime.cli")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit status. Imports only what that one needs."""
+    parser = argparse.ArgumentParser(
+        prog="tucka", description="One base model, many TuckA or LoRA adapters; every request picks its own."
+    )
+    parser.add_argument("--version", action="version", version=f"tucka {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model and its adapters over HTTP", description=settings.SOURCES)
+    serve.usage = "%(prog)s [--model DIR] [--adapter NAME=PATH ...] [flags]"
+    settings.add_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    adapters = commands.add_parser("adapters", help="list, load and unload a server's adapters")
+    _add_adapters(adapters)
+
+    doctor = commands.add_parser("doctor", help="show what this machine has and what would be used")
+    doctor.set_defaults(run=_doctor)
+
+    top = commands.add_parser("top", help="watch a server's load, its adapters and their experts")
+    top.add_argument("server", nargs="?", default=None, metavar="URL", help="the server's address, as --url")
+    _add_server_flags(top)
+    top.add_argument(
+        "--interval", type=interval, default=2.0, metavar="SECONDS", help="time between pictures (default: 2)"
+    )
+    top.add_argument("--once", action="store_true", help="print one picture and end")
+    top.set_defaults(run=_top)
+
+    _add_other(commands, "train", "tucka_runtime.cli.train", "train an adapter", arguments)
+    _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
+
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hints = "".join(f"\n{hint}" for hint in _vllm_hints(unknown)) if flags.command == "serve" else ""
+        commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
+    try:
+        status = flags.run(flags)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read has enough, as `| head`: what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except TuckaError as error:
+        print(f"tucka: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _vllm_hints(unknown: Sequence[str]) -> list[str]:
+    """What to write instead of what `vllm serve` takes."""
+    hints = []
+    if not unknown[0].startswith("-"):
+        hints.append(f"The model is named with a flag: --model {unknown[0]}.")
+    if any(argument.startswith("--lora-modules") for argument in unknown):
+        hints.append("For --lora-modules NAME=PATH write --adapter NAME=PATH, once for each adapter.")
+    if "--enable-lora" in unknown:
+        hints.append("--enable-lora is not needed: adapters are always served.")
+    return hints
+
+
+def interval(text: str) -> float:
+    """A flag's type; argparse names it where the text is no number."""
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("must be between 0.1 and 3600 seconds")
+    return seconds
+
+
+def _serve(flags: argparse.Namespace) -> int:
+    engine_config, server_config = settings.from_environment(flags)
+    set_up_logging(server_config.log_format, "server")
+    for variable in settings.unknown_variables(os.environ):
+        log.warning("%s is no setting of this server and has no effect: tucka serve --help lists those", variable)
+    try:
+        from tucka_runtime.server.serve import serve
+
+        status = serve(engine_config, server_config)
+    except KeyboardInterrupt:  # before the server's own handler stands: as after it, no error
+        return 0
+    if status == 0:  # it has served, and all is closed: taking torch's modules apart takes seconds and is noisy
+        logging.shutdown()
+        os._exit(0)
+    return status
+
+
+def _doctor(flags: argparse.Namespace) -> int:
+    from tucka_runtime.cli.doctor import doctor
+
+    return doctor()
+
+
+def _top(flags: argparse.Namespace) -> int:
+    from tucka_runtime.cli.top import top
+    from tucka_runtime.client import Client
+
+    return top(Client(flags.server or flags.url, flags.api_key), flags.interval, flags.once)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    from tucka_runtime.cli import adapters as client
+
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="show the loaded adapters")
+    listing.set_defaults(run=lambda flags: client.list_adapters(client.Client(flags.url, flags.api_key)))
+    load = actions.add_parser("load", help="load an adapter from a folder below the server's --adapter-root")
+    load.add_argument("name", help="name for requests")
+    load.add_argument("path", help="the adapter's folder, as the server sees it")
+    load.add_argument("--replace", action="store_true", help="replace other content of that name")
+    load.set_defaults(
+        run=lambda flags: client.load_adapter(
+            client.Client(flags.url, flags.api_key), flags.name, flags.path, flags.replace
+        )
+    )
+    unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
+    unload.add_argument("name", help="its name")
+    unload.set_defaults(run=lambda flags: client.unload_adapter(client.Client(flags.url, flags.api_key), flags.name))
+    for action in (listing, load, unload):
+        _add_server_flags(action)
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server's address (default: http://127.0.0.1:8000)"
+    )
+    variables = " or ".join(KEY_VARIABLES)
+    parser.add_argument("--api-key", default=None, metavar="KEY", help=f"its (admin) key (default: {variables})")
+
+
+def _add_other(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    module: str,
+    help: str,
+    arguments: Sequence[str] | None,
+) -> None:
+    """A subcommand of another part, which is imported only when it is the one that is asked for. To run, which its
+    help does not, it needs the extra of its name."""
+    parser = commands.add_parser(name, help=help)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] != [name]:
+        return
+    part = importlib.import_module(module)
+    part.add_arguments(parser)
+
+    def run(flags: argparse.Namespace) -> int:
+        try:
+            return part.run(flags)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in EXTRAS[name].modules:
+                raise
+            parser.exit(2, f"tucka {name}: {missing} is not installed. To get it, {how_to_install(name)}.\n")
+
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

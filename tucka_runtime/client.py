@@ -1,0 +1,68 @@
+"""What the command line says to a server, and how it is told where that is and what opens it."""
+
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+from tucka_runtime.errors import TuckaError
+
+KEY_VARIABLES = ("TUCKA_CLIENT_KEY", "OPENAI_API_KEY")
+TIMEOUT_SECONDS = 600  # loading a large adapter takes a while
+
+
+def server_address(url: str) -> str:
+    """http:// where no scheme is named; without the slash or the /v1 that OpenAI's clients want at the end."""
+    url = url if "://" in url else f"http://{url}"
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def client_key(given: str | None) -> str | None:
+    """The key to send: the one given, else the environment's, the first of KEY_VARIABLES that is set."""
+    return given or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+
+
+class Client:
+    """One server. `api_key` None: the environment's key, if there is one."""
+
+    def __init__(self, url: str, api_key: str | None):
+        self._url = server_address(url)
+        self._key = client_key(api_key)
+
+    def get(self, path: str) -> bytes:
+        return self._call("GET", path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> bytes:
+        return self._call("POST", path, body)
+
+    def delete(self, path: str) -> bytes:
+        return self._call("DELETE", path, None)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        """The answer's body. Raises TuckaError with what the server or the network says."""
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self._url + path, data, headers, method=method)
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise TuckaError(self._message(error)) from None
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise TuckaError(f"No answer from {self._url}: {reason}. Is the server running, is --url right?") from None
+
+    def _message(self, error: urllib.error.HTTPError) -> str:
+        """What the server says, in the command line's terms where it speaks of HTTP's."""
+        if error.code == 401:
+            wrong = "does not know this API key" if self._key else "wants an API key"
+            return f"The server {wrong}. Give one of its keys with --api-key or in {' or '.join(KEY_VARIABLES)}."
+        try:
+            message = str(json.loads(error.read())["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            return f"The server answered {error.code} {error.reason}."
+        return message.replace("`load_inplace: true`", "--replace")

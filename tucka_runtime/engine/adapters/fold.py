@@ -1,0 +1,105 @@
+"""From an adapter's files to the form that is served.
+
+An adapter is folded once, at load, into the serving form (docs/architecture.md): y_j += ((x Uᵀ) M) E_j with U = Û and
+E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors.
+"""
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAConfig, TuckAModule
+from tucka_runtime.engine.adapters.folded import FoldedAdapter, Router, TuckACores, Where
+from tucka_runtime.engine.decoder import QKV, Decoder
+from tucka_runtime.errors import InvalidAdapterError
+from tucka_runtime.messages import AdapterKey, Route
+from tucka_runtime.models.architecture import Architecture
+
+TABLE_ROWS = 8192  # tokens of the vocabulary whose router inputs are computed at once: bounds the memory of a load
+
+
+def locate(arch: Architecture) -> dict[str, Where]:
+    """Where each linear's path is in the decoder."""
+    return {
+        arch.path(i, target): Where(i, s, j)
+        for i in range(arch.num_layers)
+        for s, site in enumerate(arch.sites)
+        for j, target in enumerate(site.targets)
+    }
+
+
+def fold(
+    key: AdapterKey, adapter: Adapter, model: Decoder, dtype: torch.dtype, pinned: Route | None = None
+) -> FoldedAdapter:
+    """The serving form of an adapter, its factors in `dtype`, on the model's device. Everything is computed in fp32.
+
+    With `pinned` a TuckA adapter's core is constant and folded into U: it becomes a plain low-rank delta.
+    Raises InvalidAdapterError if `pinned` does not fit the adapter.
+    """
+    arch, weights = model.arch, model.weights
+    device = weights.embed.device
+    where = locate(arch)
+    factors: dict[Where, tuple[Tensor, Tensor]] = {}
+    cores: list[tuple[Where, Tensor, Tensor]] = []
+    dense_at, dense = (-1, -1), torch.empty(0)
+    for path, module in adapter.modules.items():
+        at = where[path]
+        if isinstance(module, LoRAModule):
+            u, e = module.a.float(), module.b.float().T * module.scale
+        else:
+            site = arch.sites[at.site]
+            if (at.layer, at.site) != dense_at:  # modules come site by site
+                dense_at, dense = (at.layer, at.site), weights.layers[at.layer].linears[at.site].dense()
+            first = sum(site.widths[: at.target])
+            base = dense[first : first + site.widths[at.target]].float()
+            g, c, unit = _normalised(module, device)
+            assert isinstance(adapter.config, TuckAConfig)
+            u, e = unit.T, (adapter.config.alpha * (base @ unit)).T
+            if pinned is not None:
+                u = (unit @ _pinned_core(g, c, pinned)).T
+            cores.append((at, g, c))
+        factors[at] = (u.to(device, dtype).contiguous(), e.to(device, dtype).contiguous())
+    saved = {name: value.to(weights.embed) for name, value in adapter.saved.items()}
+    routed = None
+    if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
+        g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
+        router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, model)
+        numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
+        slots = torch.tensor(numbers, dtype=torch.int64).to(device)
+        routed = TuckACores([at for at, _, _ in cores], slots, g, c, router)
+    folded = FoldedAdapter(key, adapter.digest, factors, routed, saved)
+    # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base.
+    if not all(bool(t.isfinite().all()) for t in folded.tensors()):
+        raise InvalidAdapterError(
+            f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
+            "or its alpha are far too large."
+        )
+    return folded
+
+
+def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ĝ (k, p, r, r), Ĉ (t, p) and Û (d_in, r): Frobenius-normalised, G per group."""
+    g, c, u = module.g.to(device).float(), module.c.to(device).float(), module.u.to(device).float()
+    norm = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+    return g / norm, c / torch.linalg.vector_norm(c), u / torch.linalg.vector_norm(u)
+
+
+def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
+    if not 0 <= route.group < g.shape[0] or len(route.weights) != c.shape[0]:
+        raise InvalidAdapterError(
+            f"The pinned route does not fit: the adapter has {g.shape[0]} groups of {c.shape[0]} experts."
+        )
+    w = torch.tensor(route.weights, device=c.device) @ c
+    return torch.tensordot(w, g[route.group], dims=1)
+
+
+def _router(at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], model: Decoder) -> Router:
+    """A lookup table where the router's input is a function of the token alone, else the centroids."""
+    arch, weights = model.arch, model.weights
+    if at.layer or at.site != QKV or arch.positions:
+        return Router(at, t, centroids=ec, table=None)
+    embed = saved.get(f"{arch.embed}.weight", weights.embed)
+    norm_path = arch.path(0, arch.input_norm)
+    weight, bias = weights.layers[0].input_norm
+    norm = (saved.get(f"{norm_path}.weight", weight), saved.get(f"{norm_path}.bias", bias) if arch.norm_bias else None)
+    rows = [model.router_inputs(part, norm).float() @ ec.T for part in embed.split(TABLE_ROWS)]
+    return Router(at, t, centroids=ec, table=torch.cat(rows))

@@ -1,0 +1,107 @@
+"""The adapters that the engine holds: folded for serving, leased by the sequences that use them."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from tucka_runtime.engine.adapters.active import ActiveSet
+from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.slots import SlotTable
+from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, ModelNotFoundError
+from tucka_runtime.messages import AdapterKey, RouteScope
+from tucka_runtime.models.architecture import Architecture
+
+ACTIVE_SETS = 4  # stacked sets kept for batches that come back, as when two groups of adapters take turns
+
+
+@dataclass
+class _Loaded:
+    folded: FoldedAdapter
+    leases: int = 0
+    unloading: bool = False
+
+
+class AdapterStore:
+    """Adapters by (name, generation). A sequence leases its adapter; an unloaded one goes when its last lease does."""
+
+    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype, capacity: int, fused: bool):
+        """`fused`: the adapters' places are kept in a SlotTable, for the fused kernels; else those of each batch are
+        stacked, for the reference."""
+        self.arch = arch
+        self.device = device
+        self.dtype = dtype
+        self.capacity = capacity
+        self.table = SlotTable(arch, capacity, dtype, device) if fused else None
+        self.loaded: dict[AdapterKey, _Loaded] = {}
+        self.active: OrderedDict[frozenset[AdapterKey], ActiveSet] = OrderedDict()
+
+    def reserve(self) -> None:
+        """Raises AdapterCapacityError if no further adapter fits."""
+        if len(self.loaded) >= self.capacity:
+            raise AdapterCapacityError(
+                f"All {self.capacity} adapter slots are taken. Unload one, or raise --max-loaded-adapters."
+            )
+
+    def add(self, folded: FoldedAdapter) -> None:
+        self.reserve()
+        if folded.key in self.loaded:
+            raise AdapterConflictError("This generation of the adapter is loaded already.")
+        if self.table is not None:
+            self.table.add(folded)
+        self.loaded[folded.key] = _Loaded(folded)
+
+    def lease(self, key: AdapterKey) -> FoldedAdapter:
+        """Raises ModelNotFoundError for an adapter that is not loaded, or is being unloaded."""
+        entry = self.loaded.get(key)
+        if entry is None or entry.unloading:
+            raise ModelNotFoundError("The adapter was unloaded before the request reached the engine.", "model")
+        entry.leases += 1
+        return entry.folded
+
+    def release(self, key: AdapterKey) -> None:
+        entry = self.loaded[key]
+        entry.leases -= 1
+        if entry.unloading and not entry.leases:
+            self._drop(key)
+
+    def unload(self, key: AdapterKey) -> None:
+        """No new leases; memory comes back with the last one's end. Unknown keys are nothing to do."""
+        if (entry := self.loaded.get(key)) is not None:
+            entry.unloading = True
+            if not entry.leases:
+                self._drop(key)
+
+    def _drop(self, key: AdapterKey) -> None:
+        del self.loaded[key]
+        if self.table is not None:
+            self.table.remove(key)
+        for members in [m for m in self.active if key in m]:
+            del self.active[members]
+
+    def activate(self, keys: Iterable[AdapterKey]) -> ActiveSet:
+        """The adapters of one batch.
+
+        A set that has them all and not twice as many is reused, so that a finished request does not cost a rebuild.
+        """
+        wanted = frozenset(keys)
+        for members, active in reversed(self.active.items()):
+            if wanted <= members and len(members) <= 2 * len(wanted):
+                self.active.move_to_end(members)
+                return active
+        adapters = [self.loaded[key].folded for key in sorted(wanted, key=lambda k: (k.name, k.generation))]
+        if self.table is not None:
+            active = self.table.active(adapters)
+        else:
+            active = ActiveSet.stack(adapters, self.arch, self.dtype, self.device)
+        self.active[wanted] = active
+        if len(self.active) > ACTIVE_SETS:
+            self.active.popitem(last=False)
+        return active
+
+    def scope(self, key: AdapterKey | None, wanted: RouteScope) -> RouteScope | None:
+        """The scope that a request gets: its own for a routed adapter, none for the base, LoRA and pinned ones."""
+        if key is None or (entry := self.loaded.get(key)) is None or entry.folded.routed is None:
+            return None
+        return wanted

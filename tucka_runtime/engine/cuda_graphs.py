@@ -1,0 +1,353 @@
+"""Decoding steps as CUDA graphs: one per size of batch, with adapters and without.
+
+What a step reads lies at fixed places: a bucket's own tables, written by one copy per step, and the slots of the loaded
+adapters (core.SlotTable). So adapters, ranks, routes, pages and lengths change while a captured graph stays good. A
+graph does everything from token ids to chosen tokens. Where nothing can be captured (Triton's interpreter) the same
+launches run one by one, over the same tables.
+
+A batch that needs more than a decoding step does runs without a graph: prompts, adapters that replace parameters of the
+base, those that are being routed inside the model, rotary positions that stretch with the text.
+"""
+
+import logging
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.engine.adapters.active import ActiveSet
+from tucka_runtime.engine.adapters.delta import Delta, Routes, Segment, core_rows, route_plan
+from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.slots import SlotTable
+from tucka_runtime.engine.batch import Chosen, known_ids, segment
+from tucka_runtime.engine.decoder import Decoder
+from tucka_runtime.engine.sampler import draws
+from tucka_runtime.engine.scheduler import Work
+from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.routes import RouteLimits, RoutePlan
+from tucka_runtime.kernels.tables.segments import Segments, power_of_2
+from tucka_runtime.kernels.tables.transfer import pack, view
+from tucka_runtime.messages import RouteScope
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+
+
+def sizes(most: int) -> list[int]:
+    """Batch sizes that have a graph: a batch takes the next larger one. Steps of a quarter, at least 4; unmeasured."""
+    out, size = [], 1
+    while size < most:
+        out.append(size)
+        size += size if size < 4 else max(4, 1 << (size.bit_length() - 3))
+    return [*out, most]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no loaded adapter exceeds, rounded up to powers of two so that few adapters change it."""
+
+    rank: int = 16
+    core_rank: int = 16
+    k: int = 4
+    t: int = 4
+
+    def fit(self, folded: FoldedAdapter) -> "Limits":
+        """The same, or larger where the adapter needs it."""
+        parts = folded.routed.parts if folded.routed else None
+        return Limits(
+            max(self.rank, power_of_2(folded.max_rank)),
+            max(self.core_rank, power_of_2(parts.rank if parts else 0)),
+            max(self.k, power_of_2(parts.k if parts else 0)),
+            max(self.t, power_of_2(parts.t if parts else 0)),
+        )
+
+
+class Graphs:
+    """The buckets, made when they are first needed."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        caches: list[tuple[Tensor, Tensor]],
+        table: SlotTable,
+        chosen: Chosen,
+        max_seqs: int,
+        max_len: int,
+        block_size: int,
+    ):
+        self.model, self.caches, self.table, self.chosen = model, caches, table, chosen
+        self.max_len, self.block_size = max_len, block_size
+        self.sizes = sizes(max_seqs)
+        self.device = table.device
+        self.limits = Limits()
+        self.cores = self._cores(self.limits.core_rank)
+        # Everybody's: each is read before the next graph runs.
+        self.logits = torch.empty(max_seqs, table.arch.vocab, device=self.device)
+        self.buckets: dict[tuple[int, frozenset[int]], Bucket] = {}
+        self.fitted: ActiveSet | None = None
+        """The last one that `limits` were seen to hold."""
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def fit(self, works: Rows[Work], active: ActiveSet | None) -> bool:
+        """Whether a graph can run this step."""
+        stretches = self.model.rotary is not None and self.model.rotary.stretch_from is not None
+        if stretches or len(works) > self.sizes[-1]:
+            return False
+        if not all(w.count == 1 and w.start >= w.seq.num_prompt and w.samples for w in works):
+            return False
+        if active is None:
+            return True
+        for work in works:
+            if work.seq.adapter is None:
+                continue
+            folded, known = active.folded[work.seq.adapter], work.seq.route is not None
+            inside = folded.routed is not None and folded.routed.router.table is None
+            if folded.saved or (not known and (inside or work.seq.scope is RouteScope.REQUEST)):
+                return False
+        return True
+
+    def bucket(self, count: int, active: ActiveSet | None) -> "Bucket":
+        """The bucket for `count` rows. Which sites have adapters, of the four of a layer, makes another one: a site
+        without costs nothing."""
+        kinds = frozenset(site for _, site in active.sites) if active else frozenset[int]()
+        if active is not None and active is not self.fitted:
+            self._grow(active.folded.values())
+            self.fitted = active
+        size = next(s for s in self.sizes if s >= count)
+        if (size, kinds) not in self.buckets:
+            self.buckets[size, kinds] = Bucket(self, size, kinds)
+        return self.buckets[size, kinds]
+
+    @torch.inference_mode()
+    def prepare(self, adapters: Collection[FoldedAdapter]) -> bool:
+        """Captures one graph that batches of these adapters will want, of each alone or all together, so that none of
+        them waits for it; False once there are all."""
+        able = [folded for folded in adapters if not folded.saved]
+        self._grow(able)
+        alone = {frozenset(site for _, site in folded.sites) for folded in able}
+        for kinds in alone | {frozenset[int]().union(*alone)}:
+            for size in reversed(self.sizes):
+                if (size, kinds) not in self.buckets:
+                    self.buckets[size, kinds] = Bucket(self, size, kinds)
+                    return True
+        return False
+
+    def _grow(self, adapters: Iterable[FoldedAdapter]) -> None:
+        limits = self.limits
+        for folded in adapters:
+            limits = limits.fit(folded)
+        if limits != self.limits:
+            self.limits, self.cores = limits, self._cores(limits.core_rank)
+            self.buckets = {key: bucket for key, bucket in self.buckets.items() if not key[1]}
+
+    def _cores(self, rank: int) -> Tensor:
+        """Room for a core of every row and, last, the identity for adapters whose core is constant."""
+        shape = (self.sizes[-1] + 1, self.table.arch.num_linears, rank, rank)
+        cores = torch.zeros(shape, dtype=self.table.dtype, device=self.device)
+        cores[-1] = torch.eye(rank, device=self.device)
+        return cores
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Captures every size without adapters. The largest comes first: the others fit into the memory that it leaves
+        in the pool. And the least and the largest with adapters everywhere, which compiles what most of them need."""
+        for size in reversed(self.sizes):
+            self.bucket(size, None)
+        everywhere = frozenset(range(len(self.table.arch.sites)))
+        for size in (self.sizes[-1], self.sizes[0]):
+            self.buckets[size, everywhere] = Bucket(self, size, everywhere)
+
+
+class Fields:
+    """Named tensors in one buffer on the device and one, pinned, on the host; `send` copies the one to the other."""
+
+    def __init__(self, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device):
+        places, size = pack([dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values()])
+        at = dict(zip(shapes, places, strict=True))
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.on_device = {name: view(self._device, at[name], *own) for name, own in shapes.items()}
+        # Two by turns: the host writes the next step's while the last one's may still be on its way.
+        self._hosts = [
+            torch.zeros(size, dtype=torch.uint8, device=CPU, pin_memory=device.type == "cuda") for _ in range(2)
+        ]
+        self._views = [{name: view(host, at[name], *own) for name, own in shapes.items()} for host in self._hosts]
+        self._turn = 0
+        self._last = at[next(reversed(shapes))]
+        self._last_itemsize = shapes[next(reversed(shapes))][0].itemsize
+
+    @property
+    def on_host(self) -> dict[str, Tensor]:
+        """Where the next `send` reads."""
+        return self._views[self._turn]
+
+    def send(self, last: int) -> None:
+        """One copy of everything; of the last field only the first `last` elements."""
+        size = self._last + last * self._last_itemsize
+        self._device[:size].copy_(self._hosts[self._turn][:size], non_blocking=True)
+        self._turn = 1 - self._turn
+
+
+class Bucket:
+    """One graph: `fill` writes a batch of up to `rows` decoding sequences, `run` runs it; then `logits` (rows, vocab)
+    and `tokens` (rows,) are there, what stands beyond the batch meaning nothing."""
+
+    def __init__(self, graphs: Graphs, rows: int, kinds: frozenset[int]):
+        self.graphs, self.rows, self.kinds = graphs, rows, kinds
+        device, limits = graphs.device, graphs.limits
+        pages = rows * -(-graphs.max_len // graphs.block_size)
+        i64, i32, f32 = torch.int64, torch.int32, torch.float32
+        self.fields = Fields(
+            {
+                "known": (i64, (rows,)),
+                "source": (i64, (rows,)),
+                "positions": (i64, (rows,)),
+                "write_slots": (i64, (rows,)),
+                "seed": (i64, (rows,)),
+                "place": (i64, (rows,)),
+                "temperature": (f32, (rows,)),
+                "length": (i32, (rows,)),
+                "first_page": (i32, (rows,)),
+                "tiles": (i32, (rows, 4)),
+                "records": (i64, (rows, 12)),
+                "groups": (i64, (rows,)),
+                "weights": (f32, (rows, limits.t)),
+                "pages": (i32, (pages,)),
+            },
+            device,
+        )
+        on = self.fields.on_device
+        self.ids = torch.zeros(rows, dtype=i64, device=device)
+        self.tokens = graphs.chosen.tokens[:rows]
+        self.logits = graphs.logits[:rows]
+        self.pages = PagePlan(
+            spans=(),
+            longest=graphs.max_len,
+            block_size=graphs.block_size,
+            write_slots=on["write_slots"],
+            start=torch.arange(rows + 1, dtype=i32, device=device),
+            length=on["length"],
+            pages=on["pages"],
+            first_page=on["first_page"],
+            singles=torch.arange(rows, dtype=i32, device=device),
+            tiles=torch.empty(0, 2, dtype=i32, device=device),
+        )
+        self.delta = Delta(rows, graphs.model.ops)
+        self.plan: RoutePlan | None = None
+        if kinds:
+            table = graphs.table
+            route_limits = RouteLimits(limits.k, limits.t, table.arch.num_linears, limits.core_rank, rows)
+            self.plan = RoutePlan((), (), (), route_limits, on["records"], on["groups"], on["weights"])
+            sites = {at: site for at, site in table.sites.items() if at[1] in kinds}
+            active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
+            segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=on["tiles"])
+            self.delta = Delta(rows, graphs.model.ops, active, segments, cores=graphs.cores, side=graphs.side)
+        self._routed: list[tuple[int, int]] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.fill([], None)
+        self._capture()
+
+    def fill(self, works: Rows[Work], active: ActiveSet | None) -> list[int | None]:
+        """Writes works, in row order, to where `run` reads them; returns the segment of each."""
+        segments, segment_of, _ = segment(works, range(len(works)))
+        pages = self._fill_rows(works)
+        if self.plan is not None:
+            self._fill_segments(segments, active)
+        self.fields.send(pages)
+        return segment_of
+
+    def _fill_rows(self, works: Rows[Work]) -> int:
+        """What belongs to single rows; returns how many pages they have together."""
+        at = self.fields.on_host
+        at["source"].fill_(-1)
+        at["write_slots"].fill_(-1)
+        at["length"].zero_()
+        if not works:
+            return 0
+        seqs = [w.seq for w in works]
+        spans = [(i, 1, w.start + 1) for i, w in enumerate(works)]
+        plan = PagePlan.build(spans, [seq.block_table for seq in seqs], self.pages.block_size, CPU)
+        temperature, seed, place = draws(seqs)
+        own = {
+            "known": torch.tensor([known_ids(w)[0] for w in works]),
+            "source": torch.tensor([self.graphs.chosen.source(seq) for seq in seqs]),
+            "positions": torch.tensor([w.start for w in works]),
+            "write_slots": plan.write_slots,
+            "length": plan.length,
+            "first_page": plan.first_page,
+            "pages": plan.pages,
+            "temperature": temperature,
+            "seed": seed,
+            "place": place,
+        }
+        for name, value in own.items():
+            at[name][: len(value)].copy_(value)
+        return len(plan.pages)
+
+    def _fill_segments(self, segments: Rows[Segment], active: ActiveSet | None) -> None:
+        """Who uses which adapter, and what of it is to be routed."""
+        at, graphs = self.fields.on_host, self.graphs
+        rows = core_rows(segments, active, graphs.sizes[-1]) if active else []
+        spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
+        at["tiles"].copy_(Segments.build(spans, self.rows, graphs.table.capacity, CPU, rows, self.rows).tiles)
+        at["records"].zero_()
+        parts = [known.parts if active and (known := active.folded[s.adapter].routed) else None for s in segments]
+        self._routed = [(s, part.t) for s, part in enumerate(parts) if part is not None]
+        if not self._routed:
+            return
+        own = [segments[s] for s, _ in self._routed]
+        for part in own:
+            part.ids = self.ids[part.first : part.end]
+        plan = route_plan([p for p in parts if p is not None], [rows[s] for s, _ in self._routed], own, CPU)
+        for name in ("records", "groups", "weights"):
+            value = getattr(plan, name)
+            at[name][tuple(map(slice, value.shape))].copy_(value)
+
+    def routes(self) -> list[Routes]:
+        """The routes of this step's segments, on the device."""
+        if not self._routed or self.plan is None:
+            return []
+        n = len(self._routed)
+        own, experts = (list(column) for column in zip(*self._routed, strict=True))
+        return [Routes(own, experts, self.plan.groups[:n], self.plan.weights[:n])]
+
+    def run(self) -> None:
+        """One step over what `fill` wrote."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    def _step(self) -> None:
+        graphs, on, ops = self.graphs, self.fields.on_device, self.graphs.model.ops
+        earlier = graphs.chosen.tokens.index_select(0, on["source"].clamp(min=0))
+        self.ids.copy_(torch.where(on["source"] >= 0, earlier, on["known"]))
+        if self.plan is not None:
+            ops.route.route_ids(self.plan)
+            ops.core.core(self.plan, graphs.cores)
+        hidden = graphs.model.forward(self.ids, on["positions"], None, self.pages, graphs.caches, self.delta)
+        self.logits.copy_(graphs.model.weights.head(hidden))
+        self.tokens.copy_(ops.sample.sample(self.logits, on["temperature"], on["seed"], on["place"]))
+
+    def _rehearse(self) -> None:
+        """A step of the empty batch, which leaves no trace: it writes no keys, and the tokens that the last step chose,
+        which the next one may start from, are put back."""
+        chosen = self.graphs.chosen.tokens
+        kept = chosen.clone()
+        self._step()
+        chosen.copy_(kept)
+
+    def _capture(self) -> None:
+        if self.graphs.device.type != "cuda":
+            return
+        # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep a
+        # workspace for each.
+        self._rehearse()
+        self._graph = torch.cuda.CUDAGraph()
+        # Another thread may be loading an adapter meanwhile: its calls are none of this capture's.
+        with torch.cuda.graph(self._graph, pool=self.graphs.pool, capture_error_mode="thread_local"):
+            self._step()
+        logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(self.kinds))

@@ -1,0 +1,64 @@
+"""Answers held to a JSON schema: which tokens may come next, found by llguidance.
+
+The schema becomes a grammar over the bytes of the tokenizer's tokens (json_schema.py); each sequence is followed with a
+matcher of its own.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+from llguidance import LLMatcher, LLTokenizer
+
+from tucka_runtime.engine.sequence import Sequence
+from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.json_schema import LIMITS, grammar
+from tucka_runtime.tokenizer import Tokenizer
+
+
+class Grammars:
+    """The matchers of all sequences that have a schema, until `forget`."""
+
+    def __init__(self, folder: Path, vocab: int, eos: frozenset[int]):
+        self.folder, self.vocab, self.eos = folder, vocab, eos
+        self.matchers: dict[tuple[str, int], tuple[LLMatcher, int]] = {}
+        """By sequence, and how many of its tokens each has seen."""
+        self.broken: set[tuple[str, int]] = set()
+        """Sequences whose grammar turned out to be too complex."""
+
+    @cached_property
+    def tokenizer(self) -> LLTokenizer:
+        """Made when it is first needed: a second for a large vocabulary."""
+        file = self.folder / "tokenizer.json"
+        if file.is_file():  # transformers, which takes seconds to import, would make the same of it
+            text = file.read_text("utf-8")
+        elif (found := Tokenizer.load(self.folder)) is not None:
+            text = found.serialised
+        else:
+            raise ModelLoadError("The base model has no tokenizer, so no JSON schema can be followed.")
+        return LLTokenizer(text, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that a matcher allows once the value is complete."""
+        return frozenset(self.tokenizer.eos_tokens)
+
+    def forget(self, seq: Sequence) -> None:
+        self.matchers.pop(seq.key, None)
+        self.broken.discard(seq.key)
+
+    def allowed(self, seq: Sequence) -> bytes:
+        """A byte for each token of the vocabulary, 0 where it may not follow what the sequence has; none is 0 if the
+        grammar broke."""
+        assert seq.sampling.json_schema is not None
+        entry = self.matchers.get(seq.key)
+        if entry is None:
+            matcher = LLMatcher(self.tokenizer, grammar(seq.sampling.json_schema), log_level=0, limits=LIMITS)
+            entry = matcher, seq.num_prompt
+        matcher, known = entry
+        matcher.consume_tokens(seq.tokens[known:])
+        self.matchers[seq.key] = matcher, len(seq)
+        mask = matcher.compute_logit_bias()
+        if matcher.is_error():
+            self.broken.add(seq.key)
+            return b"\1" * self.vocab
+        return mask

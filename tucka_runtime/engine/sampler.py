@@ -1,0 +1,166 @@
+"""From logits to tokens: bias, penalties, schemas, filters, choice, log-probabilities. Whole batch at once; rows that
+do not ask for a step do not pay for it.
+"""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.engine.grammar import Grammars
+from tucka_runtime.engine.sequence import Sequence
+from tucka_runtime.kernels.tables.transfer import place
+from tucka_runtime.messages import SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # temperatures under this would overflow fp32 logits; they are greedy
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Tokens (N,) int64 on the device, and the logits `raw` of the rows `wants` that asked for log-probabilities."""
+
+    tokens: Tensor
+    wants: list[int] = field(default_factory=list)
+    raw: Tensor | None = None
+
+
+class Sampler:
+    """Chooses tokens. Keeps token counts of the sequences that have penalties, until `forget`."""
+
+    def __init__(self, ops: SimpleNamespace, vocab: int, eos: frozenset[int], device: torch.device, folder: Path):
+        """`folder` is the model's: its tokenizer is what JSON schemas are followed with."""
+        self.ops = ops
+        self.grammars = Grammars(folder, vocab, eos)
+        self.vocab = vocab
+        self.eos = eos
+        self.device = device
+        self.counts: dict[tuple[str, int], tuple[Tensor, Tensor, int]] = {}
+
+    def forget(self, seq: Sequence) -> None:
+        self.counts.pop(seq.key, None)
+        self.grammars.forget(seq)
+
+    def stops(self, seq: Sequence) -> frozenset[int]:
+        """Tokens that end the sequence."""
+        own = frozenset(seq.sampling.stop_token_ids)
+        if seq.sampling.json_schema is not None:
+            return own | self.eos | self.grammars.ends
+        return own if seq.sampling.ignore_eos else own | self.eos
+
+    def plain(self, seq: Sequence) -> bool:
+        """Whether nothing but its temperature stands between a sequence's logits and the choice."""
+        p = seq.sampling
+        bound = p.json_schema is not None or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
+        return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
+
+    def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
+        """The next token of each sequence, on the device. logits (N, vocab) fp32, one row per sequence, is used up.
+
+        Log-probabilities are the model's own: before bias, penalties and temperature.
+        """
+        wants = [i for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+        raw = logits[wants].clone() if wants else None
+        for i, seq in enumerate(seqs):
+            self._adjust(logits[i], seq)
+        heats = [temperature(seq) for seq in seqs]
+        if any(heats):
+            self._filter(logits, heats, seqs)
+            chosen = self.ops.sample.sample(logits, *place(draws(seqs), self.device))
+        else:
+            chosen = logits.argmax(dim=-1)
+        return Choice(chosen, wants, raw)
+
+    def entries(self, choice: Choice, tokens: Rows[int], seqs: Rows[Sequence]) -> list[TokenLogprob | None]:
+        """The log-probabilities that were asked for, once the chosen `tokens` are known."""
+        out: list[TokenLogprob | None] = [None] * len(tokens)
+        if choice.raw is not None:
+            tops = [seqs[i].sampling.logprobs or 0 for i in choice.wants]
+            found = logprobs(choice.raw, [tokens[i] for i in choice.wants], tops)
+            for i, entry in zip(choice.wants, found, strict=True):
+                out[i] = entry
+        return out
+
+    def _adjust(self, row: Tensor, seq: Sequence) -> None:
+        """Penalties, bias, what a schema allows and the ban on ending early, in place. row (vocab,)."""
+        p = seq.sampling
+        if p.penalised:
+            seen, counts = self._count(seq)
+            if p.repetition_penalty != 1.0:
+                scaled = torch.where(row > 0, row / p.repetition_penalty, row * p.repetition_penalty)
+                row.copy_(torch.where(seen | (counts > 0), scaled, row))
+            row.sub_(counts * p.frequency_penalty + (counts > 0) * p.presence_penalty)
+        if p.logit_bias:
+            ids, biases = zip(*p.logit_bias, strict=True)
+            row.index_add_(0, *place([torch.tensor(ids), torch.tensor(biases, dtype=row.dtype)], self.device))
+        if p.json_schema is not None:
+            allowed = torch.frombuffer(bytearray(self.grammars.allowed(seq)), dtype=torch.uint8)
+            row.masked_fill_(place([allowed], self.device)[0] == 0, float("-inf"))
+        if seq.num_generated < p.least_tokens and (stops := self.stops(seq)):
+            row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
+
+    def _count(self, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """Which tokens the prompt has (vocab,) bool, and how often each was generated (vocab,) fp32."""
+        entry = self.counts.get(seq.key)
+        if entry is None:
+            seen = torch.zeros(self.vocab, dtype=torch.bool, device=self.device)
+            seen[torch.tensor(seq.tokens[: seq.num_prompt]).to(self.device)] = True
+            entry = seen, torch.zeros(self.vocab, device=self.device), seq.num_prompt
+        seen, counts, known = entry
+        if known < len(seq):
+            fresh = torch.tensor(seq.tokens[known:]).to(self.device)
+            counts.index_add_(0, fresh, torch.ones(len(fresh), device=self.device))
+        self.counts[seq.key] = seen, counts, len(seq)
+        return seen, counts
+
+    def _filter(self, logits: Tensor, temperatures: list[float], seqs: Rows[Sequence]) -> None:
+        rows = [i for i, (t, seq) in enumerate(zip(temperatures, seqs, strict=True)) if t and _filtered(seq.sampling)]
+        if not rows:
+            return
+        asked = [seqs[i].sampling for i in rows]
+        parts = [
+            torch.tensor(rows),
+            torch.tensor([temperatures[i] for i in rows]),
+            torch.tensor([p.top_k or self.vocab for p in asked]),
+            torch.tensor([p.top_p for p in asked]),
+            torch.tensor([p.min_p for p in asked]),
+        ]
+        at, heat, top_k, top_p, min_p = place(parts, self.device)
+        own = logits.index_select(0, at)
+        kept = self.ops.sample.filter_logits(own / heat[:, None], top_k, top_p, min_p)
+        logits.index_copy_(0, at, own.masked_fill_(kept == float("-inf"), float("-inf")))
+
+
+def _filtered(p: SamplingParams) -> bool:
+    return bool(p.top_k or p.top_p < 1 or p.min_p > 0)
+
+
+def temperature(seq: Sequence) -> float:
+    """0 is greedy."""
+    return 0.0 if seq.sampling.temperature < GREEDY_BELOW else seq.sampling.temperature
+
+
+def draws(seqs: Rows[Sequence]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the random choice depends on: temperature (N,) fp32, seed (N,) and the token's position (N,) int64."""
+    return (
+        torch.tensor([temperature(seq) for seq in seqs]),
+        torch.tensor([seq.seed for seq in seqs]),
+        torch.tensor([len(seq) for seq in seqs]),
+    )
+
+
+def logprobs(logits: Tensor, tokens: Rows[int], tops: Rows[int]) -> list[TokenLogprob]:
+    """Log-probability and rank of one token per row, and each row's best `tops[i]`. logits (N, vocab) fp32."""
+    table = torch.log_softmax(logits, dim=-1)
+    chosen = table.gather(1, torch.tensor(tokens, device=table.device)[:, None])
+    ranks = (table > chosen).sum(dim=1) + 1
+    best = table.topk(min(max(max(tops), 1), table.shape[1]), dim=-1)
+    values, ids = best.values.tolist(), best.indices.tolist()
+    return [
+        TokenLogprob(token, value, rank, tuple(zip(ids[i][:top], values[i][:top], strict=True)))
+        for i, (token, value, rank, top) in enumerate(
+            zip(tokens, chosen.squeeze(1).tolist(), ranks.tolist(), tops, strict=True)
+        )
+    ]

@@ -1,0 +1,192 @@
+"""Which tokens go through the model next. Policy only: no torch.
+
+Each step first serves what runs (a decode, or the next chunk of a prompt), oldest first; then it admits what waits, in
+order of arrival. A sequence gets the pages of its whole prompt when it is admitted, and one more whenever it needs it;
+when none is left the youngest running sequence gives all of its own back and is computed again later.
+"""
+
+from array import array
+from collections import deque
+from dataclasses import dataclass
+
+from tucka_runtime.engine.block_manager import BlockManager, chain
+from tucka_runtime.engine.sequence import Sequence, Status
+from tucka_runtime.messages import RouteScope
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens `start` to `start + count` of a sequence; `last` tells whether its last one is among them."""
+
+    seq: Sequence
+    start: int
+    count: int
+    last: bool
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next token is chosen: not by a prompt that is only being routed."""
+        return self.last and self.seq.route_sum is None
+
+
+def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
+    """Under what its KV may be shared: tenant, weights, and, where rotary positions stretch with a prompt longer than
+    `rope_limit`, its length. None: not at all, since its route is its batch's or its own, or since its prompt has to be
+    scored."""
+    if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or seq.sampling.prompt_logprobs is not None:
+        return None
+    adapter = (seq.adapter.name, seq.adapter.generation) if seq.adapter else None
+    stretched = seq.num_prompt if rope_limit is not None and seq.num_prompt > rope_limit else None
+    return repr((seq.request.cache_salt, adapter, stretched)).encode()
+
+
+class Scheduler:
+    """Waiting and running sequences. `max_tokens` and `max_seqs` bound one step; `rope_limit` is cache_namespace's."""
+
+    def __init__(self, blocks: BlockManager, max_tokens: int, max_seqs: int, rope_limit: int | None = None):
+        self.blocks = blocks
+        self.rope_limit = rope_limit
+        self.max_tokens = max_tokens
+        self.max_seqs = max_seqs
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> list[Work]:
+        """The next step's work; empty if there is nothing to do. Every count is at least 1."""
+        work: list[Work] = []
+        budget = self.max_tokens
+        preempted = self.num_preemptions
+        position = 0
+        while position < len(self.running) and budget:
+            seq = self.running[position]
+            count = min(len(seq) - seq.num_computed, budget)
+            if not count or (seq.pending and seq.num_generated >= seq.sampling.max_tokens):
+                position += 1  # it ends with what the device is at
+                continue
+            if not self._grow(seq, seq.num_computed + count):
+                break  # seq itself was the youngest and went back to waiting
+            budget -= self._take(work, seq, count)
+            position += 1
+        if self.num_preemptions == preempted:
+            self._admit(work, budget)
+        return work
+
+    def _grow(self, seq: Sequence, tokens: int) -> bool:
+        """Pages for the first `tokens` tokens, taken from younger sequences if need be. False: seq lost its own."""
+        need = self.blocks.blocks_for(tokens) - len(seq.block_table)
+        while not self.blocks.can_allocate(need):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        seq.block_table.extend(self.blocks.allocate(need))
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.blocks.release(seq.block_table)
+        seq.block_table = array("i")
+        seq.num_computed = 0
+
+    def _admit(self, work: list[Work], budget: int) -> None:
+        while self.waiting and budget and len(self.running) < self.max_seqs:
+            if self._should_wait(self._group(), budget):
+                return
+            if not self._place(self.waiting[0]):
+                return
+            seq = self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            budget -= self._take(work, seq, min(len(seq) - seq.num_computed, budget))
+
+    def _take(self, work: list[Work], seq: Sequence, count: int) -> int:
+        """Puts a sequence's next `count` tokens on the list; they count as computed from now on."""
+        work.append(Work(seq, seq.num_computed, count, seq.num_computed + count == len(seq)))
+        seq.num_computed += count
+        return count
+
+    def _group(self) -> list[Sequence]:
+        """The head of the queue and what should share its first forward pass: under the scope `batch` the prompts of
+        one request are routed together, which only works if they are computed together."""
+        head = self.waiting[0]
+        if head.scope is not RouteScope.BATCH or any(s.request is head.request for s in self.running):
+            return [head]
+        group = []
+        for seq in self.waiting:
+            if seq.request is not head.request:
+                break
+            group.append(seq)
+        return group
+
+    def _should_wait(self, group: list[Sequence], budget: int) -> bool:
+        """Whether a group that does not fit this step would fit one of its own: then it waits rather than being torn
+        apart. The wait ends, since nothing else is admitted meanwhile."""
+        if len(group) == 1:
+            return False
+        tokens, pages = sum(map(len, group)), sum(self.blocks.blocks_for(len(s)) for s in group)
+        seats = self.max_seqs - len(self.running)
+        fits = len(group) <= seats and tokens <= budget and self.blocks.can_allocate(pages)
+        possible = len(group) <= self.max_seqs and tokens <= self.max_tokens and pages <= self.blocks.num_blocks
+        return possible and not fits
+
+    def _place(self, seq: Sequence) -> bool:
+        """Pages for a waiting sequence, cached ones first; at least its last token is left to compute."""
+        size = self.blocks.block_size
+        reuse = self.blocks.match(self._hashes(seq, (len(seq) - 1) // size))
+        need = self.blocks.blocks_for(len(seq)) - len(reuse)
+        if not self.blocks.can_allocate(need, reuse):
+            return False
+        self.blocks.hold(reuse)
+        seq.block_table = array("i", reuse + self.blocks.allocate(need))
+        seq.num_computed = len(reuse) * size
+        if not seq.scheduled_at:  # its own pages, found again after a preemption, are no gift of the cache
+            seq.cached_tokens = seq.num_computed
+        return True
+
+    def _hashes(self, seq: Sequence, pages: int) -> list[bytes]:
+        """Hashes of a sequence's first full pages, each computed once; none if it does not share its KV."""
+        namespace = cache_namespace(seq, self.rope_limit)
+        if namespace is None:
+            return []
+        known, size = seq.block_hashes, self.blocks.block_size
+        while len(known) < pages:
+            start = len(known) * size
+            known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
+        return known[:pages]
+
+    def computed(self, work: Work) -> None:
+        """Offers the pages that this work filled for reuse, unless the sequence lost them meanwhile."""
+        seq, end = work.seq, work.start + work.count
+        if seq.status is not Status.RUNNING or seq.num_computed < end:
+            return
+        size = self.blocks.block_size
+        hashes = self._hashes(seq, end // size)
+        for page in range(work.start // size, len(hashes)):
+            self.blocks.register(seq.block_table[page], hashes[page])
+
+    def finish(self, seq: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its pages."""
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self._release(seq)
+        seq.status = Status.FINISHED
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if pages or queues disagree with each other."""
+        self.blocks.check_integrity([s.block_table for s in self.running])
+        if any(s.status is not Status.RUNNING for s in self.running) or len(self.running) > self.max_seqs:
+            raise RuntimeError("scheduler: a sequence is in the wrong queue")
+        if any(s.status is not Status.WAITING or s.block_table for s in self.waiting):
+            raise RuntimeError("scheduler: a waiting sequence holds pages")

@@ -1,0 +1,31 @@
+"""The optional parts of the installation (pyproject.toml's extras), what they are for, and how to get them."""
+
+import importlib.util
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Extra:
+    """`modules` are those that show whether the extra is there; `used_by` says what needs it."""
+
+    modules: tuple[str, ...]
+    used_by: str
+
+
+EXTRAS = {
+    "train": Extra(("peft", "matplotlib", "tqdm"), "tucka train"),
+    "loadtest": Extra(("aiohttp",), "tucka loadtest"),
+    "otel": Extra(("opentelemetry.exporter.otlp.proto.http",), "traces: tucka serve --otlp-traces-endpoint"),
+}
+
+
+def installed(extra: str) -> bool:
+    try:
+        return all(importlib.util.find_spec(module) is not None for module in EXTRAS[extra].modules)
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
+def how_to_install(extra: str) -> str:
+    """The package comes from the checkout, so its extras do too."""
+    return f"in the checkout run `sh deploy/install.sh {extra}`, or `pip install -e '.[{extra}]'` in your environment"

@@ -1,0 +1,210 @@
+"""Everything that crosses the border between the API's process and the engine's. Standard library only.
+
+A request holds one or several prompts and asks `n` answers of each; every (prompt, answer) pair is a sequence, and its
+`index` (prompt · n + answer) is the OpenAI choice index.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class RouteScope(StrEnum):
+    """Over which tokens a TuckA adapter's route is computed (docs/architecture.md, "Route scope")."""
+
+    BATCH = "batch"  # one route per adapter and forward pass: the paper's
+    REQUEST = "request"  # one route per request, from its whole prompt, kept while decoding
+    PINNED = "pinned"  # fixed when the adapter was loaded
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """One generation of a loaded adapter. A reload under the same name is another generation."""
+
+    name: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The chosen expert group and its experts' weights (t of them, each in [0.269, 0.731])."""
+
+    group: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked at the door (server/protocol.py); the engine trusts them.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
+    the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
+    `max_tokens` 0 scores the prompt and generates nothing. `json_schema` (as text) is what the answer has to match: it
+    ends when it does, whatever `min_tokens` and `ignore_eos` say.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: str | None = None
+
+    @property
+    def least_tokens(self) -> int:
+        """No answer ends with fewer: `min_tokens`, unless a schema says when it is complete."""
+        return self.min_tokens if self.json_schema is None else 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far change the next one's logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request as the engine sees it. `prompts` are token ids; `cache_salt` separates tenants' KV reuse."""
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: SamplingParams
+    n: int = 1
+    adapter: AdapterKey | None = None
+    route_scope: RouteScope = RouteScope.BATCH
+    cache_salt: str = ""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the model (before temperature and penalties), its rank (1 is the best),
+    and the best alternatives as (token id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteReport:
+    """The route of the forward pass that finished the prompt, and how often the group changed while decoding."""
+
+    route: Route
+    changes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """`time.monotonic()` of the engine at each border of a sequence's life; seconds. A border that was not reached
+    is 0."""
+
+    arrived: float
+    scheduled: float
+    first_token: float
+    finished: float
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step brought for one sequence. The one that has `finish_reason` is the last, and there always is one.
+
+    `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
+    first. `stop_token_id` is the token that ended the sequence (it is the last of `token_ids`). `timing` comes
+    with the first token and with the finish reason.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    route: RouteReport | None = None
+    cached_tokens: int = 0
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """The model as it is served. `fingerprint` is weights.fingerprint's."""
+
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    kv_cache_tokens: int
+    fingerprint: str
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A loaded adapter. `kind` is "tucka" or "lora". `scope` is what it is served with unless the request says so:
+    "pinned" where its route is fixed, which no request changes; what its manifest says it was trained for ("route");
+    or None. `bytes` are those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage
+    of loading it took."""
+
+    key: AdapterKey
+    digest: str
+    kind: str
+    r: int
+    k: int | None
+    t: int | None
+    p: int | None
+    alpha: float
+    target_modules: tuple[str, ...]
+    num_modules: int
+    router: str | None
+    scope: str | None
+    bytes: int
+    training: dict[str, Any] | None
+    load_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step in figures. `schedule` to `output` are seconds on the host: choosing the work, packing the batch, routes
+    and cores, the layers, choosing tokens, booking them. `routes` has every routed segment's adapter and route;
+    `preemptions` counts since the start; `sequences` and `active` are those of this step, the latter their adapters."""
+
+    schedule: float
+    batch: float
+    route: float
+    forward: float
+    sample: float
+    output: float
+    prefill_tokens: int
+    decode_tokens: int
+    adapters: int
+    routes: tuple[tuple[AdapterKey, Route], ...]
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    preemptions: int
+    sequences: int = 0
+    active: tuple[AdapterKey, ...] = ()

@@ -1,0 +1,49 @@
+"""The base model that adapters are trained on, as transformers loads it. Imports torch and transformers when called."""
+
+from pathlib import Path
+from typing import Any
+
+from tucka_runtime.errors import ConfigError
+
+
+def load_base(folder: Path, dtype: str, device: str) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, torch device) from a folder. Raises ConfigError when it cannot be used."""
+    where = choose_device(device)
+    return load_model(folder, dtype, where), load_tokenizer(folder), where
+
+
+def choose_device(device: str) -> Any:
+    """The torch device that a setting names. Raises ConfigError where it is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but torch sees none. Use --device cpu.")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises ConfigError when the folder's tokenizer cannot be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"The tokenizer in {folder} has no end-of-sequence token, so completions could not end.")
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: str, where: Any) -> Any:
+    """Raises ConfigError when the folder's model cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if dtype == "auto" and where.type == "cpu":
+        dtype = "float32"  # bf16 products are slower than fp32 on most CPUs
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
+    return model.to(where)
