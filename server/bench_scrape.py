@@ -19,7 +19,16 @@ from typing import Any
 import uvicorn
 
 from tucka_runtime.config import ServerConfig
-from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, FinishReason, Route, StepStats, Timing
+from tucka_runtime.messages import (
+    AdapterInfo,
+    AdapterKey,
+    EngineInfo,
+    EngineLoad,
+    FinishReason,
+    Route,
+    StepStats,
+    Timing,
+)
 from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.http.connection import connection_class
 from tucka_runtime.server.metrics.metrics import Metrics
@@ -72,12 +81,13 @@ def main() -> None:
 def serve(metrics: Metrics, key: AdapterKey) -> None:
     """One request with two steps, as the server counts it."""
     route = Route(random.randrange(GROUPS), (0.3, 0.5, 0.7))
-    stats = StepStats(0.001, 0.001, 0.001, 0.01, 0.001, 0.001, 9, 1, 1, ((key, route),), 1, 0, 3, 99, 0, 1, (key,))
+    stats = StepStats(0.001, 0.001, 0.001, 0.01, 0.001, 0.001, 9, 1, 1, (key,), ((key, route),))
+    load = EngineLoad(running=1, waiting=0, blocks_used=3, blocks_total=99, preemptions=0)
     metrics.admitted(key.name, 10, 1)
-    metrics.on_step(stats)
+    metrics.on_step(stats, load)
     metrics.first_token(key.name, random.random(), 0, Timing(0.0, 0.1, 0.2, 0.0))
     metrics.tokens(1)
-    metrics.on_step(stats)
+    metrics.on_step(stats, load)
     metrics.tokens(1)
     metrics.waited(0.01, 1)
     metrics.decoded(0.01)

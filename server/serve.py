@@ -36,7 +36,6 @@ STOP_ENGINE_SECONDS = 5
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
-    os.environ["TUCKA_LOG_FORMAT"] = config.log_format  # the engine's process logs alike
     try:
         engine_config, config = with_embedded_default(engine_config, config)
         _check_names_and_folders(engine_config, config)
@@ -73,7 +72,7 @@ def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) 
 async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     listener = _bind(config)
     _raise_open_files(config.max_connections)
-    engine = EngineClient(engine_config)
+    engine = EngineClient(engine_config, config.log_format)
     stopping = asyncio.Event()
     server: _Server | None = None
 

@@ -29,8 +29,9 @@ import torch
 from torch.nn.functional import linear
 
 from tucka_runtime.adapters.format import TuckAConfig, write_adapter
-from tucka_runtime.config import SPIN, EngineConfig
+from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.engine import Engine
+from tucka_runtime.engine.environment import SPIN
 from tucka_runtime.messages import AdapterKey, Request, RouteScope, SamplingParams
 
 LLAMA_3_8B = {

@@ -10,13 +10,8 @@ from tucka_runtime.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+KERNELS = ("auto", "reference", "fused")
 ROUTE_SCOPES = ("batch", "request")
-
-SPIN = {"GOMP_SPINCOUNT": "10000"}
-"""Environment of the engine's process: how long torch's CPU threads spin before they sleep. The default spins for
-milliseconds, which takes the cores from the API process and from each other; sleeping at once costs a wake-up per
-operation. `python -m tucka_runtime.bench`, base only, tok/s on 2 cores: idle machine 602 by default, 361 with
-OMP_WAIT_POLICY=passive, 695 with this; beside two busy loops under 10, 178, 89."""
 LOG_FORMATS = ("text", "json")
 
 
@@ -33,11 +28,12 @@ class EngineConfig:
     model: str | None = _setting(None, "folder of the base model (default: the embedded one)", metavar="DIR")
     dtype: str = _setting("auto", "type of the weights; auto takes the one they are stored in", choices=DTYPES)
     device: str = _setting("auto", "where to run; auto takes the GPU if there is one", choices=DEVICES)
+    kernels: str = _setting("auto", "which kernels; auto takes the fused ones on a GPU", choices=KERNELS)
     max_model_len: int | None = _setting(None, "longest prompt plus answer in tokens (default: the model's own)")
     max_num_seqs: int = _setting(64, "most sequences in one batch")
     max_num_batched_tokens: int = _setting(2048, "most tokens in one forward pass; longer prompts go in chunks")
     max_queue: int = _setting(1024, "most sequences waiting; more are refused with 429")
-    block_size: int = _setting(16, "tokens in one KV page")
+    block_size: int = _setting(16, "tokens in one KV block")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
     max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
     num_threads: int | None = _setting(

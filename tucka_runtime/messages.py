@@ -6,7 +6,11 @@ A request holds one or several prompts and asks `n` answers of each; every (prom
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.errors import TuckaError
 
 
 class RouteScope(StrEnum):
@@ -35,12 +39,14 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are checked at the door (server/protocol.py); the engine trusts them.
+    """How to choose tokens and what to make of them. Ranges are checked at the door (server/api/bodies.py); the engine
+    trusts them.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
     `max_tokens` 0 scores the prompt and generates nothing. `json_schema` (as text) is what the answer has to match: it
-    ends when it does, whatever `min_tokens` and `ignore_eos` say.
+    ends when it does, whatever `min_tokens` and `ignore_eos` say. The stop strings `stop` and the two fields after it
+    are for who turns the tokens into text; the engine does not read them.
     """
 
     max_tokens: int = 16
@@ -59,6 +65,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     json_schema: str | None = None
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     @property
     def least_tokens(self) -> int:
@@ -125,13 +134,22 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why a sequence ended, with its cause: `stop_token_id` is the token that ended it (the last of its tokens) where
+    the reason is STOP, `error` what the client is told where it is ERROR."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: TuckaError | None = None
+
+
 @dataclass(slots=True)
 class SequenceOutput:
-    """What one step brought for one sequence. The one that has `finish_reason` is the last, and there always is one.
+    """What one step brought for one sequence. The one that has a `finish` is the last, and there always is one.
 
     `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
-    first. `stop_token_id` is the token that ended the sequence (it is the last of `token_ids`). `timing` comes
-    with the first token and with the finish reason.
+    first. `timing` comes with the first token and with the finish.
     """
 
     request_id: str
@@ -139,8 +157,7 @@ class SequenceOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
+    finish: Finish | None = None
     route: RouteReport | None = None
     cached_tokens: int = 0
     timing: Timing | None = None
@@ -188,8 +205,8 @@ class AdapterInfo:
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """One step in figures. `schedule` to `output` are seconds on the host: choosing the work, packing the batch, routes
-    and cores, the layers, choosing tokens, booking them. `routes` has every routed segment's adapter and route;
-    `preemptions` counts since the start; `sequences` and `active` are those of this step, the latter their adapters."""
+    and cores, the layers, choosing tokens, booking them. `routes` has every routed segment's adapter and route,
+    `adapters` those that had rows in the step."""
 
     schedule: float
     batch: float
@@ -199,12 +216,124 @@ class StepStats:
     output: float
     prefill_tokens: int
     decode_tokens: int
-    adapters: int
+    sequences: int
+    adapters: tuple[AdapterKey, ...]
     routes: tuple[tuple[AdapterKey, Route], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What stands in the engine's books: sequences in the batch and before it, KV blocks, and how many sequences were
+    set back since the engine's process started."""
+
     running: int
     waiting: int
     blocks_used: int
     blocks_total: int
     preemptions: int
-    sequences: int = 0
-    active: tuple[AdapterKey, ...] = ()
+
+
+# What goes through the channel (engine/client.py, engine/process.py). Messages are ordered, which is what leases rely
+# on: a request that is sent before an unload is taken on before it.
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first message to a new engine process."""
+
+    config: EngineConfig
+    log_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Ends what is left of a request, or the sequence `index` of it."""
+
+    request_id: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Is answered by `AdapterLoaded` or `AdapterRefused` with the same `call`."""
+
+    call: int
+    key: AdapterKey
+    folder: Path
+    pinned: Route | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    key: AdapterKey
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends the process."""
+
+
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The model is loaded: requests may come."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The model cannot be served; the process ends."""
+
+    error: TuckaError
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    outputs: list[SequenceOutput]
+    stats: StepStats
+    load: EngineLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """The engine has run out of work; `load` should be nothing, but it is the engine that says so."""
+
+    load: EngineLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last outputs of sequences that were aborted one by one."""
+
+    outputs: list[SequenceOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The engine did not take the request on."""
+
+    request_id: str
+    error: TuckaError
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    call: int
+    info: AdapterInfo
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRefused:
+    call: int
+    error: TuckaError
+
+
+FromEngine = Started | NotStarted | StepDone | Idle | Ended | Rejected | AdapterLoaded | AdapterRefused

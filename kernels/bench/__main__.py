@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 from tucka_runtime.kernels.bench import chain, check, compiled, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Sweep
 from tucka_runtime.kernels.bench.timing import Result, measure, table
-from tucka_runtime.kernels.dispatch import OPS, choose
+from tucka_runtime.kernels.dispatch import choose
 
 HELP = """\
 Times every kernel at a Llama-3-8B's shape and says how near to the limit it is.
@@ -46,6 +46,20 @@ columns:
 
 Rows are shared evenly among the adapters. An op is timed only if its tests pass on this device.
 """
+
+OPS = (
+    "attention",
+    "core",
+    "expand",
+    "expand_qkv_rope_kv",
+    "expand_residual",
+    "expand_swiglu",
+    "norm",
+    "route",
+    "sample",
+    "shrink_core",
+)
+"""The files beside this one that time something."""
 
 SWEPT = ("shrink_core", "expand", "expand_residual", "attention")
 """Ops with configurations to choose from."""

@@ -1,4 +1,4 @@
-"""Paged attention, decoding and prompts: against torch's own on gathered keys and values (the gathering not timed)."""
+"""Attention, decoding and prompts: against torch's own on gathered keys and values (the gathering not timed)."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -6,9 +6,9 @@ from itertools import product
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tucka_runtime.kernels.bench.shapes import PAGE, Sweep, pages
+from tucka_runtime.kernels.bench.shapes import BLOCK, Sweep, blocks
 from tucka_runtime.kernels.bench.timing import Call, Case
-from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -35,7 +35,7 @@ def _case(sweep: Sweep, rows: int, context: int, decoding: bool) -> Case:
             for c in (k, v)
         )
         return {
-            "own": lambda: sweep.ops.attention.attention(q, k, v, plan, scale),
+            "own": lambda: sweep.ops.attention(q, k, v, plan, scale),
             "torch": lambda: scaled_dot_product_attention(
                 q_all, k_all, v_all, is_causal=not decoding, scale=scale, enable_gqa=True
             ),
@@ -84,11 +84,11 @@ def _prompt_variant(sweep: Sweep, rows: int, block_m: int, block_n: int) -> Case
 
 def _tensors(
     sweep: Sweep, rows: int, context: int, decoding: bool, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagePlan]:
-    """q (T, H, D), caches (slots, KV, D) and the pages of `rows` sequences, or of one."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
+    """q (T, H, D), caches (slots, KV, D) and the blocks of `rows` sequences, or of one."""
     torch.manual_seed(seed)
     shape = sweep.shape
-    slots = -(-context // PAGE) * PAGE * (rows if decoding else 1)
+    slots = -(-context // BLOCK) * BLOCK * (rows if decoding else 1)
     k, v = (torch.randn(slots, shape.kv_heads, shape.head, device=sweep.device).to(sweep.dtype) for _ in "kv")
     q = torch.randn(rows, shape.heads, shape.head, device=sweep.device).to(sweep.dtype)
-    return q, k, v, pages(rows, context, decoding, sweep.device)
+    return q, k, v, blocks(rows, context, decoding, sweep.device)

@@ -16,9 +16,10 @@ from torch.nn.functional import linear
 
 from tucka_runtime.kernels.bench import model
 from tucka_runtime.kernels.bench.core import K, P, T
-from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, pages
+from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, blocks
 from tucka_runtime.kernels.bench.timing import Call, Case, Result, measure
-from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.ops import LowRank
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
 
 
@@ -37,8 +38,8 @@ class Chain:
 
     def __init__(self, sweep: Sweep, rows: int, context: int):
         shape, self.sweep = sweep.shape, sweep
-        self.plan: PagePlan = pages(rows, context, True, sweep.device)
-        slots = (int(self.plan.pages.max()) + 1) * self.plan.block_size
+        self.plan: AttentionMetadata = blocks(rows, context, True, sweep.device)
+        slots = (int(self.plan.block_table.max()) + 1) * self.plan.block_size
 
         def randn(*size: int) -> Tensor:
             return torch.empty(size, dtype=sweep.dtype, device=sweep.device).normal_(std=size[-1] ** -0.5)
@@ -93,44 +94,51 @@ class Chain:
     def step(self, combined: bool = False, one_stream: bool = False) -> Tensor:
         """The highest logit's id of every row."""
         ops, shape = self.sweep.ops, self.sweep.shape
+        if combined:
+            from tucka_runtime.kernels.fused.core import slices as combine
         self.combined, side = combined, None if one_stream else self.side
         if self.routes is not None:
             if combined:
-                ops.core.slices(self.routes, self.slices)
+                combine(self.routes, self.slices)
             else:
-                ops.core.core(self.routes, self.cores)
-        x, y = self.x, ops.norm.norm(self.x, self.ones, None, 1e-5)
+                ops.core(self.routes, self.cores)
+        x, y = self.x, ops.norm(self.x, self.ones, None, 1e-5)
         for layer in self.layers:
             qkv, delta = self._linear(layer, "qkv", y, side)
-            q = ops.expand_qkv_rope_kv.expand_qkv_rope_kv(
-                qkv, *delta, self.cos, self.sin, None, 1e-5, *layer.caches, self.plan.write_slots
+            q = ops.expand_qkv_rope_kv(
+                qkv, delta, self.cos, self.sin, None, 1e-5, *layer.caches, self.plan.slot_mapping
             )
-            attended = ops.attention.attention(q, *layer.caches, self.plan, shape.head**-0.5).flatten(1)
+            attended = ops.attention(q, *layer.caches, self.plan, shape.head**-0.5).flatten(1)
             out, delta = self._linear(layer, "o", attended, side)
-            y, x = ops.expand_residual.expand_residual(out, *delta, x, self.ones, None, 1e-5)
+            y, x = ops.expand_residual(out, delta, x, self.ones, None, 1e-5)
             up, delta = self._linear(layer, "gate_up", y, side)
-            inner = ops.expand_swiglu.expand_swiglu(up, *delta)
+            inner = ops.expand_swiglu(up, delta)
             down, delta = self._linear(layer, "down", inner, side)
-            y, x = ops.expand_residual.expand_residual(down, *delta, x, self.ones, None, 1e-5)
+            y, x = ops.expand_residual(down, delta, x, self.ones, None, 1e-5)
         return linear(y, self.head).argmax(-1)
 
     def _linear(
         self, layer: Layer, site: str, x: Tensor, side: torch.cuda.Stream | None
-    ) -> tuple[Tensor, tuple[object, object, object]]:
+    ) -> tuple[Tensor, LowRank | None]:
         b = layer.deltas.get(site)
         if b is None:
-            return linear(x, layer.weights[site]), (None, None, None)
-        shrink = self.sweep.ops.shrink_core.shrink_core
-        cores = layer.slices[site] if self.combined else b.cores
+            return linear(x, layer.weights[site]), None
         if side is None:
-            return linear(x, layer.weights[site]), (shrink(x, b.site, cores, b.plan), b.site, b.plan)
+            return linear(x, layer.weights[site]), self._shrink(layer, site, x, b)
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            h = shrink(x, b.site, cores, b.plan)
+            low_rank = self._shrink(layer, site, x, b)
         y = linear(x, layer.weights[site])
         main.wait_stream(side)
-        return y, (h, b.site, b.plan)
+        return y, low_rank
+
+    def _shrink(self, layer: Layer, site: str, x: Tensor, b: Batch) -> LowRank:
+        if self.combined:
+            from tucka_runtime.kernels.fused.shrink_core import run
+
+            return run(x, b.site, layer.slices[site], b.plan)
+        return self.sweep.ops.shrink_core(x, b.site, b.cores, b.plan)
 
 
 def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -> list[Result]:
@@ -152,7 +160,7 @@ def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -
             "rank": rank,
         }
         calls: dict[str, Call] = {"own": chain.step}
-        if targets and sweep.ops.fused:
+        if targets and sweep.ops.name == "fused":
             calls["combined"] = partial(chain.step, combined=True)
             calls["one stream"] = partial(chain.step, one_stream=True)
         result = measure(_case(label, moved, calls), sweep.device)

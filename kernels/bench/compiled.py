@@ -9,7 +9,6 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, pages
-from tucka_runtime.kernels.dispatch import choose
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, blocks
+from tucka_runtime.kernels.fused import core, expand_residual, norm, shrink_core
+from tucka_runtime.kernels.fused.backend import OPS
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
 
 
@@ -56,7 +57,7 @@ def compile_all() -> list[Compiled]:
 
     Raises RuntimeError in Triton's interpreter, which compiles nothing.
     """
-    if not isinstance(_kernels().norm._norm, JITFunction):
+    if not isinstance(norm._norm, JITFunction):
         raise RuntimeError("Triton's interpreter is on: unset TRITON_INTERPRET to compile.")
     found: list[Compiled] = []
     current = ""
@@ -79,10 +80,6 @@ def compile_all() -> list[Compiled]:
     return found
 
 
-def _kernels() -> SimpleNamespace:
-    return choose(torch.device("cuda"), fused=True)
-
-
 def _routes(ids: Tensor | None) -> RoutePlan:
     """One adapter's, of 64 linears."""
     c, g = torch.empty(64, 2, 2), torch.empty(64, 4, 2, 16, 16)
@@ -91,16 +88,14 @@ def _routes(ids: Tensor | None) -> RoutePlan:
 
 
 def _calls() -> list[tuple[str, Any]]:
-    ops, shape = _kernels(), LLAMA3_8B
-    qkv, residual = ops.expand_qkv_rope_kv.expand_qkv_rope_kv, ops.expand_residual.expand_residual
-    two = ops.expand_residual.run
+    ops, shape = OPS, LLAMA3_8B
     calls: list[tuple[str, Any]] = []
     for label, rows, adapters in (("decode", 64, 32), ("single", 1, 1), ("prompt", 512, 1), ("graph", 64, 32)):
         case, mlp, out = (
             batch(rows, adapters, 16, shape.d, widths, torch.bfloat16, torch.device("cpu"), padded=label == "graph")
             for widths in ((shape.q, shape.kv, shape.kv), (shape.f, shape.f), (shape.d,))
         )
-        plan = pages(rows, rows if label == "prompt" else 1024, label != "prompt", torch.device("cpu"))
+        plan = blocks(rows, rows if label == "prompt" else 1024, label != "prompt", torch.device("cpu"))
         cache = torch.empty(64, shape.kv_heads, shape.head, dtype=torch.bfloat16)
         angle = torch.empty(rows, 1, shape.head // 2, dtype=torch.bfloat16)
         x, weight = torch.empty(rows, shape.d, dtype=torch.bfloat16), torch.empty(shape.d, dtype=torch.bfloat16)
@@ -114,45 +109,48 @@ def _calls() -> list[tuple[str, Any]]:
             calls.append((f"{name} ({label})", call))
 
         h = case.y.new_empty(rows, 3, 16)
-        add("shrink_core", lambda c=case: ops.shrink_core.shrink_core(c.x, c.site, c.cores, c.plan))
+        at_qkv, at_mlp, at_out = (LowRank(h, c.site, c.plan) for c in (case, mlp, out))
+        add("shrink_core", lambda c=case: ops.shrink_core(c.x, c.site, c.cores, c.plan))
         slices = Slices.empty(adapters, 3, 2, torch.device("cpu"))
         add(
             "shrink_core, combined",
-            lambda c=case, m=slices: ops.shrink_core.shrink_core(c.x, c.site, m, c.plan),
+            lambda c=case, m=slices: shrink_core.run(c.x, c.site, m, c.plan),
         )
-        add("expand", lambda c=case, h=h: ops.expand.expand(c.y, h, c.site, c.plan))
+        add("expand", lambda c=case, d=at_qkv: ops.expand(c.y, d))
         for n in (None, norms):
             add(
                 "expand_qkv_rope_kv",
-                lambda c=case, h=h, n=n, a=angle, k=cache, w=whole: qkv(c.y, h, c.site, c.plan, a, a, n, 1e-5, k, k, w),
+                lambda c=case, d=at_qkv, n=n, a=angle, k=cache, w=whole: ops.expand_qkv_rope_kv(
+                    c.y, d, a, a, n, 1e-5, k, k, w
+                ),
             )
-        add("expand_swiglu", lambda c=mlp, h=h: ops.expand_swiglu.expand_swiglu(c.y, h, c.site, c.plan))
+        add("expand_swiglu", lambda c=mlp, d=at_mlp: ops.expand_swiglu(c.y, d))
         add(
             "expand_residual",
-            lambda c=out, h=h, x=x, w=weight: residual(c.y, h, c.site, c.plan, x, w, None, 1e-5),
+            lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, None, 1e-5),
         )
         add(
             "expand_residual, bias",
-            lambda c=out, h=h, x=x, w=weight: residual(c.y, h, c.site, c.plan, x, w, w, 1e-5),
+            lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, w, 1e-5),
         )
         if label == "decode":
             # What a batch of fuller tiles takes.
             add(
                 "expand_residual, two",
-                lambda c=out, h=h, x=x, w=weight: two(c.y, h, c.site, c.plan, x, w, None, 1e-5, False, 64),
+                lambda c=out, d=at_out, x=x, w=weight: expand_residual.run(c.y, d, x, w, None, 1e-5, False, 64),
             )
         if label == "graph":
             continue  # what else there is has no tiles
-        add("norm", lambda x=x, w=weight: ops.norm.norm(x, w, w, 1e-5))
-        add("attention", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1))
-        add("attention, window", lambda q=q, k=cache, p=plan: ops.attention.attention(q, k, k, p, 0.1, 512))
-        add("sample", lambda x=logits, c=column, w=whole: ops.sample.sample(x, c, w, w))
-        add("filter", lambda x=logits, c=column, w=whole: ops.sample.filter_logits(x, w, c, c))
-        add("route_ids", lambda w=whole: ops.route.route_ids(_routes(w)))
-        add("route_hidden", lambda x=x: ops.route.route_hidden(x, torch.empty(8, shape.d), 2))
+        add("norm", lambda x=x, w=weight: ops.norm(x, w, w, 1e-5))
+        add("attention", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1))
+        add("attention, window", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1, 512))
+        add("sample", lambda x=logits, c=column, w=whole: ops.sample(x, c, w, w))
+        add("filter", lambda x=logits, c=column, w=whole: ops.filter_logits(x, w, c, c))
+        add("route_ids", lambda w=whole: ops.route_ids(_routes(w)))
+        add("route_hidden", lambda x=x: ops.route_hidden(x, torch.empty(8, shape.d), 2))
     cores = torch.empty(1, 64, 16, 16).bfloat16()
-    calls.append(("core", lambda: ops.core.core(_routes(None), cores)))
-    calls.append(("slices", lambda: ops.core.slices(_routes(None), Slices.empty(1, 64, 2, torch.device("cpu")))))
+    calls.append(("core", lambda: ops.core(_routes(None), cores)))
+    calls.append(("slices", lambda: core.slices(_routes(None), Slices.empty(1, 64, 2, torch.device("cpu")))))
     return calls
 
 

@@ -26,7 +26,7 @@ def _case(sweep: Sweep, rank: int, modules: int) -> Case:
         g = torch.randn(modules, K, P, rank, rank, device=sweep.device)
         plan = RoutePlan.build([Routed(c, g, slots, None)], [0], [None], [(1, [0.5] * T)], sweep.device)
         out = torch.zeros(1, modules, rank, rank, dtype=sweep.dtype, device=sweep.device)
-        return {"own": lambda: sweep.ops.core.core(plan, out)}
+        return {"own": lambda: sweep.ops.core(plan, out)}
 
     moved = modules * rank * rank * (P * 4 + sweep.dtype.itemsize)
     return Case("core", {"modules": modules, "rank": rank}, moved, make)

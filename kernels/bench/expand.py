@@ -6,6 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.ops import LowRank
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -23,7 +24,7 @@ def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int
         torch.manual_seed(seed)
         b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
         h = torch.randn(rows, n, rank, device=sweep.device).to(sweep.dtype)
-        calls: dict[str, Call] = {"own": lambda: sweep.ops.expand.expand(b.y, h, b.site, b.plan)}
+        calls: dict[str, Call] = {"own": lambda: sweep.ops.expand(b.y, LowRank(h, b.site, b.plan))}
         if rows <= sweep.bmm_rows:
             e = [torch.stack([part for row in b.site.e if (part := row[j]) is not None]) for j in range(n)]
             adapter = b.plan.segments.adapter
@@ -55,6 +56,6 @@ def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, block_n: int) ->
         torch.manual_seed(seed)
         b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
         h = torch.randn(rows, len(widths), rank, device=sweep.device).to(sweep.dtype)
-        return {"own": lambda: run(b.y, h, b.site, b.plan, block_n)}
+        return {"own": lambda: run(b.y, LowRank(h, b.site, b.plan), block_n)}
 
     return Case(case.op, {**case.shape, "block_n": block_n}, case.moved, make)

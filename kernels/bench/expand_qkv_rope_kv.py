@@ -6,6 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.ops import LowRank
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -27,10 +28,10 @@ def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
         cos, sin = angle.cos().to(sweep.dtype), angle.sin().to(sweep.dtype)
         k, v = (torch.zeros(rows, shape.kv_heads, shape.head, dtype=sweep.dtype, device=sweep.device) for _ in "kv")
         slots = torch.randperm(rows, device=sweep.device)
-        op = sweep.ops.expand_qkv_rope_kv.expand_qkv_rope_kv
+        op = sweep.ops.expand_qkv_rope_kv
         return {
-            "own": lambda: op(b.y, h, b.site, b.plan, cos, sin, None, 1e-5, k, v, slots),
-            "without delta": lambda: op(b.y, None, None, None, cos, sin, None, 1e-5, k, v, slots),
+            "own": lambda: op(b.y, LowRank(h, b.site, b.plan), cos, sin, None, 1e-5, k, v, slots),
+            "without delta": lambda: op(b.y, None, cos, sin, None, 1e-5, k, v, slots),
         }
 
     return Case("expand_qkv_rope_kv", {"rows": rows, "adapters": adapters, "rank": rank}, moved, make)

@@ -7,6 +7,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 
 
@@ -25,10 +26,10 @@ def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
         b = batch(rows, adapters, rank, d, (d,), sweep.dtype, sweep.device)
         h = torch.randn(rows, 1, rank, device=sweep.device).to(sweep.dtype)
         weight = torch.ones(d, dtype=sweep.dtype, device=sweep.device)
-        op = sweep.ops.expand_residual.expand_residual
+        op = sweep.ops.expand_residual
         return {
-            "own": lambda: op(b.y, h, b.site, b.plan, b.x, weight, None, 1e-5),
-            "without delta": lambda: op(b.y, None, None, None, b.x, weight, None, 1e-5),
+            "own": lambda: op(b.y, LowRank(h, b.site, b.plan), b.x, weight, None, 1e-5),
+            "without delta": lambda: op(b.y, None, b.x, weight, None, 1e-5),
         }
 
     return Case("expand_residual", {"rows": rows, "adapters": adapters, "rank": rank}, moved, make)
@@ -52,7 +53,7 @@ def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, one: bool, block
         b = batch(rows, adapters, rank, d, (d,), sweep.dtype, sweep.device)
         h = torch.randn(rows, 1, rank, device=sweep.device).to(sweep.dtype)
         weight = torch.ones(d, dtype=sweep.dtype, device=sweep.device)
-        return {"own": lambda: run(b.y, h, b.site, b.plan, b.x, weight, None, 1e-5, one, block_n)}
+        return {"own": lambda: run(b.y, LowRank(h, b.site, b.plan), b.x, weight, None, 1e-5, one, block_n)}
 
     return Case(
         case.op,

@@ -6,6 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Sweep, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
+from tucka_runtime.kernels.ops import LowRank
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -22,10 +23,10 @@ def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
         torch.manual_seed(seed)
         b = batch(rows, adapters, rank, sweep.shape.d, (f, f), sweep.dtype, sweep.device)
         h = torch.randn(rows, 2, rank, device=sweep.device).to(sweep.dtype)
-        op = sweep.ops.expand_swiglu.expand_swiglu
+        op = sweep.ops.expand_swiglu
         return {
-            "own": lambda: op(b.y, h, b.site, b.plan),
-            "without delta": lambda: op(b.y, None, None, None),
+            "own": lambda: op(b.y, LowRank(h, b.site, b.plan)),
+            "without delta": lambda: op(b.y, None),
         }
 
     return Case("expand_swiglu", {"rows": rows, "adapters": adapters, "rank": rank}, moved, make)

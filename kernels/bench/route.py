@@ -25,6 +25,6 @@ def _case(sweep: Sweep, tokens: int) -> Case:
         c, g = torch.randn(1, T, 1, device=sweep.device), torch.randn(1, K, 1, 1, 1, device=sweep.device)
         adapter = Routed(c, g, torch.zeros(1, dtype=torch.int64, device=sweep.device), table)
         plan = RoutePlan.build([adapter], [0], [ids], [None], sweep.device)
-        return {"own": lambda: sweep.ops.route.route_ids(plan)}
+        return {"own": lambda: sweep.ops.route_ids(plan)}
 
     return Case("route", {"tokens": tokens}, tokens * (K * T * 4 + 8), make)

@@ -26,7 +26,7 @@ def _sample(sweep: Sweep, rows: int) -> Case:
         heat = torch.full((rows,), 0.7, device=sweep.device)
         seeds = torch.arange(rows, device=sweep.device)
         return {
-            "own": lambda: sweep.ops.sample.sample(logits, heat, seeds, seeds),
+            "own": lambda: sweep.ops.sample(logits, heat, seeds, seeds),
             "torch": lambda: torch.multinomial(torch.softmax(logits / 0.7, -1), 1),
         }
 
@@ -39,7 +39,7 @@ def _filter(sweep: Sweep, rows: int) -> Case:
         k = torch.full((rows,), 50, device=sweep.device)
         p, least = torch.full((rows,), 0.9, device=sweep.device), torch.zeros(rows, device=sweep.device)
         return {
-            "own": lambda: sweep.ops.sample.filter_logits(logits, k, p, least),
+            "own": lambda: sweep.ops.filter_logits(logits, k, p, least),
             "torch": lambda: torch.sort(logits, dim=-1, descending=True),
         }
 

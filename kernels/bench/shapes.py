@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.ops import Ops
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.segments import SMALL_BATCH, DeltaSite, Segments, SitePlan
 
 
@@ -47,7 +47,7 @@ class Shape:
 LLAMA3_8B = Shape("Llama-3-8B", d=4096, f=14336, heads=32, kv_heads=8, head=128, layers=32, vocab=128256)
 TINY = Shape("tiny", d=64, f=96, heads=4, kv_heads=2, head=16, layers=2, vocab=512)
 
-PAGE = 16
+BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sweep:
     contexts: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    ops: SimpleNamespace
+    ops: Ops
     bmm_rows: int = 256
     """The most rows that gather-bmm is tried on: it gathers a copy of the factors for every row."""
 
@@ -127,9 +127,9 @@ def stacked(table: Sequence[Sequence[Tensor | None]]) -> Tensor:
     return torch.stack([torch.cat([w for w in row if w is not None]) for row in table])
 
 
-def pages(rows: int, context: int, decoding: bool, device: torch.device) -> PagePlan:
+def blocks(rows: int, context: int, decoding: bool, device: torch.device) -> AttentionMetadata:
     """`rows` sequences of one row and `context` tokens each, or one sequence whose last `rows` tokens are the batch."""
     spans = [(i, 1, context) for i in range(rows)] if decoding else [(0, rows, context)]
-    need = -(-context // PAGE)
+    need = -(-context // BLOCK)
     order = torch.randperm(need * len(spans), generator=torch.Generator().manual_seed(0)).tolist()
-    return PagePlan.build(spans, [order[i * need : (i + 1) * need] for i in range(len(spans))], PAGE, device)
+    return AttentionMetadata.build(spans, [order[i * need : (i + 1) * need] for i in range(len(spans))], BLOCK, device)

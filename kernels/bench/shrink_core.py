@@ -28,7 +28,7 @@ def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int
     def make(seed: int) -> dict[str, Call]:
         torch.manual_seed(seed)
         b = batch(rows, adapters, rank, d_in, widths, sweep.dtype, sweep.device)
-        calls: dict[str, Call] = {"own": lambda: sweep.ops.shrink_core.shrink_core(b.x, b.site, b.cores, b.plan)}
+        calls: dict[str, Call] = {"own": lambda: sweep.ops.shrink_core(b.x, b.site, b.cores, b.plan)}
         if rows <= sweep.bmm_rows:
             calls["gather-bmm"] = gather_bmm(b)
         return calls

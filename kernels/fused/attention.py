@@ -1,4 +1,4 @@
-"""Paged causal attention with grouped queries and an optional sliding window. Reference: reference/attention.py.
+"""Causal attention over KV blocks with grouped queries and an optional sliding window. Contract: ops.Attention.
 
 All query heads of one KV head are one block's rows, so that keys and values are read once for them. Softmax in fp32,
 online, in base 2.
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import arrive, cdiv, counters, dot
-from tucka_runtime.kernels.tables.blocks import TILE, PagePlan
+from tucka_runtime.kernels.fused.tiles import arrive, cdiv, counters, dot
+from tucka_runtime.kernels.tables.blocks import TILE, AttentionMetadata
 from tucka_runtime.kernels.tables.segments import power_of_2
 
 SPLIT = 512
@@ -44,34 +44,46 @@ def decode_block(d: int, size: int) -> int:
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: PagePlan, scale: float, window: int | None = None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None
 ) -> Tensor:
-    """q (T, H, D) -> (T, H, D). Caches (slots, KV heads, D) already hold this step's keys and values.
-
-    A query at position i sees the keys at j <= i, and with a window only those with i - j < window. Rows of sequences
-    without a context (length 0: they fill up a graph's bucket) are left unwritten.
-    """
+    """ops.Attention."""
     out = torch.empty_like(q)
     d, size = q.shape[2], q.element_size()
-    decode(q, k_cache, v_cache, out, pages, scale, window, SPLIT, decode_block(d, size), MAX_PROGRAMS)
-    prefill(q, k_cache, v_cache, out, pages, scale, window, *prompt_blocks(d, size))
+    decode(q, k_cache, v_cache, out, metadata, scale, window, SPLIT, decode_block(d, size), MAX_PROGRAMS)
+    prefill(q, k_cache, v_cache, out, metadata, scale, window, *prompt_blocks(d, size))
     return out
 
 
 def _common(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, pages: PagePlan, scale: float, window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None,
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     heads, d = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
     strides = (*q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], *out.stride()[:2])
-    args = (q, k_cache, v_cache, out, pages.start, pages.length, pages.pages, pages.first_page, *strides)
+    args = (
+        q,
+        k_cache,
+        v_cache,
+        out,
+        metadata.query_start,
+        metadata.seq_lens,
+        metadata.block_table,
+        metadata.first_block,
+        *strides,
+    )
     options: dict[str, object] = {
         "D": d,
         "BLOCK_D": max(16, power_of_2(d)),
         "GROUP": group,
         "BLOCK_G": power_of_2(group),
-        "PAGE": pages.block_size,
+        "BLOCK_SIZE": metadata.block_size,
         "WINDOWED": window is not None,
     }
     return (*args, scale * math.log2(math.e), window or 0), options
@@ -82,19 +94,19 @@ def decode(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
-    pages: PagePlan,
+    metadata: AttentionMetadata,
     scale: float,
     window: int | None,
     split: int,
     block_n: int,
     most: int,
 ) -> None:
-    """The sequences of one row, `pages.singles`."""
-    count, (heads, d), kv_heads = pages.singles.shape[0], q.shape[1:], k_cache.shape[1]
+    """The sequences of one row, `metadata.singles`."""
+    count, (heads, d), kv_heads = metadata.singles.shape[0], q.shape[1:], k_cache.shape[1]
     if not count:
         return
-    splits = cdiv(pages.longest, split)
-    args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
+    splits = cdiv(metadata.longest, split)
+    args, options = _common(q, k_cache, v_cache, out, metadata, scale, window)
     options["BLOCK_G"] = max(16, power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
     part_best, part_total = q.new_empty(2, count, splits, heads, dtype=torch.float32)
@@ -105,7 +117,7 @@ def decode(
         part_best,
         part_total,
         counters("attention", count * kv_heads, q.device),
-        pages.singles,
+        metadata.singles,
         count,
         splits,
         heads,
@@ -115,7 +127,7 @@ def decode(
         BLOCK_N=block_n,
         SPLIT=split,
         num_warps=4,
-        num_stages=5,  # page numbers and what they point to share them: keys and values are two deep, 72 KB
+        num_stages=5,  # block numbers and what they point to share them: keys and values are two deep, 72 KB
     )
 
 
@@ -124,22 +136,22 @@ def prefill(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
-    pages: PagePlan,
+    metadata: AttentionMetadata,
     scale: float,
     window: int | None,
     block_m: int,
     block_n: int,
 ) -> None:
-    """The sequences of several rows, `pages.tiles`."""
-    if not pages.tiles.shape[0]:
+    """The sequences of several rows, `metadata.tiles`."""
+    if not metadata.tiles.shape[0]:
         return
-    args, options = _common(q, k_cache, v_cache, out, pages, scale, window)
+    args, options = _common(q, k_cache, v_cache, out, metadata, scale, window)
     group = power_of_2(q.shape[1] // k_cache.shape[1])
     block_m = max(block_m, group)
     rows = min(TILE, block_m // group)
-    _prefill[(pages.tiles.shape[0], k_cache.shape[1], TILE // rows)](
+    _prefill[(metadata.tiles.shape[0], k_cache.shape[1], TILE // rows)](
         *args,
-        pages.tiles,
+        metadata.tiles,
         **options,
         ROWS=rows,
         BLOCK_M=rows * group,
@@ -165,7 +177,7 @@ def _attend(
     v_slot,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -181,7 +193,7 @@ def _attend(
     for n in range(begin, stop, BLOCK_N):
         j = n + tl.arange(0, BLOCK_N)
         real = j < stop
-        slot = tl.load(table + j // PAGE, mask=real, other=0).to(tl.int64) * PAGE + j % PAGE
+        slot = tl.load(table + j // BLOCK_SIZE, mask=real, other=0).to(tl.int64) * BLOCK_SIZE + j % BLOCK_SIZE
         mask = real[:, None] & (i < D)[None, :]
         k = tl.load(k_cache + slot[:, None] * k_slot + i[None, :], mask=mask, other=0.0)
         v = tl.load(v_cache + slot[:, None] * v_slot + i[None, :], mask=mask, other=0.0)
@@ -208,8 +220,8 @@ def _prefill(
     out,
     start,
     lengths,
-    pages,
-    first_page,
+    blocks,
+    first_block,
     q_row,
     q_head,
     k_slot,
@@ -225,7 +237,7 @@ def _prefill(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    PAGE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -254,7 +266,7 @@ def _prefill(
         x,
         k_cache + head * k_head,
         v_cache + head * v_head,
-        pages + tl.load(first_page + seq),
+        blocks + tl.load(first_block + seq),
         length - count + own,
         begin,
         tl.minimum(length, length - count + first + ROWS),
@@ -264,7 +276,7 @@ def _prefill(
         v_slot,
         D,
         BLOCK_D,
-        PAGE,
+        BLOCK_SIZE,
         WINDOWED,
         BLOCK_M,
         BLOCK_N,
@@ -281,8 +293,8 @@ def _decode(
     out,
     start,
     lengths,
-    pages,
-    first_page,
+    blocks,
+    first_block,
     q_row,
     q_head,
     k_slot,
@@ -306,7 +318,7 @@ def _decode(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    PAGE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -341,7 +353,7 @@ def _decode(
             x,
             k_cache + head * k_head,
             v_cache + head * v_head,
-            pages + tl.load(first_page + seq),
+            blocks + tl.load(first_block + seq),
             tl.full((BLOCK_G,), 0, tl.int32) + length - 1,
             begin,
             tl.minimum(begin + SPLIT, length),
@@ -351,7 +363,7 @@ def _decode(
             v_slot,
             D,
             BLOCK_D,
-            PAGE,
+            BLOCK_SIZE,
             WINDOWED,
             BLOCK_G,
             BLOCK_N,

@@ -1,4 +1,4 @@
-"""Core: the routed (r, r) matrix between shrink and expand, for many segments at once. Reference: reference/core.py.
+"""Core: the routed (r, r) matrix between shrink and expand, for many segments at once. Contract: ops.Core.
 
 `core` makes the matrices, grid (segments, modules, blocks of r²). The group is read on the device, so that only its
 slices of g are, once. `slices` only says what each is made of, for shrinks that combine the p slices themselves.
@@ -8,7 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import cdiv
+from tucka_runtime.kernels.fused.tiles import (
+    COLUMNS,
+    CORE,
+    EXPERTS,
+    GROUPS,
+    MODULES,
+    RANK,
+    SLICES,
+    SLOTS,
+    C,
+    G,
+    cdiv,
+)
 from tucka_runtime.kernels.tables.routes import RoutePlan, Slices
 from tucka_runtime.kernels.tables.segments import power_of_2
 
@@ -16,14 +28,12 @@ BLOCK = 1024
 """Entries of a core per program; r 16 takes one program a module, 224 in a Llama-3-8B. Unmeasured."""
 
 
-MODULES = 32
+SLICED = 32
 """Modules per program of `slices`."""
 
 
 def core(plan: RoutePlan, out: Tensor) -> None:
-    """out[row, slots[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the plan's
-    segments and all M modules of its adapter, whatever their shapes, in one launch. out (rows, N, R, R), R >= r.
-    """
+    """ops.Core, for segments of any shapes in one launch."""
     limits = plan.limits
     _core[(plan.records.shape[0], limits.modules, cdiv(limits.rank**2, BLOCK))](
         plan.records,
@@ -44,7 +54,7 @@ def slices(plan: RoutePlan, out: Slices) -> None:
     """out.address[row, slots[m]] = where G[m, group] lies, out.weight[row, slots[m], j] = Σ_i weights[i] C[m, i, j]:
     all that `core` reads, before r² entries are made of it.
     """
-    _slices[(plan.records.shape[0], cdiv(plan.limits.modules, MODULES))](
+    _slices[(plan.records.shape[0], cdiv(plan.limits.modules, SLICED))](
         plan.records,
         plan.groups,
         plan.weights,
@@ -53,7 +63,7 @@ def slices(plan: RoutePlan, out: Slices) -> None:
         out.weight,
         out.address.stride(0),
         out.weight.shape[2],
-        MODULES=MODULES,
+        BLOCK=SLICED,
         num_warps=1,
     )
 
@@ -64,20 +74,19 @@ def _core(
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s, m = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    # RoutePlan.records: k, t, c, g, slots, M, p, r, row of out; M 0: the record only fills up a graph's bucket.
-    record = records + s * 12
-    k, t = tl.load(record + 3), tl.load(record + 4)
-    p, r = tl.load(record + 9), tl.load(record + 10)
+    record = records + s * COLUMNS  # no modules: the record only fills up a graph's bucket
+    k, t = tl.load(record + GROUPS), tl.load(record + EXPERTS)
+    p, r = tl.load(record + SLICES), tl.load(record + RANK)
     first = tl.program_id(2) * BLOCK
-    if (m >= tl.load(record + 8)) | (first >= r * r):
+    if (m >= tl.load(record + MODULES)) | (first >= r * r):
         return
-    slot = tl.load(tl.load(record + 7).to(tl.pointer_type(tl.int64)) + m)
+    slot = tl.load(tl.load(record + SLOTS).to(tl.pointer_type(tl.int64)) + m)
     mix_core(
-        tl.load(record + 5).to(tl.pointer_type(tl.float32)) + m * t * p,
-        tl.load(record + 6).to(tl.pointer_type(tl.float32)) + m * k * p * r * r,
+        tl.load(record + C).to(tl.pointer_type(tl.float32)) + m * t * p,
+        tl.load(record + G).to(tl.pointer_type(tl.float32)) + m * k * p * r * r,
         tl.load(groups + s),
         weights + s * weights_stride,
-        out + tl.load(record + 11) * out_row + slot * out_slot,
+        out + tl.load(record + CORE) * out_row + slot * out_slot,
         first + tl.arange(0, BLOCK),
         t,
         p,
@@ -104,21 +113,22 @@ def mix_core(c, g, group, weights, out, entry, t, p, r, out_r, BLOCK_T: tl.const
 
 
 @triton.jit
-def _slices(records, groups, weights, weights_stride, address, weight, row_stride, width, MODULES: tl.constexpr):
-    s, m = tl.program_id(0), tl.program_id(1) * MODULES + tl.arange(0, MODULES).to(tl.int64)
-    record = records + s * 12  # as in _core
-    k, t, p, r = tl.load(record + 3), tl.load(record + 4), tl.load(record + 9), tl.load(record + 10)
-    live = m < tl.load(record + 8)
-    slot = tl.load(tl.load(record + 7).to(tl.pointer_type(tl.int64)) + m, mask=live, other=0)
-    at = tl.load(record + 11) * row_stride + slot
+def _slices(records, groups, weights, weights_stride, address, weight, row_stride, width, BLOCK: tl.constexpr):
+    s, m = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    record = records + s * COLUMNS
+    k, t = tl.load(record + GROUPS), tl.load(record + EXPERTS)
+    p, r = tl.load(record + SLICES), tl.load(record + RANK)
+    live = m < tl.load(record + MODULES)
+    slot = tl.load(tl.load(record + SLOTS).to(tl.pointer_type(tl.int64)) + m, mask=live, other=0)
+    at = tl.load(record + CORE) * row_stride + slot
     group = tl.load(groups + s)
-    tl.store(address + at, tl.load(record + 6) + (m * k + group) * p * r * r * 4, mask=live)
-    c = tl.load(record + 5).to(tl.pointer_type(tl.float32)) + m * t * p
+    tl.store(address + at, tl.load(record + G) + (m * k + group) * p * r * r * 4, mask=live)
+    c = tl.load(record + C).to(tl.pointer_type(tl.float32)) + m * t * p
     for j in range(0, p):
-        total = tl.zeros((MODULES,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
         for i in range(0, t):
             expert = tl.load(weights + s * weights_stride + i)
             total += expert * tl.load(c + i * p + j, mask=live, other=0.0)
         tl.store(weight + at * width + j, total, mask=live)
     for j in range(p, width):
-        tl.store(weight + at * width + j, tl.zeros((MODULES,), tl.float32), mask=live)
+        tl.store(weight + at * width + j, tl.zeros((BLOCK,), tl.float32), mask=live)

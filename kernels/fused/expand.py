@@ -1,51 +1,38 @@
-"""Expand: the delta back to the output, y_j += h_j E_j for every target j of a site. Reference: reference/expand.py.
+"""Expand: the delta back to the output, y_j += h_j E_j for every target j of a site. Contract: ops.Expand.
 
 Grid (tiles, blocks of columns, targets); programs of base tiles end at once. `add` is the same product with a residual.
 """
+
+from itertools import pairwise
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import alignment, cdiv, delta_block, load_tile, rank_block
-from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.fused.tiles import cdiv, delta_args, delta_block, delta_options, load_tile
+from tucka_runtime.kernels.ops import LowRank
 
 BLOCK_N = 64
 """Columns per program: 2 KB of E per chunk and 64 programs for d 4096, so that few tiles fill the SMs too. Unmeasured.
 128 is not shipped: on sm_90 a peer's expand of that width computes NaN (a code generation fault)."""
 
 
-def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:
-    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R) is shrink_core's."""
-    return run(y, h, site, plan, BLOCK_N)
+def expand(y: Tensor, low_rank: LowRank) -> Tensor:
+    """ops.Expand."""
+    return run(y, low_rank, BLOCK_N)
 
 
-def run(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, block_n: int) -> Tensor:
+def run(y: Tensor, low_rank: LowRank, block_n: int) -> Tensor:
     """`expand` with blocks of `block_n` columns."""
-    segments = plan.segments
-    widest = max(b - a for a, b in zip(site.columns, site.columns[1:], strict=False))
-    grid = (segments.tiles.shape[0], cdiv(widest, block_n), len(site.columns) - 1)
+    columns = low_rank.site.columns
+    widest = max(b - a for a, b in pairwise(columns))
+    grid = (low_rank.plan.segments.tiles.shape[0], cdiv(widest, block_n), len(columns) - 1)
     if grid[0]:
-        _expand[grid](
-            y,
-            h,
-            site.e_ptr,
-            site.rank,
-            site.borders,
-            segments.tiles,
-            len(site.columns) - 1,
-            plan.max_rank,
-            y.stride(0),
-            ALIGN=alignment(site.columns),
-            BLOCK_R=rank_block(plan.max_rank),
-            BLOCK_M=segments.tile_rows,
-            BLOCK_N=block_n,
-            num_warps=4,
-        )
+        _expand[grid](y, *delta_args(low_rank), y.stride(0), BLOCK_N=block_n, num_warps=4, **delta_options(low_rank))
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _expand(
     y,
     h,
@@ -53,12 +40,14 @@ def _expand(
     rank,
     borders,
     tiles,
+    num_tiles,
     n,
     width_h,
     y_stride,
     ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     first, end, segment, adapter = load_tile(tiles, tl.program_id(0))

@@ -1,6 +1,6 @@
 """What stands between the packed qkv product and attention, in one pass: delta, head norms, rotary, KV write.
 
-Reference: reference/expand_qkv_rope_kv.py. Grid (tiles, heads): a program has one head of a tile of rows as its two
+Contract: ops.ExpandQkvRopeKv. Grid (tiles, heads): a program has one head of a tile of rows as its two
 halves, so that rotary pairs lie in the same place of both. Values stay in fp32 from the product to the store. In a
 graph a program does several tiles, one after the other (blocks.tile_programs).
 """
@@ -9,38 +9,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import (
+from tucka_runtime.kernels.fused.tiles import (
     CHUNK,
-    alignment,
     cdiv,
+    delta_args,
     delta_block,
+    delta_options,
     find_target,
     load_tile,
     next_tile,
-    rank_block,
     tile_programs,
 )
-from tucka_runtime.kernels.tables.segments import SMALL_TILE, DeltaSite, SitePlan, power_of_2
+from tucka_runtime.kernels.ops import LowRank
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, power_of_2
 
 
 def expand_qkv_rope_kv(
     qkv: Tensor,
-    h: Tensor | None,
-    site: DeltaSite | None,
-    plan: SitePlan | None,
+    low_rank: LowRank | None,
     cos: Tensor | None,
     sin: Tensor | None,
     head_norms: tuple[Tensor, Tensor] | None,
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
-    write_slots: Tensor,
+    slot_mapping: Tensor,
 ) -> Tensor:
-    """qkv (T, (H + 2·KV)·D) -> rotated queries (T, H, D); keys and values go to their slots of the caches.
-
-    cos, sin (T, 1, D/2) or None without rotary; head_norms are q's and k's RMSNorm weights, (D,) or (T, 1, D), or None;
-    h, site, plan None: no adapter in the batch. A negative slot is not written (rows that fill up a graph's bucket).
-    """
+    """ops.ExpandQkvRopeKv."""
     num_rows, (kv_heads, d) = qkv.shape[0], k_cache.shape[1:]
     heads = qkv.shape[1] // d - 2 * kv_heads
     q = qkv.new_empty(num_rows, heads, d)
@@ -50,22 +45,21 @@ def expand_qkv_rope_kv(
         raise ValueError(f"rotary pairs need an even head size, not {d}")
     q_norm, k_norm = head_norms if head_norms is not None else (q, q)
     has_rope = cos is not None and sin is not None
-    own: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)
-    programs, tile_rows, align, chunk = cdiv(num_rows, SMALL_TILE), SMALL_TILE, 1, CHUNK
-    if h is not None and site is not None and plan is not None:
-        if any(c % d for c in site.columns):
-            raise ValueError(f"a head of {d} columns must lie within one target: {site.columns}")
-        tiles, n = plan.segments.tiles, len(site.columns) - 1
-        own = (h, site.e_ptr, site.rank, site.borders, tiles, tiles.shape[0], n, plan.max_rank)
-        programs, tile_rows = tile_programs(plan.segments, heads + 2 * kv_heads), plan.segments.tile_rows
-        align, chunk = alignment(site.columns), rank_block(plan.max_rank)
+    args: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)  # never read
+    options: dict[str, int] = {"ALIGN": 1, "BLOCK_R": CHUNK, "BLOCK_M": SMALL_TILE, "PADDED": False}
+    programs = cdiv(num_rows, SMALL_TILE)
+    if low_rank is not None:
+        if any(c % d for c in low_rank.site.columns):
+            raise ValueError(f"a head of {d} columns must lie within one target: {low_rank.site.columns}")
+        args, options = delta_args(low_rank), delta_options(low_rank)
+        programs = tile_programs(low_rank.plan.segments, heads + 2 * kv_heads)
     _qkv[(programs, heads + 2 * kv_heads)](
         qkv,
         q,
         k_cache,
         v_cache,
-        write_slots,
-        *own,
+        slot_mapping,
+        *args,
         cos if has_rope else q,
         sin if has_rope else q,
         q_norm,
@@ -82,14 +76,11 @@ def expand_qkv_rope_kv(
         D=d,
         HALF=(d + 1) // 2,
         BLOCK_H=max(16, power_of_2((d + 1) // 2)),
-        BLOCK_M=tile_rows,
-        ALIGN=align,
-        BLOCK_R=chunk,
-        HAS_DELTA=h is not None,
-        PADDED=plan is not None and plan.segments.padded,
+        HAS_DELTA=low_rank is not None,
         HAS_ROPE=has_rope,
         HAS_NORM=head_norms is not None,
         num_warps=4,  # unmeasured
+        **options,
     )
     return q
 

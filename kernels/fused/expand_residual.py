@@ -1,4 +1,4 @@
-"""Delta of a block's last product, residual, and the next block's norm. Reference: reference/expand_residual.py.
+"""Delta of a block's last product, residual, and the next block's norm. Contract: ops.ExpandResidual.
 
 Without adapters one launch. With them a norm needs whole rows, but E is best read by many programs, grid (tiles, blocks
 of columns); in a graph a program does several tiles, one after the other (blocks.tile_programs). Decoding, the last
@@ -11,21 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import (
-    alignment,
+from tucka_runtime.kernels.fused.expand import BLOCK_N
+from tucka_runtime.kernels.fused.norm import add_norm, norm
+from tucka_runtime.kernels.fused.tiles import (
     arrive,
     cdiv,
     counters,
+    delta_args,
     delta_block,
+    delta_options,
     find_target,
     load_tile,
     next_tile,
-    rank_block,
     tile_programs,
 )
-from tucka_runtime.kernels.fused.expand import BLOCK_N
-from tucka_runtime.kernels.fused.norm import add_norm, norm
-from tucka_runtime.kernels.tables.segments import SMALL_TILE, DeltaSite, Segments, SitePlan, power_of_2
+from tucka_runtime.kernels.ops import LowRank
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, power_of_2
 
 TAIL_BYTES = 24 * 1024
 """Of a tile's rows: as much as one program normalises while another launch would start. It reads them twice, the norm's
@@ -45,41 +46,35 @@ def one_launch(segments: Segments, row_bytes: int) -> bool:
 
 def expand_residual(
     y: Tensor,
-    h: Tensor | None,
-    site: DeltaSite | None,
-    plan: SitePlan | None,
+    low_rank: LowRank | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """residual += y + delta; returns (norm(residual), residual), all (T, d).
-
-    RMSNorm with `weight`, or LayerNorm where there is a `bias`.
-    """
-    if h is None or site is None or plan is None:
+    """ops.ExpandResidual."""
+    if low_rank is None:
         return add_norm(y, residual, weight, bias, eps)
-    if plan.segments.tile_rows > SMALL_TILE:
+    segments = low_rank.plan.segments
+    if segments.tile_rows > SMALL_TILE:
         # A full tile is half a megabyte at d 4096: never done before another launch. Unmeasured.
-        total = add(y, h, site, plan, residual, BLOCK_N)
+        total = add(y, low_rank, residual, BLOCK_N)
         return norm(total, weight, bias, eps), total
-    one = one_launch(plan.segments, y.shape[1] * residual.element_size())
-    return run(y, h, site, plan, residual, weight, bias, eps, one, BLOCK_N)
+    one = one_launch(segments, y.shape[1] * residual.element_size())
+    return run(y, low_rank, residual, weight, bias, eps, one, BLOCK_N)
 
 
-def add(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan, residual: Tensor, block_n: int) -> Tensor:
+def add(y: Tensor, low_rank: LowRank, residual: Tensor, block_n: int) -> Tensor:
     """residual + y + delta (T, d), in blocks of `block_n` columns, each within one target."""
     total = torch.empty_like(residual)
     unused = {"D": 1, "BLOCK": 1, "STEP": 1, "ROW_STAGES": 1, "STEP_STAGES": 1, "CENTRE": False}
-    _launch(y, h, site, plan, residual, total, block_n, (total, total, total, total, 0.0), ONE_LAUNCH=False, **unused)
+    _launch(y, low_rank, residual, total, block_n, (total, total, total, total, 0.0), ONE_LAUNCH=False, **unused)
     return total
 
 
 def run(
     y: Tensor,
-    h: Tensor,
-    site: DeltaSite,
-    plan: SitePlan,
+    low_rank: LowRank,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,8 +83,7 @@ def run(
     block_n: int,
 ) -> tuple[Tensor, Tensor]:
     """`expand_residual` of a batch with adapters in one launch or in two, for tests and the bench."""
-    width, tiles = y.shape[1], plan.segments.tiles
-    total, out = torch.empty_like(residual), torch.empty_like(residual)
+    width, tiles = y.shape[1], low_rank.plan.segments.tiles
     size = width * residual.element_size()
     # What is read ahead goes through L1 where it cannot go in 16 bytes. There a sector of 32 bytes with the end of one
     # tile's rows and the start of the next's could be found as it was before the next's sum was in it.
@@ -104,57 +98,47 @@ def run(
         "STEP_STAGES": 4 if ahead else 1,
         "CENTRE": bias is not None,
     }
-    shared = (out, weight, weight if bias is None else bias, eps)
+    out = torch.empty_like(residual)
+    tail = (out, weight, weight if bias is None else bias, eps)
     if one:
+        total = torch.empty_like(residual)
         counter = counters("expand_residual", tiles.shape[0], y.device)
-        _launch(y, h, site, plan, residual, total, block_n, (counter, *shared), ONE_LAUNCH=True, **how)
+        _launch(y, low_rank, residual, total, block_n, (counter, *tail), ONE_LAUNCH=True, **how)
         return out, total
-    total = add(y, h, site, plan, residual, block_n)
+    total = add(y, low_rank, residual, block_n)
     if tiles.shape[0]:
-        rows = plan.segments.tile_rows
-        _finish[(tiles.shape[0], rows)](total, *shared, tiles, BLOCK_M=rows, num_warps=4, **how)
+        rows = low_rank.plan.segments.tile_rows
+        _finish[(tiles.shape[0], rows)](total, *tail, tiles, BLOCK_M=rows, num_warps=4, **how)
     return out, total
 
 
 def _launch(
     y: Tensor,
-    h: Tensor,
-    site: DeltaSite,
-    plan: SitePlan,
+    low_rank: LowRank,
     residual: Tensor,
     total: Tensor,
     block_n: int,
     tail: tuple[Tensor | float, ...],
     **how: int,
 ) -> None:
-    if any(c % block_n for c in site.columns[1:-1]):
-        raise ValueError(f"the borders of the targets, {site.columns}, must be multiples of {block_n}")
-    segments = plan.segments
+    columns = low_rank.site.columns
+    if any(c % block_n for c in columns[1:-1]):
+        raise ValueError(f"the borders of the targets, {columns}, must be multiples of {block_n}")
     blocks = cdiv(y.shape[1], block_n)
-    grid = (tile_programs(segments, blocks), blocks)
+    grid = (tile_programs(low_rank.plan.segments, blocks), blocks)
     if grid[0]:
         _add[grid](
             y,
             residual,
             total,
-            h,
-            site.e_ptr,
-            site.rank,
-            site.borders,
-            segments.tiles,
-            segments.tiles.shape[0],
+            *delta_args(low_rank),
             *tail,
-            len(site.columns) - 1,
-            plan.max_rank,
             y.shape[1],
             y.stride(0),
             residual.stride(0),
-            ALIGN=alignment(site.columns),
-            BLOCK_R=rank_block(plan.max_rank),
-            BLOCK_M=segments.tile_rows,
             BLOCK_N=block_n,
-            PADDED=segments.padded,
             num_warps=4,
+            **delta_options(low_rank),
             **how,
         )
 
@@ -170,13 +154,13 @@ def _add(
     borders,
     tiles,
     num_tiles,
+    n,
+    width_h,
     counter,
     out,
     weight,
     bias,
     eps,
-    n,
-    width_h,
     width,
     y_stride,
     residual_stride,

@@ -1,4 +1,4 @@
-"""Delta of the packed gate/up product, then SwiGLU, in one pass. Reference: reference/expand_swiglu.py.
+"""Delta of the packed gate/up product, then SwiGLU, in one pass. Contract: ops.ExpandSwiglu.
 
 Grid (tiles, blocks of columns): a program adds both deltas to its block of gate and of up, and writes their product.
 In a graph it does so for several tiles, one after the other (blocks.tile_programs).
@@ -8,82 +8,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import (
+from tucka_runtime.kernels.fused.tiles import (
     CHUNK,
-    alignment,
     cdiv,
+    delta_args,
     delta_block,
+    delta_options,
     find_target,
     load_tile,
     next_tile,
-    rank_block,
     tile_programs,
 )
-from tucka_runtime.kernels.tables.segments import SMALL_TILE, DeltaSite, SitePlan
+from tucka_runtime.kernels.ops import LowRank
+from tucka_runtime.kernels.tables.segments import SMALL_TILE
 
 BLOCK_N = 64
 """Columns of gate and of up per program, 4 KB of E per chunk; see expand.BLOCK_N. Unmeasured."""
 
 
-def expand_swiglu(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePlan | None) -> Tensor:
-    """gate_up (T, 2·F) -> silu(gate) · up (T, F)."""
-    return run(gate_up, h, site, plan, BLOCK_N)
+def expand_swiglu(gate_up: Tensor, low_rank: LowRank | None) -> Tensor:
+    """ops.ExpandSwiglu."""
+    return run(gate_up, low_rank, BLOCK_N)
 
 
-def run(gate_up: Tensor, h: Tensor | None, site: DeltaSite | None, plan: SitePlan | None, block_n: int) -> Tensor:
+def run(gate_up: Tensor, low_rank: LowRank | None, block_n: int) -> Tensor:
     """`expand_swiglu` with blocks of `block_n` columns."""
     num_rows, f = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, f)
     if not num_rows:
         return out
-    if h is None or site is None or plan is None:
-        _swiglu[(cdiv(num_rows, SMALL_TILE), cdiv(f, block_n))](
-            gate_up,
-            out,
-            out,
-            out,
-            out,
-            out,
-            out,
-            0,
-            0,
-            0,
-            num_rows,
-            f,
-            gate_up.stride(0),
-            ALIGN=1,
-            BLOCK_R=CHUNK,
-            HAS_DELTA=False,
-            PADDED=False,
-            BLOCK_M=SMALL_TILE,
-            BLOCK_N=block_n,
-            num_warps=4,
-        )
-        return out
-    if not set(site.columns) <= {0, f, 2 * f}:
-        raise ValueError(f"gate and up must be the targets, or one target together: {site.columns}")
     blocks = cdiv(f, block_n)
-    _swiglu[(tile_programs(plan.segments, blocks), blocks)](
+    args: tuple[object, ...] = (out, out, out, out, out, 0, 0, 0)  # never read
+    options: dict[str, int] = {"ALIGN": 1, "BLOCK_R": CHUNK, "BLOCK_M": SMALL_TILE, "PADDED": False}
+    programs = cdiv(num_rows, SMALL_TILE)
+    if low_rank is not None:
+        if not set(low_rank.site.columns) <= {0, f, 2 * f}:
+            raise ValueError(f"gate and up must be the targets, or one target together: {low_rank.site.columns}")
+        args, options = delta_args(low_rank), delta_options(low_rank)
+        programs = tile_programs(low_rank.plan.segments, blocks)
+    _swiglu[(programs, blocks)](
         gate_up,
         out,
-        h,
-        site.e_ptr,
-        site.rank,
-        site.borders,
-        plan.segments.tiles,
-        plan.segments.tiles.shape[0],
-        len(site.columns) - 1,
-        plan.max_rank,
+        *args,
         num_rows,
         f,
         gate_up.stride(0),
-        ALIGN=alignment(site.columns),
-        BLOCK_R=rank_block(plan.max_rank),
-        HAS_DELTA=True,
-        PADDED=plan.segments.padded,
-        BLOCK_M=plan.segments.tile_rows,
+        HAS_DELTA=low_rank is not None,
         BLOCK_N=block_n,
         num_warps=4,
+        **options,
     )
     return out
 

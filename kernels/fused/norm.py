@@ -1,4 +1,4 @@
-"""Normalisation of the residual stream, and the sum before it. Reference: reference/norm.py.
+"""Normalisation of the residual stream, and the sum before it. Contract: ops.Norm.
 
 One program per row, which it holds whole in fp32: one read, one write, two-pass variance.
 """
@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm, or LayerNorm where there is a bias."""
+    """ops.Norm."""
     flat = x.reshape(-1, x.shape[-1])
     out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     _launch(flat, None, out, out, weight, bias, eps)

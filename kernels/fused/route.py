@@ -1,4 +1,4 @@
-"""Route: which expert group a segment takes and with which weights. Reference: reference/route.py.
+"""Route: which expert group a segment takes and with which weights. Contract: ops.Select, RouteIds, RouteHidden.
 
 The mean is summed up in parts of PART tokens, in order: a long prompt's parts by as many programs, then one program per
 segment adds them up in order and chooses. The logits of a part are linear in it, so both routes share the second step.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import cdiv
+from tucka_runtime.kernels.fused.tiles import COLUMNS, COUNT, EXPERTS, GROUPS, IDS, TABLE, cdiv
 from tucka_runtime.kernels.tables.routes import RoutePlan
 from tucka_runtime.kernels.tables.segments import power_of_2
 
@@ -20,15 +20,13 @@ ROWS = 16
 
 
 def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Groups (S,) int64 and weights (S, t) fp32 from router logits (S, k·t) fp32: see the reference."""
+    """ops.Select."""
     one = torch.ones(logits.shape[0], dtype=torch.int64, device=logits.device)
     return _choose(logits[:, None], one, t)
 
 
 def route_ids(plan: RoutePlan) -> None:
-    """Fills in the routes that the plan does not know yet, from token ids alone: one launch for all segments, two where
-    one of them has more than PART tokens.
-    """
+    """ops.RouteIds: one launch for all segments, two where one of them has more than PART tokens."""
     limits, count = plan.limits, plan.records.shape[0]
     parts = max(1, cdiv(limits.tokens, PART))
     k, t = power_of_2(limits.k), power_of_2(limits.t)
@@ -40,7 +38,7 @@ def route_ids(plan: RoutePlan) -> None:
 
 
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Route of one segment from its router inputs. x (n, d); centroids (k·t, d) fp32. Returns (1,) and (1, t)."""
+    """ops.RouteHidden."""
     (count, d), kt = x.shape, centroids.shape[0]
     parts = cdiv(count, PART)
     means = x.new_empty(parts, d, dtype=torch.float32)
@@ -68,17 +66,15 @@ def _bag(
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """The sum of one part of a segment's table rows, 0 where it has no such part; the only part chooses at once.
-
-    RoutePlan.records: ids, their number (0: the route is known), table, k, t. Sums (S, parts, BLOCK_K · BLOCK_T).
-    """
+    Sums (S, parts, BLOCK_K · BLOCK_T). A segment without ids has a route."""
     s, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    record = records + s * 12
-    count = tl.load(record + 1)
+    record = records + s * COLUMNS
+    count = tl.load(record + COUNT)
     if count == 0:
         return
-    ids = tl.load(record).to(tl.pointer_type(tl.int64))
-    table = tl.load(record + 2).to(tl.pointer_type(tl.float32))
-    k, t = tl.load(record + 3), tl.load(record + 4)
+    ids = tl.load(record + IDS).to(tl.pointer_type(tl.int64))
+    table = tl.load(record + TABLE).to(tl.pointer_type(tl.float32))
+    k, t = tl.load(record + GROUPS), tl.load(record + EXPERTS)
     i = tl.arange(0, BLOCK_K * BLOCK_T)
     g, e = i // BLOCK_T, i % BLOCK_T
     real = (g < k) & (e < t)
@@ -101,11 +97,11 @@ def _bag(
 def _pick_bag(records, sums, groups, weights, stride, parts, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
     """The choice from a segment's parts, added up in order."""
     s = tl.program_id(0).to(tl.int64)
-    record = records + s * 12
-    count = tl.load(record + 1)
+    record = records + s * COLUMNS
+    count = tl.load(record + COUNT)
     if count == 0:
         return
-    k, t = tl.load(record + 3), tl.load(record + 4)
+    k, t = tl.load(record + GROUPS), tl.load(record + EXPERTS)
     g, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
     z = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
     for part in range(0, parts):

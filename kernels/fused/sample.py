@@ -1,4 +1,4 @@
-"""Choice of the next token: Gumbel-max with a counter-based random number. Reference: reference/sample.py.
+"""Choice of the next token: Gumbel-max with a counter-based random number. Contract: ops.Sample, FilterLogits.
 
 The random numbers are the reference's bit for bit, so both choose the same tokens. Filters need no sort: each kept set
 is everything from some value on, and that value is found by bisection of its bit pattern, exactly.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import cdiv
+from tucka_runtime.kernels.fused.tiles import cdiv
 from tucka_runtime.kernels.tables.segments import power_of_2
 
 BLOCK = 4096
@@ -28,10 +28,7 @@ def uniform(seed: Tensor, position: Tensor, columns: int) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Sets to -inf what top-k, then top-p, then min-p leave out. logits (B, V) fp32 after temperature.
-
-    top_k (B,) int64, V for off; top_p (B,), 1 for off; min_p (B,), 0 for off. Equal logits stay or go together.
-    """
+    """ops.FilterLogits. Equal logits stay or go together."""
     logits = logits.contiguous()
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
@@ -41,7 +38,7 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Token ids (B,) int64. logits (B, V) fp32 before temperature; temperature (B,), 0 is greedy (lowest id wins)."""
+    """ops.Sample."""
     logits = logits.contiguous()
     rows, vocab = logits.shape
     spans = cdiv(vocab, SPAN)

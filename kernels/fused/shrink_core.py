@@ -1,4 +1,4 @@
-"""Shrink: x to each row's own adapter's rank, and through its core: h = (x Uᵀ) M. Reference: reference/shrink_core.py.
+"""Shrink: x to each row's own adapter's rank, and through its core: h = (x Uᵀ) M. Contract: ops.ShrinkCore.
 
 Grid (tiles, chunk blocks, splits of d_in). A program multiplies a tile of rows with 16 or 64 rank rows over its span of
 d_in and stores the product in fp32; the last program of a tile and target (one launch), or a second launch, adds up the
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.blocks import CHUNK, arrive, cdiv, counters, dot, load_tile
+from tucka_runtime.kernels.fused.tiles import CHUNK, arrive, cdiv, counters, dot, load_tile
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.routes import Slices
 from tucka_runtime.kernels.tables.segments import SMALL_BATCH, DeltaSite, SitePlan, power_of_2
 
@@ -50,15 +51,16 @@ def config(num_rows: int, d_in: int, rank: int) -> Config:
     return Config(block_k=64, span=span, chunks=4, one_launch=False, warps=4, stages=3)
 
 
-def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan) -> Tensor:
-    """x (T, d_in) -> h (T, n, R). Unlike the reference's, h is unwritten beyond a row's own ranks and on base rows:
-    nothing that takes h reads them. And cores may be Slices, to be combined on the fly.
-    """
-    return run(x, site, cores, plan, config(x.shape[0], x.shape[1], plan.max_rank))
+def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> LowRank:
+    """ops.ShrinkCore."""
+    return run(x, site, cores, plan)
 
 
-def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan, how: Config) -> Tensor:
-    """`shrink_core` in a given configuration, for the bench and the sweep."""
+def run(
+    x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan, how: Config | None = None
+) -> LowRank:
+    """`shrink_core` in a given configuration, and with cores that are combined on the fly, for the bench."""
+    how = how or config(x.shape[0], x.shape[1], plan.max_rank)
     num_rows, d_in = x.shape
     if x.dtype != site.dtype or d_in != site.d_in:
         raise ValueError(f"x is {x.dtype} of width {d_in}, the factors are {site.dtype} of width {site.d_in}")
@@ -66,7 +68,7 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePla
     h = x.new_empty(num_rows, n, rank)
     num_tiles = segments.tiles.shape[0]
     if not num_tiles:
-        return h
+        return LowRank(h, site, plan)
     rank_chunks, splits = cdiv(rank, CHUNK), cdiv(d_in, how.span)
     part = x.new_empty(splits, num_rows, n, rank_chunks * CHUNK, dtype=torch.float32)
     made: tuple[object, ...] = (x, x, 0, 0, 0, 0)  # never read: no rank is as small as 0
@@ -107,7 +109,7 @@ def run(x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePla
     )
     if not how.one_launch:
         _finish[(num_tiles, n, rank_chunks)](*shared, BLOCK_M=segments.tile_rows, COMBINE=combine, num_warps=4)
-    return h
+    return LowRank(h, site, plan)
 
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])

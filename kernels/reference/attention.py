@@ -1,25 +1,22 @@
-"""Paged causal attention with grouped queries and an optional sliding window; softmax in fp32."""
+"""Causal attention over KV blocks with grouped queries and an optional sliding window; softmax in fp32."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tucka_runtime.kernels.tables.blocks import Decode, PagePlan
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata, Decode
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: PagePlan, scale: float, window: int | None = None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None
 ) -> Tensor:
-    """q (T, H, D) -> (T, H, D). Caches (slots, KV heads, D) already hold this step's keys and values.
-
-    A query at position i sees the keys at j <= i, and with a window only those with i - j < window.
-    """
+    """ops.Attention: decodes of similar length together, prompts one by one."""
     out = torch.empty_like(q)
-    for decode in pages.decodes:
+    for decode in metadata.decodes:
         out.index_copy_(
-            0, decode.rows, _decode(q.index_select(0, decode.rows), k_cache, v_cache, decode, pages, scale, window)
+            0, decode.rows, _decode(q.index_select(0, decode.rows), k_cache, v_cache, decode, metadata, scale, window)
         )
-    for prefill in pages.prefills:
+    for prefill in metadata.prefills:
         own = slice(prefill.first, prefill.end)
         count, length = prefill.end - prefill.first, len(prefill.slots)
         k = k_cache.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
@@ -39,27 +36,33 @@ def _causal_mask(count: int, length: int, window: int | None, device: torch.devi
 
 
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, decode: Decode, pages: PagePlan, scale: float, window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    decode: Decode,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """One query per sequence, all sequences of the bucket in two batched products over gathered pages."""
+    """One query per sequence, all sequences of the bucket in two batched products over gathered blocks."""
     batch, heads, d = q.shape
     kv_heads = k_cache.shape[1]
     longest = decode.slots.shape[1]
     key = (id(decode), kv_heads)
-    if key not in pages.memo:
+    if key not in metadata.memo:
         # Gathered head by head, so that both products see contiguous (L, D) matrices.
         by_head = decode.slots[:, None, :] * kv_heads + torch.arange(kv_heads, device=q.device)[:, None]
-        pages.memo[key] = by_head.flatten()
+        metadata.memo[key] = by_head.flatten()
     mask_key = (id(decode), "mask", window)
-    if mask_key not in pages.memo:
+    if mask_key not in metadata.memo:
         ahead = decode.length[:, None] - 1 - torch.arange(longest, device=q.device)
         hidden = (ahead < 0) if window is None else (ahead < 0) | (ahead >= window)
-        pages.memo[mask_key] = torch.zeros(batch, longest, device=q.device).masked_fill_(hidden, float("-inf"))
+        metadata.memo[mask_key] = torch.zeros(batch, longest, device=q.device).masked_fill_(hidden, float("-inf"))
     # In fp32 whatever the caches' type: bf16 products round scores and probabilities, which doubles attention's error
     # and breaks the promise to be as near to float64 as transformers (1.3 times its error); it costs next to none.
-    k = k_cache.view(-1, d).index_select(0, pages.memo[key]).float().view(batch * kv_heads, longest, d)
-    v = v_cache.view(-1, d).index_select(0, pages.memo[key]).float().view(batch * kv_heads, longest, d)
+    k = k_cache.view(-1, d).index_select(0, metadata.memo[key]).float().view(batch * kv_heads, longest, d)
+    v = v_cache.view(-1, d).index_select(0, metadata.memo[key]).float().view(batch * kv_heads, longest, d)
     scores = torch.bmm(q.float().reshape(batch * kv_heads, heads // kv_heads, d), k.transpose(1, 2))
-    scores = torch.add(pages.memo[mask_key][:, None, None], scores.view(batch, kv_heads, -1, longest), alpha=scale)
+    scores = torch.add(metadata.memo[mask_key][:, None, None], scores.view(batch, kv_heads, -1, longest), alpha=scale)
     p = torch.softmax(scores, dim=-1)
     return torch.bmm(p.view(batch * kv_heads, -1, longest), v).view(batch, heads, d).to(q.dtype)

@@ -7,12 +7,8 @@ from tucka_runtime.kernels.tables.routes import RoutePlan
 
 
 def core(plan: RoutePlan, out: Tensor) -> None:
-    """out[row, slots[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the plan's
-    segments and all M modules of its adapter.
-
-    out (rows, N, R, R), R >= r. M is linear in the p slices, so t experts cost p products. Segments of equally shaped
-    adapters go together.
-    """
+    """ops.Core. M is linear in the p slices, so t experts cost p products. Segments of equally shaped adapters go
+    together."""
     alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
     for s, adapter in enumerate(plan.adapters):
         alike.setdefault((adapter.c.shape, adapter.g.shape), []).append(s)

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
+from tucka_runtime.kernels.ops import LowRank
 
 
-def expand(y: Tensor, h: Tensor, site: DeltaSite, plan: SitePlan) -> Tensor:
-    """Adds the delta to y (T, columns[-1]) in place and returns it. h (T, n, R) is of the factors' type."""
+def expand(y: Tensor, low_rank: LowRank) -> Tensor:
+    """ops.Expand. h is of the factors' type."""
+    h, site, plan = low_rank.h, low_rank.site, low_rank.plan
     if plan.gather is not None:
         wide = h.new_zeros(h.shape[0], plan.stops[-1] + 1).scatter_(1, plan.gather, h.flatten(1))
         for j, e in enumerate(site.e_all):

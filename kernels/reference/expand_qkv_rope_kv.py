@@ -2,32 +2,26 @@
 
 from torch import Tensor
 
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.reference.expand import expand
 from tucka_runtime.kernels.reference.norm import rms_norm
 from tucka_runtime.kernels.reference.rotary import rotate
-from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 
 def expand_qkv_rope_kv(
     qkv: Tensor,
-    h: Tensor | None,
-    site: DeltaSite | None,
-    plan: SitePlan | None,
+    low_rank: LowRank | None,
     cos: Tensor | None,
     sin: Tensor | None,
     head_norms: tuple[Tensor, Tensor] | None,
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
-    write_slots: Tensor,
+    slot_mapping: Tensor,
 ) -> Tensor:
-    """qkv (T, (H + 2·KV)·D) -> rotated queries (T, H, D); keys and values go to their slots of the caches.
-
-    cos, sin (T, 1, D/2) or None without rotary; head_norms are q's and k's RMSNorm weights (D,) or None;
-    h, site, plan None: no adapter in the batch. qkv is used up.
-    """
-    if h is not None and site is not None and plan is not None:
-        expand(qkv, h, site, plan)
+    """ops.ExpandQkvRopeKv."""
+    if low_rank is not None:
+        expand(qkv, low_rank)
     kv_heads, d = k_cache.shape[1:]
     heads = qkv.shape[1] // d - 2 * kv_heads
     x = qkv.view(qkv.shape[0], -1, d)
@@ -38,6 +32,6 @@ def expand_qkv_rope_kv(
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     elif cos is not None and sin is not None:
         q, k = rotate(x[:, : heads + kv_heads], cos, sin).split([heads, kv_heads], dim=1)
-    k_cache.index_copy_(0, write_slots, k)
-    v_cache.index_copy_(0, write_slots, v)
+    k_cache.index_copy_(0, slot_mapping, k)
+    v_cache.index_copy_(0, slot_mapping, v)
     return q.contiguous()

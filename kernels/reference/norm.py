@@ -13,5 +13,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm, or LayerNorm where there is a bias."""
+    """ops.Norm."""
     return rms_norm(x, weight, eps) if bias is None else layer_norm(x, weight.shape, weight, bias, eps)

@@ -7,12 +7,7 @@ from tucka_runtime.kernels.tables.routes import RoutePlan
 
 
 def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Groups and weights from router logits.
-
-    logits (S, k·t) fp32, group-major. Each group's t logits are divided by their L2 norm, score = sigmoid; the group
-    that holds the best score wins (lowest index on a tie) and its t scores are the weights, not normalised.
-    Returns groups (S,) int64 and weights (S, t) fp32. A group of zero logits scores 0.5 throughout.
-    """
+    """ops.Select."""
     z = logits.view(logits.shape[0], -1, t)
     norm = torch.linalg.vector_norm(z, dim=2, keepdim=True)
     scores = torch.sigmoid(z / norm.clamp_min(torch.finfo(torch.float32).tiny))
@@ -21,9 +16,7 @@ def select(logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
 
 
 def route_ids(plan: RoutePlan) -> None:
-    """Fills in the routes that the plan does not know yet, from token ids alone: exact where the router's input is a
-    function of the token. Logits are linear in the mean, so the mean of table rows is the logits of the mean.
-    """
+    """ops.RouteIds. Segments of equally shaped routers go together."""
     alike: dict[tuple[int, int], list[int]] = {}
     for s, (adapter, own) in enumerate(zip(plan.adapters, plan.ids, strict=True)):
         if own is not None:
@@ -42,5 +35,5 @@ def _mean_row(table: Tensor | None, ids: Tensor | None) -> Tensor:
 
 
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Route of one segment from its router inputs. x (n, d); centroids (k·t, d) fp32. Returns (1,) and (1, t)."""
+    """ops.RouteHidden."""
     return select((centroids @ x.float().mean(dim=0))[None], t)

@@ -26,10 +26,7 @@ def uniform(seed: Tensor, position: Tensor, columns: int) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Sets to -inf what top-k, then top-p, then min-p leave out. logits (B, V) fp32 after temperature.
-
-    top_k (B,) int64, V for off; top_p (B,), 1 for off; min_p (B,), 0 for off. Ties at the border stay in for top-k.
-    """
+    """ops.FilterLogits, by sorting."""
     values, order = torch.sort(logits, dim=-1, descending=True)
     kth = values.gather(1, (top_k.clamp(max=logits.shape[1]) - 1)[:, None])
     values = values.masked_fill(values < kth, float("-inf"))
@@ -42,7 +39,7 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Token ids (B,) int64. logits (B, V) fp32 before temperature; temperature (B,), 0 is greedy (lowest id wins)."""
+    """ops.Sample."""
     hot = temperature > 0
     scaled = logits / torch.where(hot, temperature, 1.0)[:, None]
     noise = -torch.log(-torch.log(uniform(seed, position, logits.shape[1])))

@@ -1,6 +1,6 @@
-"""Where a batch's keys and values lie: the metadata that paged attention reads. Shared by all layers of a step.
+"""Where a batch's keys and values lie: the metadata that attention reads. Shared by all layers of a step.
 
-A cache is (slots, KV heads, D); slot = page · block_size + offset. A sequence's rows are contiguous in the batch.
+A cache is (slots, KV heads, D); slot = block · block_size + offset. A sequence's rows are contiguous in the batch.
 """
 
 from array import array
@@ -17,7 +17,7 @@ from tucka_runtime.kernels.tables.transfer import place
 # power of two from this on, so that one long context does not make every short one pay for it.
 SMALLEST_BUCKET = 256
 
-# Rows of a prompt that one entry of `PagePlan.tiles` stands for. The fused prefill cuts it further by its own block.
+# Rows of a prompt that one entry of `AttentionMetadata.tiles` stands for. The fused prefill cuts it further.
 TILE = 128
 
 
@@ -40,7 +40,7 @@ class Prefill:
 
 
 @dataclass(frozen=True, eq=False)
-class PagePlan:
+class AttentionMetadata:
     """All sequences of a batch, as flat tables for the fused kernels; `decodes` and `prefills` are the reference's."""
 
     spans: tuple[tuple[int, int, int], ...]
@@ -48,16 +48,16 @@ class PagePlan:
     longest: int
     """No context is longer: it sizes the fused decode's buffers."""
     block_size: int
-    write_slots: Tensor
+    slot_mapping: Tensor
     """(T,) int64: where each row's own key and value go."""
-    start: Tensor
+    query_start: Tensor
     """(B + 1,) int32 row borders of the sequences."""
-    length: Tensor
+    seq_lens: Tensor
     """(B,) int32 context lengths, this step's tokens included."""
-    pages: Tensor
-    """(P,) int32 page numbers, sequence after sequence."""
-    first_page: Tensor
-    """(B,) int32: where in `pages` each sequence's begin."""
+    block_table: Tensor
+    """(P,) int32 block numbers, sequence after sequence."""
+    first_block: Tensor
+    """(B,) int32: where in `block_table` each sequence's begin."""
     singles: Tensor
     """(D,) int32: the sequences of one row, which the fused kernel decodes."""
     tiles: Tensor
@@ -68,25 +68,25 @@ class PagePlan:
     @staticmethod
     def build(
         spans: Sequence[tuple[int, int, int]], tables: Sequence[Sequence[int]], block_size: int, device: torch.device
-    ) -> "PagePlan":
-        """`spans` as above; `tables` the pages of each sequence, at least as many as its context fills."""
-        flat, first_page = array("i"), []
+    ) -> "AttentionMetadata":
+        """`spans` as above; `tables` the blocks of each sequence, at least as many as its context fills."""
+        flat, first_block = array("i"), []
         for table, (_, _, length) in zip(tables, spans, strict=True):
-            first_page.append(len(flat))
+            first_block.append(len(flat))
             flat.extend(table[: -(-length // block_size)])
-        pages = torch.asarray(flat, dtype=torch.int32)
+        blocks = torch.asarray(flat, dtype=torch.int32)
         borders = [first for first, _, _ in spans] + [spans[-1][0] + spans[-1][1]]
         tiles = [[i, j] for i, (_, count, _) in enumerate(spans) if count > 1 for j in range(0, count, TILE)]
-        begin = torch.tensor(first_page, dtype=torch.int32)
-        plan = PagePlan(
+        begin = torch.tensor(first_block, dtype=torch.int32)
+        plan = AttentionMetadata(
             spans=tuple(spans),
             longest=max(length for _, _, length in spans),
             block_size=block_size,
-            write_slots=_write_slots(spans, pages, begin, block_size),
-            start=torch.tensor(borders, dtype=torch.int32),
-            length=torch.tensor([length for _, _, length in spans], dtype=torch.int32),
-            pages=pages,
-            first_page=begin,
+            slot_mapping=_slot_mapping(spans, blocks, begin, block_size),
+            query_start=torch.tensor(borders, dtype=torch.int32),
+            seq_lens=torch.tensor([length for _, _, length in spans], dtype=torch.int32),
+            block_table=blocks,
+            first_block=begin,
             singles=torch.tensor([i for i, s in enumerate(spans) if s[1] == 1], dtype=torch.int32),
             tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 2),
         )
@@ -94,7 +94,7 @@ class PagePlan:
 
     @cached_property
     def decodes(self) -> tuple[Decode, ...]:
-        device = self.pages.device
+        device = self.block_table.device
         buckets: dict[int, list[int]] = {}
         for i, (_, count, length) in enumerate(self.spans):
             if count == 1:
@@ -107,32 +107,36 @@ class PagePlan:
             # it through the zeros that the softmax gives to masked keys.
             longest = max(self.spans[i][2] for i in members)
             token = torch.minimum(torch.arange(longest, device=device), lengths[:, None] - 1)
-            first = self.first_page[torch.tensor(members).to(device)].long()
-            out.append(Decode(rows, _slots(self.pages, first[:, None], token, self.block_size), lengths))
+            first = self.first_block[torch.tensor(members).to(device)].long()
+            out.append(Decode(rows, _slots(self.block_table, first[:, None], token, self.block_size), lengths))
         return tuple(out)
 
     @cached_property
     def prefills(self) -> tuple[Prefill, ...]:
-        device = self.pages.device
+        device = self.block_table.device
         return tuple(
             Prefill(
                 first,
                 first + count,
-                _slots(self.pages, self.first_page[i].long(), torch.arange(length, device=device), self.block_size),
+                _slots(
+                    self.block_table, self.first_block[i].long(), torch.arange(length, device=device), self.block_size
+                ),
             )
             for i, (first, count, length) in enumerate(self.spans)
             if count > 1
         )
 
 
-def _slots(pages: Tensor, first: Tensor, token: Tensor, block_size: int) -> Tensor:
-    """Slots, int64, of the tokens of sequences whose pages begin at `first`."""
-    return pages[first + token // block_size].long() * block_size + token % block_size
+def _slots(blocks: Tensor, first: Tensor, token: Tensor, block_size: int) -> Tensor:
+    """Slots, int64, of the tokens of sequences whose blocks begin at `first`."""
+    return blocks[first + token // block_size].long() * block_size + token % block_size
 
 
-def _write_slots(spans: Sequence[tuple[int, int, int]], pages: Tensor, first_page: Tensor, block_size: int) -> Tensor:
+def _slot_mapping(
+    spans: Sequence[tuple[int, int, int]], blocks: Tensor, first_block: Tensor, block_size: int
+) -> Tensor:
     """(T,) int64: each sequence's last `rows` slots."""
     table = torch.tensor([(count, length - count - first) for first, count, length in spans])
     count, ahead = table.unbind(1)
     token = torch.arange(int(count.sum())) + ahead.repeat_interleave(count) + spans[0][0]
-    return _slots(pages, first_page.long().repeat_interleave(count), token, block_size)
+    return _slots(blocks, first_block.long().repeat_interleave(count), token, block_size)

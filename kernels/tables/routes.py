@@ -10,7 +10,8 @@ from torch import Tensor
 from tucka_runtime.kernels.tables.transfer import place
 
 # Columns of RoutePlan.records.
-IDS, COUNT, TABLE, K, T, C, G, SLOTS, MODULES, P, R, CORE = range(12)
+IDS, COUNT, TABLE, GROUPS, EXPERTS, C, G, SLOTS, MODULES, SLICES, RANK, CORE = range(12)
+COLUMNS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Routed:
 
     @cached_property
     def record(self) -> tuple[int, ...]:
-        """Columns TABLE to R."""
+        """Columns TABLE to RANK."""
         m, k, p, r, _ = self.g.shape
         table = 0 if self.table is None else self.table.data_ptr()
         return table, k, self.t, self.c.data_ptr(), self.g.data_ptr(), self.slots.data_ptr(), m, p, r

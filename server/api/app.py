@@ -1,7 +1,5 @@
 """The FastAPI application: which path leads where."""
 
-from collections.abc import Awaitable, Callable
-
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -11,15 +9,14 @@ from starlette.types import ASGIApp
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
 from tucka_runtime.server.api import ops
-from tucka_runtime.server.api.chat import chat_completions
-from tucka_runtime.server.api.completions import completions
+from tucka_runtime.server.api.chat import Chat
+from tucka_runtime.server.api.completions import Completion
+from tucka_runtime.server.api.door import Endpoint, generating
 from tucka_runtime.server.api.models import get_model, list_models
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
 from tucka_runtime.server.http.keys import Auth
 from tucka_runtime.server.http.middleware import RequestScope
 from tucka_runtime.server.service.service import Service
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -27,8 +24,8 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     for method, path, endpoint in (
-        ("POST", "/v1/completions", completions),
-        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/completions", generating(Completion)),
+        ("POST", "/v1/chat/completions", generating(Chat)),
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{name:path}", get_model),
         ("GET", "/v1/adapters", admin.list_adapters),

@@ -1,6 +1,7 @@
 """The fields that hold lists and objects: read by hand, stopping at the first fault."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _MESSAGE_FIELDS = {"role", "content", "name", "refusal", "tool_calls", "function_call", "audio", "annotations"}
 
 
-def prompts(value: Any, vocab_size: int, max_prompts: int) -> list[str] | list[list[int]]:
+def prompts(value: Any, vocab_size: int, max_prompts: int) -> Sequence[str | list[int]]:
     """`prompt` in its four forms, as a list of texts or a list of token-id lists."""
     if isinstance(value, str):
         value = [value]

@@ -4,32 +4,31 @@ import asyncio
 from importlib.metadata import version as installed
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from tucka_runtime import __version__
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody, parse
 from tucka_runtime.server.http.body import read_json
-from tucka_runtime.server.http.errors import JSON
 from tucka_runtime.server.service.service import Service
 
 
 async def health(request: Request) -> Response:
     """200 while this process answers at all."""
-    return JSON({"status": "ok"})
+    return JSONResponse({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
     """200 while requests can be served: the engine is up and every adapter is in. 503 otherwise."""
     service: Service = request.app.state.service
     if service.ready:
-        return JSON({"status": "ready"})
-    return JSON({"status": "starting"}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "starting"}, 503, {"Retry-After": "1"})
 
 
 async def version(request: Request) -> Response:
-    return JSON(
+    return JSONResponse(
         {"version": __version__, "torch": installed("torch"), "transformers": installed("transformers")},
     )
 
@@ -55,7 +54,7 @@ async def tokenize(request: Request) -> Response:
         text = await service.render_chat(messages)
         (ids,) = await service.encode([text], body.add_special_tokens is True, "messages")
     tokenizer = service.text_tokenizer("prompt")
-    return JSON(
+    return JSONResponse(
         {
             "count": len(ids),
             "max_model_len": service.info.max_model_len,
@@ -72,7 +71,7 @@ async def detokenize(request: Request) -> Response:
     _check_model(service, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
-    return JSON({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
+    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
 
 
 def _check_model(service: Service, model: str | None) -> None:

@@ -3,10 +3,9 @@
 Messages never contain what the client sent.
 """
 
-import json
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
@@ -91,16 +90,7 @@ def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> 
     return _ErrorResponse(error, headers)
 
 
-class JSON(Response):
-    """A JSON answer."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-class _ErrorResponse(JSON):
+class _ErrorResponse(JSONResponse):
     """Leaves the error's reason in `state.error` for the access log."""
 
     def __init__(self, error: TuckaError, headers: dict[str, str]):

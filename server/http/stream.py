@@ -1,20 +1,13 @@
 """Answers to clients that may leave: server-sent events, and waiting that ends when the client does."""
 
 import asyncio
-import json
-import logging
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-
-from tucka_runtime.errors import TuckaError
-from tucka_runtime.server.http.errors import envelope, internal_error, reason
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -38,46 +31,29 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """`data: {...}` per chunk, then `data: [DONE]`. An error ends it with a chunk `{"error": ...}` and no [DONE].
+    """Frames of server-sent events, one write for each.
 
-    `first` is the chunk already awaited, so that a failure before it still had a status code of its own.
+    `first` is the frame already awaited, so that a failure before it still had a status code of its own.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]):
+    def __init__(self, first: bytes, frames: AsyncGenerator[bytes, None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
-        self._chunks = chunks
+        self._frames = frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send(send, scope["state"]))
+        await until_disconnect(receive, self._send(send))
 
-    async def _send(self, send: Send, state: dict[str, Any]) -> None:
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last = b"data: [DONE]\n\n"
-        try:
-            async with aclosing(self._chunks) as chunks:
-                await send(_body(_event(self._first)))
-                async for chunk in chunks:
-                    await send(_body(_event(chunk)))
-        except TuckaError as error:
-            state["error"] = reason(error)
-            last = _event(envelope(error))
-        except Exception as error:  # the headers are out: the client must learn of it here, the log has the rest
-            state["error"] = reason(error)
-            log.exception("request %s failed while streaming", state["request_id"])
-            last = _event(envelope(internal_error(state["request_id"])))
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _body(data: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": True}
+        async with aclosing(self._frames) as frames:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for frame in frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _disconnected(receive: Receive) -> None:

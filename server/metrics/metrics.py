@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, TuckaError
-from tucka_runtime.messages import AdapterInfo, EngineInfo, FinishReason, StepStats, Timing
+from tucka_runtime.messages import AdapterInfo, EngineInfo, EngineLoad, FinishReason, StepStats, Timing
 from tucka_runtime.server.metrics.adapters import AdapterMetrics
 from tucka_runtime.server.metrics.exposition import Family, Histogram, Series, Value
 from tucka_runtime.server.metrics.vllm import Load, VLLMMetrics
@@ -37,7 +37,8 @@ class Metrics:
         self.adapters = AdapterMetrics(model_name)
         self._max_adapters, self._block_size = max_adapters, block_size
         self._in_flight: Multiset[str] = Multiset()  # sequences by model
-        self._stats: StepStats | None = None
+        self._load: EngineLoad | None = None
+        self._active: set[str] = set()  # adapters that had rows in the last step
         self._preemptions = self._restarts = 0
         self._define_requests()
         self._define_engine()
@@ -83,8 +84,8 @@ class Metrics:
         self._batch_tokens = self._histogram("batch_tokens", "tokens in a step", POWERS)
         self._batch_sequences = self._histogram("batch_sequences", "sequences in a step", POWERS[:10])
         self._batch_adapters = self._histogram("batch_adapters", "adapters in a step", (0, *POWERS[:8]))
-        self._kv_used = self._gauge("kv_blocks_used", "KV pages in use")
-        self._kv_total = self._gauge("kv_blocks", "KV pages there are")
+        self._kv_used = self._gauge("kv_blocks_used", "KV blocks in use")
+        self._kv_total = self._gauge("kv_blocks", "KV blocks there are")
         self._preempted = self._counter("preemptions", "sequences set back to make room")
         self._loaded = self._gauge("adapters_loaded", "adapters loaded")
         self._slots = self._gauge("adapter_slots", "adapters that can be loaded")
@@ -174,14 +175,15 @@ class Metrics:
 
     # What the engine tells.
 
-    def on_idle(self, stats: StepStats | None) -> None:
+    def on_idle(self, load: EngineLoad | None) -> None:
         """Takes what the engine holds when it has no work. It should be nothing, but it is the engine that says so.
         None: the engine died."""
-        self._stats = stats
+        self._load, self._active = load, set()
 
-    def on_step(self, stats: StepStats) -> None:
-        """Takes the figures of one engine step."""
-        self._stats = stats
+    def on_step(self, stats: StepStats, load: EngineLoad) -> None:
+        """Takes the figures of one engine step, and what the engine holds after it."""
+        self._load = load
+        self._active = {key.name for key in stats.adapters} if load.running else set()
         self._steps.inc()
         duration = 0.0
         for stage, counter in self._stages.items():
@@ -193,21 +195,21 @@ class Metrics:
         self._decoded.inc(stats.decode_tokens)
         self._batch_tokens.observe(stats.prefill_tokens + stats.decode_tokens)
         self._batch_sequences.observe(stats.sequences)
-        self._batch_adapters.observe(stats.adapters)
+        self._batch_adapters.observe(len(stats.adapters))
         for key, route in stats.routes:
             self.adapters.routed(key, route)
         # The engine counts from its own start: a smaller number is a new engine's.
-        new = stats.preemptions - self._preemptions
-        self._preempted.inc(new if new >= 0 else stats.preemptions)
-        self._preemptions = stats.preemptions
+        new = load.preemptions - self._preemptions
+        self._preempted.inc(new if new >= 0 else load.preemptions)
+        self._preemptions = load.preemptions
 
     def render(self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "") -> bytes:
         """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
         what it never gave back shows."""
-        stats = self._stats if up else None
+        held = self._load if up else None
         running, waiting, used, blocks = 0, 0, 0, 0
-        if stats is not None:
-            running, waiting, used, blocks = stats.running, stats.waiting, stats.blocks_used, stats.blocks_total
+        if held is not None:
+            running, waiting, used, blocks = held.running, held.waiting, held.blocks_used, held.blocks_total
         elif info is not None and self._block_size:
             blocks = info.kv_cache_tokens // self._block_size
         self._running.set(running)
@@ -224,7 +226,7 @@ class Metrics:
         own = "".join([family.render() for family in self._families.values()])
         parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
         if self._vllm is not None:
-            active = {key.name for key in stats.active if key.name in self.adapters} if stats and running else set()
+            active = {name for name in self._active if name in self.adapters} if running else set()
             asked = {name for name in self._in_flight if name in self.adapters}
             load = Load(
                 running=running,

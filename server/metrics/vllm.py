@@ -13,8 +13,8 @@ from tucka_runtime.server.metrics.exposition import Family, head, label
 GAUGES = {
     "vllm:num_requests_running": "sequences in the batch",
     "vllm:num_requests_waiting": "sequences accepted and not in the batch",
-    "vllm:kv_cache_usage_perc": "share of the KV pages in use, 0 to 1",
-    "vllm:cache_config_info": "1; size and number of the KV pages",
+    "vllm:kv_cache_usage_perc": "share of the KV blocks in use, 0 to 1",
+    "vllm:cache_config_info": "1; size and number of the KV blocks",
     "vllm:lora_requests_info": "when this changed last; adapters of running and of waiting requests",
     "vllm:max_gpu_lora_adapters": "adapters that can be loaded",
     "vllm:num_gpu_loaded_lora_adapters": "adapters loaded",

@@ -5,6 +5,7 @@ assignment, so a request meets the old or the new one, never a mixture.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -44,6 +45,23 @@ class LoadedAdapter:
     source: str
 
 
+class Lease:
+    """One use of an adapter by one request, or of the base (`adapter` None), from when its name is resolved until
+    `release`."""
+
+    def __init__(self, names: "AdapterNames | None" = None, adapter: LoadedAdapter | None = None):
+        self.adapter = adapter
+        self._names = names
+        if names is not None and adapter is not None:
+            names.hold(adapter.key)
+
+    def release(self) -> None:
+        """Harmless when it is over already."""
+        names, self._names = self._names, None
+        if names is not None and self.adapter is not None:
+            names.release(self.adapter.key)
+
+
 class AdapterNames:
     """Loads, replaces and unloads adapters by name. `base_name` is taken by the base model."""
 
@@ -56,6 +74,7 @@ class AdapterNames:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         self._generation = 0
         self._in_use: Counter[AdapterKey] = Counter()
+        self._retiring: set[AdapterKey] = set()
         self.ready = False
 
     def get(self, name: str) -> LoadedAdapter:
@@ -120,10 +139,9 @@ class AdapterNames:
             self._check_engine()
             del self._loaded[name]
             self._metrics.adapter_unloaded(name)
-            await self._engine.unload_adapter(old.key)
+            in_use = self._retire(old.key)
             await asyncio.to_thread(self._registry.remove, name)
             await self._collect()
-            in_use = self._in_use[old.key] > 0
             log.info(
                 "adapter %s is unloaded%s",
                 name,
@@ -173,13 +191,35 @@ class AdapterNames:
                     self._metrics.adapter_unloaded(name)
         self.ready = True
 
-    def lease(self, key: AdapterKey) -> None:
+    def lease(self, name: str) -> "Lease":
+        """Holds what the name stands for now: it is unloaded only when the lease is over. Raises ModelNotFoundError."""
+        return Lease(self, self.get(name))
+
+    def hold(self, key: AdapterKey) -> None:
+        """Lease's half."""
         self._in_use[key] += 1
 
     def release(self, key: AdapterKey) -> None:
+        """Lease's other half. The last one sends away what was unloaded or replaced meanwhile."""
         self._in_use[key] -= 1
         if self._in_use[key] <= 0:
             del self._in_use[key]
+            if key in self._retiring:
+                self._retiring.discard(key)
+                self._send_away(key)
+
+    def _retire(self, key: AdapterKey) -> bool:
+        """Unloads a generation that no name stands for any more, as soon as nothing uses it; whether something does."""
+        if self._in_use[key] > 0:
+            self._retiring.add(key)
+            return True
+        self._send_away(key)
+        return False
+
+    def _send_away(self, key: AdapterKey) -> None:
+        """An engine that is down has nothing to unload."""
+        with contextlib.suppress(EngineDeadError):
+            self._engine.unload_adapter(key)
 
     async def _switch(
         self,
@@ -201,13 +241,13 @@ class AdapterNames:
             try:
                 await asyncio.to_thread(self._registry.put, name, stored, key.generation, source, pinned, fingerprint)
             except OSError:
-                await self._engine.unload_adapter(key)
+                self._retire(key)
                 raise
         old = self._loaded.get(name)
         self._loaded[name] = LoadedAdapter(key, stored.digest, stored.folder, pinned, info, int(time.time()), source)
         self._metrics.adapter_loaded(info, {"copy": copied, **info.load_seconds, "wait": waited})
         if old is not None:
-            await self._engine.unload_adapter(old.key)
+            self._retire(old.key)
         log.info(
             "adapter %s is loaded: %s, digest %s, generation %d",
             name,

@@ -3,13 +3,13 @@
 import logging
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 
 from tucka_runtime.logs import fields
-from tucka_runtime.messages import FinishReason, RouteScope, SamplingParams, SequenceOutput, Timing
+from tucka_runtime.messages import FinishReason, Request, SequenceOutput, Timing
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import LoadedAdapter
@@ -24,25 +24,36 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 
 @dataclass(frozen=True)
 class Origin:
-    """The HTTP request behind a generation. `operation` is the GenAI conventions' name for it, `prompt` is None unless
-    it may be logged."""
+    """The HTTP request behind a generation. `operation` is the GenAI conventions' name for it, `model` the registered
+    name that it was resolved by, `received` when its first bytes came (`time.monotonic()`); `prompt` is None unless it
+    may be logged."""
 
     request_id: str
     operation: str
+    model: str
+    received: float
     context: dict[str, str]
     prompt: Any = None
 
     @staticmethod
-    def of(request: Request, operation: str, prompt: Any = None) -> "Origin":
+    def of(request: HTTPRequest, operation: str, model: str, prompt: Any = None) -> "Origin":
         """Keeps the W3C trace context of the headers."""
         context = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
-        return Origin(request.state.request_id, operation, context, prompt)
+        return Origin(request.state.request_id, operation, model, request.state.received, context, prompt)
 
     @property
     def trace_id(self) -> str | None:
         """Of the caller's trace, if its header is well-formed."""
         match = _TRACEPARENT.fullmatch(self.context.get("traceparent", ""))
         return match[1] if match else None
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Who is told of requests."""
+
+    metrics: Metrics
+    traces: "Traces | None" = None
 
 
 @dataclass
@@ -58,28 +69,19 @@ class SequenceRecord:
     cached_tokens: int = 0
 
 
-@dataclass
-class RequestRecord:
-    """Begins when the engine has taken the request on, ends with `close`, whatever happens in between. `model` is a
-    registered name, never the client's text; `started` is when the request's first bytes came."""
+class RequestLog:
+    """Begins when the engine has taken the request on, ends with `close`, whatever happens in between."""
 
-    metrics: Metrics
-    traces: "Traces | None"
-    origin: Origin
-    model: str
-    adapter: LoadedAdapter | None
-    scope: RouteScope
-    sampling: SamplingParams
-    prompt_tokens: int
-    started: float
-    sequences: list[SequenceRecord]
-    answers: int  # sequences of one prompt; they stand together
-    ended: float = 0.0
-    error: BaseException | None = None
-    trace_id: str | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.metrics.admitted(self.model, self.prompt_tokens, len(self.sequences))
+    def __init__(self, request: Request, adapter: LoadedAdapter | None, origin: Origin, sinks: Sinks):
+        self.request, self.adapter, self.origin = request, adapter, origin
+        self.model = origin.model
+        self.sequences = [SequenceRecord() for _ in range(request.num_sequences)]
+        self.prompt_tokens = sum(map(len, request.prompts))
+        self.ended = 0.0
+        self.error: BaseException | None = None
+        self.trace_id: str | None = None
+        self._metrics, self._traces = sinks.metrics, sinks.traces
+        self._metrics.admitted(self.model, self.prompt_tokens, len(self.sequences))
 
     def output(self, output: SequenceOutput) -> None:
         """One step's output for one sequence."""
@@ -88,8 +90,8 @@ class RequestRecord:
         sequence.tokens += len(output.token_ids)
         if not sequence.last:
             # A prompt counts once, whatever the number of its answers, as in prompt_tokens.
-            sequence.cached_tokens = output.cached_tokens if output.index % self.answers == 0 else 0
-        self.metrics.tokens(len(output.token_ids))
+            sequence.cached_tokens = output.cached_tokens if output.index % self.request.n == 0 else 0
+        self._metrics.tokens(len(output.token_ids))
 
     def sent(self, output: SequenceOutput, shown: bool) -> None:
         """What this output brought has been written to the client, or is kept for a whole answer. `shown`: there was
@@ -97,17 +99,17 @@ class RequestRecord:
         now, sequence = time.monotonic(), self.sequences[output.index]
         if shown and not sequence.first:
             sequence.first = now
-            self.metrics.first_token(self.model, now - self.started, sequence.cached_tokens, sequence.timing)
+            self._metrics.first_token(self.model, now - self.origin.received, sequence.cached_tokens, sequence.timing)
         if sequence.last:
-            self.metrics.waited(now - sequence.last, len(output.token_ids))
+            self._metrics.waited(now - sequence.last, len(output.token_ids))
         sequence.last = now
 
     def finished(self, output: SequenceOutput, reason: FinishReason) -> None:
         """The sequence of this output is complete."""
         sequence = self.sequences[output.index]
         sequence.reason = reason
-        self.metrics.decoded(sequence.last - sequence.first)
-        self.metrics.finished(self.model, reason, 1, output.route.changes if output.route else None)
+        self._metrics.decoded(sequence.last - sequence.first)
+        self._metrics.finished(self.model, reason, 1, output.route.changes if output.route else None)
 
     @property
     def generated(self) -> int:
@@ -131,9 +133,9 @@ class RequestRecord:
             reason = FinishReason.ABORT if self.error is None else FinishReason.ERROR
             for sequence in unfinished:
                 sequence.reason = reason
-            self.metrics.finished(self.model, reason, len(unfinished))
-        self.metrics.closed(self.model, self.ended - self.started, self.generated, self.error is not None)
-        self.trace_id = self.traces.record(self) if self.traces is not None else self.origin.trace_id
+            self._metrics.finished(self.model, reason, len(unfinished))
+        self._metrics.closed(self.model, self.ended - self.origin.received, self.generated, self.error is not None)
+        self.trace_id = self._traces.record(self) if self._traces is not None else self.origin.trace_id
         self._log()
 
     def _log(self) -> None:
@@ -143,9 +145,9 @@ class RequestRecord:
         seconds: dict[str, float | None] = {
             "queue_seconds": max((t.scheduled - t.arrived for t in timings), default=None),
             "prefill_seconds": max((t.first_token - t.scheduled for t in timings if t.first_token), default=None),
-            "first_token_seconds": first - self.started if first else None,
+            "first_token_seconds": first - self.origin.received if first else None,
             "decode_seconds": max((s.last - s.first for s in self.sequences), default=0.0),
-            "seconds": self.ended - self.started,
+            "seconds": self.ended - self.origin.received,
         }
         log.info(
             "%s: %d prompt tokens, %d generated, %s, %.0f ms, %s",
@@ -153,7 +155,7 @@ class RequestRecord:
             self.prompt_tokens,
             self.generated,
             self.outcome if self.outcome != "ok" else ",".join(sorted(set(reasons))),
-            1000 * (self.ended - self.started),
+            1000 * (self.ended - self.origin.received),
             self.origin.request_id,
             extra=fields(
                 event="request",
@@ -163,7 +165,7 @@ class RequestRecord:
                 adapter=self.adapter.key.name if self.adapter else None,
                 digest=self.adapter.digest if self.adapter else None,
                 generation=self.adapter.key.generation if self.adapter else None,
-                route_scope=str(self.scope) if self.adapter else None,
+                route_scope=str(self.request.route_scope) if self.adapter else None,
                 prompt_tokens=self.prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 generation_tokens=self.generated,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
-from tucka_runtime.messages import EngineInfo
+from tucka_runtime.messages import EngineInfo, RouteScope
 from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.service.adapters import AdapterNames, LoadedAdapter
+from tucka_runtime.server.service.adapters import AdapterNames, Lease, LoadedAdapter
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -40,12 +41,26 @@ class Service:
             raise EngineDeadError("The model is still being loaded. Try again later.")
         return self.engine.info
 
-    def find(self, model: str) -> LoadedAdapter | None:
-        """The adapter that `model` names, None for the base. Raises ModelNotFoundError, EngineDeadError."""
-        found = None if model == self.model_name else self.adapters.get(model)
+    @property
+    def sinks(self) -> Sinks:
+        """Who is told of requests."""
+        return Sinks(self.metrics, self.traces)
+
+    def resolve(self, model: str) -> Lease:
+        """A lease on the adapter that `model` names, or on the base. Raises ModelNotFoundError, EngineDeadError."""
+        lease = Lease() if model == self.model_name else self.adapters.lease(model)
         if not self.ready:
+            lease.release()
             raise EngineDeadError("The engine is restarting. Try again later.")
-        return found
+        return lease
+
+    def scope(self, adapter: LoadedAdapter | None, asked: RouteScope | None) -> RouteScope:
+        """The route scope of a request: what it asks for, what its adapter was trained for, or the server's own. Raises
+        InvalidRequestError where the adapter's route is pinned and the request asks for another."""
+        own = adapter.info.scope if adapter else None
+        if own == RouteScope.PINNED and asked is not None:
+            raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
+        return RouteScope(asked or own or self.config.route)
 
     def text_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises InvalidRequestError if there is none."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tucka_runtime.messages import FinishReason, SequenceOutput, TokenLogprob
+from tucka_runtime.messages import Finish, FinishReason, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.stops import StopStrings, StopTable
 from tucka_runtime.tokenizer import Detokenizer
 
@@ -17,7 +17,7 @@ class Token:
 
 
 @dataclass(slots=True)
-class Delta:
+class TextDelta:
     """What became final with one step. The tokens are those whose text is in `text` (or that have none)."""
 
     text: str = ""
@@ -51,14 +51,15 @@ class SequenceText:
         self.generated = 0  # tokens the engine made, those of a cut stop string included
         self.finished = False
 
-    def push(self, output: SequenceOutput) -> Delta:
+    def push(self, output: SequenceOutput) -> TextDelta:
         """Takes one step's tokens. After a delta with `finish_reason` nothing more may be pushed."""
-        delta = Delta()
+        delta = TextDelta()
+        stop_token_id = output.finish.stop_token_id if output.finish else None
         for i, token_id in enumerate(output.token_ids):
             logprob = output.logprobs[i] if output.logprobs else None
             self._tokens.append(Token(token_id, self._released + len(self._tail), logprob))
             self.generated += 1
-            ends = output.stop_token_id is not None and i == len(output.token_ids) - 1
+            ends = stop_token_id is not None and i == len(output.token_ids) - 1
             if (
                 self._detokenizer
                 and (self._include_stop or not ends)
@@ -66,21 +67,21 @@ class SequenceText:
             ):
                 return delta
             self._release(delta)
-        if output.finish_reason is not None:
-            self._finish(output, delta)
+        if output.finish is not None:
+            self._finish(output.finish, delta)
         return delta
 
-    def _finish(self, output: SequenceOutput, delta: Delta) -> None:
+    def _finish(self, finish: Finish, delta: TextDelta) -> None:
         if self._detokenizer and self._append(self._detokenizer.flush(), delta):
             return
         delta.text += self._tail
         delta.tokens += self._tokens
-        delta.finish_reason = output.finish_reason
-        if output.stop_token_id in self._stop_token_ids:
-            delta.stop_reason = output.stop_token_id
+        delta.finish_reason = finish.reason
+        if finish.stop_token_id in self._stop_token_ids:
+            delta.stop_reason = finish.stop_token_id
         self.finished = True
 
-    def _append(self, piece: str, delta: Delta) -> bool:
+    def _append(self, piece: str, delta: TextDelta) -> bool:
         """Adds text; True if a stop string ended the answer."""
         before = self._released + len(self._tail)
         self._tail += piece
@@ -96,7 +97,7 @@ class SequenceText:
         self.finished = True
         return True
 
-    def _release(self, delta: Delta) -> None:
+    def _release(self, delta: TextDelta) -> None:
         count = len(self._tail) - self._stops.held
         delta.text += self._tail[:count]
         self._tail = self._tail[count:]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tucka_runtime import __version__
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.extras import how_to_install
-from tucka_runtime.server.service.request_log import RequestRecord, SequenceRecord
+from tucka_runtime.server.service.request_log import RequestLog, SequenceRecord
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -64,7 +64,7 @@ class Traces:
         provider.add_span_processor(BatchSpanProcessor(Exporter(endpoint)))
         return Traces(provider)
 
-    def record(self, record: RequestRecord) -> str:
+    def record(self, record: RequestLog) -> str:
         """Makes the spans of a closed record, below the caller's if it sent its context. Returns the trace's id."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, set_span_in_context
 
@@ -74,7 +74,7 @@ class Traces:
             self._propagator.extract(record.origin.context),
             SpanKind.SERVER,
             _attributes(record),
-            start_time=epoch + _nanoseconds(record.started),
+            start_time=epoch + _nanoseconds(record.origin.received),
         )
         if record.error is not None:
             error = record.error
@@ -94,8 +94,8 @@ class Traces:
         self._provider.shutdown()
 
 
-def _attributes(record: RequestRecord) -> dict[str, Any]:
-    sampling = record.sampling
+def _attributes(record: RequestLog) -> dict[str, Any]:
+    sampling = record.request.sampling
     attributes = {
         "gen_ai.operation.name": record.origin.operation,
         "gen_ai.provider.name": "tucka",
@@ -118,7 +118,7 @@ def _attributes(record: RequestRecord) -> dict[str, Any]:
             "tucka.adapter.name": record.adapter.key.name,
             "tucka.adapter.digest": record.adapter.digest,
             "tucka.adapter.generation": record.adapter.key.generation,
-            "tucka.route.scope": str(record.scope),
+            "tucka.route.scope": str(record.request.route_scope),
         }
     return attributes
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.servers import Server
 from tucka_runtime.cli.main import main
 from tucka_runtime.cli.top import Change, Scrape, clip, draw
-from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, Route, StepStats
+from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineLoad, FinishReason, Route, StepStats
 from tucka_runtime.server.metrics.metrics import Metrics
 
 
@@ -33,7 +33,8 @@ def scrape(metrics: Metrics, at: float) -> Scrape:
 def work(metrics: Metrics, name: str, tokens: int, group: int) -> None:
     metrics.admitted(name, 10, 1)
     routes = ((AdapterKey(name, 1), Route(group, (0.5, 0.5, 0.5))),)
-    metrics.on_step(StepStats(0.0, 0.0, 0.01, 0.09, 0.0, 0.0, 10, 0, 1, routes, 1, 0, 50, 100, 0, 1))
+    stats = StepStats(0.0, 0.0, 0.01, 0.09, 0.0, 0.0, 10, 0, 1, (), routes)
+    metrics.on_step(stats, EngineLoad(running=1, waiting=0, blocks_used=50, blocks_total=100, preemptions=0))
     metrics.first_token(name, 0.25, 5, None)
     metrics.tokens(tokens)
     metrics.waited(0.01, tokens)

@@ -19,7 +19,7 @@ def shown() -> dict[str, tuple[str, set[str]]]:
     metrics = Metrics("base", max_adapters=4, block_size=16)
     metrics.adapter_loaded(adapter("fin"), {"read": 0.1})
     serve_one(metrics)
-    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     metrics.answered("/health", "GET", "200")
     info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048)
     found = {}

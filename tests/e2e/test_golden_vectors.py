@@ -77,7 +77,7 @@ def check_route(route: Route | None, group: Tensor, weights: Tensor) -> None:
 
 def check_cores(case: Case, name: str, route: Route) -> None:
     """The routed core M of every adapted module, from the folded adapter as it is served."""
-    cores = routed_cores(case.engine.runner.store.loaded[KEY].folded, route)
+    cores = routed_cores(case.engine.adapters[KEY], route)
     where = locate(case.engine.runner.arch)
     paths = [key.removeprefix(f"{name}.M.") for key in case.data if key.startswith(f"{name}.M.")]
     assert sorted(paths) == sorted(case.meta["adapted_modules"])
@@ -116,7 +116,7 @@ def test_forward(name: str, forward: str, scope: RouteScope):
         assert answer.route is not None
         assert answer.route.route == route and answer.route.changes == 0
     check_cores(case, f"fwd.{forward}", route)
-    routed = case.engine.runner.store.loaded[KEY].folded.routed
+    routed = case.engine.adapters[KEY].routed
     if routed.router.table is not None:  # routed from token ids: the mean is never formed
         assert not case.recorder.router_means
         scores = scores_of(case, routed.router.table[torch.tensor(prompts).flatten()].mean(dim=0))
@@ -191,7 +191,7 @@ def test_padded_rows(name: str, tmp_path: Path):
     case = served(name)
     data = {key.removeprefix("fwd.padded."): v for key, v in case.data.items() if key.startswith("fwd.padded.")}
     ids, mask = data["input_ids"], data["attention_mask"].bool()
-    routed = case.engine.runner.store.loaded[KEY].folded.routed
+    routed = case.engine.adapters[KEY].routed
     assert routed is not None
     scores = scores_of(case, routed.router.centroids @ data["router_mean"])
     assert torch.allclose(scores, data["scores"], rtol=0, atol=TOLERANCE)
@@ -221,7 +221,7 @@ def test_a_router_that_runs_late_is_refused(golden: Path):
     engine = build(golden / LATE / meta["base"])
     with pytest.raises(InvalidAdapterError, match="runs after another module"):
         engine.load_adapter(KEY, golden / LATE / "adapter")
-    assert not engine.runner.store.loaded
+    assert not engine.adapters.loaded
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -33,7 +33,7 @@ from tests.support.driving import (
 )
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.errors import InvalidRequestError, ModelNotFoundError
-from tucka_runtime.messages import AdapterKey, FinishReason, Request, Route, RouteScope, SamplingParams
+from tucka_runtime.messages import AdapterKey, Finish, FinishReason, Request, Route, RouteScope, SamplingParams
 
 BATCH, REQUEST = RouteScope.BATCH, RouteScope.REQUEST
 TUCKA, INNER, LORA, HEAD = (AdapterKey(name, 1) for name in ("tucka", "inner", "lora", "head"))
@@ -173,7 +173,7 @@ def test_tokens_are_those_of_a_run_alone(
         outputs, stats = engine.step()
         if stats is not None:
             assert stats.prefill_tokens + stats.decode_tokens <= pool["max_num_batched_tokens"]
-            assert stats.running <= pool["max_num_seqs"]
+            assert engine.load.running <= pool["max_num_seqs"]
         for arrival, request in zip(traffic, requests, strict=True):
             if arrival.abort is not None and arrival.step + arrival.abort == step:
                 outputs += engine.abort(request.id)
@@ -200,7 +200,7 @@ def test_tokens_are_those_of_a_run_alone(
             if answer.finish_reason is not FinishReason.ABORT:
                 assert answer.token_ids == alone.token_ids
                 assert answer.finish_reason is alone.finish_reason
-                assert answer.last.stop_token_id == alone.last.stop_token_id
+                assert answer.last.finish == alone.last.finish
                 compare_scores(answer, alone)
                 assert (answer.route is None) == (alone.route is None)
                 if answer.route is not None:
@@ -280,7 +280,7 @@ def test_batch_scope_is_one_route_for_all_of_an_adapters_tokens(folder: Path):
     ]
     run(engine, *requests)
     both = [*prompt(5), *prompt(14)]
-    tucka, head = (engine.runner.store.loaded[key].folded for key in (TUCKA, HEAD))
+    tucka, head = (engine.adapters[key] for key in (TUCKA, HEAD))
     assert recorder.routes["a", 0] == recorder.routes["b", 0] == [table_route(tucka, both)]
     assert recorder.routes["apart", 0] == [table_route(tucka, prompt(6))]
     assert recorder.routes["head", 0] == [table_route(head, prompt(7))]
@@ -450,7 +450,7 @@ def test_pages_are_never_shared_between(folder: Path, first: dict[str, Any], sec
     )
     assert found == 0
     fresh = serve(folder, block_size=4)
-    if second.get("adapter", LORA) in fresh.runner.store.loaded:
+    if second.get("adapter", LORA) in fresh.adapters.loaded:
         ((alone,),) = run(fresh, ask(prompt(20), sampling=FEW, **second))
         assert tokens == alone.token_ids
 
@@ -499,7 +499,7 @@ def test_stop_tokens(folder: Path):
     ((answer,),) = run(engine, ask(prompt(6), sampling=sampling))
     assert answer.token_ids == free.token_ids[: first + 1]
     assert answer.finish_reason is FinishReason.STOP
-    assert answer.last.stop_token_id == stop
+    assert answer.last.finish == Finish(FinishReason.STOP, stop)
     ((later,),) = run(engine, ask(prompt(6), sampling=replace(sampling, min_tokens=first + 1)))
     assert later.token_ids[:first] == free.token_ids[:first]
     assert stop not in later.token_ids[: first + 1]
@@ -512,10 +512,10 @@ def test_eos_and_ignore_eos(folder: Path):
     sampling = SamplingParams(temperature=0.0, max_tokens=5, logit_bias=((2, 100.0),))
     ((answer,),) = run(engine, ask(prompt(6), sampling=sampling))
     assert answer.token_ids == [2]
-    assert (answer.finish_reason, answer.last.stop_token_id) == (FinishReason.STOP, 2)
+    assert answer.last.finish == Finish(FinishReason.STOP, 2)
     ((answer,),) = run(engine, ask(prompt(6), sampling=replace(sampling, ignore_eos=True)))
     assert answer.token_ids == [2] * 5
-    assert (answer.finish_reason, answer.last.stop_token_id) == (FinishReason.LENGTH, None)
+    assert answer.last.finish == Finish(FinishReason.LENGTH)
     ((answer,),) = run(engine, ask(prompt(6), sampling=replace(sampling, min_tokens=3)))
     assert len(answer.token_ids) == 4
     assert answer.token_ids.index(2) == 3
@@ -564,7 +564,7 @@ def test_abort_of_nothing_is_nothing(folder: Path):
     assert engine.abort("done") == []
     engine.add(ask(prompt(3), prompt(4), id="now", sampling=FEW, n=2, adapter=TUCKA))
     outputs = engine.abort("now")
-    assert [(o.index, o.finish_reason) for o in outputs] == [(i, FinishReason.ABORT) for i in range(4)]
+    assert [(o.index, o.finish) for o in outputs] == [(i, Finish(FinishReason.ABORT)) for i in range(4)]
     assert engine.abort("now") == []
     check_idle(engine)
 
@@ -579,13 +579,13 @@ def test_an_adapter_in_use_outlives_its_name(folder: Path, unload: str):
         for out in engine.step()[0]:
             answers["r", 0].take(out)
     engine.unload_adapter(LORA)
-    assert LORA in engine.runner.store.loaded
+    assert LORA in engine.adapters.loaded
     with pytest.raises(ModelNotFoundError):
         engine.add(ask(prompt(7), id="late", sampling=FEW, adapter=LORA))
     drain(engine, answers)
     assert answers["r", 0].token_ids == alone.token_ids
-    assert LORA not in engine.runner.store.loaded
-    assert not any(LORA in members for members in engine.runner.store.active)
+    assert LORA not in engine.adapters.loaded
+    assert not any(LORA in members for members in engine.adapters.active)
 
 
 def test_an_abort_overtakes_a_route_that_is_being_summed_up(folder: Path):
@@ -598,11 +598,11 @@ def test_an_abort_overtakes_a_route_that_is_being_summed_up(folder: Path):
     engine.add(ask(prompt(9), id="first", adapter=INNER, scope=REQUEST))
     engine.add(ask(prompt(12), id="gone", adapter=other, scope=REQUEST))
     (gone,) = engine.requests["gone"]
-    while not (engine.in_flight and any(w.seq is gone and w.last for w in engine.in_flight.works)):
+    while not (engine.in_flight and any(c.seq is gone and c.last for c in engine.in_flight.chunks)):
         engine.step()
     engine.abort("gone")
     engine.unload_adapter(other)
-    assert other not in engine.runner.store.loaded
+    assert other not in engine.adapters.loaded
     drain(engine, {("first", 0): Answer()})
 
 

@@ -22,11 +22,11 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
     attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
     output = ("c_proj",) if kind == "gpt2" else ("o_proj", "down_proj")
 
-    def answers(fused: bool) -> list[list[int]]:
+    def answers(kernels: str) -> list[list[int]]:
         engine: Engine = build(
-            tmp_path / "model", fused=fused, device=DEVICE, max_num_batched_tokens=24, max_num_seqs=6
+            tmp_path / "model", kernels=kernels, device=DEVICE, max_num_batched_tokens=24, max_num_seqs=6
         )
-        engine.overlap = fused
+        engine.overlap = kernels == "fused"
         engine.warm_up()
         layout = engine.layout
         engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=attention))
@@ -46,13 +46,13 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             assert any(kinds for _, kinds in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
         return [answer.token_ids for sequences in done for answer in sequences]
 
-    assert answers(fused=True) == answers(fused=False)
+    assert answers("fused") == answers("reference")
 
 
 def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
     """One at a time; then no batch has to wait for one, whoever is in it."""
     save_model(tmp_path / "model")
-    engine: Engine = build(tmp_path / "model", fused=True, device=DEVICE, max_num_seqs=2)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
     engine.overlap = True
     engine.warm_up()
     graphs = engine.runner.graphs
@@ -71,7 +71,7 @@ def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
 def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
     """The next step starts from them; the rehearsal before a capture chooses tokens too."""
     save_model(tmp_path / "model")
-    engine: Engine = build(tmp_path / "model", fused=True, device=DEVICE, max_num_seqs=4)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=4)
     graphs = engine.runner.graphs
     assert graphs is not None
     graphs.chosen.tokens.fill_(VOCAB)

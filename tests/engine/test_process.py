@@ -27,7 +27,7 @@ from tucka_runtime.errors import (
     ModelNotFoundError,
     OverloadedError,
 )
-from tucka_runtime.messages import AdapterKey, FinishReason, Request, Route, RouteScope, StepStats
+from tucka_runtime.messages import AdapterKey, EngineLoad, FinishReason, Request, Route, RouteScope, StepStats
 
 TUCKA, LORA, PINNED = AdapterKey("tucka", 1), AdapterKey("lora", 1), AdapterKey("pinned", 7)
 ROUTE = Route(1, (0.5, 0.625))
@@ -108,7 +108,7 @@ def client(shared: Watched, loop: asyncio.Runner) -> Iterator[Watched]:
 
     async def clean() -> None:
         for key in (TUCKA, LORA, PINNED):
-            await shared.unload_adapter(key)
+            shared.unload_adapter(key)
         await collect(shared.submit(ask(prompt(3), id="last", sampling=replace(GREEDY, max_tokens=1))))
 
     loop.run(patiently(clean()))
@@ -132,7 +132,7 @@ async def collect(stream: OutputStream) -> list[Answer]:
 async def leftovers(stream: OutputStream) -> None:
     """Reads to the end of a stream that will not end by itself."""
     async for out in stream:
-        assert out.finish_reason is None
+        assert out.finish is None
 
 
 async def first(stream: OutputStream) -> None:
@@ -191,7 +191,7 @@ def test_adapters_come_and_go_beside_requests(client: Watched, loop: asyncio.Run
             await client.load_adapter(LORA, folder / "lora")
         stream = client.submit(request)
         early = await anext(stream)
-        await client.unload_adapter(LORA)
+        client.unload_adapter(LORA)
         with pytest.raises(ModelNotFoundError):
             await collect(client.submit(ask(prompt(3), id="late", sampling=SHORT, adapter=LORA)))
         answer = Answer()
@@ -199,8 +199,8 @@ def test_adapters_come_and_go_beside_requests(client: Watched, loop: asyncio.Run
         async for out in stream:
             answer.take(out)
         await client.load_adapter(LORA, folder / "lora")  # its place was freed with the last lease
-        await client.unload_adapter(LORA)
-        await client.unload_adapter(AdapterKey("never heard of", 1))
+        client.unload_adapter(LORA)
+        client.unload_adapter(AdapterKey("never heard of", 1))
         busy.abort()
         return [answer]
 
@@ -230,7 +230,7 @@ def test_bad_adapters_leave_it_running(client: Watched, loop: asyncio.Runner, fo
         with pytest.raises(AdapterCapacityError):
             await client.load_adapter(TUCKA, folder / "tucka")
         for generation in range(client.config.max_loaded_adapters):
-            await client.unload_adapter(AdapterKey("many", generation))
+            client.unload_adapter(AdapterKey("many", generation))
         await client.load_adapter(TUCKA, folder / "tucka")
         await first(busy)
         assert client.pid == pid
@@ -266,6 +266,8 @@ def test_the_queue_is_bounded(client: Watched, loop: asyncio.Runner):
         assert client.in_flight == 6
         with pytest.raises(OverloadedError):
             client.submit(ask(prompt(7), id="refused", sampling=SHORT))
+        with pytest.raises(InvalidRequestError, match="at most 6"):
+            client.submit(ask(prompt(7), id="never fits", sampling=SHORT, n=7))
         streams[0].abort()
         assert client.in_flight == 5
         accepted = client.submit(ask(prompt(7), id="accepted", sampling=SHORT))
@@ -278,12 +280,12 @@ def test_the_queue_is_bounded(client: Watched, loop: asyncio.Runner):
 
 def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Runner):
     async def main() -> None:
-        steps: list[StepStats] = []
-        idle: list[StepStats | None] = []
-        client.on_step, client.on_idle = steps.append, idle.append
+        steps: list[tuple[StepStats, EngineLoad]] = []
+        idle: list[EngineLoad | None] = []
+        client.on_step, client.on_idle = lambda *step: steps.append(step), idle.append
         streams = [client.submit(ask(prompt(100, i), id=f"long{i}", sampling=LONG)) for i in range(3)]
         await asyncio.gather(*map(first, streams))
-        assert steps[-1].blocks_used >= 3 * 6
+        assert steps[-1][1].blocks_used >= 3 * 6
         # A request that the engine has not seen a step of, awaited by another task.
         late = client.submit(ask(prompt(100), id="late", sampling=LONG))
         waiter = asyncio.create_task(leftovers(late))
@@ -301,9 +303,8 @@ def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Ru
         assert (idle[0].running, idle[0].waiting, idle[0].blocks_used) == (0, 0, 0)
         steps.clear()
         await collect(client.submit(ask(prompt(3), id="after", sampling=replace(GREEDY, max_tokens=2))))
-        assert steps[-1].running == 0
-        assert steps[-1].blocks_used == 0
-        assert steps[-1].decode_tokens == 1
+        stats, load = steps[-1]
+        assert (load.running, load.blocks_used, stats.decode_tokens) == (0, 0, 1)
 
     loop.run(patiently(main()))
 
@@ -319,7 +320,7 @@ def test_kill_9_ends_every_stream_and_it_comes_back(
     async def main() -> list[Answer]:
         client.noticed.clear()
         client.spawned.clear()
-        idle: list[StepStats | None] = []
+        idle: list[EngineLoad | None] = []
         client.on_idle = idle.append
         await client.load_adapter(TUCKA, folder / "tucka")
         streams = [client.submit(ask(prompt(9, i), id=f"r{i}", sampling=LONG, adapter=TUCKA)) for i in range(2)]
@@ -349,7 +350,7 @@ def test_kill_9_ends_every_stream_and_it_comes_back(
             client.submit(ask(prompt(3), id="too early"))
         with pytest.raises(EngineDeadError):
             await client.load_adapter(PINNED, folder / "tucka", ROUTE)
-        await client.unload_adapter(LORA)
+        client.unload_adapter(LORA)
         for stream in streams:
             stream.abort()
         assert client._restart is not None
@@ -444,7 +445,7 @@ def test_one_sequence_ends_and_its_siblings_go_on(client: Watched, loop: asyncio
         stream = client.submit(ask(prompt(5), id="two", sampling=replace(GREEDY, max_tokens=40), n=2))
         reasons: dict[int, list[FinishReason | None]] = {0: [], 1: []}
         async for output in stream:
-            reasons[output.index].append(output.finish_reason)
+            reasons[output.index].append(output.finish.reason if output.finish else None)
             if len(reasons[0]) == 2 and output.index == 0:
                 stream.end(0)
         return reasons

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from tests.support.driving import GREEDY, VOCAB, ask, prompt
 from tucka_runtime.engine.sampler import Sampler, logprobs
 from tucka_runtime.engine.sequence import Sequence
-from tucka_runtime.kernels.reference import sample as kernel
+from tucka_runtime.kernels.reference.backend import OPS
 from tucka_runtime.messages import SamplingParams, TokenLogprob
 
 EOS = frozenset({2, 40})
@@ -47,9 +46,9 @@ class Recorded(Sampler):
     def __init__(self) -> None:
         def recorded(logits: Tensor, temperature: Tensor, *rest: Any) -> Tensor:
             self.final = torch.softmax(logits.double() / temperature.double().clamp_min(1e-30)[:, None], dim=-1)
-            return kernel.sample(logits, temperature, *rest)
+            return OPS.sample(logits, temperature, *rest)
 
-        ops = SimpleNamespace(sample=SimpleNamespace(sample=recorded, filter_logits=kernel.filter_logits))
+        ops = replace(OPS, sample=recorded)
         super().__init__(ops, VOCAB, EOS, torch.device("cpu"), Path())
 
 
@@ -158,9 +157,9 @@ def test_the_choice_follows_the_probabilities():
     p = torch.softmax(logits[0].double() / 0.8, dim=-1)
     sampling = replace(HOT, temperature=0.8)
     by_seed = [sequence(sampling, seed=i * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF) for i in range(count)]
-    sampler = Sampler(SimpleNamespace(sample=kernel), VOCAB, EOS, torch.device("cpu"), Path())
+    sampler = Sampler(OPS, VOCAB, EOS, torch.device("cpu"), Path())
     tokens, _ = pick(sampler, logits.expand(count, -1).clone(), by_seed)
-    positions = kernel.sample(
+    positions = OPS.sample(
         logits.expand(count, -1),
         torch.full((count,), 0.8),
         torch.full((count,), 9),

@@ -220,7 +220,7 @@ def test_a_sequence_samples_with_its_last_token():
     seq.pending = 1
     (ahead,) = scheduler.schedule()
     assert (ahead.start, ahead.count, ahead.samples) == (5, 1, True)
-    seq.route_sum = object()
+    seq.routing = True
     assert not ahead.samples
 
 

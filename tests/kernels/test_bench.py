@@ -10,34 +10,34 @@ import torch
 from tucka_runtime.kernels.bench import __main__ as bench
 from tucka_runtime.kernels.bench import chain, check, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Sweep
-from tucka_runtime.kernels.dispatch import OPS, choose
+from tucka_runtime.kernels.dispatch import backend
 
 
-def sweep(fused: bool) -> Sweep:
+def sweep(name: str) -> Sweep:
     device = torch.device("cpu")
-    return Sweep(TINY, (2,), (1,), (8,), (3,), (20,), torch.float32, device, choose(device, fused))
+    return Sweep(TINY, (2,), (1,), (8,), (3,), (20,), torch.float32, device, backend(name))
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", bench.OPS)
 def test_every_case_runs_fused(op: str) -> None:
     module = importlib.import_module(f"tucka_runtime.kernels.bench.{op}")
-    cases = list(module.cases(sweep(fused=True)))
+    cases = list(module.cases(sweep("fused")))
     assert cases
     for case in cases[:2]:
         assert case.op == op and case.moved > 0
         for call in case.make(0).values():
             call()
-    for case in islice(module.variants(sweep(fused=True)), 2) if op in bench.SWEPT else ():
+    for case in islice(module.variants(sweep("fused")), 2) if op in bench.SWEPT else ():
         case.make(0)["own"]()
 
 
 @pytest.mark.interpreted
 def test_the_chain_is_the_same_step_fused() -> None:
     steps = []
-    for fused in (False, True):
+    for name in ("reference", "fused"):
         torch.manual_seed(3)
-        steps.append(chain.Chain(sweep(fused), 2, 20))
+        steps.append(chain.Chain(sweep(name), 2, 20))
         steps[-1].adapt("all", 1, 8)
     assert torch.equal(steps[0].step(), steps[1].step())
     adapted = steps[0].step()
@@ -67,7 +67,7 @@ def test_an_op_whose_tests_fail_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(check, "passes", lambda op, device: "its tests do not pass")
-    assert bench.run("norm", sweep(fused=False), skip_tests=False, configurations=False) == []
+    assert bench.run("norm", sweep("reference"), skip_tests=False, configurations=False) == []
     assert "norm is not timed" in capsys.readouterr().err
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.support import delta_cases
 from tests.support.delta_cases import LIMITS, retiled, surrounded
-from tucka_runtime.kernels.fused import blocks, expand_residual, norm, shrink_core
+from tucka_runtime.kernels.fused import expand_residual, norm, shrink_core, tiles
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.reference import norm as norm_ref
 from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 
@@ -34,9 +35,7 @@ class Pass:
     def run(self, one: bool, block_n: int = 64, plan: SitePlan | None = None) -> tuple[Tensor, Tensor]:
         return expand_residual.run(
             self.y,
-            self.h,
-            self.case.site,
-            plan or self.case.plan,
+            LowRank(self.h, self.case.site, plan or self.case.plan),
             self.residual,
             self.weight,
             self.bias,
@@ -46,10 +45,8 @@ class Pass:
         )
 
     def call(self, plan: SitePlan | None = None) -> tuple[Tensor, Tensor]:
-        plan = plan or self.case.plan
-        return expand_residual.expand_residual(
-            self.y, self.h, self.case.site, plan, self.residual, self.weight, self.bias, EPS
-        )
+        low_rank = LowRank(self.h, self.case.site, plan or self.case.plan)
+        return expand_residual.expand_residual(self.y, low_rank, self.residual, self.weight, self.bias, EPS)
 
     def check(self, got: tuple[Tensor, Tensor]) -> None:
         """The residual against float64, and the norm against that of the residual as it was stored."""
@@ -72,7 +69,7 @@ def make(name: str, width: int, dtype: torch.dtype, centred: bool) -> Pass:
     table, layout, core_size, lora = delta_cases.MIXES[name]
     ranks = [[row[0]] for row in table]
     case = delta_cases.make(ranks, layout, widths=(width,), core_size=core_size, lora=lora, dtype=dtype)
-    h = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan)
+    h = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan).h
     residual = torch.randn(case.y.shape).to(dtype)
     weight, bias = (torch.rand(width) + 0.5).to(dtype), torch.randn(width).to(dtype)
     total = residual.double() + case.y.double() + case.oracle()[1]
@@ -82,7 +79,7 @@ def make(name: str, width: int, dtype: torch.dtype, centred: bool) -> Pass:
 
 def all_zero(device: torch.device) -> bool:
     """Whether every counter of the op is where the next launch expects it."""
-    return not any(counter.any() for counter in blocks._counters[("expand_residual", device)])
+    return not any(counter.any() for counter in tiles._counters[("expand_residual", device)])
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -21,6 +21,7 @@ from tucka_runtime.kernels.fused import (
     norm,
     shrink_core,
 )
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.reference import core as core_ref
 from tucka_runtime.kernels.reference import expand_qkv_rope_kv as qkv_ref
 from tucka_runtime.kernels.reference import expand_residual as residual_ref
@@ -32,15 +33,15 @@ from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def check_delta(case: delta_cases.Case, limit: float, shrink: Callable[..., Tensor] = shrink_core.shrink_core) -> None:
+def check_delta(case: delta_cases.Case, limit: float, shrink: Callable[..., LowRank] = shrink_core.shrink_core) -> None:
     h_true, delta_true = case.oracle()
-    h = shrink(case.x, case.site, case.cores, case.plan)
+    low_rank = shrink(case.x, case.site, case.cores, case.plan)
     own = case.adapted()
-    assert delta_cases.relative(h[own], h_true[own]) <= limit
+    assert delta_cases.relative(low_rank.h[own], h_true[own]) <= limit
     # From exactly the factors' product on: on zeros the delta itself is seen, on y that nothing else is touched.
-    delta = expand.expand(torch.zeros_like(case.y), h, case.site, case.plan)
+    delta = expand.expand(torch.zeros_like(case.y), low_rank)
     assert delta_cases.relative(delta, delta_true) <= limit
-    y = expand.expand(case.y.clone(), h, case.site, case.plan)
+    y = expand.expand(case.y.clone(), low_rank)
     assert delta_cases.relative(y, case.y.double() + delta_true) <= limit
     untouched = delta_true == 0
     assert torch.equal(y[untouched], case.y[untouched])
@@ -87,7 +88,7 @@ def test_every_expand_block_with_nan_around_its_rows(block_n: int, tile_rows: in
     plan = retiled(case.plan, tile_rows)
     h_true, delta_true = case.oracle()
     h = torch.where(case.adapted(), h_true.float(), torch.nan)
-    y = expand.run(case.y.clone(), h, case.site, plan, block_n)
+    y = expand.run(case.y.clone(), LowRank(h, case.site, plan), block_n)
     assert delta_cases.relative(y - case.y, delta_true) <= 1e-5
 
 
@@ -95,7 +96,7 @@ def test_every_expand_block_with_nan_around_its_rows(block_n: int, tile_rows: in
 def test_repeats_agree_bit_for_bit() -> None:
     how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=True, warps=4, stages=3)
     case = delta_cases.mix("half-base", d_in=77)
-    runs = [shrink_core.run(case.x, case.site, case.cores, case.plan, how)[case.adapted()] for _ in range(3)]
+    runs = [shrink_core.run(case.x, case.site, case.cores, case.plan, how).h[case.adapted()] for _ in range(3)]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
@@ -103,13 +104,13 @@ def test_repeats_agree_bit_for_bit() -> None:
 def test_a_row_does_not_depend_on_the_others() -> None:
     """Alone or among others, a segment's h is the same bits."""
     case = delta_cases.mix("half-base", d_in=600)
-    h = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan)
+    h = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan).h
     spans = case.plan.segments.spans
     for s, (first, end, a) in enumerate(spans):
         segments = Segments.build([(0, end - first, a)], end - first, 2, case.x.device)
         plan = SitePlan.build(segments, case.site)
         assert case.cores is not None
-        alone = shrink_core.shrink_core(case.x[first:end], case.site, case.cores[s : s + 1], plan)
+        alone = shrink_core.shrink_core(case.x[first:end], case.site, case.cores[s : s + 1], plan).h
         own = case.adapted()[first:end]
         assert torch.equal(alone[own], h[first:end][own])
 
@@ -149,20 +150,20 @@ def test_tiles_cover_every_row_once(rows: int) -> None:
 
 # What is fused with the expand. Names of mixes, and None: no adapter in the batch.
 SOME = [None, "base-only-but-loaded", "half-base", "absent-targets", "lora-larger-than-core", "one-segment-over-a-tile"]
-Parts = tuple[Tensor, Tensor | None, object, object]
+Parts = tuple[Tensor, LowRank | None]
 
 
 def parts(name: str | None, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Parts, Parts]:
-    """y, h, site and plan of a mix, and the same in float64-made values for the reference: (fused's, reference's)."""
+    """y and the low-rank half of a mix for the fused op, and the same in float64 for the reference."""
     if name is None:
         y = torch.randn(19, sum(widths)).to(dtype)
-        return (y, None, None, None), (y.double(), None, None, None)
+        return (y, None), (y.double(), None)
     table, layout, core_size, lora = delta_cases.MIXES[name]
     shaped = [[row[min(j, 1)] for j in range(len(widths))] for row in table]
     case = delta_cases.make(shaped, layout, widths=widths, core_size=core_size, lora=lora, dtype=dtype)
-    h = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan)
+    low_rank = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan)
     _, delta = case.oracle()
-    return (case.y, h, case.site, case.plan), (case.y.double() + delta, None, None, None)
+    return (case.y, low_rank), (case.y.double() + delta, None)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 8), (3, 1, 34)])
@@ -309,10 +310,10 @@ def test_other_blocks_of_what_is_fused(block_n: int) -> None:
     want = swiglu_ref.expand_swiglu(*exact)
     assert delta_cases.relative(expand_swiglu.run(*fused, block_n), want) <= 1e-5
     fused, exact = parts("half-base", (160,), torch.float32)
-    y, h, site, plan = fused
+    y, low_rank = fused
     residual = torch.randn_like(y)
-    assert h is not None
-    got = expand_residual.add(y, h, site, plan, residual, block_n)
+    assert low_rank is not None
+    got = expand_residual.add(y, low_rank, residual, block_n)
     assert delta_cases.relative(got, residual.double() + exact[0]) <= 1e-5
 
 
@@ -320,7 +321,7 @@ def test_other_blocks_of_what_is_fused(block_n: int) -> None:
 def test_one_launch_and_two_agree_bit_for_bit() -> None:
     case = delta_cases.mix("absent-targets", d_in=77)
     first, second = (
-        shrink_core.run(case.x, case.site, case.cores, case.plan, how)[case.adapted()]
+        shrink_core.run(case.x, case.site, case.cores, case.plan, how).h[case.adapted()]
         for how in (shrink_core.Config(16, 32, 1, one, 4, 3) for one in (True, False))
     )
     assert torch.equal(first, second)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.delta_cases import LIMITS, relative
-from tests.support.route_cases import PAGES, check_route, check_routes, filtered64, paged, routed
+from tests.support.route_cases import SPANS, check_route, check_routes, filtered64, routed, shuffled
 from tucka_runtime.kernels.fused import attention, route, sample
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
@@ -62,11 +62,11 @@ def caches(slots_of: list[list[int]], block: int, kv_heads: int, d: int, dtype: 
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SPANS)
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(6, 2, 8), (2, 2, 20)])
 def test_attention(name: str, heads: int, kv_heads: int, d: int, window: int | None) -> None:
-    spans, block = PAGES[name]
-    plan, slots_of, total = paged(spans, block)
+    spans, block = SPANS[name]
+    plan, slots_of, total = shuffled(spans, block)
     k, v = caches(slots_of, block, kv_heads, d, torch.float32)
     q = torch.randn(total, heads, d)
     got = attention.attention(q, k, v, plan, 0.3, window)
@@ -75,7 +75,7 @@ def test_attention(name: str, heads: int, kv_heads: int, d: int, window: int | N
 
 
 def test_attention_in_every_type(dtype: torch.dtype) -> None:
-    plan, slots_of, total = paged(PAGES["mixed"][0], 8)
+    plan, slots_of, total = shuffled(SPANS["mixed"][0], 8)
     k, v = caches(slots_of, 8, 2, 16, dtype)
     q = torch.randn(total, 4, 16).to(dtype)
     got = attention.attention(q, k, v, plan, 0.25)
@@ -88,7 +88,7 @@ def test_attention_in_every_type(dtype: torch.dtype) -> None:
 def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """More splits than programs: each takes several; the last of a sequence merges."""
     monkeypatch.setattr(attention, "MAX_PROGRAMS", 6)
-    plan, slots_of, total = paged([(1, 100), (1, 1), (1, 33)], 16)
+    plan, slots_of, total = shuffled([(1, 100), (1, 1), (1, 33)], 16)
     k, v = caches(slots_of, 16, 2, 8, torch.float32)
     q, outs = torch.randn(total, 4, 8), []
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: py
 def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SPLIT", 32)
     spans = [(1, 100), (1, 70)]
-    plan, slots_of, total = paged(spans, 16)
+    plan, slots_of, total = shuffled(spans, 16)
     k, v = caches(slots_of, 16, 1, 8, torch.float32)
     q = torch.randn(total, 2, 8)
     both = attention.attention(q, k, v, plan, 0.3)
@@ -116,7 +116,7 @@ def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 32), (128, 64), (128, 128)])
 def test_every_prefill_block(block_m: int, block_n: int) -> None:
-    plan, slots_of, total = paged([(40, 40), (1, 9), (130, 150)], 16)
+    plan, slots_of, total = shuffled([(40, 40), (1, 9), (130, 150)], 16)
     k, v = caches(slots_of, 16, 1, 8, torch.float32)
     q = torch.randn(total, 3, 8)
     out = torch.full_like(q, math.nan)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.support import delta_cases
 from tucka_runtime.kernels.fused import attention, expand, expand_qkv_rope_kv, expand_residual, shrink_core
-from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 
 ROWS, ADAPTERS, RANK, D_IN, HEADS, KV_HEADS, HEAD, BLOCK, WIDTH, SLOTS = 10, 4, 24, 40, 4, 2, 16, 16, 4, 1024
@@ -29,7 +29,7 @@ BATCHES = [
 ]
 
 
-def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, PagePlan]:
+def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, AttentionMetadata]:
     """The batch at qkv and at o."""
     ranks, base, parts, lengths = BATCHES[number]
     qkv, out = (
@@ -41,10 +41,10 @@ def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, PagePlan]:
     )
     tables = [[(7 * i + j) % (SLOTS // BLOCK) for j in range(WIDTH)] for i in range(ROWS)]
     spans = [(i, 1, max(length, 1)) for i, length in enumerate(lengths)]
-    plan = PagePlan.build(spans, tables, BLOCK, qkv.x.device)
+    plan = AttentionMetadata.build(spans, tables, BLOCK, qkv.x.device)
     for i, length in enumerate(lengths):
         if not length:
-            plan.length[i], plan.write_slots[i] = 0, -1
+            plan.seq_lens[i], plan.slot_mapping[i] = 0, -1
     return qkv, out, plan
 
 
@@ -85,45 +85,46 @@ class Bucket:
     """Fixed tensors for any batch of ROWS rows, ADAPTERS adapters and ranks up to RANK."""
 
     def __init__(self) -> None:
-        qkv, out, pages = batch(0)
+        qkv, out, metadata = batch(0)
         self.segments = Segments.build([], ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS)
         self.x = torch.zeros_like(qkv.x)
         self.qkv, self.out = Site.fixed(qkv, self.segments), Site.fixed(out, self.segments)
         self.residual = torch.zeros(ROWS, D_OUT)
         self.caches = [torch.zeros(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
-        self.pages = dataclasses.replace(
-            pages, pages=torch.zeros(ROWS * WIDTH, dtype=torch.int32), longest=WIDTH * BLOCK
+        self.metadata = dataclasses.replace(
+            metadata, block_table=torch.zeros(ROWS * WIDTH, dtype=torch.int32), longest=WIDTH * BLOCK
         )
 
-    def fill(self, qkv: delta_cases.Case, out: delta_cases.Case, pages: PagePlan) -> None:
+    def fill(self, qkv: delta_cases.Case, out: delta_cases.Case, metadata: AttentionMetadata) -> None:
         spans = qkv.plan.segments.spans
         self.segments.tiles.copy_(Segments.build(spans, ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS).tiles)
         self.x.copy_(qkv.x)
         self.qkv.fill(qkv)
         self.out.fill(out)
-        self.pages.pages[: len(pages.pages)].copy_(pages.pages)
-        for name in ("length", "write_slots", "first_page"):
-            getattr(self.pages, name).copy_(getattr(pages, name))
+        self.metadata.block_table[: len(metadata.block_table)].copy_(metadata.block_table)
+        for name in ("seq_lens", "slot_mapping", "first_block"):
+            getattr(self.metadata, name).copy_(getattr(metadata, name))
 
     def step(self) -> dict[str, Tensor]:
-        return step(self.x, self.qkv, self.out, self.pages, self.caches, self.residual)
+        return step(self.x, self.qkv, self.out, self.metadata, self.caches, self.residual)
 
 
-def step(x: Tensor, qkv: Site, out: Site, pages: PagePlan, caches: list[Tensor], residual: Tensor) -> dict[str, Tensor]:
+def step(
+    x: Tensor, qkv: Site, out: Site, metadata: AttentionMetadata, caches: list[Tensor], residual: Tensor
+) -> dict[str, Tensor]:
     """Half a layer: what of it is ours."""
-    h = shrink_core.shrink_core(x, qkv.site, qkv.cores, qkv.plan)
+    low_rank = shrink_core.shrink_core(x, qkv.site, qkv.cores, qkv.plan)
     q = expand_qkv_rope_kv.expand_qkv_rope_kv(
-        qkv.y, h, qkv.site, qkv.plan, None, None, None, 1e-5, caches[0], caches[1], pages.write_slots
+        qkv.y, low_rank, None, None, None, 1e-5, caches[0], caches[1], metadata.slot_mapping
     )
-    attended = attention.attention(q, *caches, pages, 0.25).flatten(1)
+    attended = attention.attention(q, *caches, metadata, 0.25).flatten(1)
     weight = torch.ones(D_OUT, device=x.device)
     inner = shrink_core.shrink_core(attended, out.site, out.cores, out.plan)
-    found = {"q": q, "attended": attended, "out": expand.expand(qkv.y.clone(), h, qkv.site, qkv.plan)}
-    low_rank = inner, out.site, out.plan
+    found = {"q": q, "attended": attended, "out": expand.expand(qkv.y.clone(), low_rank)}
     for name, (normed, total) in {
-        "base": expand_residual.expand_residual(out.y, None, None, None, residual, weight, None, 1e-5),
-        "one launch": expand_residual.run(out.y, *low_rank, residual, weight, None, 1e-5, True, 64),
-        "two launches": expand_residual.run(out.y, *low_rank, residual, weight, weight, 1e-5, False, 64),
+        "base": expand_residual.expand_residual(out.y, None, residual, weight, None, 1e-5),
+        "one launch": expand_residual.run(out.y, inner, residual, weight, None, 1e-5, True, 64),
+        "two launches": expand_residual.run(out.y, inner, residual, weight, weight, 1e-5, False, 64),
     }.items():
         found |= {f"{name} normed": normed, f"{name} total": total}
     return found
@@ -131,16 +132,16 @@ def step(x: Tensor, qkv: Site, out: Site, pages: PagePlan, caches: list[Tensor],
 
 def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> None:
     """What `run` makes of the bucket is what fresh tensors of just the right size make, bit for bit."""
-    qkv, out, pages = batch(number)
+    qkv, out, metadata = batch(number)
     keys = [torch.randn(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
     for cache, value in zip(bucket.caches, keys, strict=True):
         cache.copy_(value)
     bucket.residual.normal_()
-    bucket.fill(qkv, out, pages)
+    bucket.fill(qkv, out, metadata)
     got = run()
     fresh = [value.clone() for value in keys]
-    want = step(qkv.x, Site.of(qkv), Site.of(out), pages, fresh, bucket.residual)
-    real = pages.length > 0
+    want = step(qkv.x, Site.of(qkv), Site.of(out), metadata, fresh, bucket.residual)
+    real = metadata.seq_lens > 0
     for name, value in got.items():
         assert torch.equal(value[real], want[name][real]), name
     for mine, true in zip(bucket.caches, fresh, strict=True):

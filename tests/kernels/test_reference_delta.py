@@ -29,12 +29,12 @@ def check(case: delta_cases.Case) -> None:
     """Both paths of shrink_core and expand against the oracle, the delta alone and with what it is added to."""
     h_true, delta_true = case.oracle()
     for plan in {id(case.plan): case.plan, 0: by_segment(case.plan)}.values():
-        h = shrink_core(case.x, case.site, case.cores, plan)
-        assert delta_cases.relative(h, h_true) <= LIMIT
-        assert not h.cpu()[~case.adapted()].any()
-        delta = expand(torch.zeros_like(case.y), h, case.site, plan)
+        low_rank = shrink_core(case.x, case.site, case.cores, plan)
+        assert delta_cases.relative(low_rank.h, h_true) <= LIMIT
+        assert not low_rank.h.cpu()[~case.adapted()].any()
+        delta = expand(torch.zeros_like(case.y), low_rank)
         assert delta_cases.relative(delta, delta_true) <= LIMIT
-        y = expand(case.y.clone(), h, case.site, plan)
+        y = expand(case.y.clone(), low_rank)
         assert delta_cases.relative(y, case.y.double() + delta_true) <= LIMIT
         base = case.plan.segments.spans[0][0] if case.plan.segments.spans else len(case.y)
         assert torch.equal(y[:base], case.y[:base])
@@ -111,12 +111,12 @@ def test_expand_qkv_rope_kv(name: str | None, normed: bool, rope: bool) -> None:
     heads, kv_heads, d, slots, eps = 4, 2, 8, 30, 1e-5
     widths = (heads * d, kv_heads * d, kv_heads * d)
     if name is None:
-        y, delta, h, site, plan = torch.randn(6, sum(widths)), torch.zeros(6, sum(widths)), None, None, None
+        y, delta, low_rank = torch.randn(6, sum(widths)), torch.zeros(6, sum(widths)), None
     else:
         table, layout, core_size, lora = delta_cases.MIXES[name]
         case = delta_cases.make([[*r, r[0]] for r in table], layout, widths=widths, core_size=core_size, lora=lora)
-        y, site, plan, delta = case.y, case.site, case.plan, case.oracle()[1]
-        h = shrink_core(case.x, site, case.cores, plan)
+        y, delta = case.y, case.oracle()[1]
+        low_rank = shrink_core(case.x, case.site, case.cores, case.plan)
     rows = len(y)
     angle = torch.rand(rows, 1, d // 2) * 6
     norms = (torch.rand(d) + 0.5, torch.rand(d) + 0.5) if normed else None
@@ -132,7 +132,7 @@ def test_expand_qkv_rope_kv(name: str | None, normed: bool, rope: bool) -> None:
     if rope:
         q, k = (rotated(z, angle.double().cos(), angle.double().sin()) for z in (q, k))
     cos, sin = (angle.cos(), angle.sin()) if rope else (None, None)
-    got = expand_qkv_rope_kv(y.clone(), h, site, plan, cos, sin, norms, eps, k_cache, v_cache, write)
+    got = expand_qkv_rope_kv(y.clone(), low_rank, cos, sin, norms, eps, k_cache, v_cache, write)
     assert got.shape == (rows, heads, d) and got.is_contiguous()
     assert delta_cases.relative(got, q) <= LIMIT
     assert delta_cases.relative(k_cache[write], k) <= LIMIT
@@ -146,13 +146,13 @@ def test_expand_qkv_rope_kv(name: str | None, normed: bool, rope: bool) -> None:
 def test_expand_swiglu(name: str | None) -> None:
     width = 24
     if name is None:
-        y, delta, h, site, plan = torch.randn(6, 2 * width), torch.zeros(6, 2 * width), None, None, None
+        y, delta, low_rank = torch.randn(6, 2 * width), torch.zeros(6, 2 * width), None
     else:
         case = delta_cases.mix(name, widths=(width, width))
-        y, site, plan, delta = case.y, case.site, case.plan, case.oracle()[1]
-        h = shrink_core(case.x, site, case.cores, plan)
+        y, delta = case.y, case.oracle()[1]
+        low_rank = shrink_core(case.x, case.site, case.cores, case.plan)
     gate, up = (y.double() + delta).chunk(2, dim=-1)
-    got = expand_swiglu(y.clone(), h, site, plan)
+    got = expand_swiglu(y.clone(), low_rank)
     assert delta_cases.relative(got, gate * torch.sigmoid(gate) * up) <= LIMIT
 
 
@@ -161,18 +161,18 @@ def test_expand_swiglu(name: str | None) -> None:
 def test_expand_residual(name: str | None, bias: bool) -> None:
     width, eps = 64, 1e-5
     if name is None:
-        y, delta, h, site, plan = torch.randn(6, width), torch.zeros(6, width), None, None, None
+        y, delta, low_rank = torch.randn(6, width), torch.zeros(6, width), None
     else:
         table, layout, core_size, lora = delta_cases.MIXES[name]
         case = delta_cases.make([r[:1] for r in table], layout, widths=(width,), core_size=core_size, lora=lora)
-        y, site, plan, delta = case.y, case.site, case.plan, case.oracle()[1]
-        h = shrink_core(case.x, site, case.cores, plan)
+        y, delta = case.y, case.oracle()[1]
+        low_rank = shrink_core(case.x, case.site, case.cores, case.plan)
     residual, weight, shift = torch.randn_like(y), torch.rand(width) + 0.5, torch.randn(width) if bias else None
     total = residual.double() + y.double() + delta
     z = total - total.mean(-1, keepdim=True) if bias else total
     want = z / (z.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
     kept = residual.clone()
-    got, new = expand_residual(y.clone(), h, site, plan, residual, weight, shift, eps)
+    got, new = expand_residual(y.clone(), low_rank, residual, weight, shift, eps)
     assert delta_cases.relative(new, total) <= LIMIT
     assert delta_cases.relative(got, want + shift.double() if shift is not None else want) <= LIMIT
     assert torch.equal(residual, kept)

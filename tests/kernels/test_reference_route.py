@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.delta_cases import relative
-from tests.support.route_cases import LIMIT, PAGES, check_route, check_routes, filtered64, paged
+from tests.support.route_cases import LIMIT, SPANS, check_route, check_routes, filtered64, shuffled
 from tucka_runtime.kernels.reference import attention, norm, route, sample
 
 
@@ -65,11 +65,11 @@ def attend64(
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 1000])
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SPANS)
 def test_attention(name: str, window: int | None) -> None:
-    spans, block = PAGES[name]
+    spans, block = SPANS[name]
     heads, kv_heads, d, scale = 6, 2, 8, 0.3
-    plan, slots_of, total = paged(spans, block)
+    plan, slots_of, total = shuffled(spans, block)
     slots = (max(max(s) for s in slots_of) + 1 + block) // block * block
     k_cache, v_cache = torch.full((slots, kv_heads, d), math.nan), torch.full((slots, kv_heads, d), math.nan)
     used = torch.tensor([slot for own in slots_of for slot in own])
@@ -86,9 +86,9 @@ def test_attention(name: str, window: int | None) -> None:
             row += 1
 
 
-def test_write_slots_are_the_last_of_each_context() -> None:
-    plan, slots, _ = paged([(1, 5), (3, 9)], 4)
-    assert plan.write_slots.tolist() == [slots[0][4], *slots[1][6:]]
+def test_slot_mapping_are_the_last_of_each_context() -> None:
+    plan, slots, _ = shuffled([(1, 5), (3, 9)], 4)
+    assert plan.slot_mapping.tolist() == [slots[0][4], *slots[1][6:]]
 
 
 @pytest.mark.parametrize(

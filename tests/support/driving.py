@@ -5,7 +5,7 @@ Every engine that `build` makes has NaN in all of its KV slots, so that a read o
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def save_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dt
     return model.float()
 
 
-def build(folder: Path, fused: bool | None = None, **settings: Any) -> Engine:
-    engine = Engine(EngineConfig(**{"model": str(folder), "kv_cache_tokens": 1024, "device": "cpu", **settings}), fused)
+def build(folder: Path, **settings: Any) -> Engine:
+    engine = Engine(EngineConfig(**{"model": str(folder), "kv_cache_tokens": 1024, "device": "cpu", **settings}))
     poison(engine)
     return engine
 
@@ -113,7 +113,7 @@ class Answer:
         if out.prompt_logprobs is not None:
             assert self.prompt_logprobs is None, "the prompt's log-probabilities came twice"
             self.prompt_logprobs = out.prompt_logprobs
-        self.finish_reason, self.last = out.finish_reason, out
+        self.finish_reason, self.last = out.finish.reason if out.finish else None, out
 
 
 Answers = dict[tuple[str, int], Answer]
@@ -140,7 +140,7 @@ def check_idle(engine: Engine) -> None:
     assert not engine.requests
     assert not engine.runner.sampler.counts and not engine.runner.sampler.grammars.matchers
     assert engine.blocks.num_free == engine.blocks.num_blocks
-    assert not any(entry.leases for entry in engine.runner.store.loaded.values())
+    assert not engine.adapters.leases()
 
 
 def run(engine: Engine, *requests: Request) -> list[list[Answer]]:
@@ -166,7 +166,7 @@ def ask(
 
 
 class Recorder:
-    """The logits of every row that an engine computes, and the route of every piece of work.
+    """The logits of every row that an engine computes, and the route of every chunk.
 
     `logits[request id, index][position]` (vocab,) is what predicts position + 1; `routes` likewise has one entry per
     forward pass.
@@ -178,7 +178,7 @@ class Recorder:
         self.router_means: list[Tensor] = []
         runner = engine.runner
         launch, collect = runner.launch, runner.collect
-        forward, route_hidden = runner.model.forward, runner.ops.route.route_hidden
+        forward, route_hidden = runner.model.forward, runner.ops.route_hidden
         rows: list[Tensor] = []
 
         def recorded_forward(*args: Any) -> Tensor:
@@ -186,20 +186,21 @@ class Recorder:
             rows.append(runner.model.logits(hidden, torch.arange(len(hidden)), args[-1]))
             return hidden
 
-        def recorded_launch(works: Any) -> Any:
-            launched = launch(works)
+        def recorded_launch(chunks: Any) -> Any:
+            launched = launch(chunks)
             launched.recorded = rows.pop()
+            launched.routing = {id(chunk) for chunk in launched.chunks if chunk.seq.routing}
             return launched
 
         def recorded_collect(launched: Any) -> Any:
             results, stages = collect(launched)
-            first, logits = 0, launched.recorded
-            for work, result in results:
-                own = logits[first : first + work.count].clone()
-                first += work.count
-                if work.seq.route_sum is None:
-                    self.logits.setdefault(work.seq.key, {}).update(enumerate(own, work.start))
-                    self.routes.setdefault(work.seq.key, []).append(result.route)
+            first, logits, routing = 0, launched.recorded, launched.routing
+            for chunk, result in results:
+                own = logits[first : first + chunk.count].clone()
+                first += chunk.count
+                if id(chunk) not in routing:
+                    self.logits.setdefault(chunk.seq.key, {}).update(enumerate(own, chunk.start))
+                    self.routes.setdefault(chunk.seq.key, []).append(result.route)
             return results, stages
 
         def recorded_route(x: Tensor, *rest: Any) -> Any:
@@ -207,9 +208,7 @@ class Recorder:
             return route_hidden(x, *rest)
 
         runner.launch, runner.collect, runner.model.forward = recorded_launch, recorded_collect, recorded_forward
-        ops = type(runner.ops)(**vars(runner.ops))
-        ops.route = type(runner.ops)(**{**vars(runner.ops.route), "route_hidden": recorded_route})
-        runner.ops = ops
+        runner.ops = replace(runner.ops, route_hidden=recorded_route)
 
     def of(self, id: str, index: int = 0) -> Tensor:
         """(positions, vocab)."""

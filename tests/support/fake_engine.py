@@ -1,4 +1,4 @@
-"""A fake of `tucka_runtime.engine_client.EngineClient`, for faults that a real engine does not have on demand.
+"""A fake of `tucka_runtime.engine.client.EngineClient`, for faults that a real engine does not have on demand.
 
 Answers are letters, determined by the prompt's ids alone. Token ids are those of the byte tokenizers of tests/golden:
 3 + the byte.
@@ -11,7 +11,16 @@ from pathlib import Path
 
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, TuckaError
-from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, FinishReason, Request, Route, SequenceOutput
+from tucka_runtime.messages import (
+    AdapterInfo,
+    AdapterKey,
+    EngineInfo,
+    Finish,
+    FinishReason,
+    Request,
+    Route,
+    SequenceOutput,
+)
 
 VOCAB = 320
 
@@ -59,7 +68,7 @@ class FakeEngine:
             key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj", None, 1, None
         )
 
-    async def unload_adapter(self, key: AdapterKey) -> None:
+    def unload_adapter(self, key: AdapterKey) -> None:
         self.loaded.pop(key, None)
 
 
@@ -92,5 +101,5 @@ class FakeStream(AsyncIterator[SequenceOutput]):
                     request.id,
                     index,
                     [3 + letter] if count else [],
-                    finish_reason=FinishReason.LENGTH if last else None,
+                    finish=Finish(FinishReason.LENGTH) if last else None,
                 )

@@ -1,6 +1,6 @@
 """Figures as an engine and a request bring them, for the metrics."""
 
-from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, StepStats, Timing
+from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineLoad, FinishReason, StepStats, Timing
 from tucka_runtime.server.metrics.metrics import Metrics
 
 
@@ -10,23 +10,12 @@ def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | No
 
 
 def step(
-    running: int = 1, waiting: int = 0, blocks_used: int = 2, preemptions: int = 0, routes=(), active=(), **stages
-) -> StepStats:
+    running: int = 1, waiting: int = 0, blocks_used: int = 2, preemptions: int = 0, routes=(), adapters=(), **stages
+) -> tuple[StepStats, EngineLoad]:
+    """What `Metrics.on_step` takes."""
     seconds = dict.fromkeys(("schedule", "batch", "route", "forward", "sample", "output"), 0.001) | stages
-    return StepStats(
-        **seconds,
-        prefill_tokens=5,
-        decode_tokens=1,
-        adapters=len(active),
-        routes=routes,
-        running=running,
-        waiting=waiting,
-        blocks_used=blocks_used,
-        blocks_total=8,
-        preemptions=preemptions,
-        sequences=2,
-        active=active,
-    )
+    stats = StepStats(**seconds, prefill_tokens=5, decode_tokens=1, sequences=2, adapters=adapters, routes=routes)
+    return stats, EngineLoad(running, waiting, blocks_used, 8, preemptions)
 
 
 def serve_one(metrics: Metrics, model: str = "fin") -> None:

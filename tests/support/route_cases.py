@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from tests.support.delta_cases import relative
-from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
 
 LIMIT = 1e-5
@@ -52,7 +52,7 @@ def check_routes(route_ids: Callable[[RoutePlan], None], shapes: list[tuple[int,
             check_route(got, adapter.table.double()[own].mean(0), adapter.t)
 
 
-PAGES = {
+SPANS = {
     "one-decode": ([(1, 1)], 4),
     "decodes-of-two-buckets": ([(1, 3), (1, 300), (1, 17)], 16),
     "whole-prompt": ([(9, 9)], 4),
@@ -61,8 +61,8 @@ PAGES = {
 }
 
 
-def paged(spans: list[tuple[int, int]], block: int) -> tuple[PagePlan, list[list[int]], int]:
-    """A plan for (rows, context) sequences whose pages are shuffled; the slots of each; the number of rows."""
+def shuffled(spans: list[tuple[int, int]], block: int) -> tuple[AttentionMetadata, list[list[int]], int]:
+    """A plan for (rows, context) sequences whose blocks are shuffled; the slots of each; the number of rows."""
     need = [-(-length // block) for _, length in spans]
     order = torch.randperm(sum(need), generator=torch.Generator("cpu").manual_seed(1), device="cpu").tolist()
     tables = [[order.pop() for _ in range(n)] for n in need]
@@ -71,7 +71,7 @@ def paged(spans: list[tuple[int, int]], block: int) -> tuple[PagePlan, list[list
     for count, length in spans:
         full.append((row, count, length))
         row += count
-    return PagePlan.build(full, tables, block, torch.get_default_device()), slots, row
+    return AttentionMetadata.build(full, tables, block, torch.get_default_device()), slots, row
 
 
 def filtered64(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:

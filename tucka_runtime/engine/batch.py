@@ -1,22 +1,24 @@
-"""Scheduled work as one packed set of device tensors.
+"""Scheduled chunks as one packed set of device tensors.
 
 Row order: base rows first (and prompts that are only being routed), then adapter by adapter; within one the sequences
 that share its route, then those with a route of their own, one segment each.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.engine.adapters.delta import Delta, RouteSum, Segment
-from tucka_runtime.engine.scheduler import Work
+from tucka_runtime.engine.adapters.delta import AdapterDelta
+from tucka_runtime.engine.adapters.segment import RouteSum, Segment
+from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence
-from tucka_runtime.kernels.tables.blocks import PagePlan
+from tucka_runtime.kernels.ops import Ops
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.transfer import place
 from tucka_runtime.messages import AdapterKey, RouteScope
 
@@ -50,62 +52,60 @@ class Chosen:
 
 @dataclass(eq=False)
 class Batch:
-    """One forward pass. `works` is in row order; `first_rows` has the first row of each, `segment_of` its segment."""
+    """One forward pass. `chunks` is in row order; `first_rows` has the first row of each, `segment_of` its segment."""
 
-    works: list[Work]
+    chunks: list[ScheduledChunk]
     first_rows: list[int]
     segment_of: list[int | None]
     due: list[int]
-    """The works that bring a token."""
+    """The chunks that bring a token."""
     due_rows: Tensor
     """Their rows (N,)."""
     ids: Tensor
     positions: Tensor
     lengths: Tensor | None
-    pages: PagePlan
-    delta: Delta
+    attention: AttentionMetadata
+    delta: AdapterDelta
 
     @staticmethod
     def build(
-        works: Rows[Work],
+        chunks: Rows[ScheduledChunk],
         active: ActiveSet | None,
         block_size: int,
         rope_limit: int | None,
         chosen: Chosen,
-        ops: SimpleNamespace,
+        route_sums: Mapping[tuple[str, int], RouteSum],
+        ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "Batch":
-        """`rope_limit` is the length from which dynamic rotary scaling stretches; None where there is none."""
-        works = sorted(works, key=row_order)
+        """`rope_limit` is the length from which dynamic rotary scaling stretches, None where there is none;
+        `route_sums` are those of sequences that are being routed; `dtype` is the cores' type."""
+        chunks = sorted(chunks, key=row_order)
         first_rows, rows = [], 0
-        for work in works:
+        for chunk in chunks:
             first_rows.append(rows)
-            rows += work.count
-        due = [i for i, w in enumerate(works) if w.samples and w.seq.sampling.max_tokens > 0]
-        lengths = None
-        if rope_limit is not None and any(max(w.seq.num_prompt, w.start + w.count) > rope_limit for w in works):
-            known = [max(w.seq.num_prompt, p + 1) for w in works for p in range(w.start, w.start + w.count)]
-            lengths = torch.tensor(known)
-        spans = [(first, w.count, w.start + w.count) for first, w in zip(first_rows, works, strict=True)]
-        segments, segment_of, sums = segment(works, first_rows)
-        prompts = [torch.tensor(s.prompt) for s in segments if s.prompt is not None]
-        pages = PagePlan.build(spans, [w.seq.block_table for w in works], block_size, torch.device("cpu"))
+            rows += chunk.count
+        due = [i for i, c in enumerate(chunks) if c.samples and c.seq.sampling.max_tokens > 0]
+        lengths = _rope_lengths(chunks, rope_limit)
+        spans = [(first, c.count, c.start + c.count) for first, c in zip(first_rows, chunks, strict=True)]
+        segments, segment_of, sums = segment(chunks, first_rows, route_sums)
+        tables = [c.seq.block_table for c in chunks]
         parts: list[Any] = [
-            torch.tensor([t for w in works for t in known_ids(w)]),
-            torch.tensor([p for w in works for p in range(w.start, w.start + w.count)]),
-            torch.tensor([first_rows[i] + works[i].count - 1 for i in due], dtype=torch.int64),
-            pages,
-            *prompts,
+            torch.tensor([t for c in chunks for t in known_ids(c)]),
+            torch.tensor([p for c in chunks for p in range(c.start, c.start + c.count)]),
+            torch.tensor([first_rows[i] + chunks[i].count - 1 for i in due], dtype=torch.int64),
+            AttentionMetadata.build(spans, tables, block_size, torch.device("cpu")),
+            *(torch.tensor(s.prompt) for s in segments if s.prompt is not None),
             *([lengths] if lengths is not None else []),
         ]
-        ids, positions, due_rows, pages, *rest = place(parts, device)
-        chosen.fill_in(ids, [(first + w.count - 1, w.seq) for first, w in zip(first_rows, works, strict=True)])
+        ids, positions, due_rows, attention, *rest = place(parts, device)
+        chosen.fill_in(ids, [(first + c.count - 1, c.seq) for first, c in zip(first_rows, chunks, strict=True)])
         left = iter(rest)
         for s in segments:
             s.ids = ids[s.first : s.end] if s.prompt is None else next(left)
         return Batch(
-            works=works,
+            chunks=chunks,
             first_rows=first_rows,
             segment_of=segment_of,
             due=due,
@@ -113,40 +113,50 @@ class Batch:
             ids=ids,
             positions=positions,
             lengths=next(left, None),
-            pages=pages,
-            delta=Delta.build(rows, segments, sums, active, ops, dtype, device),
+            attention=attention,
+            delta=AdapterDelta.build(rows, segments, sums, active, ops, dtype, device),
         )
 
 
-def known_ids(work: Work) -> list[int]:
-    """The tokens of a piece of work; 0 stands for the one that is still on the device."""
-    own = work.seq.tokens[work.start : work.start + work.count]
-    return own if len(own) == work.count else [*own, 0]
+def _rope_lengths(chunks: Rows[ScheduledChunk], limit: int | None) -> Tensor | None:
+    """The length (T,) that each row's rotary position was or is stretched for (models/rotary.py); None if none is."""
+    if limit is None or not any(max(c.seq.num_prompt, c.start + c.count) > limit for c in chunks):
+        return None
+    return torch.tensor([max(c.seq.num_prompt, p + 1) for c in chunks for p in range(c.start, c.start + c.count)])
 
 
-def row_order(work: Work) -> tuple[bool, str, int, bool]:
-    """Sorting is stable: within a segment the scheduler's order stays."""
-    seq = work.seq
-    if seq.adapter is None or seq.route_sum is not None:
+def known_ids(chunk: ScheduledChunk) -> list[int]:
+    """The chunk's tokens; 0 stands for the one that is still on the device."""
+    own = chunk.seq.tokens[chunk.start : chunk.start + chunk.count]
+    return own if len(own) == chunk.count else [*own, 0]
+
+
+def row_order(chunk: ScheduledChunk) -> tuple[bool, str, int, bool]:
+    """The sorting key of rows. Sorting is stable: within a segment the scheduler's order stays."""
+    seq = chunk.seq
+    if seq.adapter is None or seq.routing:
         return False, "", 0, False
     return True, seq.adapter.name, seq.adapter.generation, seq.scope is RouteScope.REQUEST
 
 
-def segment(works: Rows[Work], first_rows: Rows[int]) -> tuple[list[Segment], list[int | None], list[RouteSum]]:
-    """The segments of works in row order; the segment of each work; the prompts that are only being routed."""
+def segment(
+    chunks: Rows[ScheduledChunk], first_rows: Rows[int], route_sums: Mapping[tuple[str, int], RouteSum]
+) -> tuple[list[Segment], list[int | None], list[RouteSum]]:
+    """The segments of chunks in row order; the segment of each chunk; the prompts that are only being routed."""
     segments: list[Segment] = []
     segment_of: list[int | None] = []
     sums: list[RouteSum] = []
     shared: AdapterKey | None = None  # the adapter whose shared segment is the last one
-    for work, first in zip(works, first_rows, strict=True):
-        seq, end = work.seq, first + work.count
+    for chunk, first in zip(chunks, first_rows, strict=True):
+        seq, end = chunk.seq, first + chunk.count
         if seq.adapter is None:
             segment_of.append(None)
-        elif isinstance(seq.route_sum, RouteSum):
-            if work.start == 0:  # the first chunk, or once more after a preemption
-                seq.route_sum.total, seq.route_sum.count = None, 0
-            seq.route_sum.first, seq.route_sum.end = first, end
-            sums.append(seq.route_sum)
+        elif seq.routing:
+            part = route_sums[seq.key]
+            if chunk.start == 0:  # the first chunk, or once more after a preemption
+                part.restart()
+            part.first, part.end = first, end
+            sums.append(part)
             segment_of.append(None)
         elif seq.scope is RouteScope.REQUEST:
             prompt = None if seq.route else seq.tokens[: seq.num_prompt]

@@ -1,9 +1,8 @@
-"""KV pages: who holds which, and which hold a prefix that another sequence may reuse. No torch: page numbers only.
+"""KV blocks: who holds which, and which hold a prefix that another sequence may reuse. No torch: block numbers only.
 
-A page is *held* (references > 0), or *free*. A free page may still be *cached*: its content is known by the hash of all
-tokens up to its end, and it can be taken back to life until somebody else needs the page. Free pages are reused oldest
-first, so that the cache evicts by least recent use.
-"""
+A block is *held* (references > 0), or *free*. A free block may still be *cached*: its content is known by the hash of
+all tokens up to its end, and it can be taken back to life until somebody else needs the block. Free blocks are reused
+oldest first, so that the cache evicts by least recent use."""
 
 import hashlib
 from array import array
@@ -12,12 +11,12 @@ from collections.abc import Iterable, Sequence
 
 
 def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """Hash of a full page's tokens and of everything before it; `previous` of the first page is its namespace."""
+    """Hash of a full block's tokens and of everything before it; `previous` of the first block is its namespace."""
     return hashlib.blake2b(previous + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class BlockManager:
-    """The pool of pages."""
+    """The pool of blocks."""
 
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks = num_blocks
@@ -32,11 +31,11 @@ class BlockManager:
         return len(self.free)
 
     def blocks_for(self, tokens: int) -> int:
-        """Pages that so many tokens fill."""
+        """Blocks that so many tokens fill."""
         return -(-tokens // self.block_size)
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Pages of the longest cached prefix, not yet held."""
+        """Blocks of the longest cached prefix, not yet held."""
         found = []
         for h in hashes:
             if (block := self.cached.get(h)) is None:
@@ -45,18 +44,18 @@ class BlockManager:
         return found
 
     def can_allocate(self, count: int, reuse: Sequence[int] = ()) -> bool:
-        """Whether `count` fresh pages are there once `reuse` is held as well."""
+        """Whether `count` fresh blocks are there once `reuse` is held as well."""
         return self.num_free - sum(self.references[b] == 0 for b in reuse) >= count
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Takes one more reference to pages that `match` found."""
+        """Takes one more reference to blocks that `match` found."""
         for block in blocks:
             if self.references[block] == 0:
                 del self.free[block]
             self.references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """`count` fresh pages, each held once. The caller asked `can_allocate` before."""
+        """`count` fresh blocks, each held once. The caller asked `can_allocate` before."""
         blocks = []
         for _ in range(count):
             block, _ = self.free.popitem(last=False)
@@ -66,7 +65,8 @@ class BlockManager:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up one reference to each. The last pages of a sequence are reused first: a prefix outlives its tail."""
+        """Gives up one reference to each. The last blocks of a sequence are reused first: a prefix outlives its
+        tail."""
         for block in reversed(blocks):
             self.references[block] -= 1
             if self.references[block] == 0:
@@ -75,13 +75,13 @@ class BlockManager:
                     self.free.move_to_end(block, last=False)
 
     def register(self, block: int, h: bytes) -> None:
-        """Makes a full page known by its hash, unless another page already is."""
+        """Makes a full block known by its hash, unless another already is."""
         if h not in self.cached and self.hashes[block] is None:
             self.cached[h] = block
             self.hashes[block] = h
 
     def forget_all(self) -> None:
-        """Drops the cache; held pages stay held."""
+        """Drops the cache; held blocks stay held."""
         for block in range(self.num_blocks):
             self._forget(block)
 
@@ -98,8 +98,8 @@ class BlockManager:
             for block in table:
                 counts[block] += 1
         if counts != self.references:
-            raise RuntimeError("KV pages: reference counts differ from the block tables")
+            raise RuntimeError("KV blocks: reference counts differ from the block tables")
         if set(self.free) != {b for b, r in enumerate(counts) if r == 0}:
-            raise RuntimeError("KV pages: the free list differs from the unreferenced pages")
+            raise RuntimeError("KV blocks: the free list differs from the unreferenced blocks")
         if {h: b for b, h in enumerate(self.hashes) if h is not None} != self.cached:
-            raise RuntimeError("KV pages: the prefix cache differs from the pages' hashes")
+            raise RuntimeError("KV blocks: the prefix cache differs from the blocks' hashes")

@@ -1,12 +1,11 @@
-"""The engine as the API process sees it: its process is started, spoken to (worker.py has the messages), and started
-again when it dies; then every stream in flight raises EngineDeadError.
+"""The engine as the API process sees it: its process is started, spoken to, and started again when it dies; then every
+stream in flight raises EngineDeadError.
 """
 
 import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -14,13 +13,40 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from tucka_runtime.config import SPIN, EngineConfig
-from tucka_runtime.errors import EngineDeadError, OverloadedError, TuckaError
-from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, Request, Route, SequenceOutput, StepStats
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.errors import EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
+from tucka_runtime.messages import (
+    Abort,
+    AdapterInfo,
+    AdapterKey,
+    AdapterLoaded,
+    AdapterRefused,
+    Ended,
+    EngineInfo,
+    EngineLoad,
+    FromEngine,
+    Idle,
+    LoadAdapter,
+    NotStarted,
+    Rejected,
+    Request,
+    Route,
+    SequenceOutput,
+    Start,
+    Started,
+    StepDone,
+    StepStats,
+    Stop,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+)
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FIRST_RESTART_DELAY, LONGEST_RESTART_DELAY = 0.5, 30.0  # seconds; doubled with every failure in a row
 
@@ -48,7 +74,7 @@ class OutputStream(AsyncIterator[SequenceOutput]):
         return item
 
     def put(self, item: SequenceOutput | TuckaError) -> None:
-        if isinstance(item, TuckaError) or item.finish_reason is not None:
+        if isinstance(item, TuckaError) or item.finish is not None:
             self.unfinished = 0 if isinstance(item, TuckaError) else self.unfinished - 1
         self._queue.put_nowait(item)
 
@@ -73,13 +99,15 @@ class EngineClient:
     adapters back.
     """
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, log_format: str = "text"):
+        """`log_format` is that of the engine process's own log lines."""
         self.config = config
+        self._log_format = log_format
         self.info: EngineInfo | None = None
         self.ready = False
         self.restarts = 0
-        self.on_step: Callable[[StepStats], None] | None = None
-        self.on_idle: Callable[[StepStats | None], None] | None = None
+        self.on_step: Callable[[StepStats, EngineLoad], None] | None = None
+        self.on_idle: Callable[[EngineLoad | None], None] | None = None
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         self._streams: dict[str, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[AdapterInfo]] = {}
@@ -114,15 +142,14 @@ class EngineClient:
     async def _spawn(self) -> EngineInfo:
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: the working directory must not shadow the installed package. SPIN: config.py says why.
+            # -P: the working directory must not shadow the installed package.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tucka_runtime.engine.process", str(theirs.fileno())],
-                env={**SPIN, **os.environ},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
         self._channel = Connection(ours.detach())
-        self._channel.send(self.config)
+        self._channel.send(Start(self.config, self._log_format))
         loop = asyncio.get_running_loop()
         self._started = loop.create_future()
         threading.Thread(
@@ -143,32 +170,29 @@ class EngineClient:
         except RuntimeError:  # the loop is gone: the server has stopped
             pass
 
-    def _receive(self, message: tuple[Any, ...]) -> None:
+    def _receive(self, message: FromEngine) -> None:
         match message:
-            case ("step", outputs, stats):
+            case StepDone(outputs, stats, load):
                 for output in outputs:
                     self._deliver(output.request_id, output)
                 if self.on_step is not None:
-                    self.on_step(stats)
-            case ("idle", stats):
+                    self.on_step(stats, load)
+            case Idle(load):
                 if self.on_idle is not None:
-                    self.on_idle(stats)
-            case ("ended", outputs):
+                    self.on_idle(load)
+            case Ended(outputs):
                 for output in outputs:
                     self._deliver(output.request_id, output)
-            case ("rejected", request_id, error):
+            case Rejected(request_id, error):
                 self._deliver(request_id, error)
-            case ("loaded", call, result):
-                future = self._calls.pop(call)
-                if not future.done():
-                    if isinstance(result, TuckaError):
-                        future.set_exception(result)
-                    else:
-                        future.set_result(result)
-            case ("ready", info) if self._started is not None and not self._started.done():
-                self._started.set_result(info)
-            case ("failed", error) if self._started is not None and not self._started.done():
-                self._started.set_exception(error)
+            case AdapterLoaded(call, info):
+                _settle(self._calls.pop(call), info)
+            case AdapterRefused(call, error):
+                _settle(self._calls.pop(call), error)
+            case Started(started):
+                _settle(self._started, started)
+            case NotStarted(error):
+                _settle(self._started, error)
 
     def _deliver(self, request_id: str, item: SequenceOutput | TuckaError) -> None:
         stream = self._streams.get(request_id)
@@ -216,39 +240,47 @@ class EngineClient:
             return
 
     def submit(self, request: Request) -> OutputStream:
-        """Sends a request. Raises OverloadedError if the queue is full, EngineDeadError while there is no engine."""
+        """Sends a request. Raises InvalidRequestError if it alone is more than the queue takes, OverloadedError if the
+        queue is full, EngineDeadError while there is no engine."""
+        room = self.config.max_num_seqs + self.config.max_queue
+        if request.num_sequences > room:
+            raise InvalidRequestError(
+                f"The request asks for {request.num_sequences} answers (prompts x n); this server takes at most {room} "
+                "at once (--max-num-seqs plus --max-queue). Ask for fewer.",
+                "n",
+            )
         if not self.ready:
             raise EngineDeadError("The engine is not running. It is being restarted; try again in a moment.")
-        if self.in_flight + request.num_sequences > self.config.max_num_seqs + self.config.max_queue:
+        if self.in_flight + request.num_sequences > room:
             raise OverloadedError("The queue is full. Try again later.")
         stream = OutputStream(self, request)
         self._streams[request.id] = stream
-        self._send("submit", request)
+        self._send(Submit(request))
         return stream
 
     def forget(self, stream: OutputStream) -> None:
         """OutputStream.abort's half."""
         if self._streams.pop(stream.request_id, None) is not None:
-            self._send("abort", stream.request_id, None)
+            self._send(Abort(stream.request_id))
 
     def end(self, stream: OutputStream, index: int) -> None:
         """OutputStream.end's half."""
         if stream.request_id in self._streams:
-            self._send("abort", stream.request_id, index)
+            self._send(Abort(stream.request_id, index))
 
     async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
         """Loads an adapter beside what runs. Raises AdapterError, or EngineDeadError."""
         call = next(self._numbers)
-        self._send("load", call, key, str(folder), pinned)
+        self._send(LoadAdapter(call, key, folder, pinned))
         self._calls[call] = asyncio.get_running_loop().create_future()
         return await self._calls[call]
 
-    async def unload_adapter(self, key: AdapterKey) -> None:
-        """Returns at once; requests that were submitted before go on, and the last one's end frees the memory."""
+    def unload_adapter(self, key: AdapterKey) -> None:
+        """Requests that were submitted before go on, and the last one's end frees the memory."""
         if self._channel is not None:
-            self._send("unload", key)
+            self._send(UnloadAdapter(key))
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, message: ToEngine) -> None:
         """The reader thread finds out if the process is gone: then its streams end with an error."""
         if self._channel is None:
             raise EngineDeadError("The engine is not running. It is being restarted; try again in a moment.")
@@ -264,9 +296,19 @@ class EngineClient:
         if process is None:
             return
         if self._channel is not None:
-            self._send("stop")
+            self._send(Stop())
         try:
             await asyncio.to_thread(process.wait, timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
+
+
+def _settle(future: "asyncio.Future[T] | None", result: "T | TuckaError") -> None:
+    """Hands a result to who waits for it, if it is still waited for."""
+    if future is None or future.done():
+        return
+    if isinstance(result, TuckaError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -1,7 +1,7 @@
 """Decoding steps as CUDA graphs: one per size of batch, with adapters and without.
 
 What a step reads lies at fixed places: a bucket's own tables, written by one copy per step, and the slots of the loaded
-adapters (core.SlotTable). So adapters, ranks, routes, pages and lengths change while a captured graph stays good. A
+adapters (SlotTable). So adapters, ranks, routes, blocks and lengths change while a captured graph stays good. A
 graph does everything from token ids to chosen tokens. Where nothing can be captured (Triton's interpreter) the same
 launches run one by one, over the same tables.
 
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.engine.adapters.delta import Delta, Routes, Segment, core_rows, route_plan
+from tucka_runtime.engine.adapters.delta import AdapterDelta
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.segment import Routes, Segment, core_rows, route_plan
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen, known_ids, segment
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.sampler import draws
-from tucka_runtime.engine.scheduler import Work
-from tucka_runtime.kernels.tables.blocks import PagePlan
-from tucka_runtime.kernels.tables.routes import RouteLimits, RoutePlan
+from tucka_runtime.engine.scheduler import ScheduledChunk
+from tucka_runtime.engine.sequence import Sequence
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
+from tucka_runtime.kernels.tables.routes import COLUMNS, RouteLimits, RoutePlan
 from tucka_runtime.kernels.tables.segments import Segments, power_of_2
 from tucka_runtime.kernels.tables.transfer import pack, view
 from tucka_runtime.messages import RouteScope
@@ -65,7 +67,7 @@ class Limits:
         )
 
 
-class Graphs:
+class CudaGraphs:
     """The buckets, made when they are first needed."""
 
     def __init__(
@@ -92,23 +94,16 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def fit(self, works: Rows[Work], active: ActiveSet | None) -> bool:
+    def fit(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> bool:
         """Whether a graph can run this step."""
         stretches = self.model.rotary is not None and self.model.rotary.stretch_from is not None
-        if stretches or len(works) > self.sizes[-1]:
+        if stretches or len(chunks) > self.sizes[-1]:
             return False
-        if not all(w.count == 1 and w.start >= w.seq.num_prompt and w.samples for w in works):
+        if not all(c.count == 1 and c.start >= c.seq.num_prompt and c.samples for c in chunks):
             return False
         if active is None:
             return True
-        for work in works:
-            if work.seq.adapter is None:
-                continue
-            folded, known = active.folded[work.seq.adapter], work.seq.route is not None
-            inside = folded.routed is not None and folded.routed.router.table is None
-            if folded.saved or (not known and (inside or work.seq.scope is RouteScope.REQUEST)):
-                return False
-        return True
+        return all(_graphable(c.seq, active) for c in chunks)
 
     def bucket(self, count: int, active: ActiveSet | None) -> "Bucket":
         """The bucket for `count` rows. Which sites have adapters, of the four of a layer, makes another one: a site
@@ -162,6 +157,17 @@ class Graphs:
             self.buckets[size, everywhere] = Bucket(self, size, everywhere)
 
 
+def _graphable(seq: Sequence, active: ActiveSet) -> bool:
+    """Whether a decoding row can be in a graph: its adapter replaces no parameter of the base, and its route is known
+    or found from token ids."""
+    if seq.adapter is None:
+        return True
+    folded = active.folded[seq.adapter]
+    inside = folded.routed is not None and folded.routed.router.table is None
+    unknown = seq.route is None and (inside or seq.scope is RouteScope.REQUEST)
+    return not (folded.saved or unknown)
+
+
 class Fields:
     """Named tensors in one buffer on the device and one, pinned, on the host; `send` copies the one to the other."""
 
@@ -195,97 +201,110 @@ class Bucket:
     """One graph: `fill` writes a batch of up to `rows` decoding sequences, `run` runs it; then `logits` (rows, vocab)
     and `tokens` (rows,) are there, what stands beyond the batch meaning nothing."""
 
-    def __init__(self, graphs: Graphs, rows: int, kinds: frozenset[int]):
+    def __init__(self, graphs: CudaGraphs, rows: int, kinds: frozenset[int]):
         self.graphs, self.rows, self.kinds = graphs, rows, kinds
-        device, limits = graphs.device, graphs.limits
-        pages = rows * -(-graphs.max_len // graphs.block_size)
-        i64, i32, f32 = torch.int64, torch.int32, torch.float32
-        self.fields = Fields(
-            {
-                "known": (i64, (rows,)),
-                "source": (i64, (rows,)),
-                "positions": (i64, (rows,)),
-                "write_slots": (i64, (rows,)),
-                "seed": (i64, (rows,)),
-                "place": (i64, (rows,)),
-                "temperature": (f32, (rows,)),
-                "length": (i32, (rows,)),
-                "first_page": (i32, (rows,)),
-                "tiles": (i32, (rows, 4)),
-                "records": (i64, (rows, 12)),
-                "groups": (i64, (rows,)),
-                "weights": (f32, (rows, limits.t)),
-                "pages": (i32, (pages,)),
-            },
-            device,
-        )
-        on = self.fields.on_device
-        self.ids = torch.zeros(rows, dtype=i64, device=device)
+        self.fields = self._make_fields()
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=graphs.device)
         self.tokens = graphs.chosen.tokens[:rows]
         self.logits = graphs.logits[:rows]
-        self.pages = PagePlan(
-            spans=(),
-            longest=graphs.max_len,
-            block_size=graphs.block_size,
-            write_slots=on["write_slots"],
-            start=torch.arange(rows + 1, dtype=i32, device=device),
-            length=on["length"],
-            pages=on["pages"],
-            first_page=on["first_page"],
-            singles=torch.arange(rows, dtype=i32, device=device),
-            tiles=torch.empty(0, 2, dtype=i32, device=device),
-        )
-        self.delta = Delta(rows, graphs.model.ops)
-        self.plan: RoutePlan | None = None
-        if kinds:
-            table = graphs.table
-            route_limits = RouteLimits(limits.k, limits.t, table.arch.num_linears, limits.core_rank, rows)
-            self.plan = RoutePlan((), (), (), route_limits, on["records"], on["groups"], on["weights"])
-            sites = {at: site for at, site in table.sites.items() if at[1] in kinds}
-            active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
-            segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=on["tiles"])
-            self.delta = Delta(rows, graphs.model.ops, active, segments, cores=graphs.cores, side=graphs.side)
+        self.attention = self._attention()
+        self.plan = self._route_plan() if kinds else None
+        self.delta = self._adapter_delta() if kinds else AdapterDelta(rows, graphs.model.ops)
         self._routed: list[tuple[int, int]] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self.fill([], None)
         self._capture()
 
-    def fill(self, works: Rows[Work], active: ActiveSet | None) -> list[int | None]:
-        """Writes works, in row order, to where `run` reads them; returns the segment of each."""
-        segments, segment_of, _ = segment(works, range(len(works)))
-        pages = self._fill_rows(works)
+    def _make_fields(self) -> Fields:
+        """All that varies from step to step."""
+        rows, graphs = self.rows, self.graphs
+        i64, i32, f32 = torch.int64, torch.int32, torch.float32
+        return Fields(
+            {
+                "known": (i64, (rows,)),
+                "source": (i64, (rows,)),
+                "positions": (i64, (rows,)),
+                "slot_mapping": (i64, (rows,)),
+                "seed": (i64, (rows,)),
+                "place": (i64, (rows,)),
+                "temperature": (f32, (rows,)),
+                "seq_lens": (i32, (rows,)),
+                "first_block": (i32, (rows,)),
+                "tiles": (i32, (rows, 4)),
+                "records": (i64, (rows, COLUMNS)),
+                "groups": (i64, (rows,)),
+                "weights": (f32, (rows, graphs.limits.t)),
+                "block_table": (i32, (rows * -(-graphs.max_len // graphs.block_size),)),
+            },
+            graphs.device,
+        )
+
+    def _attention(self) -> AttentionMetadata:
+        """Every row a decoding sequence, at the places of the fields."""
+        on, graphs, i32 = self.fields.on_device, self.graphs, torch.int32
+        return AttentionMetadata(
+            spans=(),
+            longest=graphs.max_len,
+            block_size=graphs.block_size,
+            slot_mapping=on["slot_mapping"],
+            query_start=torch.arange(self.rows + 1, dtype=i32, device=graphs.device),
+            seq_lens=on["seq_lens"],
+            block_table=on["block_table"],
+            first_block=on["first_block"],
+            singles=torch.arange(self.rows, dtype=i32, device=graphs.device),
+            tiles=torch.empty(0, 2, dtype=i32, device=graphs.device),
+        )
+
+    def _route_plan(self) -> RoutePlan:
+        on, limits, table = self.fields.on_device, self.graphs.limits, self.graphs.table
+        most = RouteLimits(limits.k, limits.t, table.arch.num_linears, limits.core_rank, self.rows)
+        return RoutePlan((), (), (), most, on["records"], on["groups"], on["weights"])
+
+    def _adapter_delta(self) -> AdapterDelta:
+        """Every row a segment of its own, at the sites of `kinds`."""
+        graphs, rows, table, limits = self.graphs, self.rows, self.graphs.table, self.graphs.limits
+        sites = {at: site for at, site in table.sites.items() if at[1] in self.kinds}
+        active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
+        tiles = self.fields.on_device["tiles"]
+        segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=tiles)
+        return AdapterDelta(rows, graphs.model.ops, active, segments, cores=graphs.cores, side=graphs.side)
+
+    def fill(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> list[int | None]:
+        """Writes chunks, in row order, to where `run` reads them; returns the segment of each."""
+        segments, segment_of, _ = segment(chunks, range(len(chunks)), {})
+        blocks = self._fill_rows(chunks)
         if self.plan is not None:
             self._fill_segments(segments, active)
-        self.fields.send(pages)
+        self.fields.send(blocks)
         return segment_of
 
-    def _fill_rows(self, works: Rows[Work]) -> int:
-        """What belongs to single rows; returns how many pages they have together."""
+    def _fill_rows(self, chunks: Rows[ScheduledChunk]) -> int:
+        """What belongs to single rows; returns how many blocks they have together."""
         at = self.fields.on_host
         at["source"].fill_(-1)
-        at["write_slots"].fill_(-1)
-        at["length"].zero_()
-        if not works:
+        at["slot_mapping"].fill_(-1)
+        at["seq_lens"].zero_()
+        if not chunks:
             return 0
-        seqs = [w.seq for w in works]
-        spans = [(i, 1, w.start + 1) for i, w in enumerate(works)]
-        plan = PagePlan.build(spans, [seq.block_table for seq in seqs], self.pages.block_size, CPU)
+        seqs = [c.seq for c in chunks]
+        spans = [(i, 1, c.start + 1) for i, c in enumerate(chunks)]
+        plan = AttentionMetadata.build(spans, [seq.block_table for seq in seqs], self.attention.block_size, CPU)
         temperature, seed, place = draws(seqs)
         own = {
-            "known": torch.tensor([known_ids(w)[0] for w in works]),
+            "known": torch.tensor([known_ids(c)[0] for c in chunks]),
             "source": torch.tensor([self.graphs.chosen.source(seq) for seq in seqs]),
-            "positions": torch.tensor([w.start for w in works]),
-            "write_slots": plan.write_slots,
-            "length": plan.length,
-            "first_page": plan.first_page,
-            "pages": plan.pages,
+            "positions": torch.tensor([c.start for c in chunks]),
+            "slot_mapping": plan.slot_mapping,
+            "seq_lens": plan.seq_lens,
+            "first_block": plan.first_block,
+            "block_table": plan.block_table,
             "temperature": temperature,
             "seed": seed,
             "place": place,
         }
         for name, value in own.items():
             at[name][: len(value)].copy_(value)
-        return len(plan.pages)
+        return len(plan.block_table)
 
     def _fill_segments(self, segments: Rows[Segment], active: ActiveSet | None) -> None:
         """Who uses which adapter, and what of it is to be routed."""
@@ -326,11 +345,11 @@ class Bucket:
         earlier = graphs.chosen.tokens.index_select(0, on["source"].clamp(min=0))
         self.ids.copy_(torch.where(on["source"] >= 0, earlier, on["known"]))
         if self.plan is not None:
-            ops.route.route_ids(self.plan)
-            ops.core.core(self.plan, graphs.cores)
-        hidden = graphs.model.forward(self.ids, on["positions"], None, self.pages, graphs.caches, self.delta)
+            ops.route_ids(self.plan)
+            ops.core(self.plan, graphs.cores)
+        hidden = graphs.model.forward(self.ids, on["positions"], None, self.attention, graphs.caches, self.delta)
         self.logits.copy_(graphs.model.weights.head(hidden))
-        self.tokens.copy_(ops.sample.sample(self.logits, on["temperature"], on["seed"], on["place"]))
+        self.tokens.copy_(ops.sample(self.logits, on["temperature"], on["seed"], on["place"]))
 
     def _rehearse(self) -> None:
         """A step of the empty batch, which leaves no trace: it writes no keys, and the tokens that the last step chose,

@@ -1,24 +1,22 @@
 """The decoder: one forward pass of a batch of packed rows, with the batch's adapters applied on the way."""
 
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from tucka_runtime.engine.adapters.delta import Delta
-from tucka_runtime.kernels.tables.blocks import PagePlan
-from tucka_runtime.models.architecture import Architecture
+from tucka_runtime.engine.adapters.delta import AdapterDelta
+from tucka_runtime.kernels.ops import Ops
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
+from tucka_runtime.models.architecture import DOWN, OUT, QKV, UP, Architecture
 from tucka_runtime.models.rotary import Rotary
 from tucka_runtime.models.weights import Weights
 
-QKV, OUT, UP, DOWN = range(4)  # sites of a layer, as in Architecture.sites
-
 
 class Decoder:
-    """Weights, kernels and how they are put together. `ops` is kernels.dispatch's choice."""
+    """Weights, kernels and how they are put together. `ops` is the backend that kernels.dispatch chose."""
 
-    def __init__(self, config: Any, arch: Architecture, weights: Weights, max_len: int, ops: SimpleNamespace):
+    def __init__(self, config: Any, arch: Architecture, weights: Weights, max_len: int, ops: Ops):
         self.arch = arch
         self.weights = weights
         self.ops = ops
@@ -30,9 +28,9 @@ class Decoder:
         ids: Tensor,
         positions: Tensor,
         lengths: Tensor | None,
-        pages: PagePlan,
+        metadata: AttentionMetadata,
         caches: list[tuple[Tensor, Tensor]],
-        delta: Delta,
+        delta: AdapterDelta,
     ) -> Tensor:
         """Final hidden states (T, d), normalised, of the packed rows `ids` (T,) int64 at `positions` (T,) int64.
 
@@ -42,36 +40,36 @@ class Decoder:
         layers = self.weights.layers
         x = self._embed(ids, positions, delta)
         cos, sin = self.rotary(positions, lengths) if self.rotary else (None, None)
-        y = ops.norm.norm(x, *layers[0].input_norm, eps)
+        y = ops.norm(x, *layers[0].input_norm, eps)
         self._norm_overrides(y, x, arch.path(0, arch.input_norm), delta)
         for i, layer in enumerate(layers):
             low_rank = delta.shrink(i, QKV, y)
             qkv = self._linear(i, QKV, y, delta)
-            q = ops.expand_qkv_rope_kv.expand_qkv_rope_kv(
-                qkv, *low_rank, cos, sin, self._head_norms(i, delta), eps, *caches[i], pages.write_slots
+            q = ops.expand_qkv_rope_kv(
+                qkv, low_rank, cos, sin, self._head_norms(i, delta), eps, *caches[i], metadata.slot_mapping
             )
-            attended = ops.attention.attention(q, *caches[i], pages, arch.scales[i], arch.windows[i]).flatten(1)
+            attended = ops.attention(q, *caches[i], metadata, arch.scales[i], arch.windows[i]).flatten(1)
             low_rank = delta.shrink(i, OUT, attended)
             y = self._linear(i, OUT, attended, delta)
-            y, x = ops.expand_residual.expand_residual(y, *low_rank, x, *layer.post_norm, eps)
+            y, x = ops.expand_residual(y, low_rank, x, *layer.post_norm, eps)
             self._norm_overrides(y, x, arch.path(i, arch.post_norm), delta)
             low_rank = delta.shrink(i, UP, y)
             up = self._linear(i, UP, y, delta)
             if arch.gated:
-                inner = ops.expand_swiglu.expand_swiglu(up, *low_rank)
+                inner = ops.expand_swiglu(up, low_rank)
             else:
-                if low_rank[0] is not None:
-                    ops.expand.expand(up, *low_rank)
+                if low_rank is not None:
+                    ops.expand(up, low_rank)
                 inner = gelu(up, approximate="tanh")
             low_rank = delta.shrink(i, DOWN, inner)
             y = self._linear(i, DOWN, inner, delta)
             last = i + 1 == len(layers)
             norm = self.weights.final_norm if last else layers[i + 1].input_norm
-            y, x = ops.expand_residual.expand_residual(y, *low_rank, x, *norm, eps)
+            y, x = ops.expand_residual(y, low_rank, x, *norm, eps)
             self._norm_overrides(y, x, arch.final_norm if last else arch.path(i + 1, arch.input_norm), delta)
         return y
 
-    def logits(self, hidden: Tensor, rows: Tensor, delta: Delta) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Tensor, delta: AdapterDelta) -> Tensor:
         """Logits (N, vocab) fp32 of the batch's rows `rows` (N,) int64."""
         chosen = hidden.index_select(0, rows)
         out = self.weights.head(chosen).float()
@@ -80,11 +78,7 @@ class Decoder:
             out[mine] = linear(chosen[mine], head).float()
         return out
 
-    def router_inputs(self, embed: Tensor, norm: tuple[Tensor, Tensor | None]) -> Tensor:
-        """What the first layer's linears see of tokens with embeddings (n, d): a function of the token alone."""
-        return self.ops.norm.norm(embed, *norm, self.arch.eps)
-
-    def _embed(self, ids: Tensor, positions: Tensor, delta: Delta) -> Tensor:
+    def _embed(self, ids: Tensor, positions: Tensor, delta: AdapterDelta) -> Tensor:
         x = self.weights.embed.index_select(0, ids)
         for rows, table in delta.replaced(f"{self.arch.embed}.weight"):
             x[rows] = table.index_select(0, ids[rows])
@@ -95,7 +89,7 @@ class Decoder:
             x = x + place
         return x
 
-    def _linear(self, layer: int, site: int, x: Tensor, delta: Delta) -> Tensor:
+    def _linear(self, layer: int, site: int, x: Tensor, delta: AdapterDelta) -> Tensor:
         base = self.weights.layers[layer].linears[site]
         y = base(x)
         delta.join()
@@ -112,7 +106,7 @@ class Decoder:
                 first += width
         return y
 
-    def _head_norms(self, layer: int, delta: Delta) -> tuple[Tensor, Tensor] | None:
+    def _head_norms(self, layer: int, delta: AdapterDelta) -> tuple[Tensor, Tensor] | None:
         """Query and key head norms: (D,) each, or (T, 1, D) where an adapter of the batch brings its own."""
         norms = self.weights.layers[layer].head_norms
         if norms is None or not delta.replaces or self.arch.head_norms is None:
@@ -126,10 +120,10 @@ class Decoder:
             out.append(weight)
         return out[0], out[1]
 
-    def _norm_overrides(self, y: Tensor, x: Tensor, path: str, delta: Delta) -> None:
+    def _norm_overrides(self, y: Tensor, x: Tensor, path: str, delta: AdapterDelta) -> None:
         if not delta.replaces:
             return
         biases = {rows.start: b for rows, b in delta.replaced(f"{path}.bias")}
         for rows, weight in delta.replaced(f"{path}.weight"):
             bias = biases.get(rows.start) if self.arch.norm_bias else None
-            y[rows] = self.ops.norm.norm(x[rows], weight, bias, self.arch.eps)
+            y[rows] = self.ops.norm(x[rows], weight, bias, self.arch.eps)

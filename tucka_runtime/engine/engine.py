@@ -2,23 +2,23 @@
 
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from tucka_runtime.adapters.base_layout import base_layout
-from tucka_runtime.adapters.format import TuckAConfig, read_adapter
+from tucka_runtime.adapters.format import read_adapter
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.adapters.fold import describe
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.block_manager import BlockManager
-from tucka_runtime.engine.model_runner import Launched, Result, Runner
-from tucka_runtime.engine.scheduler import Scheduler, Work
+from tucka_runtime.engine.model_runner import Launched, ModelRunner, Result
+from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
-    EngineInfo,
+    EngineLoad,
+    Finish,
     FinishReason,
     Request,
     Route,
@@ -31,31 +31,38 @@ from tucka_runtime.messages import (
     TokenLogprob,
 )
 
+REHEARSED = "warm-up"
+"""Id of the requests that only compile kernels."""
+
 
 @dataclass(frozen=True, eq=False)
 class _InFlight:
-    """A step that was launched. `schedule` are the seconds that choosing its work took."""
+    """A step that was launched. `schedule` are the seconds that choosing its chunks took."""
 
-    works: list[Work]
+    chunks: list[ScheduledChunk]
     launched: Launched
     schedule: float
 
 
 class Engine:
-    """Requests in, tokens out, one step at a time: `add`, then `step` while `busy`."""
+    """Requests in, tokens out, one step at a time: `add`, then `step` while `busy`.
 
-    def __init__(self, config: EngineConfig, fused: bool | None = None):
-        self.runner = Runner(config, fused)
+    Raises ModelLoadError if the model cannot be served as configured.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.runner = ModelRunner(config)
+        self.info = self.runner.info
+        self.layout = self.runner.layout
+        self.adapters = self.runner.adapters
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
-        rotary = self.runner.model.rotary
         self.scheduler = Scheduler(
-            self.blocks, config.max_num_batched_tokens, config.max_num_seqs, rotary.stretch_from if rotary else None
+            self.blocks, config.max_num_batched_tokens, config.max_num_seqs, self.runner.rope_limit
         )
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
-        self.layout = base_layout(self.runner.arch, self.runner.fingerprint, config.model or "")
         # On a GPU the next step is scheduled and launched while the last one runs.
-        self.overlap = self.runner.device.type == "cuda"
+        self.overlap = self.runner.on_gpu
         self.in_flight: _InFlight | None = None
         self.rehearsed: set[object] = set()
         """Shapes of adapters whose kernels are compiled."""
@@ -64,20 +71,19 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles the kernels and captures the graphs, so that no request waits for it."""
-        if self.runner.graphs is not None:
-            self.runner.graphs.warm_up()
+        self.runner.warm_up()
         self._rehearse(None)
         self.blocks.forget_all()
 
     def prepare(self) -> bool:
         """Does a part of what loaded adapters will need and nobody waits for yet: captures a graph (under a second), or
         compiles what prompts take (seconds, the first time on a machine). False once all is done. For idle moments."""
-        if self.runner.graphs is None or not self.overlap:
+        if not self.overlap:
             return False
-        loaded = [entry.folded for entry in self.runner.store.loaded.values() if not entry.unloading]
-        if self.runner.graphs.prepare(loaded):
+        serving = self.adapters.serving()
+        if self.runner.prepare(serving):
             return True
-        for folded in loaded:
+        for folded in serving:
             if folded.shape not in self.rehearsed:
                 self.rehearsed.add(folded.shape)
                 self._rehearse(folded.key)
@@ -85,64 +91,62 @@ class Engine:
         return False
 
     def _rehearse(self, adapter: AdapterKey | None) -> None:
-        """Prompts of several lengths, for the kernels cut longer ones in other ways."""
+        """Runs prompts of several lengths, for the kernels cut longer ones in other ways."""
         sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
-        longest = min(self.runner.max_len - 2, self.scheduler.max_tokens)
-        for length in sorted({min(length, longest) for length in (32, SMALL_BATCH + 1, longest)}):
-            self.add(Request("warm-up", ((0,) * length,), sampling, adapter=adapter))
+        longest = min(self.info.max_model_len - 2, self.scheduler.max_tokens)
+        for length in sorted({min(length, longest) for length in self.runner.rehearsal_lengths(longest)}):
+            self.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
             while self.busy:
                 self.step()
-
-    @property
-    def info(self) -> EngineInfo:
-        runner = self.runner
-        return EngineInfo(
-            model_type=runner.arch.model_type,
-            vocab_size=runner.arch.vocab,
-            max_model_len=runner.max_len,
-            eos_token_ids=tuple(sorted(runner.eos)),
-            dtype=str(runner.dtype).removeprefix("torch."),
-            device=str(runner.device),
-            kv_cache_tokens=runner.num_blocks * runner.block_size,
-            fingerprint=runner.fingerprint,
-            max_num_batched_tokens=self.scheduler.max_tokens,
-        )
 
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running or self.in_flight)
 
+    @property
+    def load(self) -> EngineLoad:
+        """What stands in the books now."""
+        return EngineLoad(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_used=self.blocks.num_blocks - self.blocks.num_free,
+            blocks_total=self.blocks.num_blocks,
+            preemptions=self.scheduler.num_preemptions,
+        )
+
     def add(self, request: Request) -> None:
         """Takes a request on; every sequence of it leases the adapter. Raises ModelNotFoundError if that is gone, and
         InvalidRequestError for what can never run (the HTTP door says so before)."""
-        limit = self.runner.max_len
-        for prompt in request.prompts:
-            if not prompt or len(prompt) + request.sampling.max_tokens > limit:
-                raise InvalidRequestError(f"A prompt is empty or does not fit the context of {limit} tokens.", "prompt")
-            if min(prompt) < 0 or max(prompt) >= self.runner.arch.vocab:
-                raise InvalidRequestError(f"A prompt has token ids outside 0..{self.runner.arch.vocab - 1}.", "prompt")
-        if request.id in self.requests:
-            raise InvalidRequestError("Another request of this id is in flight.")
-        store = self.runner.store
-        base_seed = request.sampling.seed if request.sampling.seed is not None else self.random.getrandbits(63)
+        self._check(request)
+        seed = request.sampling.seed if request.sampling.seed is not None else self.random.getrandbits(63)
         sequences = []
         for index in range(request.num_sequences):
             scope = None
             if request.adapter is not None:
-                store.lease(request.adapter)
-                scope = store.scope(request.adapter, request.route_scope)
+                self.adapters.lease(request.adapter)
+                scope = self.adapters.scope(request.adapter, request.route_scope)
             # One request's answers differ; the multiplier spreads indices over the seed's upper half.
-            seed = (base_seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
-            seq = Sequence(request, index, scope, seed, time.monotonic())
-            sequences.append(seq)
+            own_seed = (seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
+            sequences.append(Sequence(request, index, scope, own_seed, time.monotonic()))
         self.requests[request.id] = sequences
         for seq in sequences:
             self.scheduler.add(seq)
 
+    def _check(self, request: Request) -> None:
+        """Raises InvalidRequestError."""
+        limit, vocab = self.info.max_model_len, self.info.vocab_size
+        for prompt in request.prompts:
+            if not prompt or len(prompt) + request.sampling.max_tokens > limit:
+                raise InvalidRequestError(f"A prompt is empty or does not fit the context of {limit} tokens.", "prompt")
+            if min(prompt) < 0 or max(prompt) >= vocab:
+                raise InvalidRequestError(f"A prompt has token ids outside 0..{vocab - 1}.", "prompt")
+        if request.id in self.requests:
+            raise InvalidRequestError("Another request of this id is in flight.")
+
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]:
         """Ends what is left of a request, or one sequence of it. Unknown ones are nothing to do."""
         return [
-            self._finish(seq, SequenceOutput(request_id, seq.index), FinishReason.ABORT)
+            self._finish(seq, SequenceOutput(request_id, seq.index), Finish(FinishReason.ABORT))
             for seq in self.requests.get(request_id, [])[:]
             if index is None or seq.index == index
         ]
@@ -158,111 +162,67 @@ class Engine:
             self.in_flight = self._launch()
         return self._collect(step)
 
-    def _launch(self) -> "_InFlight | None":
+    def _launch(self) -> _InFlight | None:
         begin = time.monotonic()
-        works = self.scheduler.schedule()
-        if not works:
+        chunks = self.scheduler.schedule()
+        if not chunks:
             return None
         scheduled = time.monotonic()
-        for work in works:
-            work.seq.scheduled_at = work.seq.scheduled_at or scheduled
-        launched = self.runner.launch(works)
-        for i in launched.due:
-            launched.works[i].seq.pending += 1
-        return _InFlight(works, launched, scheduled - begin)
+        for chunk in chunks:
+            chunk.seq.scheduled_at = chunk.seq.scheduled_at or scheduled
+        launched = self.runner.launch(chunks)
+        for seq in launched.due_sequences:
+            seq.pending += 1
+        return _InFlight(chunks, launched, scheduled - begin)
 
-    def _collect(self, step: "_InFlight") -> tuple[list[SequenceOutput], StepStats]:
-        works = step.works
+    def _collect(self, step: _InFlight) -> tuple[list[SequenceOutput], StepStats]:
         results, stages = self.runner.collect(step.launched)
         ran = time.monotonic()
-        outputs = [out for work, result in results if (out := self._account(work, result)) is not None]
-        decodes = sum(w.start >= w.seq.num_prompt for w in works)
-        active = {w.seq.adapter for w in works if w.seq.adapter is not None}
+        outputs = [out for chunk, result in results if (out := self._account(chunk, result)) is not None]
+        decodes = sum(chunk.start >= chunk.seq.num_prompt for chunk in step.chunks)
+        adapters = {chunk.seq.adapter for chunk in step.chunks if chunk.seq.adapter is not None}
         routes = {
-            (result.segment, w.seq.adapter): result.route
-            for w, result in results
-            if result.route is not None and w.seq.adapter is not None
+            (result.segment, chunk.seq.adapter): result.route
+            for chunk, result in results
+            if result.route is not None and chunk.seq.adapter is not None
         }
-        return outputs, replace(
-            self.held(),
+        return outputs, StepStats(
             schedule=step.schedule,
             batch=stages.batch,
             route=stages.route,
             forward=stages.forward,
             sample=stages.sample,
             output=time.monotonic() - ran,
-            prefill_tokens=sum(w.count for w in works) - decodes,
+            prefill_tokens=sum(chunk.count for chunk in step.chunks) - decodes,
             decode_tokens=decodes,
-            adapters=len(active),
+            sequences=len(step.chunks),
+            adapters=tuple(adapters),
             routes=tuple((key, route) for (_, key), route in routes.items()),
-            sequences=len(works),
-            active=tuple(active),
         )
 
-    def held(self) -> StepStats:
-        """What stands in the books now, and no step."""
-        return StepStats(
-            *(0.0,) * 6,
-            prefill_tokens=0,
-            decode_tokens=0,
-            adapters=0,
-            routes=(),
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            blocks_used=self.blocks.num_blocks - self.blocks.num_free,
-            blocks_total=self.blocks.num_blocks,
-            preemptions=self.scheduler.num_preemptions,
-        )
-
-    def _account(self, work: Work, result: Result) -> SequenceOutput | None:
-        """Books a piece of work; an output if it brought a token or an end."""
-        seq = work.seq
+    def _account(self, chunk: ScheduledChunk, result: Result) -> SequenceOutput | None:
+        """Books what a chunk brought; an output if that was a token or an end."""
+        seq = chunk.seq
         if result.token is not None:
             seq.pending -= 1
-        if seq.status is Status.FINISHED:
-            return None  # it ended, or was aborted, while the device was at work
-        known = len(seq.tokens) - seq.num_prompt
-        if seq.route_sum is not None:
+        if seq.status is Status.FINISHED:  # it ended, or was aborted, while the device was at work
+            return None
+        if seq.routing:
             if result.route is not None:
-                seq.route, seq.route_sum, seq.num_computed = result.route, None, 0
+                seq.route, seq.routing, seq.num_computed = result.route, False, 0
             return None
-        self.scheduler.computed(work)
-        if result.route is not None:
-            self._note_route(seq, work, result.route)
-        if result.prompt_logprobs is not None and not known:
-            # After a preemption it starts over.
-            before: list[TokenLogprob | None] = seq.prompt_logprobs if work.start else [None]
-            seq.prompt_logprobs = [*before, *result.prompt_logprobs]
-        if not work.last:
-            return None
-        out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
-        if seq.prompt_route is not None:
-            out.route = RouteReport(seq.prompt_route, seq.route_changes)
-        if not known:
-            seq.first_token_at = time.monotonic()
-            out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
-            if seq.sampling.prompt_logprobs is not None:
-                out.prompt_logprobs = seq.prompt_logprobs
-        if seq.key in self.runner.sampler.grammars.broken:
-            return self._finish(seq, out, FinishReason.ERROR)
-        if result.token is None:
-            return self._finish(seq, out, FinishReason.LENGTH)
-        seq.tokens.append(result.token)
-        out.token_ids = [result.token]
-        if result.logprob is not None:
-            out.logprobs = [result.logprob]
-        sampling = seq.sampling
-        if result.token in self.runner.sampler.stops(seq) and known + 1 >= sampling.least_tokens:
-            out.stop_token_id = result.token
-            return self._finish(seq, out, FinishReason.STOP)
-        if known + 1 >= sampling.max_tokens or len(seq.tokens) >= self.runner.max_len:
-            return self._finish(seq, out, FinishReason.LENGTH)
-        return out
+        self.scheduler.computed(chunk)
+        self._note_route(chunk, result.route)
+        self._note_scores(chunk, result.prompt_logprobs)
+        return self._advance(seq, result) if chunk.last else None
 
-    def _note_route(self, seq: Sequence, work: Work, route: Route) -> None:
+    def _note_route(self, chunk: ScheduledChunk, route: Route | None) -> None:
+        seq = chunk.seq
+        if route is None:
+            return
         if seq.scope is RouteScope.REQUEST:
             seq.route = route
-        if work.start + work.count < seq.num_prompt:
+        if chunk.start + chunk.count < seq.num_prompt:
             return
         if seq.prompt_route is None:
             seq.prompt_route = route
@@ -270,14 +230,50 @@ class Engine:
             seq.route_changes += 1
         seq.last_group = route.group
 
-    def _finish(self, seq: Sequence, out: SequenceOutput, reason: FinishReason) -> SequenceOutput:
+    def _note_scores(self, chunk: ScheduledChunk, scores: list[TokenLogprob] | None) -> None:
+        """The prompt's own log-probabilities, chunk by chunk; after a preemption they start over."""
+        seq = chunk.seq
+        if scores is not None and not seq.num_known:
+            before: list[TokenLogprob | None] = seq.prompt_logprobs if chunk.start else [None]
+            seq.prompt_logprobs = [*before, *scores]
+
+    def _advance(self, seq: Sequence, result: Result) -> SequenceOutput:
+        """The output of a sequence whose last token went through the model."""
+        out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
+        if seq.prompt_route is not None:
+            out.route = RouteReport(seq.prompt_route, seq.route_changes)
+        if not seq.num_known:
+            seq.first_token_at = time.monotonic()
+            out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
+            if seq.sampling.prompt_logprobs is not None:
+                out.prompt_logprobs = seq.prompt_logprobs
+        finish = self._take_token(seq, result, out)
+        return out if finish is None else self._finish(seq, out, finish)
+
+    def _take_token(self, seq: Sequence, result: Result, out: SequenceOutput) -> Finish | None:
+        """Adds the chosen token to the sequence and its output; why the sequence ends with it, if it does."""
+        if result.error is not None:
+            return Finish(FinishReason.ERROR, error=result.error)
+        if result.token is None:  # nothing was to be generated: the prompt was scored
+            return Finish(FinishReason.LENGTH)
+        seq.tokens.append(result.token)
+        out.token_ids = [result.token]
+        if result.logprob is not None:
+            out.logprobs = [result.logprob]
+        if seq.num_known >= seq.sampling.least_tokens and result.token in self.runner.stops(seq):
+            return Finish(FinishReason.STOP, stop_token_id=result.token)
+        if seq.num_known >= seq.sampling.max_tokens or len(seq.tokens) >= self.info.max_model_len:
+            return Finish(FinishReason.LENGTH)
+        return None
+
+    def _finish(self, seq: Sequence, out: SequenceOutput, finish: Finish) -> SequenceOutput:
         if seq.status is not Status.FINISHED:
             self.scheduler.finish(seq)
-        out.finish_reason = reason
+        out.finish = finish
         out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, time.monotonic())
-        self.runner.sampler.forget(seq)
+        self.runner.forget(seq)
         if seq.adapter is not None:
-            self.runner.store.release(seq.adapter)
+            self.adapters.release(seq.adapter)
         siblings = self.requests[seq.request.id]
         siblings.remove(seq)
         if not siblings:
@@ -292,36 +288,12 @@ class Engine:
         adapter = read_adapter(folder, self.layout)
         checked = time.monotonic()
         folded = self.runner.fold(key, adapter, pinned)
-        folding = time.monotonic() - checked
-        config = adapter.config
-        tucka = config if isinstance(config, TuckAConfig) else None
-        alpha = config.alpha if isinstance(config, TuckAConfig) else config.lora_alpha
-        scope = None
-        if tucka is not None:
-            trained = (adapter.training or {}).get("route")
-            scope = RouteScope(trained) if trained in (RouteScope.BATCH, RouteScope.REQUEST) else None
-            scope = RouteScope.PINNED if pinned is not None else scope
-        return folded, AdapterInfo(
-            key=key,
-            digest=adapter.digest,
-            kind=adapter.kind,
-            r=config.r,
-            k=tucka.k if tucka else None,
-            t=tucka.t if tucka else None,
-            p=tucka.p if tucka else None,
-            alpha=alpha,
-            target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})),
-            num_modules=len(adapter.modules),
-            router=adapter.router,
-            scope=scope,
-            bytes=folded.num_bytes,
-            training=adapter.training,
-            load_seconds={"read": checked - begin, "fold": folding},
-        )
+        seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
+        return folded, describe(folded, adapter, pinned, seconds)
 
     def add_adapter(self, folded: FoldedAdapter) -> None:
         """Makes a prepared adapter known to new requests. Raises AdapterCapacityError."""
-        self.runner.store.add(folded)
+        self.adapters.add(folded)
 
     def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
         """`prepare_adapter` and `add_adapter` at once. Raises AdapterError."""
@@ -330,7 +302,7 @@ class Engine:
         return info
 
     def unload_adapter(self, key: AdapterKey) -> None:
-        self.runner.store.unload(key)
+        self.adapters.unload(key)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the books do not agree; for tests and idle moments."""
@@ -339,6 +311,5 @@ class Engine:
         for seq in (s for group in self.requests.values() for s in group):
             if seq.adapter is not None:
                 leases[seq.adapter] = leases.get(seq.adapter, 0) + 1
-        held = {key: entry.leases for key, entry in self.runner.store.loaded.items() if entry.leases}
-        if leases != held:
+        if leases != self.adapters.leases():
             raise RuntimeError("adapters: the leases differ from the sequences in flight")

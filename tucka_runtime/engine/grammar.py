@@ -10,7 +10,7 @@ from pathlib import Path
 from llguidance import LLMatcher, LLTokenizer
 
 from tucka_runtime.engine.sequence import Sequence
-from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.errors import InvalidRequestError, ModelLoadError, TuckaError
 from tucka_runtime.json_schema import LIMITS, grammar
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -22,8 +22,8 @@ class Grammars:
         self.folder, self.vocab, self.eos = folder, vocab, eos
         self.matchers: dict[tuple[str, int], tuple[LLMatcher, int]] = {}
         """By sequence, and how many of its tokens each has seen."""
-        self.broken: set[tuple[str, int]] = set()
-        """Sequences whose grammar turned out to be too complex."""
+        self.broken: dict[tuple[str, int], TuckaError] = {}
+        """What sequences end with whose grammar turned out to be too complex."""
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
@@ -44,7 +44,7 @@ class Grammars:
 
     def forget(self, seq: Sequence) -> None:
         self.matchers.pop(seq.key, None)
-        self.broken.discard(seq.key)
+        self.broken.pop(seq.key, None)
 
     def allowed(self, seq: Sequence) -> bytes:
         """A byte for each token of the vocabulary, 0 where it may not follow what the sequence has; none is 0 if the
@@ -59,6 +59,8 @@ class Grammars:
         self.matchers[seq.key] = matcher, len(seq)
         mask = matcher.compute_logit_bias()
         if matcher.is_error():
-            self.broken.add(seq.key)
+            self.broken[seq.key] = InvalidRequestError(
+                "The JSON schema takes too much to follow. Simplify its patterns and alternatives.", "response_format"
+            )
             return b"\1" * self.vocab
         return mask

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,22 +10,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.format import Adapter
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.engine.adapters.delta import Routes, RouteSum
 from tucka_runtime.engine.adapters.fold import fold
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.segment import Routes, RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
 from tucka_runtime.engine.batch import Batch, Chosen, row_order
-from tucka_runtime.engine.cuda_graphs import Graphs
+from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.sampler import Choice, Sampler, logprobs
-from tucka_runtime.engine.scheduler import Work
+from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.errors import AdapterCapacityError, ModelLoadError
+from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, TuckaError
 from tucka_runtime.kernels import dispatch
-from tucka_runtime.messages import AdapterKey, Route, RouteScope, TokenLogprob
+from tucka_runtime.kernels.tables.segments import SMALL_BATCH
+from tucka_runtime.messages import AdapterKey, EngineInfo, Route, RouteScope, TokenLogprob
+from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 
 CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the operating system's, and other processes'
@@ -32,6 +36,11 @@ CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the op
 # seven linears of a Llama-3-8B at r 16 take 10.7 GB.
 GPU_MEMORY_SHARE = 0.85
 SCORED_ROWS = 256  # prompt rows whose logits exist at once
+
+NARROW = 512
+"""Models whose hidden states are narrower get one thread: more only take the cores from the API process. Two against
+one, `python -m tucka_runtime.bench`, base only: d 128 1796 and 2056 tok/s, d 256 1208 and 1136, d 512 588 and 452; with
+`tucka loadtest --rate 4` on the embedded default (d 128) a token takes 14.3 and 6.5 ms. On 2 cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +56,9 @@ class Stages:
 
 @dataclass(eq=False)
 class Launched:
-    """A pass that the device was given: its works in row order, the segment of each, those that bring a token."""
+    """A pass that the device was given: its chunks in row order, the segment of each, those that bring a token."""
 
-    works: list[Work]
+    chunks: list[ScheduledChunk]
     segment_of: list[int | None]
     due: list[int]
     choice: Choice | None
@@ -58,14 +67,19 @@ class Launched:
     routes: list[Routes]
     done: torch.cuda.Event | None
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
-    """Of prompts that are scored, by work."""
+    """Log-probabilities of prompts that are scored, by chunk."""
     stages: Stages = Stages(0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def due_sequences(self) -> list[Sequence]:
+        """The sequences that get a token."""
+        return [self.chunks[i].seq for i in self.due]
 
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
         tokens so far, a schema, log-probabilities, which are computed on the host."""
-        return any(_settles(work.seq) for work in self.works)
+        return any(_settles(chunk.seq) for chunk in self.chunks)
 
 
 def _settles(seq: Sequence) -> bool:
@@ -77,88 +91,112 @@ def _settles(seq: Sequence) -> bool:
 
 @dataclass(eq=False)
 class Result:
-    """What one piece of work brought: the next token if it was due, its segment and that one's route, prompt scores."""
+    """What one chunk brought: the next token if it was due, or the error that keeps it from being chosen; its segment
+    and that one's route; the prompt's scores."""
 
     segment: int | None = None
     token: int | None = None
     logprob: TokenLogprob | None = None
     route: Route | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    error: TuckaError | None = None
 
 
-class Runner:
+class ModelRunner:
     """Loads the model and runs batches. Raises ModelLoadError if the model cannot be served as configured."""
 
-    def __init__(self, config: EngineConfig, fused: bool | None = None):
+    def __init__(self, config: EngineConfig):
         if config.model is None:
             raise ModelLoadError("No model was given: name a folder with --model.")
         folder = Path(config.model)
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
         self.device = torch.device(_device(config.device))
-        self.ops = dispatch.choose(self.device, fused)
+        self.on_gpu = self.device.type == "cuda"
+        self.ops = dispatch.choose(self.device, config.kernels)
         pretrained, arch = read_config(folder)
+        if config.num_threads or arch.hidden < NARROW:
+            torch.set_num_threads(config.num_threads or 1)
         weights, self.dtype = load_weights(folder, arch, config.dtype, self.device)
         self.arch = arch
-        self.fingerprint = fingerprint(folder)
-        self.max_len = _max_len(config, pretrained, arch.max_len, arch.positions is not None)
-        self.model = Decoder(pretrained, arch, weights, self.max_len, self.ops)
-        self.eos = _eos(folder, pretrained, arch.vocab)
+        max_len = _max_len(config, pretrained, arch)
+        self.model = Decoder(pretrained, arch, weights, max_len, self.ops)
+        self.rope_limit = self.model.rotary.stretch_from if self.model.rotary else None
+        """The length from which rotary positions stretch with the text; None where they do not."""
+        eos = _eos(folder, pretrained, arch.vocab)
         self.block_size = config.block_size
-        self.num_blocks = self._num_blocks(config)
-        shape = (self.num_blocks * self.block_size, arch.kv_heads, arch.head_dim)
-        self.caches = [
-            (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-            )
-            for _ in range(arch.num_layers)
-        ]
+        self.num_blocks = self._num_blocks(config, max_len)
+        self.caches = self._make_caches()
         # The reference kernels take the small products of a delta in fp32: torch's bf16 ones cost 15 us each on a CPU
         # however small (d 512, one adapter on q and v: 105 us a site against 38).
-        self.factor_dtype = self.dtype if self.ops.fused else torch.float32
-        self.store = AdapterStore(arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.fused)
-        self.sampler = Sampler(self.ops, arch.vocab, self.eos, self.device, folder)
+        self.factor_dtype = self.dtype if self.ops.by_address else torch.float32
+        self.adapters = AdapterStore(
+            arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.by_address
+        )
+        self.sampler = Sampler(self.ops, arch.vocab, eos, self.device, folder)
         self.chosen = Chosen(config.max_num_seqs, self.device)
-        self.graphs: Graphs | None = None
-        if self.store.table is not None:
-            self.graphs = Graphs(
+        self.route_sums: dict[tuple[str, int], RouteSum] = {}
+        """By sequence, of the prompts that are being routed."""
+        self.graphs: CudaGraphs | None = None
+        if self.adapters.table is not None:
+            self.graphs = CudaGraphs(
                 self.model,
                 self.caches,
-                self.store.table,
+                self.adapters.table,
                 self.chosen,
                 config.max_num_seqs,
-                self.max_len,
+                max_len,
                 self.block_size,
             )
-        self.loading = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.loading = torch.cuda.Stream(self.device) if self.on_gpu else None
+        identity = fingerprint(folder)
+        self.layout = base_layout(arch, identity, config.model)
+        self.info = EngineInfo(
+            model_type=arch.model_type,
+            vocab_size=arch.vocab,
+            max_model_len=max_len,
+            eos_token_ids=tuple(sorted(eos)),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            kv_cache_tokens=self.num_blocks * self.block_size,
+            fingerprint=identity,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
 
-    def _num_blocks(self, config: EngineConfig) -> int:
+    def _num_blocks(self, config: EngineConfig, max_len: int) -> int:
         arch = self.arch
         token_bytes = 2 * arch.num_layers * arch.kv_heads * arch.head_dim * self.dtype.itemsize
         wanted = config.kv_cache_tokens
         if wanted is None:
-            if self.device.type == "cuda":
+            if self.on_gpu:
                 room = torch.cuda.mem_get_info(self.device)[0] * GPU_MEMORY_SHARE
             else:
                 room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
             # More than every sequence at full length can never be used.
-            wanted = min(int(room / token_bytes), config.max_num_seqs * (self.max_len + self.block_size))
-        if wanted < self.max_len:
+            wanted = min(int(room / token_bytes), config.max_num_seqs * (max_len + self.block_size))
+        if wanted < max_len:
             raise ModelLoadError(
-                f"The KV cache holds {wanted} tokens, fewer than one sequence of {self.max_len} needs. "
+                f"The KV cache holds {wanted} tokens, fewer than one sequence of {max_len} needs. "
                 "Lower --max-model-len, or raise --kv-cache-tokens."
             )
         return -(-wanted // self.block_size)
 
+    def _make_caches(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, (slots, KV heads, D)."""
+        shape = (self.num_blocks * self.block_size, self.arch.kv_heads, self.arch.head_dim)
+
+        def cache() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [(cache(), cache()) for _ in range(self.arch.num_layers)]
+
     def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:
         """The adapter in the serving form, made beside the step loop: safe in another thread, and on a GPU on a stream
         of its own. Raises InvalidAdapterError, or AdapterCapacityError if the GPU has no memory for it."""
+        what = key, adapter, self.arch, self.model.weights, self.ops, self.factor_dtype, pinned
         if self.loading is None:
-            return fold(key, adapter, self.model, self.factor_dtype, pinned)
+            return fold(*what)
         try:
             with torch.cuda.stream(self.loading):
-                folded = fold(key, adapter, self.model, self.factor_dtype, pinned)
+                folded = fold(*what)
         except torch.OutOfMemoryError as e:
             raise AdapterCapacityError(
                 "The GPU has no memory left for the adapter. Unload one, or restart with a smaller --kv-cache-tokens."
@@ -168,42 +206,74 @@ class Runner:
             tensor.record_stream(torch.cuda.default_stream(self.device))
         return folded
 
-    def start_routing(self, work: Work) -> None:
+    def warm_up(self) -> None:
+        """Captures the graphs that a server without adapters needs."""
+        if self.graphs is not None:
+            self.graphs.warm_up()
+
+    def prepare(self, adapters: Collection[FoldedAdapter]) -> bool:
+        """Captures one graph that batches of these adapters will want; False if there are all, or none can be."""
+        return self.graphs is not None and self.graphs.prepare(adapters)
+
+    def rehearsal_lengths(self, longest: int) -> tuple[int, ...]:
+        """Prompt lengths that between them take every kernel that prompts take."""
+        return 32, SMALL_BATCH + 1, longest
+
+    def stops(self, seq: Sequence) -> frozenset[int]:
+        """Tokens that end the sequence."""
+        return self.sampler.stops(seq)
+
+    def forget(self, seq: Sequence) -> None:
+        """Drops what is kept of a sequence between steps."""
+        self.sampler.forget(seq)
+        self.route_sums.pop(seq.key, None)
+
+    def _start_routing(self, chunk: ScheduledChunk) -> None:
         """Request scope: a prompt that comes in chunks and whose router is inside the model is routed before it is
         computed, so that the route does not depend on how it is cut."""
-        seq = work.seq
-        if seq.scope is not RouteScope.REQUEST or seq.route is not None or work.start or work.count >= seq.num_prompt:
+        seq = chunk.seq
+        whole = chunk.count >= seq.num_prompt
+        if seq.scope is not RouteScope.REQUEST or seq.route is not None or chunk.start or whole:
             return
         assert seq.adapter is not None
-        routed = self.store.loaded[seq.adapter].folded.routed
+        routed = self.adapters[seq.adapter].routed
         if routed is not None and routed.router.table is None:
-            seq.route_sum = RouteSum(seq.adapter)
+            seq.routing = True
+            self.route_sums[seq.key] = RouteSum(seq.adapter)
 
     @torch.inference_mode()
-    def launch(self, works: Rows[Work]) -> Launched:
+    def launch(self, chunks: Rows[ScheduledChunk]) -> Launched:
         """Gives the device one forward pass and the choice of the tokens that are due. On a GPU it does not wait."""
         begin = time.monotonic()
-        for work in works:
-            self.start_routing(work)
-        keys = {w.seq.adapter for w in works if w.seq.adapter is not None}
-        active = self.store.activate(keys) if keys else None
-        if self.graphs is not None and self.graphs.fit(works, active):
-            return self._replay(works, active, begin)
-        rotary = self.model.rotary
-        limit = rotary.stretch_from if rotary else None
+        for chunk in chunks:
+            self._start_routing(chunk)
+        keys = {chunk.seq.adapter for chunk in chunks if chunk.seq.adapter is not None}
+        active = self.adapters.activate(keys) if keys else None
+        if self.graphs is not None and self.graphs.fit(chunks, active):
+            return self._replay(self.graphs, chunks, active, begin)
         batch = Batch.build(
-            works, active, self.block_size, limit, self.chosen, self.ops, self.factor_dtype, self.device
+            chunks,
+            active,
+            self.block_size,
+            self.rope_limit,
+            self.chosen,
+            self.route_sums,
+            self.ops,
+            self.factor_dtype,
+            self.device,
         )
         prepared = time.monotonic()
-        hidden = self.model.forward(batch.ids, batch.positions, batch.lengths, batch.pages, self.caches, batch.delta)
+        hidden = self.model.forward(
+            batch.ids, batch.positions, batch.lengths, batch.attention, self.caches, batch.delta
+        )
         computed = time.monotonic()
-        due = [batch.works[i].seq for i in batch.due]
+        due = [batch.chunks[i].seq for i in batch.due]
         choice = tokens = None
         if due:
             choice = self.sampler.choose(self.model.logits(hidden, batch.due_rows, batch.delta), due)
             tokens = self.chosen.keep(choice.tokens, due)
         routes = [known.to_host() for known in batch.delta.routes]
-        launched = Launched(batch.works, batch.segment_of, batch.due, choice, tokens, routes, self._event())
+        launched = Launched(batch.chunks, batch.segment_of, batch.due, choice, tokens, routes, self._event())
         launched.scores = self._score(batch, hidden)
         launched.stages = Stages(
             batch=prepared - begin - batch.delta.route_seconds,
@@ -213,74 +283,75 @@ class Runner:
         )
         return launched
 
-    def _replay(self, works: Rows[Work], active: ActiveSet | None, begin: float) -> Launched:
+    def _replay(
+        self, graphs: CudaGraphs, chunks: Rows[ScheduledChunk], active: ActiveSet | None, begin: float
+    ) -> Launched:
         """The same by a graph: routes, layers and choice are launched at once."""
-        assert self.graphs is not None
-        bucket = self.graphs.bucket(len(works), active)
-        works = sorted(works, key=row_order)
-        segment_of = bucket.fill(works, active)
+        bucket = graphs.bucket(len(chunks), active)
+        chunks = sorted(chunks, key=row_order)
+        segment_of = bucket.fill(chunks, active)
         prepared = time.monotonic()
         bucket.run()
         computed = time.monotonic()
-        seqs = [w.seq for w in works]
+        seqs = [chunk.seq for chunk in chunks]
         choice = Choice(bucket.tokens[: len(seqs)])
         if not all(map(self.sampler.plain, seqs)):
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
         tokens = self.chosen.keep(choice.tokens, seqs)
         routes = [known.to_host() for known in bucket.routes()]
-        launched = Launched(works, segment_of, list(range(len(works))), choice, tokens, routes, self._event())
+        launched = Launched(chunks, segment_of, list(range(len(chunks))), choice, tokens, routes, self._event())
         launched.stages = Stages(prepared - begin, 0.0, computed - prepared, time.monotonic() - computed)
         return launched
 
     def _event(self) -> torch.cuda.Event | None:
-        """Passed once the device has come so far."""
-        if self.device.type != "cuda":
+        """An event that has passed once the device has come so far."""
+        if not self.on_gpu:
             return None
         event = torch.cuda.Event()
         event.record()
         return event
 
-    def collect(self, launched: Launched) -> tuple[list[tuple[Work, Result]], Stages]:
+    def collect(self, launched: Launched) -> tuple[list[tuple[ScheduledChunk, Result]], Stages]:
         """What a launched pass brought; waits for it."""
         begin = time.monotonic()
-        results = [Result() for _ in launched.works]
+        results = [Result() for _ in launched.chunks]
         if launched.done is not None:
             launched.done.synchronize()
-        if launched.choice is not None and launched.tokens is not None:
-            tokens = launched.tokens.tolist()
-            seqs = [launched.works[i].seq for i in launched.due]
-            for i, token, score in zip(
-                launched.due, tokens, self.sampler.entries(launched.choice, tokens, seqs), strict=True
-            ):
-                results[i].token, results[i].logprob = token, score
+        self._collect_tokens(launched, results)
         for i, scores in launched.scores.items():
             results[i].prompt_logprobs = scores
         routes = dict(item for known in launched.routes for item in known.items())
-        for segment, result in zip(launched.segment_of, results, strict=True):
+        for chunk, segment, result in zip(launched.chunks, launched.segment_of, results, strict=True):
             if segment is not None:
                 result.segment, result.route = segment, routes.get(segment)
-        for work, result in zip(launched.works, results, strict=True):
-            seq = work.seq
-            if seq.status is Status.FINISHED:
-                continue  # aborted meanwhile: its adapter may be gone
-            if isinstance(seq.route_sum, RouteSum) and work.start + work.count >= seq.num_prompt:
-                result.route = self._summed_route(seq.route_sum)
+            seq = chunk.seq
+            whole = chunk.start + chunk.count >= seq.num_prompt
+            if seq.routing and whole and seq.status is not Status.FINISHED:  # aborted, its adapter may be gone
+                result.route = self._summed_route(self.route_sums.pop(seq.key))
         stages = replace(launched.stages, forward=launched.stages.forward + time.monotonic() - begin)
-        return list(zip(launched.works, results, strict=True)), stages
+        return list(zip(launched.chunks, results, strict=True)), stages
+
+    def _collect_tokens(self, launched: Launched, results: list[Result]) -> None:
+        if launched.choice is None or launched.tokens is None:
+            return
+        tokens, seqs = launched.tokens.tolist(), launched.due_sequences
+        entries = self.sampler.entries(launched.choice, tokens, seqs)
+        for i, seq, token, entry in zip(launched.due, seqs, tokens, entries, strict=True):
+            results[i].token, results[i].logprob, results[i].error = token, entry, self.sampler.failure(seq)
 
     def _score(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
-        """Log-probabilities of the prompt tokens that this pass's rows predict, by work."""
+        """Log-probabilities of the prompt tokens that this pass's rows predict, by chunk."""
         scores = {}
-        for i, work in enumerate(batch.works):
-            seq = work.seq
+        for i, chunk in enumerate(batch.chunks):
+            seq = chunk.seq
             wanted = seq.sampling.prompt_logprobs
-            if wanted is None or seq.route_sum is not None:
+            if wanted is None or seq.routing:
                 continue
             out: list[TokenLogprob] = []
-            end = min(work.start + work.count, seq.num_prompt - 1)
-            for first in range(work.start, end, SCORED_ROWS):
+            end = min(chunk.start + chunk.count, seq.num_prompt - 1)
+            for first in range(chunk.start, end, SCORED_ROWS):
                 last = min(first + SCORED_ROWS, end)
-                offset = batch.first_rows[i] - work.start
+                offset = batch.first_rows[i] - chunk.start
                 rows = torch.arange(first + offset, last + offset, device=self.device)
                 logits = self.model.logits(hidden, rows, batch.delta)
                 out += logprobs(logits, seq.tokens[first + 1 : last + 1], [wanted] * (last - first))
@@ -288,10 +359,10 @@ class Runner:
         return scores
 
     def _summed_route(self, part: RouteSum) -> Route:
-        routed = self.store.loaded[part.adapter].folded.routed
+        routed = self.adapters[part.adapter].routed
         assert routed is not None and part.total is not None
         logits = routed.router.centroids @ (part.total / part.count)
-        groups, weights = self.ops.route.select(logits[None], routed.router.t)
+        groups, weights = self.ops.select(logits[None], routed.router.t)
         return Route(int(groups[0]), tuple(weights[0].tolist()))
 
 
@@ -305,12 +376,14 @@ def _device(name: str) -> str:
     return name
 
 
-def _max_len(config: EngineConfig, pretrained: object, trained: int, learned: bool) -> int:
+def _max_len(config: EngineConfig, pretrained: object, arch: Architecture) -> int:
     """The context served. Scaled rotary positions may go past the trained length by their factor."""
+    longest = arch.max_len
     if config.max_model_len is None:
-        return trained
-    scaling = {} if learned else getattr(pretrained, "rope_parameters", None) or {}
-    longest = trained if scaling.get("rope_type", "default") == "default" else int(trained * scaling.get("factor", 1.0))
+        return longest
+    scaling = {} if arch.positions else getattr(pretrained, "rope_parameters", None) or {}
+    if scaling.get("rope_type", "default") != "default":
+        longest = int(longest * scaling.get("factor", 1.0))
     if config.max_model_len > longest:
         raise ModelLoadError(f"--max-model-len {config.max_model_len} exceeds what the model can do: {longest}.")
     return config.max_model_len

@@ -1,16 +1,8 @@
-"""The engine's own process, and the channel to it.
+"""The engine's own process, and its end of the channel.
 
-The API process's EngineClient starts `python -m tucka_runtime.engine.process` with one end of a socket pair and speaks
-pickled tuples over it: nobody else can write there. Messages are ordered, which is what leases rely on: a request sent
-before an unload is taken on before it.
-
-    to the engine:    ("submit", Request) ("abort", id, index or None) ("load", call, key, folder, pinned)
-                      ("unload", key) ("stop",)
-    from the engine:  ("ready", EngineInfo) ("failed", error) ("step", [SequenceOutput], StepStats)
-                      ("idle", StepStats) ("ended", [SequenceOutput]) ("rejected", id, error)
-                      ("loaded", call, AdapterInfo or error)
-
-The process ends when its channel closes, so it never outlives its parent.
+The API process's EngineClient starts `python -m tucka_runtime.engine.process` with one end of a socket pair, and speaks
+the pickled messages of messages.py over it: nobody else can write there. The process ends when its channel closes, so
+it never outlives its parent.
 """
 
 import contextlib
@@ -21,46 +13,73 @@ import queue
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine import environment
 from tucka_runtime.errors import ModelLoadError, TuckaError
 from tucka_runtime.logs import set_up_logging
+from tucka_runtime.messages import (
+    Abort,
+    AdapterInfo,
+    AdapterLoaded,
+    AdapterRefused,
+    Ended,
+    Idle,
+    LoadAdapter,
+    NotStarted,
+    Rejected,
+    Start,
+    Started,
+    StepDone,
+    Stop,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+)
 
 if TYPE_CHECKING:
+    from tucka_runtime.engine.adapters.folded import FoldedAdapter
     from tucka_runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # without work for so long, the engine checks its books once
 
-NARROW = 512
-"""Models whose hidden states are narrower get one thread: more only take the cores from the API process. Two against
-one, `python -m tucka_runtime.bench`, base only: d 128 1796 and 2056 tok/s, d 256 1208 and 1136, d 512 588 and 452; with
-`tucka loadtest --rate 4` on the embedded default (d 128) a token takes 14.3 and 6.5 ms. On 2 cores."""
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """From the loader thread to the step loop: an adapter to be added."""
+
+    call: int
+    folded: "FoldedAdapter"
+    info: AdapterInfo
+
+
+class _Closed:
+    """From the reading thread to the step loop: the parent is gone."""
+
+
+_Inbox = queue.SimpleQueue[ToEngine | _Prepared | AdapterRefused | _Closed]
 
 
 def main() -> None:
     """The engine process: `python -m tucka_runtime.engine.process FD`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    set_up_logging(os.environ.get("TUCKA_LOG_FORMAT", "text"), "engine")
     channel = Connection(int(sys.argv[1]))
-    config: EngineConfig = channel.recv()
+    start: Start = channel.recv()
+    set_up_logging(start.log_format, "engine")
+    environment.prepare()
     from tucka_runtime.engine.engine import Engine
 
     try:
-        engine = Engine(config)
+        engine = Engine(start.config)
     except ModelLoadError as error:
-        channel.send(("failed", error))
+        channel.send(NotStarted(error))
         return
-    if config.num_threads is None and engine.runner.arch.hidden < NARROW:
-        import torch
-
-        torch.set_num_threads(1)
-    channel.send(("ready", engine.info))
+    channel.send(Started(engine.info))
     gc.collect()
     gc.freeze()  # what was imported and loaded stays: no collection walks it again between two tokens
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -71,86 +90,85 @@ def main() -> None:
 def serve(engine: "Engine", channel: Connection) -> None:
     """Steps while there is work, listens in between. Returns when asked to stop; raises EOFError when the parent is
     gone. Any other error is a fault: it ends the process, and the parent starts a new one."""
-    inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-    loads: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    inbox: _Inbox = queue.SimpleQueue()
+    loads: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     threading.Thread(target=_load, args=(engine, loads, inbox), daemon=True).start()
     checked = told = False
     while True:
         while True:
             if not engine.busy and not told:
-                channel.send(("idle", engine.held()))
+                channel.send(Idle(engine.load))
             told = not engine.busy
             try:
                 message = inbox.get(block=not (engine.busy or engine.prepare()), timeout=IDLE_SECONDS)
             except queue.Empty:
                 break
             checked = False
-            if not _handle(engine, channel, loads, message):
+            if isinstance(message, Stop):
                 return
+            if isinstance(message, LoadAdapter):
+                loads.put(message)
+            else:
+                _handle(engine, channel, message)
         if engine.busy:
             outputs, stats = engine.step()
             if stats is not None:
-                channel.send(("step", outputs, stats))
+                channel.send(StepDone(outputs, stats, engine.load))
         elif not checked:
             engine.check_integrity()
             checked = True
 
 
 def _handle(
-    engine: "Engine", channel: Connection, loads: "queue.SimpleQueue[tuple[Any, ...]]", message: tuple[Any, ...]
-) -> bool:
-    """One message; False to stop."""
+    engine: "Engine",
+    channel: Connection,
+    message: Submit | Abort | UnloadAdapter | _Prepared | AdapterRefused | _Closed,
+) -> None:
     match message:
-        case ("submit", request):
+        case Submit(request):
             try:
                 engine.add(request)
             except TuckaError as error:
-                channel.send(("rejected", request.id, error))
-        case ("abort", request_id, index):
+                channel.send(Rejected(request.id, error))
+        case Abort(request_id, index):
             ended = engine.abort(request_id, index)
             if index is not None and ended:
-                channel.send(("ended", ended))
-        case ("load", *call):
-            loads.put(tuple(call))
-        case ("prepared", call, folded, info):
+                channel.send(Ended(ended))
+        case _Prepared(call, folded, info):
             try:
                 engine.add_adapter(folded)
-                channel.send(("loaded", call, info))
+                channel.send(AdapterLoaded(call, info))
             except TuckaError as error:
-                channel.send(("loaded", call, error))
-        case ("unprepared", call, error):
-            channel.send(("loaded", call, error))
-        case ("unload", key):
+                channel.send(AdapterRefused(call, error))
+        case AdapterRefused():
+            channel.send(message)
+        case UnloadAdapter(key):
             engine.unload_adapter(key)
-        case ("closed",):
+        case _Closed():
             raise EOFError
-        case ("stop",):
-            return False
-    return True
 
 
-def _read(channel: Connection, inbox: "queue.SimpleQueue[tuple[Any, ...]]") -> None:
+def _read(channel: Connection, inbox: _Inbox) -> None:
+    """The thread that reads the channel."""
     try:
         while True:
             inbox.put(channel.recv())
     except (EOFError, OSError):
-        inbox.put(("closed",))
+        inbox.put(_Closed())
 
 
-def _load(
-    engine: "Engine", loads: "queue.SimpleQueue[tuple[Any, ...]]", inbox: "queue.SimpleQueue[tuple[Any, ...]]"
-) -> None:
+def _load(engine: "Engine", loads: "queue.SimpleQueue[LoadAdapter]", inbox: _Inbox) -> None:
     """The thread that reads and folds adapters, so that the step loop only ever adds finished ones."""
     while True:
-        call, key, folder, pinned = loads.get()
+        load = loads.get()
         try:
-            inbox.put(("prepared", call, *engine.prepare_adapter(key, Path(folder), pinned)))
+            inbox.put(_Prepared(load.call, *engine.prepare_adapter(load.key, load.folder, load.pinned)))
         except TuckaError as error:
-            inbox.put(("unprepared", call, error))
+            inbox.put(AdapterRefused(load.call, error))
         except Exception:
             logger.exception("an adapter could not be loaded")
-            inbox.put(("unprepared", call, TuckaError("The adapter could not be loaded: an internal error.")))
+            inbox.put(AdapterRefused(load.call, TuckaError("The adapter could not be loaded: an internal error.")))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ do not ask for a step do not pay for it.
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from tucka_runtime.engine.grammar import Grammars
 from tucka_runtime.engine.sequence import Sequence
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.tables.transfer import place
 from tucka_runtime.messages import SamplingParams, TokenLogprob
 
@@ -30,7 +31,7 @@ class Choice:
 class Sampler:
     """Chooses tokens. Keeps token counts of the sequences that have penalties, until `forget`."""
 
-    def __init__(self, ops: SimpleNamespace, vocab: int, eos: frozenset[int], device: torch.device, folder: Path):
+    def __init__(self, ops: Ops, vocab: int, eos: frozenset[int], device: torch.device, folder: Path):
         """`folder` is the model's: its tokenizer is what JSON schemas are followed with."""
         self.ops = ops
         self.grammars = Grammars(folder, vocab, eos)
@@ -50,6 +51,10 @@ class Sampler:
             return own | self.eos | self.grammars.ends
         return own if seq.sampling.ignore_eos else own | self.eos
 
+    def failure(self, seq: Sequence) -> TuckaError | None:
+        """What keeps a sequence from going on."""
+        return self.grammars.broken.get(seq.key)
+
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
@@ -68,7 +73,7 @@ class Sampler:
         heats = [temperature(seq) for seq in seqs]
         if any(heats):
             self._filter(logits, heats, seqs)
-            chosen = self.ops.sample.sample(logits, *place(draws(seqs), self.device))
+            chosen = self.ops.sample(logits, *place(draws(seqs), self.device))
         else:
             chosen = logits.argmax(dim=-1)
         return Choice(chosen, wants, raw)
@@ -129,7 +134,7 @@ class Sampler:
         ]
         at, heat, top_k, top_p, min_p = place(parts, self.device)
         own = logits.index_select(0, at)
-        kept = self.ops.sample.filter_logits(own / heat[:, None], top_k, top_p, min_p)
+        kept = self.ops.filter_logits(own / heat[:, None], top_k, top_p, min_p)
         logits.index_copy_(0, at, own.masked_fill_(kept == float("-inf"), float("-inf")))
 
 

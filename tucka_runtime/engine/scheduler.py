@@ -1,7 +1,7 @@
 """Which tokens go through the model next. Policy only: no torch.
 
 Each step first serves what runs (a decode, or the next chunk of a prompt), oldest first; then it admits what waits, in
-order of arrival. A sequence gets the pages of its whole prompt when it is admitted, and one more whenever it needs it;
+order of arrival. A sequence gets the blocks of its whole prompt when it is admitted, and one more whenever it needs it;
 when none is left the youngest running sequence gives all of its own back and is computed again later.
 """
 
@@ -15,8 +15,9 @@ from tucka_runtime.messages import RouteScope
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Tokens `start` to `start + count` of a sequence; `last` tells whether its last one is among them."""
+class ScheduledChunk:
+    """Tokens `start` to `start + count` of a sequence, for one step; `last` tells whether its last one is among
+    them."""
 
     seq: Sequence
     start: int
@@ -26,7 +27,7 @@ class Work:
     @property
     def samples(self) -> bool:
         """Whether the next token is chosen: not by a prompt that is only being routed."""
-        return self.last and self.seq.route_sum is None
+        return self.last and not self.seq.routing
 
 
 def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
@@ -55,9 +56,9 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    def schedule(self) -> list[Work]:
-        """The next step's work; empty if there is nothing to do. Every count is at least 1."""
-        work: list[Work] = []
+    def schedule(self) -> list[ScheduledChunk]:
+        """The next step's chunks; empty if there is nothing to do. Every count is at least 1."""
+        chunks: list[ScheduledChunk] = []
         budget = self.max_tokens
         preempted = self.num_preemptions
         position = 0
@@ -69,14 +70,14 @@ class Scheduler:
                 continue
             if not self._grow(seq, seq.num_computed + count):
                 break  # seq itself was the youngest and went back to waiting
-            budget -= self._take(work, seq, count)
+            budget -= self._take(chunks, seq, count)
             position += 1
         if self.num_preemptions == preempted:
-            self._admit(work, budget)
-        return work
+            self._admit(chunks, budget)
+        return chunks
 
     def _grow(self, seq: Sequence, tokens: int) -> bool:
-        """Pages for the first `tokens` tokens, taken from younger sequences if need be. False: seq lost its own."""
+        """Blocks for the first `tokens` tokens, taken from younger sequences if need be. False: seq lost its own."""
         need = self.blocks.blocks_for(tokens) - len(seq.block_table)
         while not self.blocks.can_allocate(need):
             victim = self.running[-1]
@@ -98,7 +99,7 @@ class Scheduler:
         seq.block_table = array("i")
         seq.num_computed = 0
 
-    def _admit(self, work: list[Work], budget: int) -> None:
+    def _admit(self, chunks: list[ScheduledChunk], budget: int) -> None:
         while self.waiting and budget and len(self.running) < self.max_seqs:
             if self._should_wait(self._group(), budget):
                 return
@@ -107,11 +108,11 @@ class Scheduler:
             seq = self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
-            budget -= self._take(work, seq, min(len(seq) - seq.num_computed, budget))
+            budget -= self._take(chunks, seq, min(len(seq) - seq.num_computed, budget))
 
-    def _take(self, work: list[Work], seq: Sequence, count: int) -> int:
+    def _take(self, chunks: list[ScheduledChunk], seq: Sequence, count: int) -> int:
         """Puts a sequence's next `count` tokens on the list; they count as computed from now on."""
-        work.append(Work(seq, seq.num_computed, count, seq.num_computed + count == len(seq)))
+        chunks.append(ScheduledChunk(seq, seq.num_computed, count, seq.num_computed + count == len(seq)))
         seq.num_computed += count
         return count
 
@@ -133,14 +134,14 @@ class Scheduler:
         apart. The wait ends, since nothing else is admitted meanwhile."""
         if len(group) == 1:
             return False
-        tokens, pages = sum(map(len, group)), sum(self.blocks.blocks_for(len(s)) for s in group)
+        tokens, blocks = sum(map(len, group)), sum(self.blocks.blocks_for(len(s)) for s in group)
         seats = self.max_seqs - len(self.running)
-        fits = len(group) <= seats and tokens <= budget and self.blocks.can_allocate(pages)
-        possible = len(group) <= self.max_seqs and tokens <= self.max_tokens and pages <= self.blocks.num_blocks
+        fits = len(group) <= seats and tokens <= budget and self.blocks.can_allocate(blocks)
+        possible = len(group) <= self.max_seqs and tokens <= self.max_tokens and blocks <= self.blocks.num_blocks
         return possible and not fits
 
     def _place(self, seq: Sequence) -> bool:
-        """Pages for a waiting sequence, cached ones first; at least its last token is left to compute."""
+        """Blocks for a waiting sequence, cached ones first; at least its last token is left to compute."""
         size = self.blocks.block_size
         reuse = self.blocks.match(self._hashes(seq, (len(seq) - 1) // size))
         need = self.blocks.blocks_for(len(seq)) - len(reuse)
@@ -149,33 +150,33 @@ class Scheduler:
         self.blocks.hold(reuse)
         seq.block_table = array("i", reuse + self.blocks.allocate(need))
         seq.num_computed = len(reuse) * size
-        if not seq.scheduled_at:  # its own pages, found again after a preemption, are no gift of the cache
+        if not seq.scheduled_at:  # its own blocks, found again after a preemption, are no gift of the cache
             seq.cached_tokens = seq.num_computed
         return True
 
-    def _hashes(self, seq: Sequence, pages: int) -> list[bytes]:
-        """Hashes of a sequence's first full pages, each computed once; none if it does not share its KV."""
+    def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
+        """Hashes of a sequence's first `count` full blocks, each computed once; none if it does not share its KV."""
         namespace = cache_namespace(seq, self.rope_limit)
         if namespace is None:
             return []
         known, size = seq.block_hashes, self.blocks.block_size
-        while len(known) < pages:
+        while len(known) < count:
             start = len(known) * size
             known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
-        return known[:pages]
+        return known[:count]
 
-    def computed(self, work: Work) -> None:
-        """Offers the pages that this work filled for reuse, unless the sequence lost them meanwhile."""
-        seq, end = work.seq, work.start + work.count
+    def computed(self, chunk: ScheduledChunk) -> None:
+        """Offers the blocks that this chunk filled for reuse, unless the sequence lost them meanwhile."""
+        seq, end = chunk.seq, chunk.start + chunk.count
         if seq.status is not Status.RUNNING or seq.num_computed < end:
             return
         size = self.blocks.block_size
         hashes = self._hashes(seq, end // size)
-        for page in range(work.start // size, len(hashes)):
-            self.blocks.register(seq.block_table[page], hashes[page])
+        for i in range(chunk.start // size, len(hashes)):
+            self.blocks.register(seq.block_table[i], hashes[i])
 
     def finish(self, seq: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its pages."""
+        """Takes a sequence out, wherever it is, and frees its blocks."""
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
         else:
@@ -184,9 +185,9 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError if pages or queues disagree with each other."""
+        """Raises RuntimeError if blocks or queues disagree with each other."""
         self.blocks.check_integrity([s.block_table for s in self.running])
         if any(s.status is not Status.RUNNING for s in self.running) or len(self.running) > self.max_seqs:
             raise RuntimeError("scheduler: a sequence is in the wrong queue")
         if any(s.status is not Status.WAITING or s.block_table for s in self.waiting):
-            raise RuntimeError("scheduler: a waiting sequence holds pages")
+            raise RuntimeError("scheduler: a waiting sequence holds blocks")

@@ -13,10 +13,12 @@ class Status(Enum):
 
 
 class Sequence:
-    """The scheduler's view of one sequence. `num_computed` tokens have their KV in the pages of `block_table`, or will
-    once the device has done what it was given. `pending` counts the tokens that are chosen there and not known
-    here yet: they count as tokens, but `tokens` does not have them.
-    """
+    """The scheduler's view of one sequence.
+
+    `num_computed` tokens have their KV in the blocks of `block_table`, or will once the device has done what it was
+    given. `pending` counts the tokens that are chosen there and not known here yet: they count as tokens, but `tokens`
+    does not have them. While `routing`, the prompt only goes through the model to be routed, and is computed after
+    that."""
 
     __slots__ = (
         "adapter",
@@ -35,7 +37,7 @@ class Sequence:
         "request",
         "route",
         "route_changes",
-        "route_sum",
+        "routing",
         "sampling",
         "scheduled_at",
         "scope",
@@ -64,7 +66,7 @@ class Sequence:
         self.prompt_route: Route | None = None
         self.last_group = -1
         self.route_changes = 0
-        self.route_sum: object | None = None  # see core.RouteSum: the prompt is being routed before it is computed
+        self.routing = False
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.arrived = arrived
         self.scheduled_at = 0.0
@@ -75,7 +77,13 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """The answer's tokens, those that are still on the device included."""
         return len(self) - self.num_prompt
+
+    @property
+    def num_known(self) -> int:
+        """The answer's tokens that are known here."""
+        return len(self.tokens) - self.num_prompt
 
     @property
     def key(self) -> tuple[str, int]:

@@ -7,6 +7,9 @@ from typing import Any
 
 from tucka_runtime.errors import ModelLoadError
 
+QKV, OUT, UP, DOWN = range(4)
+"""Sites of a layer, as in Architecture.sites."""
+
 
 @dataclass(frozen=True)
 class Site:

@@ -38,7 +38,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def folded(engine: Engine, folder: Path, key: AdapterKey = KEY, pinned: Route | None = None) -> FoldedAdapter:
-    return fold(key, read_adapter(folder, engine.layout), engine.runner.model, engine.runner.dtype, pinned)
+    runner = engine.runner
+    adapter = read_adapter(folder, engine.layout)
+    return fold(key, adapter, runner.arch, runner.model.weights, runner.ops, runner.dtype, pinned)
 
 
 def test_the_layout_is_that_of_the_model(family: tuple[Any, Engine, Path]):
@@ -208,7 +210,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, dict[str, 
 @pytest.fixture
 def store(pieces: tuple[Engine, dict[str, FoldedAdapter]]) -> AdapterStore:
     runner = pieces[0].runner
-    store = AdapterStore(runner.arch, runner.device, runner.dtype, 7, fused=False)
+    store = AdapterStore(runner.arch, runner.device, runner.dtype, 7, by_address=False)
     for adapter in pieces[1].values():
         store.add(adapter)
     return store
@@ -288,7 +290,7 @@ def test_a_slot_table_holds_the_addresses_of_what_is_loaded(store: AdapterStore)
     """Also after others came and went; a slot that is free again has no rank."""
     arch = store.arch
     table = SlotTable(arch, 3, store.dtype, store.device)
-    a, f, lora = (store.loaded[AdapterKey(name, 1)].folded for name in ("a", "f", "lora"))
+    a, f, lora = (store[AdapterKey(name, 1)] for name in ("a", "f", "lora"))
     table.add(a)
     table.add(f)
     table.remove(a.key)
@@ -317,4 +319,4 @@ def test_values_that_overflow_when_folded_are_refused(family: tuple[Any, Engine,
     for module in adapter.modules.values():
         module.b.fill_(size)
     with pytest.raises(InvalidAdapterError, match="overflow"):
-        fold(KEY, adapter, engine.runner.model, dtype)
+        fold(KEY, adapter, engine.runner.arch, engine.runner.model.weights, engine.runner.ops, dtype)

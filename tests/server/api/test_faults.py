@@ -15,7 +15,6 @@ import pytest
 from tests.support import GOLDEN
 from tests.support.servers import Server, read_all
 from tucka_runtime.adapters.registry import AdapterRegistry
-from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, OverloadedError
 from tucka_runtime.server.api import completions
 from tucka_runtime.server.api.completions import CompletionBody
@@ -191,13 +190,6 @@ def test_a_token_beyond_the_models_vocabulary_is_refused(server: Server) -> None
     assert server.post("/v1/completions", ASK | {"prompt": "abc"}).status_code == 200
 
 
-def test_what_never_fits_the_queue_is_no_429(server: Server) -> None:
-    server.engine.config = EngineConfig(max_num_seqs=2, max_queue=3)
-    assert server.post("/v1/completions", ASK | {"n": 5}).status_code == 200
-    answer = server.post("/v1/completions", ASK | {"n": 6})
-    assert answer.status_code == 400 and "at most 5" in answer.json()["error"]["message"]
-
-
 def test_the_number_of_prompts_is_checked_before_they_are_read(start_fake) -> None:
     server = start_fake(max_n=2)
     answer = server.post("/v1/completions", ASK | {"prompt": [[5], [6], ["not read"]]})
@@ -286,8 +278,8 @@ def test_every_field_of_a_completion_reaches_the_engine_or_the_answer() -> None:
     """A field that is declared but forgotten would be silently ignored."""
     import inspect
 
-    from tucka_runtime.server.api import sampling
+    from tucka_runtime.server.api import door, sampling
 
-    text = inspect.getsource(completions) + inspect.getsource(sampling)
+    text = "".join(map(inspect.getsource, (completions, door, sampling)))
     for name in CompletionBody.model_fields:
         assert f"body.{name}" in text or f"_body.{name}" in text, name

@@ -71,28 +71,28 @@ def test_what_the_engine_holds_is_what_it_says(metrics: Metrics) -> None:
     assert held(metrics) == (0, 0, 0, 0)
     metrics.admitted("fin", 10, sequences=3)
     assert held(metrics) == (0, 0, 0, 0)
-    metrics.on_step(step(running=2, waiting=1, blocks_used=3, active=(AdapterKey("fin", 1),)))
+    metrics.on_step(*step(running=2, waiting=1, blocks_used=3, adapters=(AdapterKey("fin", 1),)))
     assert held(metrics) == (2, 1, 3, 2)
     metrics.finished("fin", FinishReason.ABORT, 3)
     assert held(metrics) == (2, 1, 3, 2)
-    metrics.on_idle(step(running=0, blocks_used=0))
+    metrics.on_idle(step(running=0, blocks_used=0)[1])
     assert held(metrics) == (0, 0, 0, 0)
     assert value(metrics, "tucka_steps_total") == 1
 
 
 def test_what_the_engine_never_gave_back_is_seen(metrics: Metrics) -> None:
-    metrics.on_step(step(running=1, blocks_used=2))
+    metrics.on_step(*step(running=1, blocks_used=2))
     assert held(metrics) == (1, 0, 2, 1)
-    metrics.on_idle(step(running=0, blocks_used=2))
+    metrics.on_idle(step(running=0, blocks_used=2)[1])
     assert held(metrics) == (0, 0, 2, 0)
 
 
 def test_a_dead_engine_runs_nothing(metrics: Metrics) -> None:
     metrics.admitted("fin", 10, sequences=1)
-    metrics.on_step(step())
+    metrics.on_step(*step())
     metrics.on_idle(None)
     assert held(metrics) == (0, 0, 0, 0)  # a new one may be up before it has told anything
-    metrics.on_step(step())
+    metrics.on_step(*step())
     found = samples(metrics, up=False, restarts=2)
     assert found["tucka_engine_up", ()] == 0 and found["tucka_requests_running", ()] == 0
     assert found["tucka_engine_restarts_total", ()] == 2
@@ -101,12 +101,12 @@ def test_a_dead_engine_runs_nothing(metrics: Metrics) -> None:
 
 def test_preemptions_go_on_counting_after_a_restart(metrics: Metrics) -> None:
     for total in (2, 5, 1):
-        metrics.on_step(step(preemptions=total))
+        metrics.on_step(*step(preemptions=total))
     assert value(metrics, "tucka_preemptions_total") == 6
 
 
 def test_steps_by_stage(metrics: Metrics) -> None:
-    metrics.on_step(step(route=0.25))
+    metrics.on_step(*step(route=0.25))
     assert value(metrics, "tucka_step_seconds_total", stage="route") == 0.25
     assert value(metrics, "tucka_step_duration_seconds_sum") == pytest.approx(0.255)
     assert value(metrics, "tucka_batch_tokens_bucket", le="4.0") == 0
@@ -119,7 +119,7 @@ def test_expert_groups_and_their_balance(metrics: Metrics) -> None:
     assert value(metrics, "tucka_adapter_group_selections_total", model="fin", group="2") == 0
     assert value(metrics, "tucka_adapter_load_balance", model="fin") is None
     for group in (0, 1, 2) * 20:
-        metrics.on_step(step(routes=((key, Route(group, (0.35, 0.5, 0.65))),)))
+        metrics.on_step(*step(routes=((key, Route(group, (0.35, 0.5, 0.65))),)))
     assert value(metrics, "tucka_adapter_group_selections_total", model="fin", group="1") == 20
     assert value(metrics, "tucka_adapter_load_balance", model="fin") == pytest.approx(1, abs=1e-3)
     assert value(metrics, "tucka_adapter_route_weight_bucket", model="fin", le="0.5") == 120
@@ -131,15 +131,15 @@ def test_expert_groups_and_their_balance(metrics: Metrics) -> None:
 @pytest.mark.parametrize("info", [adapter("fin", 2, "lora", k=0), adapter("fin", 2, scope="pinned")])
 def test_adapters_without_a_router_have_no_expert_series(metrics: Metrics, info: AdapterInfo) -> None:
     metrics.adapter_loaded(info, {})
-    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     assert not [key for key in samples(metrics) if "group_selections" in key[0] or "load_balance" in key[0]]
 
 
 def test_a_reload_counts_on_but_for_its_experts(metrics: Metrics) -> None:
     serve_one(metrics)
-    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     metrics.adapter_loaded(adapter("fin", 7), {"read": 0.5})
-    metrics.on_step(step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))  # a request of the old generation
+    metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))  # a request of the old generation
     assert value(metrics, "tucka_adapter_generation", model="fin") == 7
     assert value(metrics, "tucka_adapter_loads_total", model="fin") == 2
     assert value(metrics, "tucka_adapter_prompt_tokens_total", model="fin") == 10
@@ -148,10 +148,10 @@ def test_a_reload_counts_on_but_for_its_experts(metrics: Metrics) -> None:
 
 def test_unloading_deletes_every_series_and_late_requests_add_none(metrics: Metrics) -> None:
     metrics.admitted("fin", 10, 1)
-    metrics.on_step(step(active=(AdapterKey("fin", 1),)))
+    metrics.on_step(*step(adapters=(AdapterKey("fin", 1),)))
     metrics.adapter_unloaded("fin")
     metrics.first_token("fin", 0.1, 0, None)
-    metrics.on_step(step(active=(AdapterKey("fin", 1),), routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.on_step(*step(adapters=(AdapterKey("fin", 1),), routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     metrics.finished("fin", FinishReason.STOP)
     metrics.closed("fin", 1.0, 3, failed=False)
     assert b'fin"' not in metrics.render() and b'="fin' not in metrics.render()
@@ -178,7 +178,7 @@ def test_label_values_are_escaped() -> None:
 def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metrics) -> None:
     """By the names of vLLM's own Grafana dashboard; the whole server's, by the base's name."""
     serve_one(metrics)
-    metrics.on_step(step(preemptions=2))
+    metrics.on_step(*step(preemptions=2))
     found = samples(metrics)
     vllm = {"model_name": "llama", "engine": "0"}
     for name, (own, *_) in ALIASES.items():

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.stop_strings import first_stop
-from tucka_runtime.messages import FinishReason, SequenceOutput, TokenLogprob
+from tucka_runtime.messages import Finish, FinishReason, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.stops import stop_table
-from tucka_runtime.server.service.text import Delta, SequenceText
+from tucka_runtime.server.service.text import SequenceText, TextDelta
 from tucka_runtime.tokenizer import Detokenizer, Tokenizer
 
 EOS = 2
@@ -16,7 +16,7 @@ stop_lists = st.lists(st.text("abé🌶", min_size=1, max_size=4), max_size=3)
 step_sizes = st.lists(st.integers(1, 4), min_size=30, max_size=30)
 
 
-def run(text: SequenceText, ids: list[int], sizes: list[int], stop_token_id: int | None = None) -> list[Delta]:
+def run(text: SequenceText, ids: list[int], sizes: list[int], stop_token_id: int | None = None) -> list[TextDelta]:
     """Pushes the ids in steps of these sizes, as an engine that finishes with the last."""
     deltas = []
     position = 0
@@ -33,8 +33,7 @@ def run(text: SequenceText, ids: list[int], sizes: list[int], stop_token_id: int
                     0,
                     part,
                     logprobs,
-                    finish_reason=end if last else None,
-                    stop_token_id=stop_token_id if last else None,
+                    finish=Finish(end, stop_token_id) if last else None,
                 )
             )
         )
@@ -43,7 +42,7 @@ def run(text: SequenceText, ids: list[int], sizes: list[int], stop_token_id: int
     return deltas
 
 
-def joined(deltas: list[Delta]) -> tuple[str, list[int]]:
+def joined(deltas: list[TextDelta]) -> tuple[str, list[int]]:
     return "".join(d.text for d in deltas), [token.id for d in deltas for token in d.tokens]
 
 

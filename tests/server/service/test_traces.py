@@ -46,7 +46,7 @@ class TimedEngine(FakeEngine):
 class TimedStream(FakeStream):
     async def _run(self, request: Request) -> AsyncIterator[SequenceOutput]:
         async for output in super()._run(request):
-            output.timing = Timing(100.0, 101.0, 103.0, 106.0 if output.finish_reason else 0.0)
+            output.timing = Timing(100.0, 101.0, 103.0, 106.0 if output.finish else 0.0)
             yield output
 
 

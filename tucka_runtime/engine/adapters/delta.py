@@ -1,76 +1,27 @@
-"""The adapters' part of one forward pass: routes, routed cores, and the deltas they make."""
+"""The adapters' part of one forward pass: routes, routed cores, and the low-rank deltas that they make."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet, Plans
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, core_rows, route_plan
+from tucka_runtime.kernels.ops import LowRank, Ops
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
-from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
+from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 from tucka_runtime.messages import AdapterKey, Route
 
 
 @dataclass(eq=False)
-class Segment:
-    """Rows first..end of a batch that share an adapter and a route.
-
-    The route is `given`, or comes from the tokens `ids`, or, where the adapter has no table of them, from the segment's
-    router inputs. `ids` are those of the `prompt` if there is one, else of the rows.
-    """
-
-    first: int
-    end: int
-    adapter: AdapterKey
-    given: Route | None = None
-    prompt: list[int] | None = None
-    ids: Tensor | None = None
-
-
-@dataclass(eq=False)
-class RouteSum:
-    """Sums up router inputs over the chunks of a long prompt: `total` (d,) fp32 of `count` rows, this pass's being
-    first..end. They go through the pass as base rows: before its router an adapter changes nothing."""
-
-    adapter: AdapterKey
-    first: int = 0
-    end: int = 0
-    count: int = 0
-    total: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Routes:
-    """The routes of some segments, as they become known: groups (S,) int64, weights (S, at least t), on the device."""
-
-    segments: list[int]
-    experts: list[int]
-    """t of each."""
-    groups: Tensor
-    weights: Tensor
-
-    def to_host(self) -> "Routes":
-        """A copy that is on the host once the device has come so far."""
-        groups, weights = (x.to("cpu", non_blocking=True, copy=True) for x in (self.groups, self.weights))
-        return Routes(self.segments, self.experts, groups, weights)
-
-    def items(self) -> Iterator[tuple[int, Route]]:
-        """Each segment's route, from the host's copy."""
-        rows = zip(self.segments, self.experts, self.groups.tolist(), self.weights.tolist(), strict=True)
-        return ((s, Route(group, tuple(weights[:t]))) for s, t, group, weights in rows)
-
-
-@dataclass(eq=False)
-class Delta:
+class AdapterDelta:
     """What the adapters of one batch add to one forward pass."""
 
     num_rows: int
-    ops: SimpleNamespace
+    ops: Ops
     active: ActiveSet | None = None
     segments: Segments | None = None
     keys: list[AdapterKey] = field(default_factory=list)
@@ -104,12 +55,13 @@ class Delta:
         segments: Sequence[Segment],
         sums: Sequence[RouteSum],
         active: ActiveSet | None,
-        ops: SimpleNamespace,
+        ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> "Delta":
-        """Routes what is known from token ids alone and makes its cores; the rest waits for its site."""
-        delta = Delta(num_rows, ops, active, keys=[s.adapter for s in segments])
+    ) -> "AdapterDelta":
+        """Routes what is known from token ids alone and makes its cores; the rest waits for its site. `dtype` is the
+        cores' type."""
+        delta = AdapterDelta(num_rows, ops, active, keys=[s.adapter for s in segments])
         if active is None:
             return delta
         for part in sums:
@@ -120,31 +72,36 @@ class Delta:
             delta._replace(adapter, part.first, part.end)
         for segment in segments:
             delta._replace(active.folded[segment.adapter], segment.first, segment.end)
-        if not segments:
-            return delta
-        spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-        rows = core_rows(segments, active)
-        delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
-        if active.core_rank:
-            rank, last = active.core_rank, max(rows)
-            delta.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
-            if any(active.folded[s.adapter].routed is None for s in segments):
-                delta.cores[last] = torch.eye(rank, device=device)
-        begin = time.monotonic()
-        delta._route(segments, device)
-        delta.route_seconds = time.monotonic() - begin
+        if segments:
+            delta._lay_out(segments, active, dtype, device)
+            begin = time.monotonic()
+            delta._route(segments, active, device)
+            delta.route_seconds = time.monotonic() - begin
         return delta
 
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:
         for name, value in adapter.saved.items():
             self.saved.setdefault(name, []).append((slice(first, end), value))
 
-    def _route(self, segments: Sequence[Segment], device: torch.device) -> None:
+    def _lay_out(
+        self, segments: Sequence[Segment], active: ActiveSet, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Tables of who is where, and room for the cores."""
+        spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
+        rows = core_rows(segments, active)
+        self.segments, self.plans = active.layout(spans, rows, self.num_rows, device)
+        if not active.core_rank:
+            return
+        rank, last = active.core_rank, max(rows)
+        self.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
+        if any(active.folded[s.adapter].routed is None for s in segments):
+            self.cores[last] = torch.eye(rank, device=device)
+
+    def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
         """The cores of all segments whose route is given or known from token ids; the others start to wait."""
-        assert self.active is not None
         known = []
         for s, segment in enumerate(segments):
-            routed = self.active.folded[segment.adapter].routed
+            routed = active.folded[segment.adapter].routed
             if routed is None:
                 continue
             if segment.given is not None or (routed.router.table is not None and segment.ids is not None):
@@ -155,8 +112,8 @@ class Delta:
         if known:
             plan = self._plan(known, [segments[s] for s in known], device)
             if plan.limits.tokens:
-                self.ops.route.route_ids(plan)
-            self._finish(known, plan)
+                self.ops.route_ids(plan)
+            self._make_cores(known, plan)
 
     def _plan(self, own: list[int], segments: Sequence[Segment], device: torch.device) -> RoutePlan:
         assert self.segments is not None
@@ -169,42 +126,40 @@ class Delta:
         assert routed is not None
         return routed.parts
 
-    def _finish(self, own: list[int], plan: RoutePlan) -> None:
+    def _make_cores(self, own: list[int], plan: RoutePlan) -> None:
         """The cores of segments whose routes the plan knows."""
         assert self.cores is not None
         self.routes.append(Routes(own, [a.t for a in plan.adapters], plan.groups, plan.weights))
-        self.ops.core.core(plan, self.cores)
+        self.ops.core(plan, self.cores)
 
-    def shrink(self, layer: int, site: int, x: Tensor) -> tuple[Tensor, DeltaSite, SitePlan] | tuple[None, None, None]:
-        """h, and what `expand` needs with it, for the input x (T, d_in) of a site; Nones where nothing is adapted.
-        `join` must come before h is read."""
-        at = (layer, site)
+    def shrink(self, layer: int, site: int, x: Tensor) -> LowRank | None:
+        """The low-rank half of the delta for the input x (T, d_in) of a site; None where nothing is adapted. `join`
+        must come before it is read. Routes, on the way, what waits for this site."""
         if self.active is None:
-            return None, None, None
+            return None
+        at = (layer, site)
         for part in self.sums.get(at, ()):
-            total = x[part.first : part.end].float().sum(dim=0)
-            part.total = total if part.total is None else part.total + total
-            part.count += part.end - part.first
+            part.add(x)
         for s in self.waiting.get(at, ()):
             self._route_here(s, x)
-        weights = self.active.sites.get(at)
-        if weights is None or self.segments is None:
-            return None, None, None
-        key = weights.ranks, weights.d_in
+        factors = self.active.sites.get(at)
+        if factors is None or self.segments is None:
+            return None
+        key = factors.ranks, factors.d_in
         plan = self.plans.get(key)
         if plan is None:
-            limit = None if weights.ranks else self.active.max_rank
-            plan = self.plans[key] = SitePlan.build(self.segments, weights, limit)
+            limit = None if factors.ranks else self.active.max_rank
+            plan = self.plans[key] = SitePlan.build(self.segments, factors, limit)
         cores = None
         if self.cores is not None:
             first = self.active.arch.first_linear(layer, site)
-            cores = self.cores[:, first : first + len(weights.columns) - 1]
+            cores = self.cores[:, first : first + len(factors.columns) - 1]
         if self.side is None:
-            return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
+            return self.ops.shrink_core(x, factors, cores, plan)
         self.side.wait_stream(torch.cuda.current_stream())
         self.forked = True
         with torch.cuda.stream(self.side):
-            return self.ops.shrink_core.shrink_core(x, weights, cores, plan), weights, plan
+            return self.ops.shrink_core(x, factors, cores, plan)
 
     def join(self) -> None:
         """Waits, on the device, for what `shrink` started on the side."""
@@ -218,25 +173,8 @@ class Delta:
         first, end, _ = self.segments.spans[s]
         routed = self.active.folded[self.keys[s]].routed
         assert routed is not None
-        groups, weights = self.ops.route.route_hidden(x[first:end], routed.router.centroids, routed.router.t)
+        groups, weights = self.ops.route_hidden(x[first:end], routed.router.centroids, routed.router.t)
         plan = self._plan([s], [Segment(first, end, self.keys[s], given=Route(0, ()))], x.device)
         plan.groups.copy_(groups)
         plan.weights.copy_(weights)
-        self._finish([s], plan)
-
-
-def core_rows(segments: Sequence[Segment], active: ActiveSet, identity: int | None = None) -> list[int]:
-    """Which core each segment takes: its own where that depends on a route, else the one at `identity`, which lies
-    right behind the others where it is not given."""
-    routed = [active.folded[s.adapter].routed is not None for s in segments]
-    own, constant = count(), sum(routed) if identity is None else identity
-    return [next(own) if r else constant for r in routed]
-
-
-def route_plan(
-    parts: Sequence[Routed], rows: Sequence[int], segments: Sequence[Segment], device: torch.device
-) -> RoutePlan:
-    """What the kernels need to know of segments whose route is given or known from their token ids."""
-    ids = [None if s.given is not None else s.ids for s in segments]
-    known = [None if s.given is None else (s.given.group, s.given.weights) for s in segments]
-    return RoutePlan.build(parts, rows, ids, known, device)
+        self._make_cores([s], plan)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAConfig, TuckAModule
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, Router, TuckACores, Where
-from tucka_runtime.engine.decoder import QKV, Decoder
 from tucka_runtime.errors import InvalidAdapterError
-from tucka_runtime.messages import AdapterKey, Route
-from tucka_runtime.models.architecture import Architecture
+from tucka_runtime.kernels.ops import Ops
+from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
+from tucka_runtime.models.architecture import QKV, Architecture
+from tucka_runtime.models.weights import Weights
 
 TABLE_ROWS = 8192  # tokens of the vocabulary whose router inputs are computed at once: bounds the memory of a load
 
@@ -28,14 +29,19 @@ def locate(arch: Architecture) -> dict[str, Where]:
 
 
 def fold(
-    key: AdapterKey, adapter: Adapter, model: Decoder, dtype: torch.dtype, pinned: Route | None = None
+    key: AdapterKey,
+    adapter: Adapter,
+    arch: Architecture,
+    weights: Weights,
+    ops: Ops,
+    dtype: torch.dtype,
+    pinned: Route | None = None,
 ) -> FoldedAdapter:
-    """The serving form of an adapter, its factors in `dtype`, on the model's device. Everything is computed in fp32.
+    """The serving form of an adapter, its factors in `dtype`, on the weights' device. Everything is computed in fp32.
 
     With `pinned` a TuckA adapter's core is constant and folded into U: it becomes a plain low-rank delta.
     Raises InvalidAdapterError if `pinned` does not fit the adapter.
     """
-    arch, weights = model.arch, model.weights
     device = weights.embed.device
     where = locate(arch)
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
@@ -62,7 +68,7 @@ def fold(
     routed = None
     if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
-        router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, model)
+        router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, arch, weights, ops)
         numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
         slots = torch.tensor(numbers, dtype=torch.int64).to(device)
         routed = TuckACores([at for at, _, _ in cores], slots, g, c, router)
@@ -74,6 +80,36 @@ def fold(
             "or its alpha are far too large."
         )
     return folded
+
+
+def describe(
+    folded: FoldedAdapter, adapter: Adapter, pinned: Route | None, load_seconds: dict[str, float]
+) -> AdapterInfo:
+    """The card of an adapter that was folded."""
+    config = adapter.config
+    tucka = config if isinstance(config, TuckAConfig) else None
+    scope = None
+    if tucka is not None:
+        trained = (adapter.training or {}).get("route")
+        scope = RouteScope(trained) if trained in (RouteScope.BATCH, RouteScope.REQUEST) else None
+        scope = RouteScope.PINNED if pinned is not None else scope
+    return AdapterInfo(
+        key=folded.key,
+        digest=adapter.digest,
+        kind=adapter.kind,
+        r=config.r,
+        k=tucka.k if tucka else None,
+        t=tucka.t if tucka else None,
+        p=tucka.p if tucka else None,
+        alpha=config.alpha if isinstance(config, TuckAConfig) else config.lora_alpha,
+        target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})),
+        num_modules=len(adapter.modules),
+        router=adapter.router,
+        scope=scope,
+        bytes=folded.num_bytes,
+        training=adapter.training,
+        load_seconds=load_seconds,
+    )
 
 
 def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,14 +128,15 @@ def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
     return torch.tensordot(w, g[route.group], dims=1)
 
 
-def _router(at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], model: Decoder) -> Router:
+def _router(
+    at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
+) -> Router:
     """A lookup table where the router's input is a function of the token alone, else the centroids."""
-    arch, weights = model.arch, model.weights
     if at.layer or at.site != QKV or arch.positions:
         return Router(at, t, centroids=ec, table=None)
     embed = saved.get(f"{arch.embed}.weight", weights.embed)
     norm_path = arch.path(0, arch.input_norm)
     weight, bias = weights.layers[0].input_norm
     norm = (saved.get(f"{norm_path}.weight", weight), saved.get(f"{norm_path}.bias", bias) if arch.norm_bias else None)
-    rows = [model.router_inputs(part, norm).float() @ ec.T for part in embed.split(TABLE_ROWS)]
+    rows = [ops.norm(part, *norm, arch.eps).float() @ ec.T for part in embed.split(TABLE_ROWS)]
     return Router(at, t, centroids=ec, table=torch.cat(rows))

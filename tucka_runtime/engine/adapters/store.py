@@ -26,16 +26,28 @@ class _Loaded:
 class AdapterStore:
     """Adapters by (name, generation). A sequence leases its adapter; an unloaded one goes when its last lease does."""
 
-    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype, capacity: int, fused: bool):
-        """`fused`: the adapters' places are kept in a SlotTable, for the fused kernels; else those of each batch are
-        stacked, for the reference."""
+    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype, capacity: int, by_address: bool):
+        """`by_address`: the adapters' places are kept in a SlotTable, for kernels that read them there; else the
+        factors of each batch's adapters are stacked."""
         self.arch = arch
         self.device = device
         self.dtype = dtype
         self.capacity = capacity
-        self.table = SlotTable(arch, capacity, dtype, device) if fused else None
+        self.table = SlotTable(arch, capacity, dtype, device) if by_address else None
         self.loaded: dict[AdapterKey, _Loaded] = {}
         self.active: OrderedDict[frozenset[AdapterKey], ActiveSet] = OrderedDict()
+
+    def __getitem__(self, key: AdapterKey) -> FoldedAdapter:
+        """Raises KeyError if the adapter is not loaded."""
+        return self.loaded[key].folded
+
+    def serving(self) -> list[FoldedAdapter]:
+        """Those that new requests may name."""
+        return [entry.folded for entry in self.loaded.values() if not entry.unloading]
+
+    def leases(self) -> dict[AdapterKey, int]:
+        """How many sequences hold each adapter that any holds."""
+        return {key: entry.leases for key, entry in self.loaded.items() if entry.leases}
 
     def reserve(self) -> None:
         """Raises AdapterCapacityError if no further adapter fits."""

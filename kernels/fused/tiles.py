@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.ops import LowRank
+from tucka_runtime.kernels.tables import routes
 from tucka_runtime.kernels.tables.segments import Segments, power_of_2
 
 
@@ -22,6 +24,13 @@ def cdiv(a: int, b: int) -> int:
     """a / b rounded up. triton.cdiv also serves its compiler, and takes 3 us a call for it."""
     return -(-a // b)
 
+
+# Columns of RoutePlan.records, and how many there are.
+IDS, COUNT, TABLE = tl.constexpr(routes.IDS), tl.constexpr(routes.COUNT), tl.constexpr(routes.TABLE)
+GROUPS, EXPERTS = tl.constexpr(routes.GROUPS), tl.constexpr(routes.EXPERTS)
+C, G, SLOTS = tl.constexpr(routes.C), tl.constexpr(routes.G), tl.constexpr(routes.SLOTS)
+MODULES, SLICES, RANK = tl.constexpr(routes.MODULES), tl.constexpr(routes.SLICES), tl.constexpr(routes.RANK)
+CORE, COLUMNS = tl.constexpr(routes.CORE), tl.constexpr(routes.COLUMNS)
 
 CHUNK = 16
 """Ranks go by chunks of this many: the least side of a tensor core's product. An adapter pays for ceil(r / 16)."""
@@ -141,6 +150,24 @@ def rank_block(max_rank: int) -> int:
 def alignment(columns: Sequence[int]) -> int:
     """The largest power of two up to 16 that divides every border."""
     return math.gcd(16, *columns)
+
+
+def delta_args(low_rank: LowRank) -> tuple[object, ...]:
+    """What every kernel with a delta takes: h, e_ptr, rank, borders, tiles, their number, n, the width of h."""
+    h, site, plan = low_rank.h, low_rank.site, low_rank.plan
+    tiles = plan.segments.tiles
+    return h, site.e_ptr, site.rank, site.borders, tiles, tiles.shape[0], len(site.columns) - 1, plan.max_rank
+
+
+def delta_options(low_rank: LowRank) -> dict[str, int]:
+    """The constants of such a kernel."""
+    segments = low_rank.plan.segments
+    return {
+        "ALIGN": alignment(low_rank.site.columns),
+        "BLOCK_R": rank_block(low_rank.plan.max_rank),
+        "BLOCK_M": segments.tile_rows,
+        "PADDED": segments.padded,
+    }
 
 
 _counters: dict[tuple[str, torch.device], list[Tensor]] = {}

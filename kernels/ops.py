@@ -1,0 +1,178 @@
+"""The contract: every operation of a forward pass as a typed callable. A backend is one value of `Ops`.
+
+`reference/` is the executable spec in plain torch, `fused/` its Triton twin. tests/kernels/test_ops.py holds the
+signatures of both to those here, and their results to float64.
+
+Shapes: T rows of a batch, those of the base first, then one run of rows per segment (an adapter and a route). A site is
+n linears that share their input; R is the widest rank in a batch, k groups of t experts make a route. Sums are in fp32
+and rounded once, whatever the type of the rows.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
+from tucka_runtime.kernels.tables.routes import RoutePlan
+from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The low-rank half of one site's delta for the rows of a batch: `h` (T, n, R) is `shrink_core`'s, unwritten, and
+    never read, on base rows and beyond a row's own ranks."""
+
+    h: Tensor
+    site: DeltaSite
+    plan: SitePlan
+
+
+class Norm(Protocol):
+    """RMSNorm, or LayerNorm where there is a bias: x (..., d), weight and bias (d,)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
+
+
+class Select(Protocol):
+    """The choice of a route (docs/architecture.md): logits (S, k·t) fp32, group-major -> groups (S,) int64, weights
+    (S, t) fp32. Each group's t logits are divided by their L2 norm, score = sigmoid; the group with the best score
+    wins, the lowest on a tie, and its t scores are the weights, not normalised. A group of zero logits scores 0.5."""
+
+    def __call__(self, logits: Tensor, t: int) -> tuple[Tensor, Tensor]: ...
+
+
+class RouteIds(Protocol):
+    """Fills in the routes that a plan does not know yet, from token ids alone: exact where the router's input is a
+    function of the token. Logits are linear in the mean, so the mean of table rows is the logits of the mean."""
+
+    def __call__(self, plan: RoutePlan) -> None: ...
+
+
+class RouteHidden(Protocol):
+    """The route of one segment from its router's inputs: x (n, d); centroids (k·t, d) fp32 -> (1,) and (1, t)."""
+
+    def __call__(self, x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Core(Protocol):
+    """out[row, slots[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the plan's
+    segments and all M modules of its adapter. out (rows, N, R, R), R >= r."""
+
+    def __call__(self, plan: RoutePlan, out: Tensor) -> None: ...
+
+
+class ShrinkCore(Protocol):
+    """h_j = (x U_jᵀ) M_j for every row by its own adapter: x (T, d_in) -> h (T, n, R) in the factors' type.
+
+    cores (C, n, Rc, Rc), where a segment takes its own by Segments.core_rows, the identity if its core is constant;
+    None: all are. An (r, r) core with r < Rc is the upper left block of its (Rc, Rc); the blocks beside it are zero. A
+    rank over Rc has no core (it is a LoRA's). Raises ValueError where x does not fit the factors."""
+
+    def __call__(self, x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> LowRank: ...
+
+
+class Expand(Protocol):
+    """y_j += h_j E_j for every target j of a site: y (T, columns[-1]), in place, and returned."""
+
+    def __call__(self, y: Tensor, low_rank: LowRank) -> Tensor: ...
+
+
+class ExpandQkvRopeKv(Protocol):
+    """What stands between the packed qkv product and attention: the delta, head norms, rotary positions, the KV write.
+
+    qkv (T, (H + 2·KV)·D), used up -> rotated queries (T, H, D); keys and values go to their slots of the caches (slots,
+    KV, D) by slot_mapping (T,) int64, of which a negative one is not written (rows that fill up a graph's batch).
+    cos, sin (T, 1, D/2) or None without rotary positions; head_norms are q's and k's RMSNorm weights, (D,) or (T, 1,
+    D), or None; low_rank None: no adapter in the batch. Raises ValueError where a head lies in two targets."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        low_rank: LowRank | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        head_norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor: ...
+
+
+class ExpandResidual(Protocol):
+    """residual' = residual + y + delta, all (T, d) -> (norm(residual'), residual'). y is used up."""
+
+    def __call__(
+        self,
+        y: Tensor,
+        low_rank: LowRank | None,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class ExpandSwiglu(Protocol):
+    """silu(gate + delta) · (up + delta): gate_up (T, 2·F), used up -> (T, F). Gate and up are two targets or one."""
+
+    def __call__(self, gate_up: Tensor, low_rank: LowRank | None) -> Tensor: ...
+
+
+class Attention(Protocol):
+    """Causal attention over KV blocks with grouped queries: q (T, H, D) -> (T, H, D).
+
+    Caches (slots, KV, D) already hold this step's keys and values. A query at position i sees the keys at j <= i, and
+    with a window only those with i - j < window. Rows of sequences without a context (length 0: they fill up a graph's
+    batch) are left unwritten."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor: ...
+
+
+class Sample(Protocol):
+    """Token ids (B,) int64: the argmax of logits / temperature + Gumbel noise, which is hashed from (seed, position,
+    token) and so depends on nothing else in the batch.
+
+    logits (B, V) fp32 before temperature; temperature (B,) fp32, 0 is greedy (lowest id wins); seed, position (B,)
+    int64."""
+
+    def __call__(self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor: ...
+
+
+class FilterLogits(Protocol):
+    """Sets to -inf what top-k, then top-p, then min-p leave out. logits (B, V) fp32 after temperature.
+
+    top_k (B,) int64, V for off; top_p (B,), 1 for off; min_p (B,), 0 for off. Ties at the border stay in for top-k."""
+
+    def __call__(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ops:
+    """One backend. `by_address`: its delta ops read adapters' factors where they lie, by DeltaSite's addresses, in the
+    rows' own type; else they read them stacked, and in fp32."""
+
+    name: str
+    by_address: bool
+    norm: Norm
+    select: Select
+    route_ids: RouteIds
+    route_hidden: RouteHidden
+    core: Core
+    shrink_core: ShrinkCore
+    expand: Expand
+    expand_qkv_rope_kv: ExpandQkvRopeKv
+    expand_residual: ExpandResidual
+    expand_swiglu: ExpandSwiglu
+    attention: Attention
+    sample: Sample
+    filter_logits: FilterLogits
