@@ -13,7 +13,6 @@ On a GPU, at the shape of a Llama-3-8B, beside transformers' continuous batching
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -25,14 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import linear
+from tucka_runtime.engine import environment
 
-from tucka_runtime.adapters.format import TuckAConfig, write_adapter
-from tucka_runtime.config import EngineConfig
-from tucka_runtime.engine.engine import Engine
-from tucka_runtime.engine.environment import SPIN
-from tucka_runtime.messages import AdapterKey, Request, RouteScope, SamplingParams
+environment.prepare()  # torch reads it when it is imported
+
+import torch  # noqa: E402
+from torch.nn.functional import linear  # noqa: E402
+
+from tucka_runtime import LLM, SamplingParams  # noqa: E402
+from tucka_runtime.adapters.base_layout import BaseLayout  # noqa: E402
+from tucka_runtime.adapters.format import TuckAConfig, write_adapter  # noqa: E402
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -72,12 +73,12 @@ def make_model(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> None:
     model.save_pretrained(folder)
 
 
-def make_adapter(folder: Path, engine: Engine, targets: list[str], rank: int, seed: int) -> None:
+def make_adapter(folder: Path, layout: BaseLayout, targets: list[str], rank: int, seed: int) -> None:
     """A random TuckA adapter of k = 4 groups, t = 3 experts, p = 2 slices."""
     generator = torch.Generator().manual_seed(seed)
     config = TuckAConfig(r=rank, k=4, t=3, p=2, alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     tensors: dict[str, torch.Tensor] = {}
-    for path, (d_in, _) in engine.layout.linears.items():
+    for path, (d_in, _) in layout.linears.items():
         if path.rsplit(".", 1)[-1] in targets:
             if not tensors:
                 tensors[f"{path}.tucka_ec"] = torch.randn(12, d_in, generator=generator)
@@ -95,24 +96,17 @@ class Took:
     step: float
 
 
-def generate(engine: Engine, keys: list[AdapterKey | None], prompt: int, new: int, scope: RouteScope) -> Took:
-    """One request per key, all at once. Prompts are new each time: KV is never reused."""
-    for i, key in enumerate(keys):
-        ids = tuple(random.randrange(10, engine.info.vocab_size) for _ in range(prompt))
-        sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
-        engine.add(Request(f"bench-{i}", (ids,), sampling, adapter=key, route_scope=scope))
-    begin = all_in = time.perf_counter()
-    started: set[str] = set()
-    steps = 0
-    while engine.busy:
-        outputs, _ = engine.step()
-        if len(started) < len(keys):
-            started.update(out.request_id for out in outputs)
-            all_in = time.perf_counter()
-        else:
-            steps += 1
-    end = time.perf_counter()
-    return Took(end - begin, (end - all_in) / max(steps, 1))
+def generate(llm: LLM, names: list[str | None], prompt: int, new: int, scope: str) -> Took:
+    """One request per name, all at once. Prompts are new each time: KV is never reused."""
+    vocab = llm.engine.info.vocab_size
+    prompts = [[random.randrange(10, vocab) for _ in range(prompt)] for _ in names]
+    sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+    begin = time.perf_counter()
+    answers = llm.generate(prompts, sampling, names, scope)
+    total = time.perf_counter() - begin
+    timings = [timing for answer in answers if (timing := answer.outputs[0].timing) is not None]
+    decoding = max(t.finished for t in timings) - max(t.first_token for t in timings)
+    return Took(total, decoding / max(new - 1, 1))
 
 
 @contextmanager
@@ -144,9 +138,9 @@ def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype
         yield run
 
 
-def floor(engine: Engine, sequences: int, prompt: int, new: int) -> Took:
+def floor(llm: LLM, sequences: int, prompt: int, new: int) -> Took:
     """Seconds of the model's matrix products alone: the prompts' rows once, then one row per sequence and token."""
-    weights = engine.runner.model.weights
+    weights = llm.engine.runner.model.weights
     like = weights.embed
     own = [m for layer in weights.layers for m in layer.linears]
     # On a CPU the engine's are packed, and torch's own product is asked for plain ones.
@@ -197,9 +191,6 @@ def main() -> int:
     parser.add_argument("--transformers", action="store_true", help="measure its continuous batching of the base too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
-    if any(name not in os.environ for name in SPIN):  # read when torch starts: begin again as the engine's process does
-        os.execve(sys.executable, [sys.executable, "-m", "tucka_runtime.bench", *sys.argv[1:]], {**SPIN, **os.environ})
-
     counts = [int(count) for count in args.adapters.split(",")]
     n, dtype = args.concurrency, getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
@@ -238,31 +229,28 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: torch.dtype) -> dict[str, list[Took]]:
-    model, n, scope = scratch / "model", args.concurrency, RouteScope(args.scope)
+    model, n = scratch / "model", args.concurrency
     shape = LLAMA_3_8B if args.llama_3_8b else small(args.layers, args.hidden)
     make_model(model, shape, dtype)
     length = args.prompt + args.new + 16
-    config = EngineConfig(
-        model=str(model), max_model_len=max(length, 2048), kv_cache_tokens=max(n * length, 2048), max_num_seqs=max(n, 8)
-    )
-    engine = Engine(config)
-    keys = [AdapterKey(f"adapter-{i}", 1) for i in range(max(counts))]
-    for i, key in enumerate(keys):
-        make_adapter(scratch / key.name, engine, args.targets.split(","), args.rank, seed=i)
-        engine.load_adapter(key, scratch / key.name)
-    while engine.prepare():
+    llm = LLM(model, max_model_len=max(length, 2048), kv_cache_tokens=max(n * length, 2048), max_num_seqs=max(n, 8))
+    names = [f"adapter-{i}" for i in range(max(counts))]
+    for i, name in enumerate(names):
+        make_adapter(scratch / name, llm.engine.layout, args.targets.split(","), args.rank, seed=i)
+        llm.load_adapter(name, scratch / name)
+    while llm.engine.prepare():
         pass
 
-    def run(own: list[AdapterKey | None]) -> Callable[[], Took]:
-        return lambda: generate(engine, own, args.prompt, args.new, scope)
+    def run(own: list[str | None]) -> Callable[[], Took]:
+        return lambda: generate(llm, own, args.prompt, args.new, args.scope)
 
     cases: dict[str, Callable[[], Took]] = {
-        "bare matrix products": lambda: floor(engine, n, args.prompt, args.new),
+        "bare matrix products": lambda: floor(llm, n, args.prompt, args.new),
         "base only": run([None] * n),
     }
     for count in counts:
         name = "1 adapter" if count == 1 else f"{count} adapters"
-        cases[name] = run([keys[i % count] for i in range(n)])
+        cases[name] = run([names[i % count] for i in range(n)])
     with ExitStack() as running:
         if args.transformers:
             cases["transformers"] = running.enter_context(peer(model, n, args.prompt, args.new, dtype))

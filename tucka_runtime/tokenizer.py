@@ -7,6 +7,7 @@ half of a UTF-8 character ever leaves it, at constant cost per token.
 import codecs
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ class Tokenizer:
                 "Save it once with transformers' fast class, or remove its files to serve token-id prompts only."
             )
         return cls(tokenizer)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as the prompt that asks for the assistant's next turn, by the model's own chat template, in
+        this process. Raises ValueError without a template, and whatever the template raises."""
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template")
+        return render_chat(self.chat_template, self.special_tokens, messages)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -101,6 +109,16 @@ class Tokenizer:
     @cached_property
     def _anchor(self) -> int:
         return self._backend.encode("a", add_special_tokens=False).ids[-1]
+
+
+def render_chat(template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt that a chat template, in transformers' sandbox, makes of a conversation."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered = render_jinja_template(
+        [list(messages)], chat_template=template, add_generation_prompt=True, **special_tokens
+    )
+    return rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
 
 
 class Detokenizer:

@@ -91,8 +91,10 @@ def _child_main() -> None:
     import resource
     import signal
 
+    import transformers.utils.chat_template_utils  # noqa: F401 (takes a second, before the first rendering is timed)
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from tucka_runtime.tokenizer import render_chat
 
     setting = _read_frame()
     with open("/proc/self/statm") as file:
@@ -103,13 +105,7 @@ def _child_main() -> None:
         messages = _read_frame()
         signal.alarm(RENDER_SECONDS + 1)  # ends the child even when its parent is gone
         try:
-            rendered = render_jinja_template(
-                [messages],
-                chat_template=setting["template"],
-                add_generation_prompt=True,
-                **setting["special_tokens"],
-            )
-            text = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
+            text = render_chat(setting["template"], setting["special_tokens"], messages)
             answer = {"text": text} if len(text) <= _MAX_TEXT else {"error": ""}
         except (
             TemplateError,
