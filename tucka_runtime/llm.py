@@ -1,0 +1,233 @@
+"""The engine in this process, offline: prompts in, answers out, every prompt with the adapter that it names.
+
+from tucka_runtime import LLM, SamplingParams
+
+llm = LLM("/models/llama", adapters={"law": "/adapters/law"})
+for output in llm.generate(["Once", "Whereas"], adapter=[None, "law"], sampling=SamplingParams(max_tokens=32)):
+    print(output.outputs[0].text)
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.embedded import BASE
+from tucka_runtime.engine import environment
+from tucka_runtime.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from tucka_runtime.messages import (
+    AdapterInfo,
+    AdapterKey,
+    FinishReason,
+    Request,
+    Route,
+    RouteReport,
+    RouteScope,
+    SamplingParams,
+    SequenceOutput,
+    Timing,
+    TokenLogprob,
+)
+from tucka_runtime.server.service.stops import stop_table
+from tucka_runtime.server.service.text import SequenceText
+from tucka_runtime.tokenizer import Detokenizer, Tokenizer
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. `text` ends before a stop string, `token_ids` with the last token that the engine made."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    route: RouteReport | None = None
+    timing: Timing | None = None
+
+
+@dataclass
+class RequestOutput:
+    """One prompt's answers. `prompt_logprobs` are there if they were asked for: None for the first token."""
+
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
+
+
+class LLM:
+    """One base model and its adapters.
+
+    Raises ConfigError for wrong settings, ModelLoadError if the model cannot be served, AdapterError for an adapter.
+    """
+
+    def __init__(
+        self, model: str | Path | None = None, adapters: Mapping[str, str | Path] | None = None, **settings: Any
+    ):
+        """`model` None is the embedded one; `adapters` are folders by name; `settings` are EngineConfig's fields."""
+        environment.prepare()
+        from tucka_runtime.engine.engine import Engine
+
+        folder = Path(model) if model is not None else BASE
+        self.engine = Engine(EngineConfig(model=str(folder), **settings))
+        self.tokenizer = Tokenizer.load(folder)
+        self.adapters: dict[str, AdapterInfo] = {}
+        self._numbers = itertools.count()
+        self._generations = itertools.count(1)
+        for name, path in (adapters or {}).items():
+            self.load_adapter(name, path)
+
+    def load_adapter(self, name: str, path: str | Path, pinned: Route | None = None) -> AdapterInfo:
+        """Makes a name stand for the adapter in a folder, instead of what it stood for. Raises AdapterError."""
+        info = self.engine.load_adapter(AdapterKey(name, next(self._generations)), Path(path), pinned)
+        self.unload_adapter(name)
+        self.adapters[name] = info
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Unknown names are nothing to do."""
+        if (old := self.adapters.pop(name, None)) is not None:
+            self.engine.unload_adapter(old.key)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        route: RouteScope | str | None = None,
+        n: int = 1,
+    ) -> list[RequestOutput]:
+        """Continues prompts, texts or token ids, all at once; the outputs come in their order.
+
+        `sampling` and `adapter` (a name, None for the base) are one for all, or one each. `route` is the route scope:
+        by default what the adapter was trained for, else "batch". Raises InvalidRequestError for a prompt that cannot
+        be read or does not fit, ModelNotFoundError for an unknown adapter.
+        """
+        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        ids = [self._ids(prompt, True) for prompt in listed]
+        return self._run(ids, sampling, adapter, route, n)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        route: RouteScope | str | None = None,
+        n: int = 1,
+    ) -> list[RequestOutput]:
+        """The assistant's next turn in one conversation, or in each of several; else as `generate`."""
+        listed: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise InvalidRequestError("The base model has no chat template. Use generate().", "messages")
+        ids = [self._ids(self.tokenizer.render(conversation), False) for conversation in listed]
+        return self._run(ids, sampling, adapter, route, n)
+
+    def _ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if self.tokenizer is None:
+            raise InvalidRequestError("The base model's folder has no tokenizer: give token ids.", "prompt")
+        return tuple(self.tokenizer.encode(prompt, add_special_tokens))
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str | None] | None,
+        route: RouteScope | str | None,
+        n: int,
+    ) -> list[RequestOutput]:
+        count = len(prompts)
+        names = _each(adapter if adapter is None or isinstance(adapter, str) else list(adapter), count, "adapter")
+        params = _each(sampling or SamplingParams(), count, "sampling")
+        made = [self._request(ids, own, name, route, n) for ids, own, name in zip(prompts, params, names, strict=True)]
+        running = {request.id: _Running(request, self.tokenizer) for request in made}
+        for request in made:
+            self.engine.add(request)
+        while self.engine.busy:
+            for out in self.engine.step()[0]:
+                if out.request_id in running and running[out.request_id].take(out):
+                    self.engine.abort(out.request_id, out.index)
+        return [running[request.id].output for request in made]
+
+    def _request(
+        self, ids: tuple[int, ...], sampling: SamplingParams, name: str | None, route: RouteScope | str | None, n: int
+    ) -> Request:
+        info = None
+        if name is not None:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none is loaded"
+                raise ModelNotFoundError(f"No adapter of that name; there are: {known}.", "adapter")
+            info = self.adapters[name]
+        limit = self.engine.info.max_model_len
+        if len(ids) >= limit:
+            raise ContextLengthError(f"A prompt of {len(ids)} tokens fills the context of {limit}.", "prompt")
+        most = min(sampling.max_tokens, limit - len(ids))
+        return Request(
+            id=f"offline-{next(self._numbers)}",
+            prompts=(ids,),
+            sampling=replace(sampling, max_tokens=most),
+            n=n,
+            adapter=info.key if info else None,
+            route_scope=RouteScope(route or (info.scope if info else None) or RouteScope.BATCH),
+        )
+
+
+class _Running:
+    """A request in the engine and what has come of it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        p = request.sampling
+        self.output = RequestOutput(request.prompts[0], [CompletionOutput(i) for i in range(request.n)])
+        table = stop_table(p.stop)
+        self._texts = [
+            SequenceText(
+                Detokenizer(tokenizer, p.skip_special_tokens) if tokenizer else None,
+                table,
+                p.stop_token_ids,
+                p.include_stop_str_in_output,
+                p.min_tokens,
+            )
+            for _ in range(request.n)
+        ]
+
+    def take(self, out: SequenceOutput) -> bool:
+        """Whether the answer has ended without the engine's knowledge: at a stop string."""
+        own, text = self.output.outputs[out.index], self._texts[out.index]
+        if text.finished:
+            return False
+        if out.finish is not None and out.finish.error is not None:
+            raise out.finish.error
+        own.token_ids += out.token_ids
+        own.logprobs += out.logprobs or []
+        own.route, own.timing = out.route or own.route, out.timing or own.timing
+        if out.prompt_logprobs is not None:
+            self.output.prompt_logprobs = out.prompt_logprobs
+        self.output.cached_tokens = out.cached_tokens
+        delta = text.push(out)
+        own.text += delta.text
+        own.finish_reason, own.stop_reason = delta.finish_reason, delta.stop_reason
+        return text.finished and out.finish is None
+
+
+def _is_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return bool(prompts) and isinstance(prompts[0], int)
+
+
+def _each(value: T | Sequence[T], count: int, name: str) -> list[T]:
+    """One value for all, or one each."""
+    if not isinstance(value, list | tuple):
+        return [value] * count  # type: ignore[list-item]
+    if len(value) != count:
+        raise InvalidRequestError(
+            f"`{name}` has {len(value)} entries for {count} prompts. Give one, or one each.", name
+        )
+    return list(value)
