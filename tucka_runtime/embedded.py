@@ -7,7 +7,6 @@ from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "default"
-BASE = FOLDER / "base"
 
 
 def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
@@ -15,11 +14,12 @@ def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[E
     ConfigError if no model is named and none is embedded."""
     if engine.model is not None:
         return engine, server
-    if not (BASE / "config.json").is_file():
+    base = FOLDER / "base"
+    if not (base / "config.json").is_file():
         raise ConfigError("This installation has no embedded model. Name one: tucka serve --model DIR.")
     given = {adapter.partition("=")[0] for adapter in server.adapter}
     folders = sorted(folder for folder in (FOLDER / "adapters").glob("*") if folder.is_dir())
     embedded = tuple(f"{folder.name}={folder}" for folder in folders if folder.name not in given)
     # Its own folder is a root, so that what was unloaded can come back: by its name, which is its path there.
     roots = (*server.adapter_root, str(FOLDER / "adapters"))
-    return replace(engine, model=str(BASE)), replace(server, adapter=embedded + server.adapter, adapter_root=roots)
+    return replace(engine, model=str(base)), replace(server, adapter=embedded + server.adapter, adapter_root=roots)

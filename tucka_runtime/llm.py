@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tucka_runtime.config import EngineConfig
-from tucka_runtime.embedded import BASE
+from tucka_runtime.embedded import FOLDER
 from tucka_runtime.engine import environment
 from tucka_runtime.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from tucka_runtime.messages import (
@@ -76,7 +76,7 @@ class LLM:
         environment.prepare()
         from tucka_runtime.engine.engine import Engine
 
-        folder = Path(model) if model is not None else BASE
+        folder = Path(model) if model is not None else FOLDER / "base"
         self.engine = Engine(EngineConfig(model=str(folder), **settings))
         self.tokenizer = Tokenizer.load(folder)
         self.adapters: dict[str, AdapterInfo] = {}

@@ -5,7 +5,8 @@ docs/operations.md lists every series; a test compares it with this file.
 """
 
 from collections import Counter as Multiset
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, TuckaError
 from tucka_runtime.messages import AdapterInfo, EngineInfo, EngineLoad, FinishReason, StepStats, Timing
 from tucka_runtime.server.metrics.adapters import AdapterMetrics
-from tucka_runtime.server.metrics.exposition import Family, Histogram, Series, Value
+from tucka_runtime.server.metrics.exposition import Family, Histogram, Value
 from tucka_runtime.server.metrics.vllm import Load, VLLMMetrics
 
 # Borders are those that objectives are set on: a share below one of them is exact.
@@ -28,79 +29,119 @@ CHANGES = (0, 1, 2, 5, 10, 20, 50, 100)
 STAGES = ("schedule", "batch", "route", "forward", "sample", "output")
 
 
+@dataclass(frozen=True)
+class Spec:
+    """A family of series, without the prefix `tucka_`. With `borders` it is a histogram."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    borders: tuple[float, ...] = ()
+
+
+def _counter(name: str, help: str, *labels: str) -> Spec:
+    return Spec(f"{name}_total", "counter", help, labels)
+
+
+def _gauge(name: str, help: str, *labels: str) -> Spec:
+    return Spec(name, "gauge", help, labels)
+
+
+def _histogram(name: str, help: str, borders: tuple[float, ...], *labels: str) -> Spec:
+    return Spec(name, "histogram", help, labels, borders)
+
+
+SPECS = (
+    _counter("http_requests", "HTTP requests answered", "route", "method", "code"),
+    _counter("requests", "sequences finished, by finish reason", "finish_reason"),
+    _counter("prompt_tokens", "prompt tokens of admitted requests"),
+    _counter("cached_prompt_tokens", "prompt tokens whose KV was reused"),
+    _counter("generation_tokens", "tokens generated"),
+    _histogram("time_to_first_token_seconds", "request's first bytes to first token sent", TTFT_SECONDS),
+    _histogram("inter_token_seconds", "between two tokens of a sequence", TOKEN_SECONDS),
+    _histogram("request_latency_seconds", "request's first bytes to last token sent", LATENCY_SECONDS),
+    _histogram("request_queue_seconds", "accepted by the engine to scheduled", TTFT_SECONDS),
+    _histogram("request_prefill_seconds", "scheduled to first token", TTFT_SECONDS),
+    _histogram("request_decode_seconds", "first token to last token", LATENCY_SECONDS),
+    _histogram("request_prompt_tokens", "prompt tokens of an admitted request", LENGTHS),
+    _histogram("request_generation_tokens", "tokens generated for a request", LENGTHS),
+    _histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES),
+    _gauge("requests_running", "sequences in the batch"),
+    _gauge("requests_waiting", "sequences accepted and not in the batch"),
+    _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device"),
+    _gauge("engine_up", "1 while the engine process serves"),
+    _counter("engine_restarts", "engine processes started after the first"),
+    _counter("steps", "forward passes"),
+    _counter("step_seconds", "time the engine spent, by stage", "stage"),
+    _counter("step_tokens", "tokens the engine computed, by kind", "kind"),
+    _histogram("step_duration_seconds", "one step, all stages", STEP_SECONDS),
+    _histogram("batch_tokens", "tokens in a step", POWERS),
+    _histogram("batch_sequences", "sequences in a step", POWERS[:10]),
+    _histogram("batch_adapters", "adapters in a step", (0, *POWERS[:8])),
+    _gauge("kv_blocks_used", "KV blocks in use"),
+    _gauge("kv_blocks", "KV blocks there are"),
+    _counter("preemptions", "sequences set back to make room"),
+    _gauge("adapters_loaded", "adapters loaded"),
+    _gauge("adapter_slots", "adapters that can be loaded"),
+    _histogram("load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"),
+    _counter("load_failures", "loads refused or failed, by the error's code", "code"),
+)
+LOAD_ERRORS: tuple[type[TuckaError], ...] = (
+    *AdapterError.__subclasses__(),
+    EngineDeadError,
+    InvalidRequestError,
+    TuckaError,
+)
+
+
 class Metrics:
     """All series. `model_name` is what requests call the base by."""
 
     def __init__(self, model_name: str = "base", max_adapters: int = 0, block_size: int = 0, vllm: bool = True):
-        self._families: dict[str, Family[Any]] = {}
-        self._processes = CollectorRegistry()
+        self._values: dict[str, Family[Value]] = {}
+        self._histograms: dict[str, Family[Histogram]] = {}
+        self._families: dict[str, Family[Any]] = {}  # all of them, in order
+        for spec in SPECS:
+            self._define(spec)
         self.adapters = AdapterMetrics(model_name)
         self._max_adapters, self._block_size = max_adapters, block_size
         self._in_flight: Multiset[str] = Multiset()  # sequences by model
         self._load: EngineLoad | None = None
         self._active: set[str] = set()  # adapters that had rows in the last step
         self._preemptions = self._restarts = 0
-        self._define_requests()
-        self._define_engine()
+        self._processes = CollectorRegistry()
         ProcessCollector(registry=self._processes)
         self._vllm = VLLMMetrics(model_name, self._families) if vllm else None
 
-    def _define_requests(self) -> None:
-        self._http_requests = self._counters("http_requests", "HTTP requests answered", "route", "method", "code")
-        self._requests = self._counters("requests", "sequences finished, by finish reason", "finish_reason")
-        for reason in FinishReason:
-            self._requests.labels(str(reason))
-        self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of admitted requests")
-        self._cached_tokens = self._counter("cached_prompt_tokens", "prompt tokens whose KV was reused")
-        self._generation_tokens = self._counter("generation_tokens", "tokens generated")
-        self._first_token = self._histogram(
-            "time_to_first_token_seconds", "request's first bytes to first token sent", TTFT_SECONDS
-        )
-        self._inter_token = self._histogram("inter_token_seconds", "between two tokens of a sequence", TOKEN_SECONDS)
-        self._latency = self._histogram(
-            "request_latency_seconds", "request's first bytes to last token sent", LATENCY_SECONDS
-        )
-        self._queue = self._histogram("request_queue_seconds", "accepted by the engine to scheduled", TTFT_SECONDS)
-        self._prefill = self._histogram("request_prefill_seconds", "scheduled to first token", TTFT_SECONDS)
-        self._decode = self._histogram("request_decode_seconds", "first token to last token", LATENCY_SECONDS)
-        self._prompt_length = self._histogram("request_prompt_tokens", "prompt tokens of an admitted request", LENGTHS)
-        self._answer_length = self._histogram("request_generation_tokens", "tokens generated for a request", LENGTHS)
-        self._changes = self._histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES)
-        self._running = self._gauge("requests_running", "sequences in the batch")
-        self._waiting = self._gauge("requests_waiting", "sequences accepted and not in the batch")
+    def _define(self, spec: Spec) -> None:
+        """Makes a family, and at once the series whose labels are known: a scrape shows them from the beginning."""
+        name, borders = f"tucka_{spec.name}", spec.borders
+        known: dict[str, Iterable[str]] = {
+            "requests_total": map(str, FinishReason),
+            "step_seconds_total": STAGES,
+            "step_tokens_total": ("prefill", "decode"),
+            "load_failures_total": (error.code or error.type for error in LOAD_ERRORS),
+        }
+        family: Family[Any]
+        if borders:
+            family = self._histograms[spec.name] = Family(
+                name, spec.kind, spec.help, spec.labels, lambda name, labels: Histogram(name, borders, labels)
+            )
+        else:
+            family = self._values[spec.name] = Family(name, spec.kind, spec.help, spec.labels, Value)
+        self._families[name] = family
+        for label in known.get(spec.name, () if spec.labels else ("",)):
+            family.labels(*([label] if spec.labels else []))
 
-    def _define_engine(self) -> None:
-        self._engine_info = self._family(
-            "engine_info", "gauge", "1; what is served", ("version", "type", "dtype", "device"), Value
-        )
-        self._engine_up = self._gauge("engine_up", "1 while the engine process serves")
-        self._engine_restarts = self._counter("engine_restarts", "engine processes started after the first")
-        self._steps = self._counter("steps", "forward passes")
-        stage_seconds = self._counters("step_seconds", "time the engine spent, by stage", "stage")
-        self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
-        tokens = self._counters("step_tokens", "tokens the engine computed, by kind", "kind")
-        self._prefilled, self._decoded = tokens.labels("prefill"), tokens.labels("decode")
-        self._step_duration = self._histogram("step_duration_seconds", "one step, all stages", STEP_SECONDS)
-        self._batch_tokens = self._histogram("batch_tokens", "tokens in a step", POWERS)
-        self._batch_sequences = self._histogram("batch_sequences", "sequences in a step", POWERS[:10])
-        self._batch_adapters = self._histogram("batch_adapters", "adapters in a step", (0, *POWERS[:8]))
-        self._kv_used = self._gauge("kv_blocks_used", "KV blocks in use")
-        self._kv_total = self._gauge("kv_blocks", "KV blocks there are")
-        self._preempted = self._counter("preemptions", "sequences set back to make room")
-        self._loaded = self._gauge("adapters_loaded", "adapters loaded")
-        self._slots = self._gauge("adapter_slots", "adapters that can be loaded")
-        self._load_seconds = self._histograms(
-            "load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"
-        )
-        self._load_failures = self._counters("load_failures", "loads refused or failed, by the error's code", "code")
-        errors: list[type[TuckaError]] = [
-            *AdapterError.__subclasses__(),
-            EngineDeadError,
-            InvalidRequestError,
-            TuckaError,
-        ]
-        for error in errors:
-            self._load_failures.labels(error.code or error.type)
+    def _inc(self, name: str, amount: float = 1, *labels: str) -> None:
+        self._values[f"{name}_total"].labels(*labels).inc(amount)
+
+    def _set(self, name: str, value: float, *labels: str) -> None:
+        self._values[name].labels(*labels).set(value)
+
+    def _observe(self, name: str, value: float, *labels: str) -> None:
+        self._histograms[name].labels(*labels).observe(value)
 
     def watch_engine(self, pid: Callable[[], int | None]) -> None:
         """Shows memory, CPU time and open files of the engine's process beside this one's."""
@@ -108,7 +149,7 @@ class Metrics:
 
     def answered(self, route: str, method: str, code: str) -> None:
         """An HTTP request got its answer."""
-        self._http_requests.labels(route, method, code).inc()
+        self._inc("http_requests", 1, route, method, code)
 
     # What happens to adapters.
 
@@ -116,11 +157,11 @@ class Metrics:
         """A name has got its content, new or again. `seconds` are the load's stages."""
         self.adapters.loaded(info, seconds)
         for stage, value in seconds.items():
-            self._load_seconds.labels(stage).observe(value)
+            self._observe("load_duration_seconds", value, stage)
 
     def adapter_refused(self, code: str) -> None:
         """A load failed; `code` is the error class's own, or its type."""
-        self._load_failures.labels(code).inc()
+        self._inc("load_failures", 1, code)
 
     def adapter_unloaded(self, name: str) -> None:
         """Deletes the adapter's series; what its last requests bring is not counted by name."""
@@ -130,47 +171,47 @@ class Metrics:
 
     def admitted(self, model: str, prompt_tokens: int, sequences: int) -> None:
         """A request was taken on; every one of its sequences ends in `finished`."""
-        self._prompt_tokens.inc(prompt_tokens)
-        self._prompt_length.observe(prompt_tokens)
+        self._inc("prompt_tokens", prompt_tokens)
+        self._observe("request_prompt_tokens", prompt_tokens)
         self._in_flight[model] += sequences
         self.adapters.admitted(model, prompt_tokens)
 
     def first_token(self, model: str, seconds: float, cached_tokens: int, timing: Timing | None) -> None:
         """A sequence's first token was sent `seconds` after the request's first bytes had come."""
-        self._first_token.observe(seconds)
-        self._cached_tokens.inc(cached_tokens)
+        self._observe("time_to_first_token_seconds", seconds)
+        self._inc("cached_prompt_tokens", cached_tokens)
         self.adapters.first_token(model, seconds)
         if timing is not None and timing.scheduled:
-            self._queue.observe(timing.scheduled - timing.arrived)
-            self._prefill.observe(timing.first_token - timing.scheduled)
+            self._observe("request_queue_seconds", timing.scheduled - timing.arrived)
+            self._observe("request_prefill_seconds", timing.first_token - timing.scheduled)
 
     def tokens(self, count: int) -> None:
         """A step brought a sequence so many tokens."""
-        self._generation_tokens.inc(count)
+        self._inc("generation_tokens", count)
 
     def waited(self, seconds: float, count: int) -> None:
         """A sequence's next `count` tokens were sent `seconds` after the ones before."""
         if count:
-            self._inter_token.observe(seconds / count)
+            self._observe("inter_token_seconds", seconds / count)
 
     def finished(self, model: str, reason: FinishReason, count: int = 1, route_changes: int | None = None) -> None:
         """`count` sequences ended. `route_changes` None: they had no route."""
-        self._requests.labels(str(reason)).inc(count)
+        self._inc("requests", count, str(reason))
         self._in_flight[model] -= count
         if self._in_flight[model] <= 0:
             del self._in_flight[model]
         if route_changes is not None:
-            self._changes.observe(route_changes)
+            self._observe("request_route_changes", route_changes)
         self.adapters.finished(model, reason, count, route_changes or 0)
 
     def decoded(self, seconds: float) -> None:
         """A sequence's tokens after the first took so long."""
-        self._decode.observe(seconds)
+        self._observe("request_decode_seconds", seconds)
 
     def closed(self, model: str, seconds: float, generated: int, failed: bool) -> None:
         """A request ended, `seconds` after its first bytes had come."""
-        self._latency.observe(seconds)
-        self._answer_length.observe(generated)
+        self._observe("request_latency_seconds", seconds)
+        self._observe("request_generation_tokens", generated)
         self.adapters.closed(model, seconds, generated, failed)
 
     # What the engine tells.
@@ -184,23 +225,23 @@ class Metrics:
         """Takes the figures of one engine step, and what the engine holds after it."""
         self._load = load
         self._active = {key.name for key in stats.adapters} if load.running else set()
-        self._steps.inc()
+        self._inc("steps")
         duration = 0.0
-        for stage, counter in self._stages.items():
+        for stage in STAGES:
             seconds = getattr(stats, stage)
             duration += seconds
-            counter.inc(max(seconds, 0.0))
-        self._step_duration.observe(duration)
-        self._prefilled.inc(stats.prefill_tokens)
-        self._decoded.inc(stats.decode_tokens)
-        self._batch_tokens.observe(stats.prefill_tokens + stats.decode_tokens)
-        self._batch_sequences.observe(stats.sequences)
-        self._batch_adapters.observe(len(stats.adapters))
+            self._inc("step_seconds", max(seconds, 0.0), stage)
+        self._observe("step_duration_seconds", duration)
+        self._inc("step_tokens", stats.prefill_tokens, "prefill")
+        self._inc("step_tokens", stats.decode_tokens, "decode")
+        self._observe("batch_tokens", stats.prefill_tokens + stats.decode_tokens)
+        self._observe("batch_sequences", stats.sequences)
+        self._observe("batch_adapters", len(stats.adapters))
         for key, route in stats.routes:
             self.adapters.routed(key, route)
         # The engine counts from its own start: a smaller number is a new engine's.
         new = load.preemptions - self._preemptions
-        self._preempted.inc(new if new >= 0 else load.preemptions)
+        self._inc("preemptions", new if new >= 0 else load.preemptions)
         self._preemptions = load.preemptions
 
     def render(self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "") -> bytes:
@@ -212,17 +253,17 @@ class Metrics:
             running, waiting, used, blocks = held.running, held.waiting, held.blocks_used, held.blocks_total
         elif info is not None and self._block_size:
             blocks = info.kv_cache_tokens // self._block_size
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._kv_used.set(used)
-        self._kv_total.set(blocks)
-        self._engine_up.set(up)
-        self._engine_restarts.inc(restarts - self._restarts)
+        self._set("requests_running", running)
+        self._set("requests_waiting", waiting)
+        self._set("kv_blocks_used", used)
+        self._set("kv_blocks", blocks)
+        self._set("engine_up", up)
+        self._inc("engine_restarts", restarts - self._restarts)
         self._restarts = restarts
-        self._loaded.set(len(self.adapters))
-        self._slots.set(self._max_adapters)
+        self._set("adapters_loaded", len(self.adapters))
+        self._set("adapter_slots", self._max_adapters)
         if info is not None:
-            self._engine_info.labels(version, info.model_type, info.dtype, info.device).set(1)
+            self._set("engine_info", 1, version, info.model_type, info.dtype, info.device)
         own = "".join([family.render() for family in self._families.values()])
         parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
         if self._vllm is not None:
@@ -241,25 +282,3 @@ class Metrics:
             )
             parts.append(self._vllm.render(load))
         return b"".join(parts)
-
-    def _family(
-        self, name: str, kind: str, help: str, labels: tuple[str, ...], make: Callable[[str, str], Series]
-    ) -> Family[Series]:
-        family = Family(f"tucka_{name}", kind, help, labels, make)
-        self._families[f"tucka_{name}"] = family
-        return family
-
-    def _counters(self, name: str, help: str, *labels: str) -> Family[Value]:
-        return self._family(f"{name}_total", "counter", help, labels, Value)
-
-    def _counter(self, name: str, help: str) -> Value:
-        return self._counters(name, help).labels()
-
-    def _gauge(self, name: str, help: str) -> Value:
-        return self._family(name, "gauge", help, (), Value).labels()
-
-    def _histograms(self, name: str, help: str, bounds: tuple[float, ...], *labels: str) -> Family[Histogram]:
-        return self._family(name, "histogram", help, labels, lambda name, text: Histogram(name, bounds, text))
-
-    def _histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
-        return self._histograms(name, help, bounds).labels()
