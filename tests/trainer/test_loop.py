@@ -305,8 +305,8 @@ def test_publish_loads_the_adapter_into_a_server(workplace, capsys):
     path, body, key = seen[0]
     assert path == "/v1/load_lora_adapter" and key == "Bearer k"
     assert body == {"lora_name": "out", "lora_path": str((workplace / "out").resolve())}
-    for said in ("The name is taken.", "taken"):  # our own error body, and another's
+    for said in ("The name is taken.", "The server answered 409 Conflict."):  # our own error body, and another's
         assert train(workplace, *flags, "--name", "again") == 2
-        assert capsys.readouterr().err.endswith(f"refused it (409): {said}\n")
+        assert capsys.readouterr().err.endswith(f"but it was not published: {said}\n")
     server.shutdown()
     assert train(workplace, "--steps", "1", "--overwrite", "--publish", "http://127.0.0.1:9") == 2

@@ -1,18 +1,22 @@
 """`tucka train`: a JSONL file and a base model in, an adapter out."""
 
 import argparse
-import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tucka_runtime.client import KEY_VARIABLES, Client
 from tucka_runtime.embedded import FOLDER
 from tucka_runtime.errors import ConfigError, TuckaError
+
+if TYPE_CHECKING:
+    from tucka_runtime.trainer.adapter import AdapterSettings
+    from tucka_runtime.trainer.evaluate import Evaluation
+    from tucka_runtime.trainer.loop import Loop, LoopConfig
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -91,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     a("--seed", type=int, default=0, help=f"of initialisation, order and held-out share {d}")
     a("--publish", metavar="URL", help="load the adapter into this running server afterwards (default: no server)")
     a("--name", help="name to publish under (default: the name of --out)")
-    a("--api-key", help="key for --publish (default: none)")
+    a("--api-key", help=f"key for --publish (default: {' or '.join(KEY_VARIABLES)})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,6 +129,39 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     folder = args.model or FOLDER / "base"
+    _check(args, folder)
+    from tucka_runtime.trainer.adapter import manifest, trainable_parameters, write
+    from tucka_runtime.trainer.plot import figure
+
+    started = time.monotonic()
+    settings, config = _settings(args)
+    job = _prepare(args, folder, settings, config)
+    loop = job.loop
+    if args.resume:
+        loop.resume(args.out / CHECKPOINT)
+        print(f"continuing after step {loop.step}")
+    loop.progress, close = _bar(loop.config.steps, loop.step)
+    try:
+        history = loop.run()
+    finally:
+        close()
+    result = loop.evaluate() if loop.held else None
+    training = manifest(
+        settings, loop.config, history, result, base_name=folder.name, base_fingerprint=job.fingerprint,
+        data=_source(args.data, loop), parameters=trainable_parameters(loop.model), router=loop.router,
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+    write(loop.model, args.out, folder.name, training)
+    figure(history, result, args.out / "training.png", f"{args.method} · {args.data.name} · {len(history.loss)} steps")
+    if result:
+        _tell(result)
+    print(f"written to {args.out}")
+    if args.publish:
+        publish(args.publish, args.name or args.out.resolve().name, args.out, args.api_key)
+
+
+def _check(args: argparse.Namespace, folder: Path) -> None:
+    """Raises ConfigError for what is wrong at first sight: the model takes seconds to load."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: --model must be the folder of a Hugging Face model.")
     for path in filter(None, (args.data, args.eval_data)):
@@ -134,23 +171,12 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError("--eval-fraction must be from 0 to below 1")
     _check_out(args.out, args.resume, args.overwrite)
 
-    from tucka_runtime.models.weights import fingerprint
-    from tucka_runtime.trainer import data
-    from tucka_runtime.trainer.adapter import (
-        AdapterSettings,
-        attach,
-        digest,
-        manifest,
-        router_of,
-        seed_all,
-        trainable_parameters,
-        write,
-    )  # fmt: skip
-    from tucka_runtime.trainer.base_model import choose_device, load_model, load_tokenizer
-    from tucka_runtime.trainer.loop import Loop, LoopConfig
-    from tucka_runtime.trainer.plot import figure
 
-    started = time.monotonic()
+def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
+    """What the flags say of the adapter and of the loop, whose steps are known once the data is read."""
+    from tucka_runtime.trainer.adapter import AdapterSettings
+    from tucka_runtime.trainer.loop import LoopConfig
+
     alpha = args.alpha if args.alpha is not None else 2.0 * args.r if args.method == "lora" else 64.0
     settings = AdapterSettings(
         method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=alpha,
@@ -162,50 +188,57 @@ def _run(args: argparse.Namespace) -> None:
         weight_decay=args.weight_decay, route_batch=args.route_batch, eval_every=args.eval_every or 1,
         patience=args.patience, checkpoint_every=args.checkpoint_every, seed=args.seed,
     )  # fmt: skip
+    return settings, config
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A loop that is ready to run, and the identity of its base."""
+
+    loop: "Loop"
+    fingerprint: str
+
+
+def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings", config: "LoopConfig") -> _Job:
+    """Reads the data, then the model. Raises ConfigError."""
+    from tucka_runtime.models.weights import fingerprint
+    from tucka_runtime.trainer import data
+    from tucka_runtime.trainer.adapter import attach, router_of, seed_all, trainable_parameters
+    from tucka_runtime.trainer.base_model import choose_device, load_model, load_tokenizer
+    from tucka_runtime.trainer.loop import Loop
+
     device, identity, tokenizer = choose_device(args.device), fingerprint(folder), load_tokenizer(folder)
-    examples = data.load(args.data, tokenizer, args.max_length)
+    train = data.load(args.data, tokenizer, args.max_length)
     if args.eval_data:
-        train, held = examples, data.load(args.eval_data, tokenizer, args.max_length)
+        held = data.load(args.eval_data, tokenizer, args.max_length)
     else:
-        train, held = data.split(examples, args.eval_fraction, args.seed)
+        train, held = data.split(train, args.eval_fraction, args.seed)
     per_step = args.batch_size * args.accumulate
     steps = args.steps or max(1, round(args.epochs * len(train) / per_step))
     config = replace(config, steps=steps, eval_every=args.eval_every or max(1, steps // 10))
     model = attach(load_model(folder, args.dtype, device), settings, args.seed)
-    router = router_of(model)
     seed_all(args.seed)
     print(
         f"{args.method}: {trainable_parameters(model):,} trainable parameters; {len(train)} examples to train on, "
         f"{len(held)} held out; {steps} steps of {per_step}"
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    loop = Loop(model, train, held, config, pad=pad, device=device, router=router, folder=args.out)
-    if args.resume:
-        loop.resume(args.out / CHECKPOINT)
-        print(f"continuing after step {loop.step}")
-    loop.progress, close = _bar(steps, loop.step)
-    try:
-        history = loop.run()
-    finally:
-        close()
-    result = loop.evaluate() if held else None
-    source = {"file": args.data.name, "sha256": digest(args.data.read_bytes())}
-    source |= {"train": len(train), "held_out": len(held)}
-    training = manifest(
-        settings, config, history, result, base_name=folder.name, base_fingerprint=identity,
-        data=source,
-        parameters=trainable_parameters(model), router=router, seconds=time.monotonic() - started,
-    )  # fmt: skip
-    write(model, args.out, folder.name, training)
-    figure(history, result, args.out / "training.png", f"{args.method} · {args.data.name} · {len(history.loss)} steps")
-    if result:
-        print(f"held out: loss {result.loss:.4f}, exact match {result.exact:.3f}")
-        for task, value in result.by_task.items():
-            groups = f"   groups {result.groups[task]}" if result.groups else ""
-            print(f"  {task:<16} {value:.3f}{groups}")
-    print(f"written to {args.out}")
-    if args.publish:
-        publish(args.publish, args.name or args.out.resolve().name, args.out, args.api_key)
+    loop = Loop(model, train, held, config, pad=pad, device=device, router=router_of(model), folder=args.out)
+    return _Job(loop, identity)
+
+
+def _source(path: Path, loop: "Loop") -> dict[str, object]:
+    from tucka_runtime.trainer.adapter import digest
+
+    counts = {"train": len(loop.train), "held_out": len(loop.held)}
+    return {"file": path.name, "sha256": digest(path.read_bytes()), **counts}
+
+
+def _tell(result: "Evaluation") -> None:
+    print(f"held out: loss {result.loss:.4f}, exact match {result.exact:.3f}")
+    for task, value in result.by_task.items():
+        groups = f"   groups {result.groups[task]}" if result.groups else ""
+        print(f"  {task:<16} {value:.3f}{groups}")
 
 
 def _bar(steps: int, done: int) -> tuple[Callable[[int, float, list[int]], None], Callable[[], None]]:
@@ -225,30 +258,12 @@ def _bar(steps: int, done: int) -> tuple[Callable[[int, float, list[int]], None]
 
 
 def publish(url: str, name: str, folder: Path, api_key: str | None) -> None:
-    """POST /v1/load_lora_adapter. Raises ConfigError with the server's answer when it refuses."""
-    body = json.dumps({"lora_name": name, "lora_path": str(folder.resolve())}).encode()
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/load_lora_adapter", data=body, method="POST")
-    request.add_header("Content-Type", "application/json")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
+    """Loads the adapter into a running server. Raises ConfigError with the server's answer when it refuses."""
     try:
-        with urllib.request.urlopen(request, timeout=60):
-            print(f"published as {name!r} at {url}")
-    except urllib.error.HTTPError as error:
-        raise ConfigError(
-            f"The adapter is in {folder}, but the server refused it ({error.code}): {_said(error)}"
-        ) from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise ConfigError(f"The adapter is in {folder}, but {url} cannot be reached: {error}") from error
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    """The message in a server's answer; of one that is not ours, its beginning."""
-    answer = error.read().decode(errors="replace")
-    try:
-        return str(json.loads(answer)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return answer[:300] or error.reason
+        Client(url, api_key).post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+    except TuckaError as error:
+        raise ConfigError(f"The adapter is in {folder}, but it was not published: {error.message}") from error
+    print(f"published as {name!r} at {url}")
 
 
 def main() -> int:
