@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tucka_runtime.loadtest.client import Client
+from tucka_runtime.loadtest.client import LoadClient
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.settings import Settings
 from tucka_runtime.loadtest.workload import WORDS
@@ -34,7 +34,7 @@ TIE = 0.5  # nats between the best and the second token: a few units in the last
 class Canaries:
     """References, then verdicts. A canary's `index` is the number of its prompt."""
 
-    def __init__(self, settings: Settings, client: Client) -> None:
+    def __init__(self, settings: Settings, client: LoadClient) -> None:
         self.client, self.tokens = client, settings.canary_tokens
         rng = random.Random(f"{settings.seed}/canaries")
         drawn = [" ".join(rng.choices(WORDS, k=12)) for _ in range(2)]
@@ -129,7 +129,7 @@ def tied(reference: Record, record: Record) -> bool:
 
 
 def passed(results: Iterable[dict[str, Any]]) -> bool:
-    """No canary answered as another adapter or with old weights; in request scope none changed either."""
+    """Whether no canary was answered as another adapter or with old weights; in request scope none changed either."""
     for result in results:
         bad = {"leaked", "stale"} | ({"changed"} if result["route_request"] else set())
         if any(result["outcomes"].get(name) for name in bad):

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.loadtest.client import Client, ModelCard
+from tucka_runtime.loadtest.client import LoadClient, ModelCard
 from tucka_runtime.loadtest.record import Record
 
 DRAIN_INTERVAL = 0.01  # seconds between looks at whether an adapter's requests are answered
 
 
 @dataclass
-class Adapter:
+class ChurnedAdapter:
     """One adapter under churn. `generation` counts its loads. `absent` are the times when it was away; `swapped` those
     of reloads in place, during which it must answer, either as before or as after."""
 
@@ -39,19 +39,19 @@ class Adapter:
         return self.paths[self.generation % len(self.paths)]
 
 
-def adapters(given: Iterable[str], cards: Iterable[ModelCard], in_use: Iterable[str]) -> list[Adapter]:
-    """From NAME=PATH[,PATH] flags; without them, every adapter in use whose path /v1/models tells."""
+def adapters(given: Iterable[str], cards: Iterable[ModelCard], in_use: Iterable[str]) -> list[ChurnedAdapter]:
+    """The adapters that NAME=PATH[,PATH] flags name; without flags, all in use whose path /v1/models tells."""
     pool = []
     for item in given:
         name, _, paths = item.partition("=")
         if not name or not all(paths.split(",")):
             raise ConfigError("--churn-adapter must be NAME=PATH or NAME=PATH,PATH")
-        pool.append(Adapter(name, tuple(paths.split(","))))
+        pool.append(ChurnedAdapter(name, tuple(paths.split(","))))
     if not pool:
         cards = list(cards)
         bases = {c.name for c in cards if c.parent is None} | {c.root for c in cards if c.parent is None}
         roots = {c.name: c.root for c in cards if c.parent is not None and c.root and c.root not in bases}
-        pool = [Adapter(name, (str(roots[name]),)) for name in in_use if name in roots]
+        pool = [ChurnedAdapter(name, (str(roots[name]),)) for name in in_use if name in roots]
     if not pool:
         raise ConfigError("--churn-rate needs --churn-adapter NAME=PATH: /v1/models does not tell the adapters' paths")
     return pool
@@ -62,8 +62,8 @@ class Churn:
 
     def __init__(
         self,
-        client: Client,
-        pool: list[Adapter],
+        client: LoadClient,
+        pool: list[ChurnedAdapter],
         rate: float,
         inplace: bool,
         drain: bool,
@@ -106,7 +106,7 @@ class Churn:
             if not until.is_set():
                 await self.change(self.rng.choice(list(self.pool.values())))
 
-    async def change(self, adapter: Adapter) -> None:
+    async def change(self, adapter: ChurnedAdapter) -> None:
         away = sum(not a.loaded for a in self.pool.values())
         if not adapter.loaded:
             await self.load(adapter, "load")
@@ -118,7 +118,7 @@ class Churn:
             await self.unload(adapter, "reload")
             await self.load(adapter, "reload")
 
-    async def unload(self, adapter: Adapter, action: str) -> None:
+    async def unload(self, adapter: ChurnedAdapter, action: str) -> None:
         adapter.steady = False
         while self.drain and self.client.running[adapter.name]:
             await asyncio.sleep(DRAIN_INTERVAL)
@@ -130,19 +130,19 @@ class Churn:
         else:
             self.settle(adapter)
 
-    def settle(self, adapter: Adapter) -> None:
+    def settle(self, adapter: ChurnedAdapter) -> None:
         adapter.steady = True
         if adapter.absent:
             adapter.absent[-1] = (adapter.absent[-1][0], self.client.clock())
 
-    async def load(self, adapter: Adapter, action: str) -> None:
+    async def load(self, adapter: ChurnedAdapter, action: str) -> None:
         adapter.generation += 1
         if await self.tell(action, "load", adapter):
             adapter.loaded = True
             self.settle(adapter)
             self.announce(adapter)
 
-    async def swap(self, adapter: Adapter) -> None:
+    async def swap(self, adapter: ChurnedAdapter) -> None:
         """The next path under the same name, which stays there. What is sent from now on is compared to no answer but
         the old or the new one; after the server's 200 only to the new."""
         adapter.swapped.append((self.client.clock(), math.inf))
@@ -154,12 +154,12 @@ class Churn:
         else:
             adapter.generation -= 1
 
-    def announce(self, adapter: Adapter) -> None:
+    def announce(self, adapter: ChurnedAdapter) -> None:
         task = asyncio.create_task(self.on_loaded(adapter.name))
         self.callbacks.add(task)
         task.add_done_callback(self.callbacks.discard)
 
-    async def tell(self, action: str, call: str, adapter: Adapter, inplace: bool = False) -> bool:
+    async def tell(self, action: str, call: str, adapter: ChurnedAdapter, inplace: bool = False) -> bool:
         at = self.client.clock()
         path = adapter.path if call == "load" else None
         status, detail = await self.client.adapter(call, adapter.name, path, inplace)

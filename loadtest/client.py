@@ -18,7 +18,7 @@ import aiohttp
 
 from tucka_runtime.client import client_key, server_address
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.loadtest.record import Record, Token
+from tucka_runtime.loadtest.record import Record, StreamedToken
 from tucka_runtime.loadtest.settings import Settings
 
 
@@ -35,7 +35,7 @@ class ModelCard:
     root: str | None
 
 
-class EventStream:
+class EventReader:
     """Cuts bytes into the data of server-sent events (WHATWG HTML, section 9.2: data, comments, all line endings)."""
 
     def __init__(self) -> None:
@@ -57,8 +57,9 @@ class EventStream:
         return found
 
 
-def read_logprobs(logprobs: dict[str, Any]) -> list[Token]:
-    """From either endpoint's form. A token whose runner-up is not told has none, infinitely far away."""
+def read_logprobs(logprobs: dict[str, Any]) -> list[StreamedToken]:
+    """Reads choices out of either endpoint's form. A token whose runner-up is not told has none, infinitely far
+    away."""
     if "content" in logprobs:
         chosen = [(t["token"], t["logprob"]) for t in logprobs["content"] or ()]
         ranked = [{top["token"]: top["logprob"] for top in t["top_logprobs"]} for t in logprobs["content"] or ()]
@@ -69,7 +70,7 @@ def read_logprobs(logprobs: dict[str, Any]) -> list[Token]:
     for (text, value), tops in zip(chosen, ranked, strict=True):
         others = {other: p for other, p in tops.items() if other != text}
         second = max(others, key=others.__getitem__, default=None)
-        found.append(Token(text, second, math.inf if second is None else value - others[second]))
+        found.append(StreamedToken(text, second, math.inf if second is None else value - others[second]))
     return found
 
 
@@ -83,7 +84,7 @@ def error_message(body: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:300])
 
 
-class Client:
+class LoadClient:
     """Use it as an async context manager. `clock` gives seconds since the run began; set it anew for each run."""
 
     def __init__(self, settings: Settings) -> None:
@@ -102,7 +103,7 @@ class Client:
         self.running: Counter[str] = Counter()  # requests on their way, by model
         self.session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> "Client":
+    async def __aenter__(self) -> "LoadClient":
         # no limit of connections here: whoever caps concurrency does it visibly, in the runner
         # idle connections are dropped before uvicorn drops them (after 5 s): a request must not meet a closing one
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
@@ -141,7 +142,9 @@ class Client:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return 0, type(error).__name__
 
-    def body(self, model: str, prompt: str | list[dict[str, Any]], max_tokens: int, temperature: float) -> dict:
+    def body(
+        self, model: str, prompt: str | list[dict[str, Any]], max_tokens: int, temperature: float
+    ) -> dict[str, Any]:
         content: dict[str, Any] = {"prompt": prompt}
         if self.chat:
             content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
@@ -177,7 +180,7 @@ class Client:
         return record
 
     async def _read(self, response: aiohttp.ClientResponse, record: Record) -> None:
-        stream, parts, done = EventStream(), [], False
+        stream, parts, done = EventReader(), [], False
         async for chunk in response.content.iter_any():
             arrived = self.clock()
             for data in stream.feed(chunk):

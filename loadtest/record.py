@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class StreamedToken:
     """What was chosen, what would have been next, and by how many nats the first was better."""
 
     text: str
@@ -40,7 +40,7 @@ class Record:
     expected: str | None = None
     correct: bool | None = None
     generation: int = 0
-    tokens: list[Token] | None = None  # where log-probabilities were asked for
+    tokens: list[StreamedToken] | None = None  # where log-probabilities were asked for
 
     @property
     def ok(self) -> bool:

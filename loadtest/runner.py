@@ -10,8 +10,8 @@ from typing import Any
 
 from tucka_runtime.loadtest import score
 from tucka_runtime.loadtest.canary import Canaries
-from tucka_runtime.loadtest.churn import Adapter, Churn
-from tucka_runtime.loadtest.client import Client
+from tucka_runtime.loadtest.churn import Churn, ChurnedAdapter
+from tucka_runtime.loadtest.client import LoadClient
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.saturation import ClientWatch
 from tucka_runtime.loadtest.settings import Settings
@@ -46,10 +46,10 @@ class Run:
     def __init__(
         self,
         settings: Settings,
-        client: Client,
+        client: LoadClient,
         workload: Workload,
         canaries: Canaries | None = None,
-        churn_pool: list[Adapter] | None = None,
+        churn_pool: list[ChurnedAdapter] | None = None,
         to_base: str | None = None,
     ) -> None:
         self.settings, self.client, self.workload, self.canaries = settings, client, workload, canaries
@@ -118,7 +118,7 @@ class Run:
                 await asyncio.wait_for(self.stop.wait(), seconds)
 
     async def converse(self, conversation: Conversation) -> bool:
-        """All turns; the first failure ends it. Whether all that was sent was answered."""
+        """Sends all turns; the first failure ends it. Returns whether all that was sent was answered."""
         conversation = self.redirected(conversation)
         model = self.to_base or conversation.model
         history: list[dict[str, Any]] = []

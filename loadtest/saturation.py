@@ -52,7 +52,7 @@ def verdict(
     ttfts: Sequence[float],
     capped: bool,
 ) -> dict[str, Any]:
-    """All in seconds. `send_lags`: actual start minus planned start, open loop only. `mean_gap`: mean planned gap
+    """Lags, all in seconds. `send_lags`: actual start minus planned start, open loop only. `mean_gap`: mean planned gap
     between starts. `capped`: --concurrency holds an open loop back, so late sends are what was asked for."""
     loop = {p: stats.percentile(loop_lags, p) if loop_lags else 0.0 for p in LOOP_FLOOR}
     send_p99 = stats.percentile(send_lags, 99) if send_lags else None

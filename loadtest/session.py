@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest import churn
 from tucka_runtime.loadtest.canary import Canaries
-from tucka_runtime.loadtest.client import Client, ModelCard, ServerError
+from tucka_runtime.loadtest.client import LoadClient, ModelCard, ServerError
 from tucka_runtime.loadtest.progress import Progress
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.runner import Run, RunResult
@@ -56,7 +56,7 @@ class Session:
 
     async def execute(self) -> SessionResult:
         settings = self.settings
-        async with Client(settings) as client:
+        async with LoadClient(settings) as client:
             cards = await client.models()
             models, base = choose_models(settings, cards)
             result = SessionResult(settings, models, base)
@@ -74,7 +74,12 @@ class Session:
         return result
 
     async def repeat(
-        self, client: Client, result: SessionResult, scale: TokenScale, pool: list[churn.Adapter], repeat: int
+        self,
+        client: LoadClient,
+        result: SessionResult,
+        scale: TokenScale,
+        pool: list[churn.ChurnedAdapter],
+        repeat: int,
     ) -> None:
         """One run, or a pair: adapters first in even repeats, the base first in odd ones."""
         settings = replace(self.settings, seed=self.settings.seed + repeat)
@@ -88,7 +93,7 @@ class Session:
             async with Progress(run, title, settings.quiet):
                 (result.base_runs if to_base else result.runs).append(await run.execute())
 
-    async def measure_tokens(self, client: Client, model: str, result: SessionResult) -> TokenScale:
+    async def measure_tokens(self, client: LoadClient, model: str, result: SessionResult) -> TokenScale:
         """How many tokens the server makes of words. It is also the first test that it answers at all."""
         counts = []
         few, many = 4, 16  # short: a small model's context must hold them, whatever its tokenizer
@@ -105,7 +110,9 @@ class Session:
         per_word = (most - least) / (many - few)
         return TokenScale(least - few * per_word, per_word)
 
-    async def record_references(self, client: Client, result: SessionResult, pool: list[churn.Adapter]) -> None:
+    async def record_references(
+        self, client: LoadClient, result: SessionResult, pool: list[churn.ChurnedAdapter]
+    ) -> None:
         """Each canaried model alone, the base too; an adapter under churn once from each of its paths."""
         assert result.canaries is not None
         churned = {adapter.name: adapter for adapter in pool}
@@ -117,7 +124,7 @@ class Session:
                     await self.put(client, name, path)
                 result.prepared += await result.canaries.record_references(name, path)
 
-    async def put(self, client: Client, name: str, path: str) -> None:
+    async def put(self, client: LoadClient, name: str, path: str) -> None:
         """Loads, whether the name is there or not. Nothing is unloaded before its path has been looked at, so that a
         wrong one leaves the server as it was: that is what the load in place is for. vLLM goes on reading an adapter
         that was loaded in place from disk, at every step (0.32), so it is loaded once more without."""
@@ -130,7 +137,7 @@ class Session:
         if not 200 <= status < 300:
             raise ServerError(f"{name} could not be loaded from its path before the test (status {status}): {detail}")
 
-    async def warm_up(self, client: Client, workload: Workload, result: SessionResult) -> None:
+    async def warm_up(self, client: LoadClient, workload: Workload, result: SessionResult) -> None:
         for index in range(self.settings.warmup):
             conversation = workload.conversation(-1 - index) if not workload.trace else workload.conversation(0)
             turn = conversation.turns[0]

@@ -33,7 +33,7 @@ from torch.nn.functional import linear  # noqa: E402
 
 from tucka_runtime import LLM, SamplingParams  # noqa: E402
 from tucka_runtime.adapters.base_layout import BaseLayout  # noqa: E402
-from tucka_runtime.adapters.format import TuckAConfig, write_adapter  # noqa: E402
+from tucka_runtime.adapters.format import TuckASpec, write_adapter  # noqa: E402
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -76,7 +76,7 @@ def make_model(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> None:
 def make_adapter(folder: Path, layout: BaseLayout, targets: list[str], rank: int, seed: int) -> None:
     """A random TuckA adapter of k = 4 groups, t = 3 experts, p = 2 slices."""
     generator = torch.Generator().manual_seed(seed)
-    config = TuckAConfig(r=rank, k=4, t=3, p=2, alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    config = TuckASpec(r=rank, k=4, t=3, p=2, alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     tensors: dict[str, torch.Tensor] = {}
     for path, (d_in, _) in layout.linears.items():
         if path.rsplit(".", 1)[-1] in targets:

@@ -49,7 +49,8 @@ class Client:
         try:
             request = urllib.request.Request(self._url + path, data, headers, method=method)
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-                return answer.read()
+                read: bytes = answer.read()
+                return read
         except urllib.error.HTTPError as error:
             raise TuckaError(self._message(error)) from None
         except (urllib.error.URLError, OSError, ValueError) as error:

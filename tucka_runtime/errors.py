@@ -93,7 +93,7 @@ class AdapterConflictError(AdapterError):
 
 
 class AdapterCapacityError(AdapterError):
-    """No room for another adapter while all loaded ones are in use."""
+    """There is no room for another adapter while all loaded ones are in use."""
 
     status = 503
     type = "server_error"

@@ -24,7 +24,7 @@ def grammar(schema: str) -> str:
     )
 
 
-# llguidance's messages repeat what the schema says; ours do not. By how its begin:
+# llguidance's messages repeat what the schema says; ours do not. They are found by how llguidance's begin:
 REASONS = {
     "Invalid type": "a `type` is none of JSON Schema's",
     "Unimplemented keys": "it has keywords that are not supported",

@@ -93,7 +93,7 @@ class LLM:
         return info
 
     def unload_adapter(self, name: str) -> None:
-        """Unknown names are nothing to do."""
+        """Forgets a name. An unknown one is nothing to do."""
         if (old := self.adapters.pop(name, None)) is not None:
             self.engine.unload_adapter(old.key)
 
@@ -111,7 +111,7 @@ class LLM:
         by default what the adapter was trained for, else "batch". Raises InvalidRequestError for a prompt that cannot
         be read or does not fit, ModelNotFoundError for an unknown adapter.
         """
-        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        listed: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         ids = [self._ids(prompt, True) for prompt in listed]
         return self._run(ids, sampling, adapter, route, n)
 

@@ -14,7 +14,7 @@ from tucka_runtime.errors import TuckaError
 
 
 class RouteScope(StrEnum):
-    """Over which tokens a TuckA adapter's route is computed (docs/architecture.md, "Route scope")."""
+    """The tokens over which a TuckA adapter's route is computed (docs/architecture.md, "Route scope")."""
 
     BATCH = "batch"  # one route per adapter and forward pass: the paper's
     REQUEST = "request"  # one route per request, from its whole prompt, kept while decoding
@@ -71,7 +71,7 @@ class SamplingParams:
 
     @property
     def least_tokens(self) -> int:
-        """No answer ends with fewer: `min_tokens`, unless a schema says when it is complete."""
+        """The number of tokens that no answer ends before: `min_tokens`, unless a schema says when it is complete."""
         return self.min_tokens if self.json_schema is None else 0
 
     @property

@@ -61,10 +61,11 @@ class Tokenizer:
         return render_chat(self.chat_template, self.special_tokens, messages)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     @cached_property
     def longest_token(self) -> int:
@@ -73,7 +74,7 @@ class Tokenizer:
 
     @property
     def serialised(self) -> str:
-        """All of it as the text of a tokenizer.json."""
+        """The whole tokenizer as the text of a tokenizer.json."""
         return str(self._backend.to_str())
 
     def is_special(self, token_id: int) -> bool:
@@ -81,7 +82,8 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """The token as the files spell it; None if there is none of that id."""
-        return self._backend.id_to_token(token_id)
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a running text; empty for an id that the tokenizer does not know."""
@@ -91,7 +93,7 @@ class Tokenizer:
         return found
 
     def _find_bytes(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id)
+        token = self.token(token_id)
         if token is None:
             return b""
         if self._byte_level:
@@ -102,22 +104,22 @@ class Tokenizer:
         if token_id in self._special:
             return token.encode()
         # Decoders strip the space that begins a text, so the token is decoded behind another one.
-        before = self._backend.decode([self._anchor], skip_special_tokens=False)
-        both = self._backend.decode([self._anchor, token_id], skip_special_tokens=False)
+        before = self.decode([self._anchor], skip_special_tokens=False)
+        both = self.decode([self._anchor, token_id], skip_special_tokens=False)
         return both[len(before) :].encode()
 
     @cached_property
     def _anchor(self) -> int:
-        return self._backend.encode("a", add_special_tokens=False).ids[-1]
+        return self.encode("a", add_special_tokens=False)[-1]
 
 
 def render_chat(template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:
     """The prompt that a chat template, in transformers' sandbox, makes of a conversation."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered = render_jinja_template(
-        [list(messages)], chat_template=template, add_generation_prompt=True, **special_tokens
-    )
+    conversations: Any = [list(messages)]
+    variables: dict[str, Any] = dict(special_tokens)
+    rendered = render_jinja_template(conversations, chat_template=template, add_generation_prompt=True, **variables)
     return rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
 
 

@@ -14,8 +14,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from tucka_runtime.kernels.bench import chain, check, compiled, model
-from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Sweep
-from tucka_runtime.kernels.bench.timing import Result, measure, table
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
+from tucka_runtime.kernels.bench.timing import Timed, measure, table
 from tucka_runtime.kernels.dispatch import choose
 
 HELP = """\
@@ -95,11 +95,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def sweep(args: argparse.Namespace, device: torch.device) -> Sweep:
+def sweep(args: argparse.Namespace, device: torch.device) -> Measurement:
     """What the command line asks to be measured."""
     small = args.quick
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    return Sweep(
+    return Measurement(
         shape=TINY if small else LLAMA3_8B,
         rows=args.rows or ((1, 8) if small else (1, 8, 32, 64, 128, 256)),
         adapters=args.adapters or ((1, 8) if small else (1, 8, 32, 64)),
@@ -117,7 +117,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(op: str, what: Sweep, skip_tests: bool, configurations: bool) -> list[Result]:
+def run(op: str, what: Measurement, skip_tests: bool, configurations: bool) -> list[Timed]:
     """Times one op, or its configurations, or says why not."""
     if configurations and op not in SWEPT:
         say(f"{op} has no configurations to choose from; those that have: {', '.join(SWEPT)}")
@@ -142,7 +142,7 @@ def run(op: str, what: Sweep, skip_tests: bool, configurations: bool) -> list[Re
     return found
 
 
-def environment(what: Sweep) -> dict[str, object]:
+def environment(what: Measurement) -> dict[str, object]:
     """What a figure is worth nothing without."""
     import triton
 

@@ -6,12 +6,12 @@ from itertools import product
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tucka_runtime.kernels.bench.shapes import BLOCK, Sweep, blocks
+from tucka_runtime.kernels.bench.shapes import BLOCK, Measurement, blocks
 from tucka_runtime.kernels.bench.timing import Call, Case
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every number of decoding rows at every context, and every prompt."""
     for rows in sweep.rows:
         for context in sweep.contexts:
@@ -20,7 +20,7 @@ def cases(sweep: Sweep) -> Iterator[Case]:
         yield _case(sweep, rows, rows, decoding=False)
 
 
-def _case(sweep: Sweep, rows: int, context: int, decoding: bool) -> Case:
+def _case(sweep: Measurement, rows: int, context: int, decoding: bool) -> Case:
     shape, size = sweep.shape, sweep.dtype.itemsize
     sequences = rows if decoding else 1
     moved = size * (sequences * context * 2 * shape.kv + 2 * rows * shape.q)
@@ -45,7 +45,7 @@ def _case(sweep: Sweep, rows: int, context: int, decoding: bool) -> Case:
     return Case("attention", label, moved, make)
 
 
-def variants(sweep: Sweep) -> Iterator[Case]:
+def variants(sweep: Measurement) -> Iterator[Case]:
     """Splits of a context, blocks and programs, on a GPU alone: what `fused.attention` should say."""
     for rows in sweep.rows:
         for context in sweep.contexts:
@@ -56,7 +56,7 @@ def variants(sweep: Sweep) -> Iterator[Case]:
             yield _prompt_variant(sweep, rows, block_m, block_n)
 
 
-def _decode_variant(sweep: Sweep, rows: int, context: int, split: int, block_n: int, most: int) -> Case:
+def _decode_variant(sweep: Measurement, rows: int, context: int, split: int, block_n: int, most: int) -> Case:
     from tucka_runtime.kernels.fused.attention import decode
 
     case = _case(sweep, rows, context, decoding=True)
@@ -69,7 +69,7 @@ def _decode_variant(sweep: Sweep, rows: int, context: int, split: int, block_n: 
     return Case(case.op, {**case.shape, "split": split, "block_n": block_n, "programs": most}, case.moved, make)
 
 
-def _prompt_variant(sweep: Sweep, rows: int, block_m: int, block_n: int) -> Case:
+def _prompt_variant(sweep: Measurement, rows: int, block_m: int, block_n: int) -> Case:
     from tucka_runtime.kernels.fused.attention import prefill
 
     case = _case(sweep, rows, rows, decoding=False)
@@ -83,7 +83,7 @@ def _prompt_variant(sweep: Sweep, rows: int, block_m: int, block_n: int) -> Case
 
 
 def _tensors(
-    sweep: Sweep, rows: int, context: int, decoding: bool, seed: int
+    sweep: Measurement, rows: int, context: int, decoding: bool, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
     """q (T, H, D), caches (slots, KV, D) and the blocks of `rows` sequences, or of one."""
     torch.manual_seed(seed)

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from tucka_runtime.kernels.bench import model
 from tucka_runtime.kernels.bench.core import K, P, T
-from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, blocks
-from tucka_runtime.kernels.bench.timing import Call, Case, Result, measure
+from tucka_runtime.kernels.bench.shapes import Measurement, SiteBatch, batch, blocks
+from tucka_runtime.kernels.bench.timing import Call, Case, Timed, measure
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
@@ -29,14 +29,14 @@ class Layer:
 
     weights: dict[str, Tensor]
     caches: tuple[Tensor, Tensor]
-    deltas: dict[str, Batch]
+    deltas: dict[str, SiteBatch]
     slices: dict[str, Slices]
 
 
 class Chain:
     """All layers' tensors. 16 GB of weights and, at 64 rows of 1024, 8.6 GB of keys and values for a Llama-3-8B."""
 
-    def __init__(self, sweep: Sweep, rows: int, context: int):
+    def __init__(self, sweep: Measurement, rows: int, context: int):
         shape, self.sweep = sweep.shape, sweep
         self.plan: AttentionMetadata = blocks(rows, context, True, sweep.device)
         slots = (int(self.plan.block_table.max()) + 1) * self.plan.block_size
@@ -133,7 +133,7 @@ class Chain:
         main.wait_stream(side)
         return y, low_rank
 
-    def _shrink(self, layer: Layer, site: str, x: Tensor, b: Batch) -> LowRank:
+    def _shrink(self, layer: Layer, site: str, x: Tensor, b: SiteBatch) -> LowRank:
         if self.combined:
             from tucka_runtime.kernels.fused.shrink_core import run
 
@@ -141,11 +141,11 @@ class Chain:
         return self.sweep.ops.shrink_core(x, b.site, b.cores, b.plan)
 
 
-def results(sweep: Sweep, rows: int, context: int, say: Callable[[str], None]) -> list[Result]:
+def results(sweep: Measurement, rows: int, context: int, say: Callable[[str], None]) -> list[Timed]:
     """Steps without adapters, then with q and v or all seven linears adapted by 1, 8 and 32 adapters."""
     chain = Chain(sweep, rows, context)
     shape = sweep.shape
-    out: list[Result] = []
+    out: list[Timed] = []
     base_bytes = model.weights(shape) + model.kv(shape, rows, context)
     settings: list[tuple[str | None, int, int]] = [(None, 0, 0)]
     settings += [(t, a, r) for r in sweep.ranks for t in model.TARGETS for a in (1, 8, 32) if a <= rows]

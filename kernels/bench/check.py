@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).parents[2] / "tests" / "kernels"
-"""Beside the package in a checkout; an installed wheel has none."""
+"""The tests lie beside the package in a checkout; an installed wheel has none."""
 
 NAMES = {
     "attention": "attention or decode or prefill or context",
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def passes(op: str, device: torch.device) -> str | None:
-    """None where the op's tests pass, else what they said. Without a checkout: that there are none."""
+    """Returns None where the op's tests pass, else what they said; without a checkout, that there are none."""
     if not TESTS.is_dir():
         return f"its tests are not here ({TESTS.name} of a checkout); --skip-tests times it all the same"
     command = [

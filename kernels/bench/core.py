@@ -4,21 +4,21 @@ from collections.abc import Iterator
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep
+from tucka_runtime.kernels.bench.shapes import Measurement
 from tucka_runtime.kernels.bench.timing import Call, Case
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
 
 K, T, P = 4, 2, 2
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every rank, for q and v and for all seven linears of every layer."""
     for rank in sweep.ranks:
         for per_layer in (2, 7):
             yield _case(sweep, rank, per_layer * sweep.shape.layers)
 
 
-def _case(sweep: Sweep, rank: int, modules: int) -> Case:
+def _case(sweep: Measurement, rank: int, modules: int) -> Case:
     def make(seed: int) -> dict[str, Call]:
         torch.manual_seed(seed)
         slots = torch.arange(modules, device=sweep.device)

@@ -4,19 +4,21 @@ from collections.abc import Iterator
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep, batch
+from tucka_runtime.kernels.bench.shapes import Measurement, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
 from tucka_runtime.kernels.ops import LowRank
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every (rows, adapters, rank) of the sweep at every site."""
     for site, (d_in, widths) in sweep.shape.sites.items():
         for rows, adapters, rank in sweep.deltas:
             yield _case(sweep, site, d_in, widths, rows, adapters, rank)
 
 
-def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int, adapters: int, rank: int) -> Case:
+def _case(
+    sweep: Measurement, site: str, d_in: int, widths: tuple[int, ...], rows: int, adapters: int, rank: int
+) -> Case:
     used, n, size = min(rows, adapters), len(widths), sweep.dtype.itemsize
     moved = size * (used * rank * sum(widths) + rows * (2 * sum(widths) + n * rank))
 
@@ -39,14 +41,14 @@ def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int
     return Case("expand", {"site": site, "rows": rows, "adapters": adapters, "rank": rank}, moved, make)
 
 
-def variants(sweep: Sweep) -> Iterator[Case]:
+def variants(sweep: Measurement) -> Iterator[Case]:
     """Widths of a block, on a GPU alone: what `fused.expand.BLOCK_N` should be."""
     for rows, adapters, rank in sweep.deltas:
         for block_n in (32, 64, 128, 256):
             yield _variant(sweep, rows, adapters, rank, block_n)
 
 
-def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, block_n: int) -> Case:
+def _variant(sweep: Measurement, rows: int, adapters: int, rank: int, block_n: int) -> Case:
     from tucka_runtime.kernels.fused.expand import run
 
     d_in, widths = sweep.shape.sites["gate_up"]

@@ -5,19 +5,19 @@ from itertools import product
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep, batch
+from tucka_runtime.kernels.bench.shapes import Measurement, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every (rows, adapters, rank) of the sweep."""
     for rows, adapters, rank in sweep.deltas:
         yield _case(sweep, rows, adapters, rank)
 
 
-def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
+def _case(sweep: Measurement, rows: int, adapters: int, rank: int) -> Case:
     d, size = sweep.shape.d, sweep.dtype.itemsize
     moved = size * (min(rows, adapters) * rank * d + rows * (4 * d + rank))
 
@@ -35,7 +35,7 @@ def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
     return Case("expand_residual", {"rows": rows, "adapters": adapters, "rank": rank}, moved, make)
 
 
-def variants(sweep: Sweep) -> Iterator[Case]:
+def variants(sweep: Measurement) -> Iterator[Case]:
     """One launch or two, and blocks, decoding on a GPU alone: what `fused.expand_residual` should say."""
     for rows, adapters, rank in sweep.deltas:
         if rows <= SMALL_BATCH:
@@ -43,7 +43,7 @@ def variants(sweep: Sweep) -> Iterator[Case]:
                 yield _variant(sweep, rows, adapters, rank, one, block_n)
 
 
-def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, one: bool, block_n: int) -> Case:
+def _variant(sweep: Measurement, rows: int, adapters: int, rank: int, one: bool, block_n: int) -> Case:
     from tucka_runtime.kernels.fused.expand_residual import run
 
     case, d = _case(sweep, rows, adapters, rank), sweep.shape.d

@@ -4,18 +4,18 @@ from collections.abc import Iterator
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep, batch
+from tucka_runtime.kernels.bench.shapes import Measurement, batch
 from tucka_runtime.kernels.bench.timing import Call, Case
 from tucka_runtime.kernels.ops import LowRank
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every (rows, adapters, rank) of the sweep."""
     for rows, adapters, rank in sweep.deltas:
         yield _case(sweep, rows, adapters, rank)
 
 
-def _case(sweep: Sweep, rows: int, adapters: int, rank: int) -> Case:
+def _case(sweep: Measurement, rows: int, adapters: int, rank: int) -> Case:
     f, size = sweep.shape.f, sweep.dtype.itemsize
     moved = size * (min(rows, adapters) * rank * 2 * f + rows * (3 * f + 2 * rank))
 

@@ -1,4 +1,4 @@
-"""What the issue's targets leave room for, from bytes and launches alone: no device is asked.
+"""What the targets leave room for, from bytes and launches alone: no device is asked.
 
 A decoding step is bound by bytes: weights once, every context's keys and values once, factors of every active adapter
 once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, its
@@ -34,7 +34,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Line:
+class Estimate:
     """Microseconds and shares of one target. `at_floor` counts bytes at the copy's rate and no launch, `expected` every
     launch and the norms that programs do alone, `overlapped` only what no side stream can hide: all but the shrinks."""
 
@@ -75,7 +75,7 @@ def factors(shape: Shape, targets: str, adapters: int, rank: int) -> int:
     return 2 * shape.layers * adapters * rank * widths
 
 
-def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: int, target: float) -> Line:
+def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: int, target: float) -> Estimate:
     """64 rows at context 1024, shared evenly among the adapters."""
     base = (weights(shape) + kv(shape, 64, 1024)) / machine.copy
     moved = factors(shape, targets, adapters, rank)
@@ -90,7 +90,7 @@ def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: in
     floor = moved / machine.copy
     expected = floor / machine.efficiency + shrinks * machine.launch + exposed
     name = {"qv": "q, v", "all": "all seven"}[targets]
-    return Line(
+    return Estimate(
         f"decode 64 rows, {name} r {rank}, {adapters} adapter{'s' * (adapters > 1)}",
         target,
         base * 1e6,
@@ -102,7 +102,7 @@ def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: in
     )
 
 
-def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) -> Line:
+def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) -> Estimate:
     """A prompt of one adapter that adapts all seven linears, over the base's products."""
     base = (weights(shape) - 2 * shape.vocab * shape.d) * rows / machine.products  # 2 flops per weight, 2 bytes each
     read = {s: d_in for s, (d_in, _) in shape.sites.items()}
@@ -117,7 +117,7 @@ def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) 
     floor = moved / machine.copy
     exposed = max(floor / machine.efficiency, products) + norms * machine.launch
     expected = exposed + shrinks * machine.launch
-    return Line(
+    return Estimate(
         f"prompt {rows}, all seven r {rank}",
         target,
         base * 1e6,
@@ -129,7 +129,7 @@ def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) 
     )
 
 
-def lines(shape: Shape, machine: Machine) -> list[Line]:
+def lines(shape: Shape, machine: Machine) -> list[Estimate]:
     """The issue's targets."""
     return [
         decode(shape, machine, "qv", 32, 16, 0.04),

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep
+from tucka_runtime.kernels.bench.shapes import Measurement
 from tucka_runtime.kernels.bench.timing import Call, Case
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every number of rows, decoding and prompts."""
     for rows in (*sweep.rows, *sweep.prompts):
         yield _case(sweep, rows)
 
 
-def _case(sweep: Sweep, rows: int) -> Case:
+def _case(sweep: Measurement, rows: int) -> Case:
     d = sweep.shape.d
 
     def make(seed: int) -> dict[str, Call]:

@@ -4,20 +4,20 @@ from collections.abc import Iterator
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep
+from tucka_runtime.kernels.bench.shapes import Measurement
 from tucka_runtime.kernels.bench.timing import Call, Case
 from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
 
 K, T = 4, 2
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every number of tokens, decoding and prompts."""
     for tokens in (*sweep.rows, *sweep.prompts):
         yield _case(sweep, tokens)
 
 
-def _case(sweep: Sweep, tokens: int) -> Case:
+def _case(sweep: Measurement, tokens: int) -> Case:
     def make(seed: int) -> dict[str, Call]:
         torch.manual_seed(seed)
         table = torch.randn(sweep.shape.vocab, K * T, device=sweep.device)

@@ -4,23 +4,23 @@ from collections.abc import Iterator
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Sweep
+from tucka_runtime.kernels.bench.shapes import Measurement
 from tucka_runtime.kernels.bench.timing import Call, Case
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every number of decoding rows."""
     for rows in sweep.rows:
         yield _sample(sweep, rows)
         yield _filter(sweep, rows)
 
 
-def _logits(sweep: Sweep, rows: int, seed: int) -> torch.Tensor:
+def _logits(sweep: Measurement, rows: int, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     return torch.randn(rows, sweep.shape.vocab, device=sweep.device) * 4
 
 
-def _sample(sweep: Sweep, rows: int) -> Case:
+def _sample(sweep: Measurement, rows: int) -> Case:
     def make(seed: int) -> dict[str, Call]:
         logits = _logits(sweep, rows, seed)
         heat = torch.full((rows,), 0.7, device=sweep.device)
@@ -33,7 +33,7 @@ def _sample(sweep: Sweep, rows: int) -> Case:
     return Case("sample", {"what": "sample", "rows": rows}, rows * sweep.shape.vocab * 4, make)
 
 
-def _filter(sweep: Sweep, rows: int) -> Case:
+def _filter(sweep: Measurement, rows: int) -> Case:
     def make(seed: int) -> dict[str, Call]:
         logits = _logits(sweep, rows, seed)
         k = torch.full((rows,), 50, device=sweep.device)

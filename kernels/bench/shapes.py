@@ -51,7 +51,7 @@ BLOCK = 16
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Measurement:
     """What to measure, where, with which kernels. `prompts` are numbers of rows of one sequence and one adapter."""
 
     shape: Shape
@@ -74,7 +74,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SiteBatch:
     """One site and one batch for it: x (T, d_in), y (T, columns[-1])."""
 
     x: Tensor
@@ -101,7 +101,7 @@ def batch(
     device: torch.device,
     targets: tuple[bool, ...] | None = None,
     padded: bool | None = None,
-) -> Batch:
+) -> SiteBatch:
     """Random factors of `adapters` adapters that adapt `targets` (all), each with its own rows. `padded`: the table of
     tiles has room for any membership, as in the engine's graphs; so it is by default for what those decode."""
     padded = rows <= SMALL_BATCH if padded is None else padded
@@ -119,7 +119,7 @@ def batch(
     spans = spread(rows, adapters)
     plan = SitePlan.build(Segments.build(spans, rows, adapters, device, num_tiles=rows if padded else None), site)
     cores = randn(len(spans), len(widths), rank, rank)
-    return Batch(randn(rows, d_in), randn(rows, columns[-1]), site, plan, cores)
+    return SiteBatch(randn(rows, d_in), randn(rows, columns[-1]), site, plan, cores)
 
 
 def stacked(table: Sequence[Sequence[Tensor | None]]) -> Tensor:

@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tucka_runtime.kernels.bench.shapes import Batch, Sweep, batch, stacked
+from tucka_runtime.kernels.bench.shapes import Measurement, SiteBatch, batch, stacked
 from tucka_runtime.kernels.bench.timing import Call, Case
 
 if TYPE_CHECKING:
     from tucka_runtime.kernels.fused.shrink_core import Config
 
 
-def cases(sweep: Sweep) -> Iterator[Case]:
+def cases(sweep: Measurement) -> Iterator[Case]:
     """Every (rows, adapters, rank) of the sweep at every site."""
     for site, (d_in, widths) in sweep.shape.sites.items():
         for rows, adapters, rank in sweep.deltas:
             yield _case(sweep, site, d_in, widths, rows, adapters, rank)
 
 
-def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int, adapters: int, rank: int) -> Case:
+def _case(
+    sweep: Measurement, site: str, d_in: int, widths: tuple[int, ...], rows: int, adapters: int, rank: int
+) -> Case:
     used, n, size = min(rows, adapters), len(widths), sweep.dtype.itemsize
     moved = size * (used * n * rank * (d_in + rank) + rows * (d_in + n * rank))
 
@@ -36,7 +38,7 @@ def _case(sweep: Sweep, site: str, d_in: int, widths: tuple[int, ...], rows: int
     return Case("shrink_core", {"site": site, "rows": rows, "adapters": adapters, "rank": rank}, moved, make)
 
 
-def gather_bmm(b: Batch) -> Call:
+def gather_bmm(b: SiteBatch) -> Call:
     """Each row's own U and core gathered, then two batched products."""
     u = stacked(b.site.u)  # (A, n·r, d_in)
     n, (rows, _) = len(b.site.columns) - 1, b.x.shape
@@ -49,7 +51,7 @@ def gather_bmm(b: Batch) -> Call:
     return call
 
 
-def variants(sweep: Sweep) -> Iterator[Case]:
+def variants(sweep: Measurement) -> Iterator[Case]:
     """Every configuration worth asking, on a GPU alone: what `fused.shrink_core.config` should say."""
     from tucka_runtime.kernels.fused.shrink_core import Config
 
@@ -61,7 +63,7 @@ def variants(sweep: Sweep) -> Iterator[Case]:
                     yield _variant(sweep, rows, adapters, rank, how)
 
 
-def _variant(sweep: Sweep, rows: int, adapters: int, rank: int, how: "Config") -> Case:
+def _variant(sweep: Measurement, rows: int, adapters: int, rank: int, how: "Config") -> Case:
     from tucka_runtime.kernels.fused.shrink_core import run
 
     d_in, widths = sweep.shape.sites["qkv"]

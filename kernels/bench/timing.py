@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
+class Timed:
     """`micros` by what was timed: "own", "copy" (the same bytes copied: the floor), "gather-bmm" and the like."""
 
     op: str
@@ -51,7 +52,7 @@ class Result:
         return {**asdict(self), "ratio": ratios}
 
 
-def measure(case: Case, device: torch.device) -> Result:
+def measure(case: Case, device: torch.device) -> Timed:
     """Times every call of a case, and a copy of as many bytes."""
     sets = max(1, min(MOST_SETS, -(-COLD_BYTES // max(case.moved, 1)))) if device.type == "cuda" else 1
     made = [case.make(seed) for seed in range(sets)]
@@ -59,7 +60,7 @@ def measure(case: Case, device: torch.device) -> Result:
     half = max(1, case.moved // 2)
     buffers = [torch.empty(2, half, dtype=torch.uint8, device=device) for _ in range(sets)]
     micros["copy"] = timed([lambda b=b: b[1].copy_(b[0]) for b in buffers], device)  # type: ignore[misc]
-    return Result(case.op, case.shape, case.moved, launches(made[0]["own"], device), micros)
+    return Timed(case.op, case.shape, case.moved, launches(made[0]["own"], device), micros)
 
 
 def timed(calls: Sequence[Call], device: torch.device) -> float:
@@ -112,7 +113,7 @@ def launches(call: Call, device: torch.device) -> int | None:
     count = 0
     run = JITFunction.run
 
-    def counting(self, *args, **options):
+    def counting(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         return run(self, *args, **options)
@@ -125,7 +126,7 @@ def launches(call: Call, device: torch.device) -> int | None:
     return count
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[Timed]) -> str:
     """Results of one op as lines of text; × are times of our own over the other's: under 1 is faster."""
     if not results:
         return ""

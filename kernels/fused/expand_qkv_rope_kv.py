@@ -2,7 +2,7 @@
 
 Contract: ops.ExpandQkvRopeKv. Grid (tiles, heads): a program has one head of a tile of rows as its two
 halves, so that rotary pairs lie in the same place of both. Values stay in fp32 from the product to the store. In a
-graph a program does several tiles, one after the other (blocks.tile_programs).
+graph a program does several tiles, one after the other (tiles.tile_programs).
 """
 
 import triton

@@ -1,7 +1,7 @@
 """Delta of a block's last product, residual, and the next block's norm. Contract: ops.ExpandResidual.
 
 Without adapters one launch. With them a norm needs whole rows, but E is best read by many programs, grid (tiles, blocks
-of columns); in a graph a program does several tiles, one after the other (blocks.tile_programs). Decoding, the last
+of columns); in a graph a program does several tiles, one after the other (tiles.tile_programs). Decoding, the last
 program of a tile normalises the tile's rows: one launch still. Where tiles are so full that this takes longer than a
 launch, it is a second one; so it is in prompts, and there norm's own.
 """
@@ -29,15 +29,16 @@ from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, power_of_2
 
 TAIL_BYTES = 24 * 1024
-"""Of a tile's rows: as much as one program normalises while another launch would start. It reads them twice, the norm's
-weights as often as there are rows, and writes: four times as many bytes, at some 64 a clock. Unmeasured."""
+"""The bytes of a tile's rows that one program normalises while another launch would start. It reads them twice, the
+norm's weights as often as there are rows, and writes: four times as many bytes, at some 64 a clock. Unmeasured."""
 
 
 def one_launch(segments: Segments, row_bytes: int) -> bool:
     """Whether the last program of a tile normalises the tile's rows, or a second launch.
 
-    By the fullest tile that the host knows of. A CUDA graph holds what was chosen for the batch it was captured with,
-    which is right for any other: a decoding row's bits are the same either way, so they do not depend on the choice.
+    The fullest tile that the host knows of decides. A CUDA graph holds what was chosen for the batch it was captured
+    with, which is right for any other: a decoding row's bits are the same either way, so they do not depend on the
+    choice.
     """
     first = segments.spans[0][0] if segments.spans else segments.num_rows
     fullest = max([first, *(end - begin for begin, end, _ in segments.spans)])

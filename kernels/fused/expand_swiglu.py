@@ -1,7 +1,7 @@
 """Delta of the packed gate/up product, then SwiGLU, in one pass. Contract: ops.ExpandSwiglu.
 
 Grid (tiles, blocks of columns): a program adds both deltas to its block of gate and of up, and writes their product.
-In a graph it does so for several tiles, one after the other (blocks.tile_programs).
+In a graph it does so for several tiles, one after the other (tiles.tile_programs).
 """
 
 import triton

@@ -41,7 +41,8 @@ class Config:
 
 
 def config(num_rows: int, d_in: int, rank: int) -> Config:
-    """By shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the batch."""
+    """Chooses by shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the
+    batch."""
     if num_rows <= SMALL_BATCH:
         # 512 columns: 16 KB of U a program, so 32 adapters of r 16 at q and v of d 4096 make 512 programs, four per SM.
         # Over r 32 the sums of a tile are too long a tail for one program (128 KB at r 128), hence the second launch.
@@ -153,7 +154,7 @@ def _shrink(
     live = i < tl.load(rank + adapter * n + target)
     if tl.max(live.to(tl.int32), 0) == 0:
         return
-    # Factors start at multiples of 16 bytes (DeltaSite.build); see blocks.delta_block.
+    # Factors start at multiples of 16 bytes (DeltaSite.build); see tiles.delta_block.
     address = tl.multiple_of(tl.load(u_ptr + adapter * n + target), 16)
     u = address.to(tl.pointer_type(x.dtype.element_ty)) + i.to(tl.int64) * d_in
     rows = first + tl.arange(0, BLOCK_M)

@@ -46,7 +46,7 @@ class AttentionMetadata:
     spans: tuple[tuple[int, int, int], ...]
     """(first row, rows, context length) of each sequence, in row order."""
     longest: int
-    """No context is longer: it sizes the fused decode's buffers."""
+    """The longest context that there may be: it sizes the fused decode's buffers."""
     block_size: int
     slot_mapping: Tensor
     """(T,) int64: where each row's own key and value go."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tucka_runtime.kernels.tables.transfer import place
 
-# Columns of RoutePlan.records.
+# These are the columns of RoutePlan.records.
 IDS, COUNT, TABLE, GROUPS, EXPERTS, C, G, SLOTS, MODULES, SLICES, RANK, CORE = range(12)
 COLUMNS = 12
 
@@ -49,7 +49,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class RouteLimits:
-    """What no segment exceeds: it sizes grids and blocks. `tokens` that a segment is routed by."""
+    """Limits that no segment exceeds: they size grids and blocks. `tokens` are those that a segment is routed by."""
 
     k: int
     t: int
@@ -127,5 +127,5 @@ class Slices:
         return Slices(address, torch.zeros(num_cores, modules, p, device=device))
 
     def of(self, first: int, end: int) -> "Slices":
-        """Those of the linears first..end: a site's."""
+        """The slices of the linears first..end: a site's."""
         return Slices(self.address[:, first:end], self.weight[:, first:end])

@@ -56,7 +56,7 @@ class DeltaSite:
     """(n + 1,) int32: `columns` on the device."""
     d_in: int
     dtype: torch.dtype
-    """Of all factors."""
+    """The type of all factors."""
 
     @staticmethod
     def build(
@@ -116,7 +116,7 @@ class DeltaSite:
     def by_address(
         u_ptr: Tensor, e_ptr: Tensor, rank: Tensor, columns: Sequence[int], d_in: int, dtype: torch.dtype
     ) -> "DeltaSite":
-        """For the fused kernels: tables (A, n) that the caller fills in, and changes, at their places."""
+        """A site, for the fused kernels, of tables (A, n) that the caller fills in, and changes, at their places."""
         borders = torch.tensor(columns, dtype=torch.int32).to(rank.device)
         empty = torch.empty(0, dtype=dtype, device=rank.device)
         return DeltaSite((), (), tuple(columns), (), empty, (), u_ptr, e_ptr, rank, borders, d_in, dtype)
@@ -139,13 +139,13 @@ class Segments:
     num_rows: int
     num_adapters: int
     core_rows: tuple[int, ...]
-    """Which of the cores each segment takes; segments whose core is constant may share an identity."""
+    """The core that each segment takes; segments whose core is constant may share an identity."""
     tile_rows: int
     tiles: Tensor
     """(N, 4) int32, first row, end row, core and adapter of each tile; -1, -1 for the base's. Those of no rows, which
     fill up a table of fixed size, come last."""
     padded: bool
-    """Whether there may be such."""
+    """This tells whether the table may have tiles of no rows."""
 
     @staticmethod
     def build(
@@ -212,7 +212,7 @@ class SitePlan:
     ranks: tuple[tuple[int, ...], ...]
     max_rank: int
     dense: bool
-    """Whether the reference takes all adapters' rank rows at once (`gather`) or goes by segment."""
+    """This tells whether the reference takes all adapters' rank rows at once (`gather`) or goes by segment."""
     stops: tuple[int, ...]
     """(n + 1) borders of the targets among the P rank rows."""
 

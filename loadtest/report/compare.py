@@ -1,5 +1,6 @@
 """Two results side by side. Also reads what `vllm bench serve --save-result` wrote."""
 
+import math
 from typing import Any
 
 from tucka_runtime.loadtest.report.table import columns, number
@@ -40,7 +41,7 @@ def _noise(a: dict[str, Any], b: dict[str, Any], name: str) -> float | None:
     intervals = [result.get("confidence", {}).get(name) for result in (a, b)]
     if not all(i and i["from"] == "repeats" for i in intervals):
         return None
-    return sum(((i["high"] - i["low"]) / 2) ** 2 for i in intervals) ** 0.5
+    return math.hypot(*((i["high"] - i["low"]) / 2 for i in intervals))
 
 
 def differing_settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

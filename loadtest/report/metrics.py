@@ -1,4 +1,4 @@
-"""From records to figures, defined as `vllm bench serve` does (vllm/benchmarks/serve.py, calculate_metrics).
+"""From records to figures, defined as `vllm bench serve` does (its benchmark, calculate_metrics).
 
 For a request that was answered whole, with events at times e_1 ... e_n and o output tokens:
 

@@ -19,7 +19,7 @@ MOST_BARS = 24
 
 
 def render(result: dict[str, Any]) -> str:
-    """Of a run's result, of a sweep's outcome, or (figures only) of vLLM's JSON."""
+    """The page of a run's result, of a sweep's outcome, or (figures only) of vLLM's JSON."""
     if str(result.get("format", "")).startswith("tucka-loadtest-sweep"):
         return document("Load test: sweep", sweep_page.body(result))
     return document("Load test", run_body(result))
@@ -117,7 +117,7 @@ def figures(result: dict[str, Any]) -> str:
             [n, number(r["ratio"]), f"{number(r['low'])} to {number(r['high'])}", str(r["pairs"])]
             for n, r in ratio.items()
         ]
-        html += "<h2>Adapter ÷ base</h2>" + table(["figure", "ratio", "95%", "pairs"], rows)
+        html += "<h2>ChurnedAdapter ÷ base</h2>" + table(["figure", "ratio", "95%", "pairs"], rows)
     return html
 
 
@@ -141,7 +141,8 @@ def distributions(result: dict[str, Any]) -> str:
 
 
 def over_time(result: dict[str, Any]) -> str:
-    """Of each repeat: output and what was in flight, with marks where adapters came and went or answers were wrong."""
+    """A chart of each repeat: output and what was in flight, with marks where adapters came and went or answers were
+    wrong."""
     html = []
     wrong = (result["canaries"] or {}).get("wrong", []) if len(result["runs"]) == 1 else []
     for i, run in enumerate(result["runs"]):

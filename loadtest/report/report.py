@@ -90,7 +90,7 @@ def settings_json(settings: Settings) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """As it will be read back: no tuples, no infinity."""
+    """The value as it will be read back: without tuples and infinity."""
     if isinstance(value, tuple):
         return list(value)
     return "inf" if value == math.inf else value

@@ -117,7 +117,7 @@ class Door(ABC, Generic[B]):
         return found
 
     def _route(self, report: RouteReport | None) -> dict[str, Any] | None:
-        """None for the base and for adapters that have no router."""
+        """The route as JSON; None for the base and for adapters that have no router."""
         adapter = self.adapter
         if adapter is not None and adapter.pinned is not None:
             report = RouteReport(adapter.pinned, 0)

@@ -32,7 +32,8 @@ class Labels:
 def completion_logprobs(
     labels: Labels, entries: Sequence[tuple[int, int, TokenLogprob | None]]
 ) -> dict[str, list[Any]]:
-    """Of (token id, offset in the choice's text, its log-probability); None for a prompt's first token.
+    """The log-probabilities of entries (token id, offset in the choice's text, its log-probability); None for a
+    prompt's first token.
 
     `top_logprobs` has the asked number of alternatives and the token itself where it is not among them.
     """

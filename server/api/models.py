@@ -36,7 +36,7 @@ def base_card(service: Service) -> dict[str, Any]:
 
 
 def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
-    """As OpenAI's card; `parent` is the base, and `tucka` has what is particular to adapters."""
+    """A card as OpenAI's; `parent` is the base, and `tucka` has what is particular to adapters."""
     info = adapter.info
     return {
         "id": adapter.key.name,

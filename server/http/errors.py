@@ -14,7 +14,7 @@ RETRY_AFTER_SECONDS = {429: 1, 503: 5}
 
 
 class UnauthorizedError(TuckaError):
-    """No API key, or an unknown one."""
+    """The request has no API key, or an unknown one."""
 
     status = 401
     type = "invalid_request_error"
@@ -30,7 +30,7 @@ class ForbiddenError(TuckaError):
 
 
 class NotFoundError(TuckaError):
-    """No such route or object."""
+    """There is no such route or object."""
 
     status = 404
     type = "invalid_request_error"

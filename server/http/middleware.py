@@ -97,7 +97,7 @@ class RequestScope:
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return value.decode()
+            return str(value, "ascii")
     return uuid.uuid4().hex
 
 

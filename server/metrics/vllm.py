@@ -1,6 +1,7 @@
 """vLLM's names for what routers and dashboards in the field read: those of the Gateway API Inference Extension's
-model-server protocol (its endpoint picker reads them as tests/test_vllm_metrics.py does), of its adapter residency, and
-of vLLM's Grafana dashboards. They are the whole server's; no series is an adapter's but those of the residency.
+model-server protocol (its endpoint picker reads them as tests/server/metrics/test_vllm.py does), of its adapter
+residency, and of vLLM's Grafana dashboards. They are the whole server's; no series is an adapter's but those of the
+residency.
 """
 
 import time

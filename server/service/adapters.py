@@ -56,7 +56,7 @@ class Lease:
             names.hold(adapter.key)
 
     def release(self) -> None:
-        """Harmless when it is over already."""
+        """Ends the lease. It is harmless when it is over already."""
         names, self._names = self._names, None
         if names is not None and self.adapter is not None:
             names.release(self.adapter.key)
@@ -78,7 +78,7 @@ class AdapterNames:
         self.ready = False
 
     def get(self, name: str) -> LoadedAdapter:
-        """Raises ModelNotFoundError."""
+        """What the name stands for now. Raises ModelNotFoundError."""
         if name not in self._loaded:
             raise ModelNotFoundError(
                 "No base model or adapter of that name is loaded. GET /v1/models lists those that are.", "model"

@@ -45,7 +45,7 @@ class ChatTemplate:
                 await self.stop()
                 raise
         if "text" in answer:
-            return answer["text"]
+            return str(answer["text"])
         # The template's own words are fine to show; what it may have built from the messages is not.
         reason = answer["error"]
         said = f': "{reason}"' if reason and len(reason) < 200 and reason in self._template else ""

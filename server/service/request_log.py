@@ -43,7 +43,7 @@ class Origin:
 
     @property
     def trace_id(self) -> str | None:
-        """Of the caller's trace, if its header is well-formed."""
+        """The id of the caller's trace, if its header is well-formed."""
         match = _TRACEPARENT.fullmatch(self.context.get("traceparent", ""))
         return match[1] if match else None
 
@@ -127,7 +127,7 @@ class RequestLog:
         return "ok" if all(s.reason not in (None, FinishReason.ABORT) for s in self.sequences) else "abort"
 
     def close(self) -> None:
-        """What did not finish counts as an error where there was one, else as aborted."""
+        """Ends the log: what did not finish counts as an error where there was one, else as aborted."""
         self.ended = time.monotonic()
         if unfinished := [sequence for sequence in self.sequences if sequence.reason is None]:
             reason = FinishReason.ABORT if self.error is None else FinishReason.ERROR

@@ -36,7 +36,7 @@ class Service:
 
     @property
     def info(self) -> EngineInfo:
-        """Raises EngineDeadError before the engine came up for the first time."""
+        """The model as it is served. Raises EngineDeadError before the engine came up for the first time."""
         if self.engine.info is None:
             raise EngineDeadError("The model is still being loaded. Try again later.")
         return self.engine.info

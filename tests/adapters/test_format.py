@@ -36,10 +36,10 @@ from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import MAX_CENTROIDS, parse_config
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, start_digest, strict_json
 from tucka_runtime.adapters.format import (
-    LoRAConfig,
     LoRAModule,
-    TuckAConfig,
+    LoRASpec,
     TuckAModule,
+    TuckASpec,
     match_targets,
     read_adapter,
     write_adapter,
@@ -78,7 +78,7 @@ def test_golden(golden, golden_layout, case):
     assert config_fields(adapter.config) == {**raw, "target_modules": list(adapter.config.target_modules)}
 
 
-def config_fields(config: TuckAConfig | LoRAConfig) -> dict[str, Any]:
+def config_fields(config: TuckASpec | LoRASpec) -> dict[str, Any]:
     return adapter_format.config_as_dict(config)
 
 
@@ -191,7 +191,7 @@ def test_training_json(tmp_path, base):
 
 
 def test_written_adapters_come_back(tmp_path, base):
-    config = TuckAConfig(r=R, k=K, t=T, p=P, alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    config = TuckASpec(r=R, k=K, t=T, p=P, alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     tensors = {**tucka_tensors(base), f"{PREFIX}lm_head.weight": torch.randn(16, 6)}
     digest = write_adapter(tmp_path / "new", config, {n.removeprefix(PREFIX): t for n, t in tensors.items()})
     adapter = read_adapter(tmp_path / "new", base)
@@ -204,7 +204,7 @@ def test_written_adapters_come_back(tmp_path, base):
 
 
 def test_peft_reads_what_is_written(tmp_path, base):
-    config = LoRAConfig(r=R, lora_alpha=4, target_modules=["q_proj", "down_proj"], use_rslora=True)
+    config = LoRASpec(r=R, lora_alpha=4, target_modules=["q_proj", "down_proj"], use_rslora=True)
     write_adapter(tmp_path, config, {n.removeprefix(PREFIX): t for n, t in lora_tensors(base).items()})
     theirs = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(theirs, LoraConfig)
@@ -238,7 +238,7 @@ def test_targets_match_as_in_peft(target, exclude, layers, pattern, saved):
         layers = pattern = None
     if layers in (None, []):
         pattern = None
-    config = LoRAConfig(
+    config = LoRASpec(
         target_modules=target,
         exclude_modules=exclude,
         layers_to_transform=layers,
@@ -252,14 +252,14 @@ def test_targets_match_as_in_peft(target, exclude, layers, pattern, saved):
     assert ours == theirs
 
 
-def is_target(config: LoRAConfig, name: str) -> bool:
+def is_target(config: LoRASpec, name: str) -> bool:
     result = check_target_module_exists(config, name)
     return bool(result) and type(result).__name__ != "_ExcludedModule"
 
 
 def test_regular_expressions_match_as_in_peft():
     expression = r"(?:.*?(?:layers|h).*?(?:mlp|attn).*?(?:q_proj|c_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.up)"
-    config = LoRAConfig(target_modules=expression, exclude_modules=r".*\.(0|9)\..*")
+    config = LoRASpec(target_modules=expression, exclude_modules=r".*\.(0|9)\..*")
     assert match_targets(config, NAMES) == [name for name in NAMES if is_target(config, name)]
     assert match_targets(config, NAMES)
 
@@ -278,14 +278,14 @@ def test_a_pattern_for_every_module_of_a_large_model(base):
 
 
 def test_all_linear(base):
-    assert match_targets(LoRAConfig(target_modules="All-Linear"), base.linears) == list(base.linears)
+    assert match_targets(LoRASpec(target_modules="All-Linear"), base.linears) == list(base.linears)
 
 
 @pytest.mark.parametrize("expression", [r"(\w+\.?)+!", "(", "a{9999999999}", "(" * 4000])
 def test_hostile_expressions_end_in_time(monkeypatch, base, expression):
     monkeypatch.setattr(targets, "MAX_REGEX_SECONDS", 1)
     with pytest.raises(InvalidAdapterError, match="regular expression"):
-        match_targets(LoRAConfig(target_modules=expression), base.linears)
+        match_targets(LoRASpec(target_modules=expression), base.linears)
 
 
 # --- configurations that are refused ---
@@ -702,7 +702,7 @@ def test_folder_that_is_none(tmp_path, base, folder):
         read_adapter(tmp_path / folder, base)
 
 
-def test_what_is_checked_is_what_is_loaded(tmp_path, base, monkeypatch):
+def test_row_35_a_file_swapped_between_check_and_read(tmp_path, base, monkeypatch):
     """The files are swapped between the check of the header and the reading of the tensors."""
     first, second = tucka_tensors(base), tucka_tensors(base)
     folder = put(tmp_path / "a", tucka_config(), first)
@@ -733,7 +733,7 @@ JSON = st.recursive(
 @given(
     peft_type=st.sampled_from(["TUCKA", "LORA"]),
     changes=st.dictionaries(
-        st.one_of(st.sampled_from([*TuckAConfig.__dataclass_fields__, *LoRAConfig.__dataclass_fields__]), st.text()),
+        st.one_of(st.sampled_from([*TuckASpec.__dataclass_fields__, *LoRASpec.__dataclass_fields__]), st.text()),
         JSON,
         min_size=1,
         max_size=3,
@@ -746,7 +746,7 @@ def test_any_configuration_is_read_or_refused(peft_type, changes):
     except InvalidAdapterError:
         return
     assert parse_config(json.dumps(config_fields(read)).encode()) == read
-    assert isinstance(read, LoRAConfig) or read.k * read.t <= MAX_CENTROIDS
+    assert isinstance(read, LoRASpec) or read.k * read.t <= MAX_CENTROIDS
 
 
 @settings(max_examples=300, deadline=2000)

@@ -9,13 +9,13 @@ import torch
 
 from tucka_runtime.kernels.bench import __main__ as bench
 from tucka_runtime.kernels.bench import chain, check, model
-from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Sweep
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.dispatch import backend
 
 
-def sweep(name: str) -> Sweep:
+def sweep(name: str) -> Measurement:
     device = torch.device("cpu")
-    return Sweep(TINY, (2,), (1,), (8,), (3,), (20,), torch.float32, device, backend(name))
+    return Measurement(TINY, (2,), (1,), (8,), (3,), (20,), torch.float32, device, backend(name))
 
 
 @pytest.mark.interpreted

@@ -10,7 +10,7 @@ from tucka_runtime.kernels.bench.shapes import LLAMA3_8B
 README = Path(__file__).parents[2] / "kernels" / "README.md"
 
 
-def decode(adapters: int, rank: int = 16, targets: str = "all", **machine: float) -> model.Line:
+def decode(adapters: int, rank: int = 16, targets: str = "all", **machine: float) -> model.Estimate:
     return model.decode(LLAMA3_8B, model.Machine(**machine), targets, adapters, rank, 0.15)
 
 

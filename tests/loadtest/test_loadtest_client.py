@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tucka_runtime.loadtest.client import Client, EventStream, ServerError
+from tucka_runtime.loadtest.client import EventReader, LoadClient, ServerError
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.report import metrics
 from tucka_runtime.loadtest.settings import Settings
@@ -18,7 +18,7 @@ def ask(url, count=1, tokens=8, model="base", **changes):
     """`count` requests, all at once."""
 
     async def go():
-        async with Client(Settings(url=url, **changes)) as client:
+        async with LoadClient(Settings(url=url, **changes)) as client:
             body = client.body(model, "one two three", tokens, 0.0)
             return await asyncio.gather(*(client.generate(Record("load", model), body) for _ in range(count)))
 
@@ -33,7 +33,7 @@ def ask(url, count=1, tokens=8, model="base", **changes):
 def test_events_are_found_however_the_bytes_are_cut(payloads, cuts, newline):
     wire = "".join(f": ping{newline}{newline}data: {p}{newline}{newline}" for p in payloads).encode()
     wire += b"\n" if newline == "\r" else b""  # a lone CR at the very end could be half of a CRLF
-    stream, found, at = EventStream(), [], 0
+    stream, found, at = EventReader(), [], 0
     for cut in [*cuts, len(wire)]:
         found += stream.feed(wire[at : at + cut])
         at += cut
@@ -41,7 +41,7 @@ def test_events_are_found_however_the_bytes_are_cut(payloads, cuts, newline):
 
 
 def test_several_data_lines_make_one_event():
-    assert EventStream().feed(b"event: x\ndata: a\ndata:b\nid: 1\n\n") == [b"a\nb"]
+    assert EventReader().feed(b"event: x\ndata: a\ndata:b\nid: 1\n\n") == [b"a\nb"]
 
 
 def test_known_delays_are_reported(fake):
@@ -113,7 +113,7 @@ def test_nobody_listens():
     assert r.cause == "connect"
 
     async def discover():
-        async with Client(Settings(url=url)) as client:
+        async with LoadClient(Settings(url=url)) as client:
             await client.models()
 
     with pytest.raises(ServerError, match="Is the server up"):
@@ -122,7 +122,7 @@ def test_nobody_listens():
 
 def test_not_an_openai_server(fake):
     async def discover():
-        async with Client(Settings(url=fake() + "/other")) as client:
+        async with LoadClient(Settings(url=fake() + "/other")) as client:
             await client.models()
 
     with pytest.raises(ServerError, match="404"):
@@ -130,7 +130,7 @@ def test_not_an_openai_server(fake):
 
 
 def test_extra_body_and_ignore_eos_are_sent():
-    client = Client(Settings(extra_body='{"route": "request"}', ignore_eos=True, url="http://x/v1/"))
+    client = LoadClient(Settings(extra_body='{"route": "request"}', ignore_eos=True, url="http://x/v1/"))
     assert client.url == "http://x"
     body = client.body("m", "p", 3, 0.5)
     assert (body["route"], body["ignore_eos"], body["max_tokens"], body["temperature"]) == ("request", True, 3, 0.5)

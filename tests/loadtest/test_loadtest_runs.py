@@ -10,7 +10,7 @@ import pytest
 
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest import cli, saturation, sweep
-from tucka_runtime.loadtest.churn import Adapter, adapters
+from tucka_runtime.loadtest.churn import ChurnedAdapter, adapters
 from tucka_runtime.loadtest.client import ModelCard, ServerError
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.report import compare, page, report, table
@@ -80,9 +80,9 @@ def test_churn_changes_adapters_and_puts_them_back(fake, load_test):
 
 
 async def cards(url):
-    from tucka_runtime.loadtest.client import Client
+    from tucka_runtime.loadtest.client import LoadClient
 
-    async with Client(Settings(url=url)) as client:
+    async with LoadClient(Settings(url=url)) as client:
         return await client.models()
 
 
@@ -138,7 +138,7 @@ def test_paths_for_churn():
     served = [ModelCard("base", None, "base"), ModelCard("a", "base", "/p"), ModelCard("b", "base", None)]
     assert [(a.name, a.paths) for a in adapters((), served, ["a", "b"])] == [("a", ("/p",))]
     given = adapters(("x=/1,/2",), served, [])
-    assert given == [Adapter("x", ("/1", "/2"))]
+    assert given == [ChurnedAdapter("x", ("/1", "/2"))]
     for wrong in ("x", "=/1", "x=", "x=/1,"):
         with pytest.raises(ConfigError, match="--churn-adapter"):
             adapters((wrong,), served, [])
@@ -230,9 +230,9 @@ def test_a_metronome_is_valid_json(fake, load_test):
 
 def test_a_blocked_event_loop_is_called_the_limit(fake, load_test, monkeypatch):
     """A client made slow on purpose: every request holds the event loop for 60 ms."""
-    from tucka_runtime.loadtest.client import Client
+    from tucka_runtime.loadtest.client import LoadClient
 
-    generate = Client.generate
+    generate = LoadClient.generate
 
     async def slow(self, record, body):
         import time
@@ -240,7 +240,7 @@ def test_a_blocked_event_loop_is_called_the_limit(fake, load_test, monkeypatch):
         time.sleep(0.06)
         return await generate(self, record, body)
 
-    monkeypatch.setattr(Client, "generate", slow)
+    monkeypatch.setattr(LoadClient, "generate", slow)
     result = load_test(fake(ttft=0.01), rate="30", duration=1.5, max_tokens="2")
     assert result["client_limited"]
     reasons = " ".join(result["runs"][0]["client"]["reasons"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.format import LoRAConfig, TuckAConfig, write_adapter
+from tucka_runtime.adapters.format import LoRASpec, TuckASpec, write_adapter
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, Where
 from tucka_runtime.engine.engine import Engine
@@ -280,7 +280,7 @@ def save_tucka(
         tensors[f"{path}.tucka_g"] = torch.randn(k, p, r, r, generator=make)
         tensors[f"{path}.tucka_c"] = torch.randn(t, p, generator=make)
         tensors[f"{path}.tucka_u"] = torch.randn(base.linears[path][0], r, generator=make)
-    write_adapter(folder, TuckAConfig(**tucka_settings(r, k, t, p, alpha, targets, layers, **config)), tensors)
+    write_adapter(folder, TuckASpec(**tucka_settings(r, k, t, p, alpha, targets, layers, **config)), tensors)
     return folder
 
 
@@ -302,7 +302,7 @@ def save_lora(
         d_in, d_out = base.linears[path]
         tensors[f"{path}.lora_A.weight"] = torch.randn(r, d_in, generator=make) / d_in**0.5
         tensors[f"{path}.lora_B.weight"] = torch.randn(d_out, r, generator=make) / r**0.5
-    write_adapter(folder, LoRAConfig(r=r, lora_alpha=2.0 * r, target_modules=list(targets)), tensors)
+    write_adapter(folder, LoRASpec(r=r, lora_alpha=2.0 * r, target_modules=list(targets)), tensors)
     return folder
 
 

@@ -61,7 +61,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
-class TuckAConfig:
+class TuckASpec:
     """adapter_config.json of `peft_type` TUCKA; names and defaults are the official ones (tests/golden/README.md)."""
 
     r: int = 8
@@ -90,7 +90,7 @@ class TuckAConfig:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRASpec:
     """adapter_config.json of `peft_type` LORA: PEFT's fields that are served, with PEFT's defaults."""
 
     r: int = 8
@@ -113,11 +113,11 @@ class LoRAConfig:
     inference_mode: bool = False
 
 
-AdapterConfig = TuckAConfig | LoRAConfig
-C = TypeVar("C", TuckAConfig, LoRAConfig)
+AdapterSpec = TuckASpec | LoRASpec
+C = TypeVar("C", TuckASpec, LoRASpec)
 
 
-def parse_config(data: bytes | bytearray) -> AdapterConfig:
+def parse_config(data: bytes | bytearray) -> AdapterSpec:
     """The configuration in the bytes of an adapter_config.json. Raises InvalidAdapterError."""
     try:
         table = strict_json(data)
@@ -133,17 +133,17 @@ def parse_config(data: bytes | bytearray) -> AdapterConfig:
             )
     peft_type = table.pop("peft_type", None)
     if peft_type == "TUCKA":
-        return _parse(table, TuckAConfig, required=("r", "k", "t", "p", "alpha", "target_modules"))
+        return _parse(table, TuckASpec, required=("r", "k", "t", "p", "alpha", "target_modules"))
     if peft_type == "LORA":
         for name in _INERT_LORA_FIELDS:
             table.pop(name, None)
-        return _parse(table, LoRAConfig, required=("r", "lora_alpha", "target_modules"))
+        return _parse(table, LoRASpec, required=("r", "lora_alpha", "target_modules"))
     raise _invalid("`peft_type` is not TUCKA or LORA; other kinds of adapters are not supported")
 
 
-def config_as_dict(config: AdapterConfig) -> dict[str, Any]:
+def config_as_dict(config: AdapterSpec) -> dict[str, Any]:
     """The fields as they stand in an adapter_config.json."""
-    peft_type = "TUCKA" if isinstance(config, TuckAConfig) else "LORA"
+    peft_type = "TUCKA" if isinstance(config, TuckASpec) else "LORA"
     return {**asdict(config), "peft_type": peft_type, "auto_mapping": None}
 
 
@@ -154,7 +154,7 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
     known = {f.name for f in fields(kind)}
     for name, value in table.items():
         if name not in known and not _neutral(value):
-            if kind is LoRAConfig and name in _OTHER_LORA_FIELDS:
+            if kind is LoRASpec and name in _OTHER_LORA_FIELDS:
                 why = _OTHER_LORA_FIELDS[name]
                 raise _invalid(f"`{name}` is set, which is not served: {why}. {_OTHER_LORA_REMEDY}")
             raise _invalid(f"{printable(name)} is set, and is not supported. An adapter that needs it is not served")
@@ -163,7 +163,7 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
             _CHECKS[name](name, value)
     config = kind(**{name: value for name, value in table.items() if name in known})
     _check_layers(config)
-    if isinstance(config, TuckAConfig):
+    if isinstance(config, TuckASpec):
         if config.k * config.t > MAX_CENTROIDS:
             raise _invalid(f"`k` times `t` exceeds {MAX_CENTROIDS}")
     elif isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(_INITS_THAT_CHANGE_THE_BASE):
@@ -175,7 +175,7 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
     return config
 
 
-def _check_layers(config: AdapterConfig) -> None:
+def _check_layers(config: AdapterSpec) -> None:
     restricted = config.layers_to_transform not in (None, [])
     if isinstance(config.target_modules, str) and (restricted or config.layers_pattern):
         raise _invalid(

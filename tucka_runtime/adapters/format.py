@@ -18,9 +18,9 @@ from safetensors.torch import save
 from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import (
     MAX_NAME,
-    AdapterConfig,
-    LoRAConfig,
-    TuckAConfig,
+    AdapterSpec,
+    LoRASpec,
+    TuckASpec,
     config_as_dict,
     parse_config,
 )
@@ -51,10 +51,10 @@ from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
 __all__ = [
     "Adapter",
     "BaseLayout",
-    "LoRAConfig",
     "LoRAModule",
-    "TuckAConfig",
+    "LoRASpec",
     "TuckAModule",
+    "TuckASpec",
     "match_targets",
     "read_adapter",
     "write_adapter",
@@ -93,7 +93,7 @@ class Adapter:
     a tied head as it was. training: the training.json beside it, if that is a JSON object.
     """
 
-    config: AdapterConfig
+    config: AdapterSpec
     digest: str
     modules: dict[str, TuckAModule | LoRAModule]
     router: str | None
@@ -103,7 +103,7 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        return "tucka" if isinstance(self.config, TuckAConfig) else "lora"
+        return "tucka" if isinstance(self.config, TuckASpec) else "lora"
 
 
 def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
@@ -123,8 +123,8 @@ def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
         if not (training and training.get("base_fingerprint")):
             _warn_of_another_base(config, base)
         targets = find_targets(config, base)
-        router = find_router(config, targets) if isinstance(config, TuckAConfig) else None
-        ranks = pattern_values(config.rank_pattern, targets, config.r) if isinstance(config, LoRAConfig) else {}
+        router = find_router(config, targets) if isinstance(config, TuckASpec) else None
+        ranks = pattern_values(config.rank_pattern, targets, config.r) if isinstance(config, LoRASpec) else {}
         expected = expected_tensors(config, targets, router, ranks, base)
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
@@ -137,7 +137,7 @@ def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
             }
     saved = {name: tensor for name, tensor in tensors.items() if name in base.parameters}
     modules: dict[str, TuckAModule | LoRAModule]
-    if isinstance(config, LoRAConfig):
+    if isinstance(config, LoRASpec):
         scales = _lora_scales(config, ranks)
         modules = {
             path: LoRAModule(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], scales[path])
@@ -156,7 +156,7 @@ def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
     return Adapter(config, digest.hexdigest(), modules, router, ec, saved, training)
 
 
-def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> str:
+def write_adapter(folder: Path, config: AdapterSpec, tensors: Mapping[str, torch.Tensor]) -> str:
     """Write an adapter in the official layout and return its digest.
 
     `tensors` go by their names inside the base (`model.layers.0.self_attn.q_proj.tucka_g`, `lm_head.weight`); the
@@ -178,7 +178,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, tor
     return digest.hexdigest()
 
 
-def _warn_of_another_base(config: AdapterConfig, base: BaseLayout) -> None:
+def _warn_of_another_base(config: AdapterSpec, base: BaseLayout) -> None:
     """A name proves nothing, since a base may be called otherwise on every machine: nobody is refused for it."""
     theirs, ours = _model_name(config.base_model_name_or_path or ""), _model_name(base.name)
     if theirs and ours and theirs.lower() != ours.lower():
@@ -224,6 +224,6 @@ def _check_norm(name: str, rows: torch.Tensor) -> None:
         )
 
 
-def _lora_scales(config: LoRAConfig, ranks: Mapping[str, int]) -> dict[str, float]:
+def _lora_scales(config: LoRASpec, ranks: Mapping[str, int]) -> dict[str, float]:
     alphas = pattern_values(config.alpha_pattern, list(ranks), config.lora_alpha)
     return {path: alphas[path] / (math.sqrt(rank) if config.use_rslora else rank) for path, rank in ranks.items()}

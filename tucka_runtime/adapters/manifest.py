@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.config import AdapterConfig, LoRAConfig, TuckAConfig, printable
+from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec, printable
 from tucka_runtime.adapters.safefile import Entry
 from tucka_runtime.adapters.targets import is_all_linear, match_targets
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
@@ -28,7 +28,7 @@ class Expected:
 
 
 def expected_tensors(
-    config: AdapterConfig, targets: list[str], router: str | None, ranks: Mapping[str, int], base: BaseLayout
+    config: AdapterSpec, targets: list[str], router: str | None, ranks: Mapping[str, int], base: BaseLayout
 ) -> dict[str, Expected]:
     """Every tensor of the file by its name in it. `ranks` has LoRA's rank of each target."""
     expected = _expected_saved(config, targets, base)
@@ -37,7 +37,7 @@ def expected_tensors(
     return expected
 
 
-def find_targets(config: AdapterConfig, base: BaseLayout) -> list[str]:
+def find_targets(config: AdapterSpec, base: BaseLayout) -> list[str]:
     """The linears the adapter adapts, in declaration order; at least one.
 
     Raises InvalidAdapterError if it reaches something else too, BaseModelMismatchError if it reaches nothing.
@@ -62,7 +62,7 @@ def find_targets(config: AdapterConfig, base: BaseLayout) -> list[str]:
     return targets
 
 
-def find_router(config: TuckAConfig, targets: list[str]) -> str:
+def find_router(config: TuckASpec, targets: list[str]) -> str:
     """The target whose input decides the route: the first, which is all that can be served exactly.
 
     Raises InvalidAdapterError if the adapter names another.
@@ -80,7 +80,7 @@ def find_router(config: TuckAConfig, targets: list[str]) -> str:
     )
 
 
-def _expected_saved(config: AdapterConfig, targets: list[str], base: BaseLayout) -> dict[str, Expected]:
+def _expected_saved(config: AdapterSpec, targets: list[str], base: BaseLayout) -> dict[str, Expected]:
     """PEFT's matching: every module whose name ends with an entry is replaced, with all that is in it."""
     expected: dict[str, Expected] = {}
     for entry in set(config.modules_to_save or ()):
@@ -106,10 +106,10 @@ def _owners(parameter: str) -> list[str]:
 
 
 def _expected_module(
-    config: AdapterConfig, path: str, size: tuple[int, int], rank: int | None, is_router: bool
+    config: AdapterSpec, path: str, size: tuple[int, int], rank: int | None, is_router: bool
 ) -> dict[str, Expected]:
     d_in, d_out = size
-    if isinstance(config, LoRAConfig):
+    if isinstance(config, LoRASpec):
         r = config.r if rank is None else rank
         return {
             f"{PREFIX}{path}.lora_A.weight": Expected((r, d_in), (False, True)),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from tucka_runtime.adapters.config import AdapterConfig
+from tucka_runtime.adapters.config import AdapterSpec
 from tucka_runtime.adapters.files import CONFIG_NAME
 from tucka_runtime.errors import InvalidAdapterError
 
@@ -37,8 +37,8 @@ json.dump([[bool(regex.fullmatch(name)) for name in names] for regex in map(re.c
 """
 
 
-def match_targets(config: AdapterConfig, names: Iterable[str]) -> list[str]:
-    """Those of `names` (dotted module paths) that the configuration adapts, in the given order.
+def match_targets(config: AdapterSpec, names: Iterable[str]) -> list[str]:
+    """Returns those of `names` (dotted module paths) that the configuration adapts, in the given order.
 
     As PEFT has it: an entry of a list matches the name it equals and those that end with "." + entry, of which
     `layers_to_transform` keeps the listed layers; a string is a regular expression for the whole name; what
@@ -58,13 +58,13 @@ def match_targets(config: AdapterConfig, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in matching and (name in exact or _in_layers(config, name))]
 
 
-def is_all_linear(config: AdapterConfig) -> bool:
+def is_all_linear(config: AdapterSpec) -> bool:
     """Whether the target is PEFT's shorthand for every linear but the head."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
 def pattern_values(patterns: Mapping[str, V], names: Sequence[str], default: V) -> dict[str, V]:
-    """For each name the value of the first pattern that matches its end at a dot, else the default (PEFT's
+    """Returns for each name the value of the first pattern that matches its end at a dot, else the default (PEFT's
     `rank_pattern` and `alpha_pattern`). Raises InvalidAdapterError as `match_targets` does."""
     found = dict.fromkeys(names, default)
     hits = _fullmatch([rf"(.*\.)?({pattern})" for pattern in patterns], names, plain=patterns)
@@ -86,7 +86,7 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _in_layers(config: AdapterConfig, name: str) -> bool:
+def _in_layers(config: AdapterSpec, name: str) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True

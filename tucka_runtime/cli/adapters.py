@@ -1,9 +1,40 @@
 """`tucka adapters`: lists, loads and unloads a server's adapters."""
 
+import argparse
 import json
 import urllib.parse
 
-from tucka_runtime.client import Client
+from tucka_runtime.client import KEY_VARIABLES, Client
+
+
+def add_actions(parser: argparse.ArgumentParser) -> None:
+    """Adds the actions of `tucka adapters`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="show the loaded adapters")
+    listing.set_defaults(run=lambda flags: list_adapters(_client(flags)))
+    load = actions.add_parser("load", help="load an adapter from a folder below the server's --adapter-root")
+    load.add_argument("name", help="name for requests")
+    load.add_argument("path", help="the adapter's folder, as the server sees it")
+    load.add_argument("--replace", action="store_true", help="replace other content of that name")
+    load.set_defaults(run=lambda flags: load_adapter(_client(flags), flags.name, flags.path, flags.replace))
+    unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
+    unload.add_argument("name", help="its name")
+    unload.set_defaults(run=lambda flags: unload_adapter(_client(flags), flags.name))
+    for action in (listing, load, unload):
+        add_server_flags(action)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command that speaks to a server takes."""
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server's address (default: http://127.0.0.1:8000)"
+    )
+    variables = " or ".join(KEY_VARIABLES)
+    parser.add_argument("--api-key", default=None, metavar="KEY", help=f"its (admin) key (default: {variables})")
+
+
+def _client(flags: argparse.Namespace) -> Client:
+    return Client(flags.url, flags.api_key)
 
 
 def list_adapters(client: Client) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tucka_runtime import __version__
 from tucka_runtime.cli import settings
-from tucka_runtime.client import KEY_VARIABLES
+from tucka_runtime.cli.adapters import add_actions, add_server_flags
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.extras import EXTRAS, how_to_install
 from tucka_runtime.logs import set_up_logging
@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.set_defaults(run=_serve)
 
     adapters = commands.add_parser("adapters", help="list, load and unload a server's adapters")
-    _add_adapters(adapters)
+    add_actions(adapters)
 
     doctor = commands.add_parser("doctor", help="show what this machine has and what would be used")
     doctor.set_defaults(run=_doctor)
 
     top = commands.add_parser("top", help="watch a server's load, its adapters and their experts")
     top.add_argument("server", nargs="?", default=None, metavar="URL", help="the server's address, as --url")
-    _add_server_flags(top)
+    add_server_flags(top)
     top.add_argument(
         "--interval", type=interval, default=2.0, metavar="SECONDS", help="time between pictures (default: 2)"
     )
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hints = "".join(f"\n{hint}" for hint in _vllm_hints(unknown)) if flags.command == "serve" else ""
         commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
     try:
-        status = flags.run(flags)
+        status: int = flags.run(flags)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # who read has enough, as `| head`: what is still buffered goes nowhere
@@ -116,36 +116,6 @@ def _top(flags: argparse.Namespace) -> int:
     return top(Client(flags.server or flags.url, flags.api_key), flags.interval, flags.once)
 
 
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
-    from tucka_runtime.cli import adapters as client
-
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="show the loaded adapters")
-    listing.set_defaults(run=lambda flags: client.list_adapters(client.Client(flags.url, flags.api_key)))
-    load = actions.add_parser("load", help="load an adapter from a folder below the server's --adapter-root")
-    load.add_argument("name", help="name for requests")
-    load.add_argument("path", help="the adapter's folder, as the server sees it")
-    load.add_argument("--replace", action="store_true", help="replace other content of that name")
-    load.set_defaults(
-        run=lambda flags: client.load_adapter(
-            client.Client(flags.url, flags.api_key), flags.name, flags.path, flags.replace
-        )
-    )
-    unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
-    unload.add_argument("name", help="its name")
-    unload.set_defaults(run=lambda flags: client.unload_adapter(client.Client(flags.url, flags.api_key), flags.name))
-    for action in (listing, load, unload):
-        _add_server_flags(action)
-
-
-def _add_server_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="the server's address (default: http://127.0.0.1:8000)"
-    )
-    variables = " or ".join(KEY_VARIABLES)
-    parser.add_argument("--api-key", default=None, metavar="KEY", help=f"its (admin) key (default: {variables})")
-
-
 def _add_other(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
@@ -164,7 +134,8 @@ def _add_other(
 
     def run(flags: argparse.Namespace) -> int:
         try:
-            return part.run(flags)
+            status: int = part.run(flags)
+            return status
         except ModuleNotFoundError as error:
             missing = (error.name or "").partition(".")[0]
             if missing not in EXTRAS[name].modules:

@@ -60,7 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:
-    """Raises ConfigError."""
+    """Builds both configs. Raises ConfigError."""
     file = _read_file(flags["config"]) if flags.get("config") else {}
     if unknown := sorted(set(file) - _names()):
         raise ConfigError(f"The configuration file has unknown settings: {', '.join(unknown)}. See tucka serve --help.")

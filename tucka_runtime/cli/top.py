@@ -67,7 +67,7 @@ class Change:
         return self.count(name, **labels) / self.seconds
 
     def mean(self, name: str, **labels: str) -> float | None:
-        """Of a histogram's observations; None if there were none."""
+        """The mean of a histogram's observations; None if there were none."""
         observed = self.count(f"{name}_count", **labels)
         return self.count(f"{name}_sum", **labels) / observed if observed else None
 

@@ -39,7 +39,7 @@ class Chosen:
         return tokens.to("cpu", non_blocking=True, copy=True)
 
     def source(self, seq: Sequence) -> int:
-        """Where a sequence's last token is, -1 if it is known."""
+        """Returns where a sequence's last token is, -1 if it is known."""
         return self.place[seq.key] if seq.pending else -1
 
     def fill_in(self, ids: Tensor, rows: Rows[tuple[int, Sequence]]) -> None:
@@ -60,7 +60,7 @@ class Batch:
     due: list[int]
     """The chunks that bring a token."""
     due_rows: Tensor
-    """Their rows (N,)."""
+    """The rows (N,) of those chunks."""
     ids: Tensor
     positions: Tensor
     lengths: Tensor | None

@@ -133,7 +133,7 @@ class Engine:
             self.scheduler.add(seq)
 
     def _check(self, request: Request) -> None:
-        """Raises InvalidRequestError."""
+        """Raises InvalidRequestError for what can never run."""
         limit, vocab = self.info.max_model_len, self.info.vocab_size
         for prompt in request.prompts:
             if not prompt or len(prompt) + request.sampling.max_tokens > limit:

@@ -21,9 +21,9 @@ class Grammars:
     def __init__(self, folder: Path, vocab: int, eos: frozenset[int]):
         self.folder, self.vocab, self.eos = folder, vocab, eos
         self.matchers: dict[tuple[str, int], tuple[LLMatcher, int]] = {}
-        """By sequence, and how many of its tokens each has seen."""
+        """Matchers by sequence, with the number of its tokens that each has seen."""
         self.broken: dict[tuple[str, int], TuckaError] = {}
-        """What sequences end with whose grammar turned out to be too complex."""
+        """The errors that sequences end with whose grammar turned out to be too complex."""
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:

@@ -134,7 +134,7 @@ class ModelRunner:
         self.sampler = Sampler(self.ops, arch.vocab, eos, self.device, folder)
         self.chosen = Chosen(config.max_num_seqs, self.device)
         self.route_sums: dict[tuple[str, int], RouteSum] = {}
-        """By sequence, of the prompts that are being routed."""
+        """The sums of router inputs, by sequence, of the prompts that are being routed."""
         self.graphs: CudaGraphs | None = None
         if self.adapters.table is not None:
             self.graphs = CudaGraphs(

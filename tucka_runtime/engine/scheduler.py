@@ -26,14 +26,14 @@ class ScheduledChunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the next token is chosen: not by a prompt that is only being routed."""
+        """Whether the chunk brings a token: one of a prompt that is only being routed does not."""
         return self.last and not self.seq.routing
 
 
 def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
-    """Under what its KV may be shared: tenant, weights, and, where rotary positions stretch with a prompt longer than
-    `rope_limit`, its length. None: not at all, since its route is its batch's or its own, or since its prompt has to be
-    scored."""
+    """The name under which a sequence's KV may be shared: of tenant, weights, and, where rotary positions stretch with
+    a prompt longer than `rope_limit`, its length. None if it may not be, since its route is its batch's or its own, or
+    since its prompt has to be scored."""
     if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or seq.sampling.prompt_logprobs is not None:
         return None
     adapter = (seq.adapter.name, seq.adapter.generation) if seq.adapter else None

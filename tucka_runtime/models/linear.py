@@ -31,7 +31,8 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+            return y
         return linear(x, self._weight, self.bias)
 
     def dense(self) -> Tensor:

@@ -164,7 +164,8 @@ class _Checkpoint:
         if part.get_dtype() not in STORED:
             raise ModelLoadError(f"Tensor {stored} is stored as {part.get_dtype()}, which is not supported.")
         self.unread.discard(name)
-        return file.get_tensor(stored)
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor
 
     def check(self) -> None:
         for kind, names in (("lacks", sorted(self.missing)), ("has unexpected", sorted(self.unread))):

@@ -44,7 +44,7 @@ class TuckAConfig(PeftConfig):
     dump_input_and_ec: bool = field(default=False, metadata={"help": "kept for the official files; not used"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         # Registration (trainer/__init__.py) adds the member at run time.
         self.peft_type = cast(Any, PeftType)["TUCKA"]
         if isinstance(self.target_modules, list):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tucka_runtime.trainer.config import TuckAConfig
-from tucka_runtime.trainer.routing import Route, Router
+from tucka_runtime.trainer.routing import TrainingRoute, TrainingRouter
 
 
 def input_size(layer: nn.Module) -> int:
@@ -23,12 +23,12 @@ def input_size(layer: nn.Module) -> int:
 
 def unit(x: Tensor, dims: int | None = None) -> Tensor:
     """x over its L2 norm, over all entries or over the last `dims` dimensions."""
-    if dims is None:
-        return x / torch.linalg.vector_norm(x)
-    return x / torch.linalg.vector_norm(x, dim=tuple(range(-dims, 0)), keepdim=True)
+    over = None if dims is None else tuple(range(-dims, 0))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=over, keepdim=dims is not None)
+    return x / norm
 
 
-def routed_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, route: Route) -> Tensor:
+def routed_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, route: TrainingRoute) -> Tensor:
     """x Û M Ûᵀ for x (B, …, d), u (d, r), c (t, p), g (k, p, r, r); the factors are normalised in fp32, then cast."""
     with torch.autocast(x.device.type, enabled=False):  # the small products stay fp32
         u_hat = unit(u.float()).to(x.dtype)
@@ -56,7 +56,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("tucka_g", "tucka_c", "tucka_u", "tucka_ec")
     other_param_names: tuple[str, ...] = ("tucka_config",)
 
-    def __init__(self, base_layer: nn.Module, name: str, routers: dict[str, Router]):
+    def __init__(self, base_layer: nn.Module, name: str, routers: dict[str, TrainingRouter]):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
@@ -118,7 +118,8 @@ class TuckALayer(nn.Module, BaseTunerLayer):
                     change = delta if change is None else change + delta
             if change is not None:
                 x = x + change
-        return self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
 
     def _delta(self, x: Tensor, adapter: str) -> Tensor:
         router = self.routers[adapter]

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.layer import TuckALayer
-from tucka_runtime.trainer.routing import SCOPES, Router
+from tucka_runtime.trainer.routing import SCOPES, TrainingRouter
 
 # What an adapter adapts when its config names nothing: the attention's query and value projections.
 DEFAULT_TARGETS = {
@@ -38,7 +38,7 @@ class TuckAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: TuckAConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        self.routers[adapter_name] = Router(config.k, config.t, config.alb_gamma if config.use_alb else None)
+        self.routers[adapter_name] = TrainingRouter(config.k, config.t, config.alb_gamma if config.use_alb else None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not self.routers[adapter_name].module:
             raise ValueError(
@@ -125,14 +125,15 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def routers(model: nn.Module) -> dict[str, Router]:
+def routers(model: nn.Module) -> dict[str, TrainingRouter]:
     """The routers of every adapter in a model that holds a TuckAModel (a PeftModel, say).
 
     Raises ValueError when there is none.
     """
     for module in model.modules():
         if isinstance(module, TuckAModel):
-            return module.routers
+            found: dict[str, TrainingRouter] = module.routers
+            return found
     raise ValueError("The model has no TuckA adapter. Make one with get_peft_model(model, TuckAConfig(...)).")
 
 
@@ -150,5 +151,6 @@ def centroids(model: nn.Module, adapter: str) -> Tensor:
     """The adapter's centroids (k·t, d), detached."""
     for module in model.modules():
         if isinstance(module, TuckALayer) and adapter in module.tucka_ec:
-            return module.tucka_ec[adapter].detach()
+            found: Tensor = module.tucka_ec[adapter].detach()
+            return found
     raise ValueError(f"No TuckA adapter named {adapter!r} in the model.")

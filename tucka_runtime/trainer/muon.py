@@ -19,7 +19,8 @@ def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
+    out: Tensor = x.mT if tall else x
+    return out
 
 
 class Muon:

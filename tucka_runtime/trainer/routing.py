@@ -24,7 +24,7 @@ SCOPES = ("batch", "request", "decode")
 
 
 @dataclass(frozen=True)
-class Route:
+class TrainingRoute:
     """group (*lead) int64 and weights (*lead, t), where lead is (1,) for a batch, (B,) for rows, (B, S) for tokens."""
 
     group: Tensor
@@ -57,7 +57,7 @@ class Forward:
     prompt: Tensor | None
     decoding: bool
     bias: Tensor
-    route: Route | None = None
+    route: TrainingRoute | None = None
     once: bool = False
     calls: int = 0
     each: int = 0
@@ -65,8 +65,8 @@ class Forward:
     learns: bool = False
 
 
-class Router:
-    """Route and statistics of one adapter; the centroids themselves are a parameter of the router module."""
+class TrainingRouter:
+    """TrainingRoute and statistics of one adapter; the centroids themselves are a parameter of the router module."""
 
     def __init__(self, k: int, t: int, gamma: float | None):
         self.k, self.t, self.gamma = k, t, gamma
@@ -79,7 +79,7 @@ class Router:
         self.current = Forward(None, None, False, self.bias)
 
     @property
-    def route(self) -> Route | None:
+    def route(self) -> TrainingRoute | None:
         """The last route that was computed."""
         return self.current.route
 
@@ -112,7 +112,7 @@ class Router:
             best = best + now.bias.to(best.device) * self.bias_scale
         group = best.argmax(dim=-1)
         weights = s.gather(-2, group[..., None, None].expand(*group.shape, 1, self.t)).squeeze(-2)
-        now.route = Route(group, weights)
+        now.route = TrainingRoute(group, weights)
         if not now.fresh:
             self._record(group, training)
         now.fresh, now.learns = True, centroids.requires_grad

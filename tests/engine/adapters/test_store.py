@@ -8,7 +8,7 @@ import torch
 
 from tests.support.driving import build, prompt, relative, routed_cores, save_lora, save_model, save_tucka
 from tucka_runtime.adapters.base_layout import base_layout
-from tucka_runtime.adapters.format import TuckAConfig, read_adapter
+from tucka_runtime.adapters.format import TuckASpec, read_adapter
 from tucka_runtime.engine.adapters.fold import fold, locate
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, Where
 from tucka_runtime.engine.adapters.slots import SlotTable
@@ -71,7 +71,7 @@ def test_the_serving_form_is_the_official_one(family: tuple[Any, Engine, Path]):
     """base(x + α x Û M Ûᵀ) in float64 from the raw tensors, against base(x) + ((x Uᵀ) M) E."""
     model, engine, folder = family
     adapter = read_adapter(folder, engine.layout)
-    assert isinstance(adapter.config, TuckAConfig)
+    assert isinstance(adapter.config, TuckASpec)
     form = folded(engine, folder)
     assert form.routed is not None
     group, s = 2, (0.3, 0.65)

@@ -10,7 +10,7 @@ from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 from tucka_runtime.messages import AdapterKey
 from tucka_runtime.models.architecture import Architecture
 
-# By the ranks and d_in of a site.
+# Site plans are kept by the ranks and d_in of their site.
 Plans = dict[tuple[tuple[tuple[int, ...], ...], int], SitePlan]
 
 
@@ -21,13 +21,13 @@ class ActiveSet:
     folded: dict[AdapterKey, FoldedAdapter]
     index: dict[AdapterKey, int]
     num_adapters: int
-    """No index is as large."""
+    """Every index is smaller than this."""
     sites: Mapping[tuple[int, int], DeltaSite]
     arch: Architecture
     core_rank: int
     """Side of the largest core; 0 if none depends on a route."""
     max_rank: int
-    """Of all factors."""
+    """The largest rank of all factors."""
     layouts: dict[object, tuple[Segments, Plans]] = field(default_factory=dict)
 
     def layout(
@@ -44,7 +44,7 @@ class ActiveSet:
     def stack(
         adapters: Sequence[FoldedAdapter], arch: Architecture, dtype: torch.dtype, device: torch.device
     ) -> "ActiveSet":
-        """For the reference kernels: every site's factors of all adapters in one tensor."""
+        """Stacks, for the reference kernels, every site's factors of all adapters in one tensor."""
         sites = {}
         for layer, s in sorted(set().union(*(a.sites for a in adapters))):
             site = arch.sites[s]

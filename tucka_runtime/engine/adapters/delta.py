@@ -36,9 +36,9 @@ class AdapterDelta:
     route_seconds: float = 0.0
     """Host time of what was routed from token ids."""
     side: torch.cuda.Stream | None = None
-    """Where shrinks run, beside the base's products; None: where everything runs."""
+    """The stream on which shrinks run, beside the base's products; None is the one of everything else."""
     forked: bool = False
-    """Whether something runs there that `join` has not waited for."""
+    """This tells whether something runs there that `join` has not waited for."""
 
     @property
     def replaces(self) -> bool:

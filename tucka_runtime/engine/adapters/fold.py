@@ -7,8 +7,8 @@ E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M 
 import torch
 from torch import Tensor
 
-from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAConfig, TuckAModule
-from tucka_runtime.engine.adapters.folded import FoldedAdapter, Router, TuckACores, Where
+from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAModule, TuckASpec
+from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedRouter, TuckACores, Where
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
@@ -58,7 +58,7 @@ def fold(
             first = sum(site.widths[: at.target])
             base = dense[first : first + site.widths[at.target]].float()
             g, c, unit = _normalised(module, device)
-            assert isinstance(adapter.config, TuckAConfig)
+            assert isinstance(adapter.config, TuckASpec)
             u, e = unit.T, (adapter.config.alpha * (base @ unit)).T
             if pinned is not None:
                 u = (unit @ _pinned_core(g, c, pinned)).T
@@ -87,7 +87,7 @@ def describe(
 ) -> AdapterInfo:
     """The card of an adapter that was folded."""
     config = adapter.config
-    tucka = config if isinstance(config, TuckAConfig) else None
+    tucka = config if isinstance(config, TuckASpec) else None
     scope = None
     if tucka is not None:
         trained = (adapter.training or {}).get("route")
@@ -101,7 +101,7 @@ def describe(
         k=tucka.k if tucka else None,
         t=tucka.t if tucka else None,
         p=tucka.p if tucka else None,
-        alpha=config.alpha if isinstance(config, TuckAConfig) else config.lora_alpha,
+        alpha=config.alpha if isinstance(config, TuckASpec) else config.lora_alpha,
         target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})),
         num_modules=len(adapter.modules),
         router=adapter.router,
@@ -125,18 +125,19 @@ def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
             f"The pinned route does not fit: the adapter has {g.shape[0]} groups of {c.shape[0]} experts."
         )
     w = torch.tensor(route.weights, device=c.device) @ c
-    return torch.tensordot(w, g[route.group], dims=1)
+    core: Tensor = torch.tensordot(w, g[route.group], dims=1)
+    return core
 
 
 def _router(
     at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
-) -> Router:
+) -> FoldedRouter:
     """A lookup table where the router's input is a function of the token alone, else the centroids."""
     if at.layer or at.site != QKV or arch.positions:
-        return Router(at, t, centroids=ec, table=None)
+        return FoldedRouter(at, t, centroids=ec, table=None)
     embed = saved.get(f"{arch.embed}.weight", weights.embed)
     norm_path = arch.path(0, arch.input_norm)
     weight, bias = weights.layers[0].input_norm
     norm = (saved.get(f"{norm_path}.weight", weight), saved.get(f"{norm_path}.bias", bias) if arch.norm_bias else None)
     rows = [ops.norm(part, *norm, arch.eps).float() @ ec.T for part in embed.split(TABLE_ROWS)]
-    return Router(at, t, centroids=ec, table=torch.cat(rows))
+    return FoldedRouter(at, t, centroids=ec, table=torch.cat(rows))

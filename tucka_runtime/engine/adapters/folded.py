@@ -20,7 +20,7 @@ class Where:
 
 
 @dataclass(frozen=True, eq=False)
-class Router:
+class FoldedRouter:
     """Where an adapter is routed: centroids (k·t, d) fp32, and, where the router's input is a function of the token
     alone, their products with every token's input as a table (vocab, k·t) fp32."""
 
@@ -39,7 +39,7 @@ class TuckACores:
     slots: Tensor
     g: Tensor
     c: Tensor
-    router: Router
+    router: FoldedRouter
 
     @cached_property
     def parts(self) -> Routed:

@@ -13,9 +13,9 @@ from tucka_runtime.models.architecture import Architecture
 
 
 class SlotTable:
-    """For the fused kernels: where the factors of every loaded adapter lie. An adapter has a slot while it is loaded,
-    and its addresses and ranks stand in that slot's row of every site's table, at fixed places on the device: a batch
-    needs nothing but the slots of its rows, and adapters that no row uses cost nothing.
+    """Knows, for the fused kernels, where the factors of every loaded adapter lie. An adapter has a slot while it is
+    loaded, and its addresses and ranks stand in that slot's row of every site's table, at fixed places on the device: a
+    batch needs nothing but the slots of its rows, and adapters that no row uses cost nothing.
     """
 
     def __init__(self, arch: Architecture, capacity: int, dtype: torch.dtype, device: torch.device):

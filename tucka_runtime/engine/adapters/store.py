@@ -42,7 +42,7 @@ class AdapterStore:
         return self.loaded[key].folded
 
     def serving(self) -> list[FoldedAdapter]:
-        """Those that new requests may name."""
+        """The adapters that new requests may name."""
         return [entry.folded for entry in self.loaded.values() if not entry.unloading]
 
     def leases(self) -> dict[AdapterKey, int]:
@@ -79,7 +79,7 @@ class AdapterStore:
             self._drop(key)
 
     def unload(self, key: AdapterKey) -> None:
-        """No new leases; memory comes back with the last one's end. Unknown keys are nothing to do."""
+        """Ends leasing; the memory comes back with the last lease's end. An unknown key is nothing to do."""
         if (entry := self.loaded.get(key)) is not None:
             entry.unloading = True
             if not entry.leases:

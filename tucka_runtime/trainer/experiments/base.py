@@ -51,9 +51,10 @@ def build_model(**overrides: Any) -> LlamaForCausalLM:
 
 def render(tokenizer: Any, user: str) -> str:
     """The prompt text that the chat template makes of one user message."""
-    return tokenizer.apply_chat_template(
+    text: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
     )
+    return text
 
 
 def encode_pair(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
@@ -119,7 +120,8 @@ def pretrain(
         if step % 50 == 49:
             log(f"base step {step + 1}/{max_steps} loss {recent / 50:.4f} {time.monotonic() - start:.0f} s")
             recent = 0.0
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
