@@ -4,27 +4,25 @@
 
 FROM debian:12.12-slim AS build
 ARG DEVICE=cpu
-ARG TORCH=2.13.0
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/tucka
 # The "+cpu" makes it torch's CPU build or none; the plain one brings the CUDA libraries along.
-RUN if [ "$DEVICE" = cuda ]; then \
-        /opt/tucka/bin/pip install --no-cache-dir "torch==$TORCH"; \
-    else \
-        /opt/tucka/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-            "torch==$TORCH+cpu"; \
-    fi
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY deploy/torch.txt ./
+RUN torch=$(cat torch.txt) \
+    && if [ "$DEVICE" = cuda ]; then \
+        /opt/tucka/bin/pip install --no-cache-dir "$torch"; \
+    else \
+        /opt/tucka/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"; \
+    fi
+COPY pyproject.toml README.md LICENSE ./
 COPY tucka_runtime ./tucka_runtime
 COPY kernels ./kernels
 COPY server ./server
 COPY loadtest ./loadtest
-# Triton is for GPUs only, and a gigabyte.
-RUN /opt/tucka/bin/pip install --no-cache-dir ".[otel]" \
-    && if [ "$DEVICE" != cuda ]; then /opt/tucka/bin/pip uninstall --yes triton; fi
+RUN /opt/tucka/bin/pip install --no-cache-dir ".[otel]"
 
 FROM debian:12.12-slim
 ARG DEVICE=cpu

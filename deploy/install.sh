@@ -11,14 +11,15 @@ if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -m venv .venv
 fi
 
+torch=$(cat deploy/torch.txt)
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
         echo "installing torch, CPU build (200 MB) ..."
         # The "+cpu" makes it this build or none: no other index has a package of that version.
-        .venv/bin/pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+        .venv/bin/pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"
     else
         echo "installing torch ..."
-        .venv/bin/pip install -q torch==2.13.0
+        .venv/bin/pip install -q "$torch"
     fi
 fi
 echo "installing TuckA runtime${1:+ with the extras $1} ..."

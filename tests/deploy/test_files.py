@@ -62,8 +62,10 @@ def test_its_environment_names_real_settings(steps: list[tuple[str, str]]) -> No
     env = dict(item.split("=", 1) for word, rest in steps if word == "ENV" for item in shlex.split(rest))
     known = {f"TUCKA_{field.name.upper()}" for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
     assert {name for name in env if name.startswith("TUCKA_")} <= known
-    torch = re.search(r"ARG TORCH=(\S+)", DOCKERFILE)
-    assert torch and f"torch=={torch[1]}" in (DEPLOY / "install.sh").read_text(), "one version of torch everywhere"
+    pin = (DEPLOY / "torch.txt").read_text()
+    assert re.fullmatch(r"torch==\d+\.\d+\.\d+\n", pin)
+    for text in (DOCKERFILE, (DEPLOY / "install.sh").read_text()):
+        assert "torch.txt" in text and "torch==" not in text, "one version of torch everywhere"
 
 
 def test_the_extras_are_named_where_one_looks_for_them() -> None:

@@ -1,0 +1,12 @@
+#!/bin/sh
+# ruff, then the type check of the package as it is installed, which is not the tree that it is made from.
+set -eu
+cd "$(dirname "$0")/.."
+top=$(pwd)
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+installed=$(mktemp -d)
+trap 'rm -rf "$installed" "$top/build"' EXIT
+.venv/bin/pip install -q --no-deps --no-compile --target "$installed" .
+cd "$installed"
+"$top/.venv/bin/mypy" --config-file "$top/pyproject.toml" --python-executable "$top/.venv/bin/python" -p tucka_runtime
