@@ -13,6 +13,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "fused")
 
 
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run on this device."""
+
+
 def interpreted() -> bool:
     """Whether Triton runs in its interpreter, that is on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,11 +31,14 @@ def backend(name: str) -> Ops:
 def choose(device: torch.device, name: str = "auto") -> Ops:
     """The backend for a device: `auto` takes the fused one on a GPU and the reference on a CPU.
 
-    Raises RuntimeError where the fused one was asked for and cannot run: there is no silent way back.
+    Raises BackendUnavailableError where the fused one was asked for and cannot run: there is no silent way back.
     """
     if name == "auto":
         name = "fused" if device.type == "cuda" else "reference"
     if name == "fused" and device.type == "cpu" and not interpreted():
-        raise RuntimeError("The fused kernels need a GPU, or TRITON_INTERPRET=1 to run them in Triton's interpreter.")
+        raise BackendUnavailableError(
+            "The fused kernels need a GPU, or TRITON_INTERPRET=1 to run them in Triton's interpreter. "
+            "Leave --kernels at auto to take what this machine has."
+        )
     logger.info("kernels: %s on %s", name, device)
     return backend(name)

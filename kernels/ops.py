@@ -5,7 +5,10 @@ signatures of both to those here, and their results to float64.
 
 Shapes: T rows of a batch, those of the base first, then one run of rows per segment (an adapter and a route). A site is
 n linears that share their input; R is the widest rank in a batch, k groups of t experts make a route. Sums are in fp32
-and rounded once, whatever the type of the rows.
+whatever the type of the rows. A fused op rounds its result once; the reference's steps within an op round too, each.
+
+Of the tables the reference reads what lies on the host (spans, factors as tensors, ranks, plans); a backend by address
+reads what lies on the device (addresses, ranks, tiles, block tables), which is all that a graph's batch fills in.
 """
 
 from dataclasses import dataclass
@@ -20,8 +23,9 @@ from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The low-rank half of one site's delta for the rows of a batch: `h` (T, n, R) is `shrink_core`'s, unwritten, and
-    never read, on base rows and beyond a row's own ranks."""
+    """The low-rank half of one site's delta for the rows of a batch: `h` (T, n, R), in the factors' type, goes from a
+    backend's `shrink_core` to its own expands, and to nobody else's. On base rows and beyond a row's own ranks it is
+    unwritten in a backend by address, and zero in the reference, whose expand multiplies whole matrices."""
 
     h: Tensor
     site: DeltaSite
@@ -67,7 +71,8 @@ class ShrinkCore(Protocol):
 
     cores (C, n, Rc, Rc), where a segment takes its own by Segments.core_rows, the identity if its core is constant;
     None: all are. An (r, r) core with r < Rc is the upper left block of its (Rc, Rc); the blocks beside it are zero. A
-    rank over Rc has no core (it is a LoRA's). Raises ValueError where x does not fit the factors."""
+    rank over Rc has no core (it is a LoRA's). A backend that takes its factors in the rows' type raises ValueError
+    where x has another."""
 
     def __call__(self, x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> LowRank: ...
 
@@ -158,11 +163,16 @@ class FilterLogits(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Ops:
-    """One backend. `by_address`: its delta ops read adapters' factors where they lie, by DeltaSite's addresses, in the
-    rows' own type; else they read them stacked, and in fp32."""
+    """One backend, and what it wants of its caller. A backend by address, or with graphs, reads of the tables only
+    what they keep on the device, whatever the batch; the reference reads both halves."""
 
     name: str
     by_address: bool
+    """Its delta ops read adapters' factors where they lie, by DeltaSite's addresses; else they read them stacked."""
+    fp32_factors: bool
+    """It takes the factors in fp32, whatever the rows' type; else in the rows' own."""
+    graphs: bool
+    """Every op runs on tables of fixed places and sizes, so that a decode step can be one CUDA graph."""
     norm: Norm
     select: Select
     route_ids: RouteIds

@@ -15,6 +15,8 @@ from tucka_runtime.kernels.ops import Ops
 OPS = Ops(
     name="fused",
     by_address=True,
+    fp32_factors=False,
+    graphs=True,
     norm=norm,
     select=select,
     route_ids=route_ids,

@@ -32,6 +32,9 @@ def expand_qkv_rope_kv(
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     elif cos is not None and sin is not None:
         q, k = rotate(x[:, : heads + kv_heads], cos, sin).split([heads, kv_heads], dim=1)
+    written = slot_mapping >= 0
+    if not written.all():
+        slot_mapping, k, v = slot_mapping[written], k[written], v[written]
     k_cache.index_copy_(0, slot_mapping, k)
     v_cache.index_copy_(0, slot_mapping, v)
     return q.contiguous()

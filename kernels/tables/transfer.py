@@ -1,4 +1,4 @@
-"""From the host to the device: everything that a step needs, in one copy that nobody waits for."""
+"""From the host to the device: several tensors in one copy that nobody waits for."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

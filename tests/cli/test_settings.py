@@ -9,9 +9,10 @@ import pytest
 from tucka_runtime import embedded
 from tucka_runtime.cli.main import main
 from tucka_runtime.cli.settings import add_flags, read_settings, unknown_variables
-from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.config import KERNELS, EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.kernels.dispatch import BACKENDS
 
 
 def read(*flags: str, environment: dict[str, str] | None = None) -> tuple[EngineConfig, ServerConfig]:
@@ -23,6 +24,10 @@ def read(*flags: str, environment: dict[str, str] | None = None) -> tuple[Engine
 def write(folder: Path, text: str) -> str:
     (folder / "tucka.yaml").write_text(text)
     return str(folder / "tucka.yaml")
+
+
+def test_kernels_are_named_as_the_backends() -> None:
+    assert ("auto", *BACKENDS) == KERNELS
 
 
 def test_defaults_are_the_configs() -> None:

@@ -150,6 +150,14 @@ def expected(folder: Path, request: Request) -> list[Answer]:
     return answers
 
 
+def test_kernels_that_cannot_run_here_are_an_answer(
+    loop: asyncio.Runner, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ModelLoadError, match="need a GPU"):
+        loop.run(EngineClient(replace(config, kernels="fused")).start())
+
+
 def test_what_comes_out_is_what_the_engine_computes(client: Watched, loop: asyncio.Runner, folder: Path):
     requests = [
         ask(prompt(9), prompt(4), id="base", sampling=replace(SHORT, prompt_logprobs=1), n=2),

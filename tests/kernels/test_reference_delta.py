@@ -190,3 +190,12 @@ def test_factors_that_cannot_be_read_through_their_address_are_refused() -> None
     ]:
         with pytest.raises(ValueError, match="a factor must be"):
             DeltaSite.build([[u]], [[e]], (0, 16), 8, dtype, torch.device("cpu"), pool=False)
+
+
+def test_negative_slots_are_not_written() -> None:
+    caches = [torch.full((4, 1, 8), 7.0) for _ in "kv"]
+    slots = torch.full((19,), -1)
+    slots[3] = 2
+    expand_qkv_rope_kv(torch.randn(19, 32), None, None, None, None, 1e-5, caches[0], caches[1], slots)
+    for cache in caches:
+        assert (cache[[0, 1, 3]] == 7).all() and not (cache[2] == 7).any()

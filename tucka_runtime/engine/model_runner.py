@@ -111,7 +111,10 @@ class ModelRunner:
         folder = Path(config.model)
         self.device = torch.device(_device(config.device))
         self.on_gpu = self.device.type == "cuda"
-        self.ops = dispatch.choose(self.device, config.kernels)
+        try:
+            self.ops = dispatch.choose(self.device, config.kernels)
+        except dispatch.BackendUnavailableError as e:
+            raise ModelLoadError(str(e)) from e
         pretrained, arch = read_config(folder)
         if config.num_threads or arch.hidden < NARROW:
             torch.set_num_threads(config.num_threads or 1)
@@ -125,9 +128,7 @@ class ModelRunner:
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config, max_len)
         self.caches = self._make_caches()
-        # The reference kernels take the small products of a delta in fp32: torch's bf16 ones cost 15 us each on a CPU
-        # however small (d 512, one adapter on q and v: 105 us a site against 38).
-        self.factor_dtype = self.dtype if self.ops.by_address else torch.float32
+        self.factor_dtype = torch.float32 if self.ops.fp32_factors else self.dtype
         self.adapters = AdapterStore(
             arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.by_address
         )
@@ -136,7 +137,8 @@ class ModelRunner:
         self.route_sums: dict[tuple[str, int], RouteSum] = {}
         """The sums of router inputs, by sequence, of the prompts that are being routed."""
         self.graphs: CudaGraphs | None = None
-        if self.adapters.table is not None:
+        if self.ops.graphs:
+            assert self.adapters.table is not None
             self.graphs = CudaGraphs(
                 self.model,
                 self.caches,
