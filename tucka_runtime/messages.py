@@ -165,7 +165,7 @@ class SequenceOutput:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The model as it is served. `fingerprint` is weights.fingerprint's."""
+    """The model as it is served. `fingerprint` is weights.fingerprint's, `kernels` the backend's name."""
 
     model_type: str
     vocab_size: int
@@ -176,6 +176,8 @@ class EngineInfo:
     kv_cache_tokens: int
     fingerprint: str
     max_num_batched_tokens: int
+    kernels: str
+    num_threads: int
 
 
 @dataclass(frozen=True)

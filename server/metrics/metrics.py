@@ -69,7 +69,8 @@ SPECS = (
     _histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES),
     _gauge("requests_running", "sequences in the batch"),
     _gauge("requests_waiting", "sequences accepted and not in the batch"),
-    _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device"),
+    _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device", "kernels"),
+    _gauge("engine_threads", "CPU threads of the engine"),
     _gauge("engine_up", "1 while the engine process serves"),
     _counter("engine_restarts", "engine processes started after the first"),
     _counter("steps", "forward passes"),
@@ -263,7 +264,8 @@ class Metrics:
         self._set("adapters_loaded", len(self.adapters))
         self._set("adapter_slots", self._max_adapters)
         if info is not None:
-            self._set("engine_info", 1, version, info.model_type, info.dtype, info.device)
+            self._set("engine_info", 1, version, info.model_type, info.dtype, info.device, info.kernels)
+            self._set("engine_threads", info.num_threads)
         own = "".join([family.render() for family in self._families.values()])
         parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
         if self._vllm is not None:

@@ -167,5 +167,14 @@ def test_the_embedded_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for word in ("Python", "torch", "triton", "GiB of memory", "will use", "for tucka train", "for traces"):
+    for word in (
+        "Python",
+        "torch",
+        "triton",
+        "cores, by ",
+        "GiB available, by ",
+        "will use",
+        "for tucka train",
+        "for traces",
+    ):
         assert word in shown

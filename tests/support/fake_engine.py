@@ -30,7 +30,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.config = EngineConfig()
-        self.info = EngineInfo("llama", VOCAB, 256, (2,), "float32", "cpu", 4096, "fake", 2048)
+        self.info = EngineInfo("llama", VOCAB, 256, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2)
         self.ready = True
         self.restarts = 0
         self.on_step = self.on_idle = None

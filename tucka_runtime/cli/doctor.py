@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 
-from tucka_runtime import __version__
+from tucka_runtime import __version__, machine
 from tucka_runtime.embedded import FOLDER
 from tucka_runtime.extras import EXTRAS, how_to_install, installed
 
@@ -19,8 +19,10 @@ def doctor() -> int:
     print(f"tucka         {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in _PACKAGES:
         print(f"{package:13} {_version(package)}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(f"CPU           {len(os.sched_getaffinity(0))} cores, {memory / 2**30:.1f} GiB of memory")
+    cores, memory = machine.cores(), machine.memory()
+    print(f"CPU           {cores.count} cores, by {cores.limited_by}")
+    total = machine.total_memory() / 2**30
+    print(f"memory        {memory.available / 2**30:.1f} of {total:.1f} GiB available, by {memory.limited_by}")
     cuda = torch.cuda.is_available()
     if cuda:
         for i in range(torch.cuda.device_count()):

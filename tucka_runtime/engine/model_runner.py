@@ -1,6 +1,6 @@
 """The device: model, KV tensors, one forward pass per step."""
 
-import os
+import logging
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tucka_runtime import machine
 from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.format import Adapter
 from tucka_runtime.config import EngineConfig
@@ -31,7 +32,10 @@ from tucka_runtime.messages import AdapterKey, EngineInfo, Route, RouteScope, To
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 
-CPU_MEMORY_SHARE = 0.25  # of what is free, for the KV cache: the rest is the operating system's, and other processes'
+logger = logging.getLogger(__name__)
+
+# Of what this process may still take, for the KV cache: the rest is for activations, adapters and other processes.
+CPU_MEMORY_SHARE = 0.25
 # Of what is free once the weights are loaded. The rest is for activations, graphs and adapters, of which 256 for all
 # seven linears of a Llama-3-8B at r 16 take 10.7 GB.
 GPU_MEMORY_SHARE = 0.85
@@ -116,8 +120,7 @@ class ModelRunner:
         except dispatch.BackendUnavailableError as e:
             raise ModelLoadError(str(e)) from e
         pretrained, arch = read_config(folder)
-        if config.num_threads or arch.hidden < NARROW:
-            torch.set_num_threads(config.num_threads or 1)
+        torch.set_num_threads(config.num_threads or _threads(arch))
         weights, self.dtype = load_weights(folder, arch, config.dtype, self.device)
         self.arch = arch
         max_len = _max_len(config, pretrained, arch)
@@ -161,6 +164,8 @@ class ModelRunner:
             kv_cache_tokens=self.num_blocks * self.block_size,
             fingerprint=identity,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            kernels=self.ops.name,
+            num_threads=torch.get_num_threads(),
         )
 
     def _num_blocks(self, config: EngineConfig, max_len: int) -> int:
@@ -171,7 +176,9 @@ class ModelRunner:
             if self.on_gpu:
                 room = torch.cuda.mem_get_info(self.device)[0] * GPU_MEMORY_SHARE
             else:
-                room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
+                memory = machine.memory()
+                logger.info("memory: %.1f GiB left by %s", memory.available / 2**30, memory.limited_by)
+                room = memory.available * CPU_MEMORY_SHARE
             # More than every sequence at full length can never be used.
             wanted = min(int(room / token_bytes), config.max_num_seqs * (max_len + self.block_size))
         if wanted < max_len:
@@ -366,6 +373,11 @@ class ModelRunner:
         logits = routed.router.centroids @ (part.total / part.count)
         groups, weights = self.ops.select(logits[None], routed.router.t)
         return Route(int(groups[0]), tuple(weights[0].tolist()))
+
+
+def _threads(arch: Architecture) -> int:
+    """As many as torch would take, but no more than the process's share of the machine's cores."""
+    return 1 if arch.hidden < NARROW else min(torch.get_num_threads(), machine.cores().count)
 
 
 def _device(name: str) -> str:
