@@ -60,8 +60,8 @@ class RouteHidden(Protocol):
 
 
 class Core(Protocol):
-    """out[row, slots[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the plan's
-    segments and all M modules of its adapter. out (rows, N, R, R), R >= r."""
+    """out[row, linears[m], :r, :r] = Σ_j w_j G[m, group, j] with w_j = Σ_i weights[i] C[m, i, j], for each of the
+    plan's segments and all M modules of its adapter. out (rows, N, R, R), R >= r."""
 
     def __call__(self, plan: RoutePlan, out: Tensor) -> None: ...
 

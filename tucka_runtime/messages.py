@@ -31,7 +31,8 @@ class AdapterKey:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The chosen expert group and its experts' weights (t of them, each in [0.269, 0.731])."""
+    """The chosen expert group and its experts' weights, t of them: a router's are in [0.269, 0.731], a pinned route's
+    in [0, 1]."""
 
     group: int
     weights: tuple[float, ...]
@@ -39,8 +40,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and what to make of them. Ranges are checked at the door (server/api/bodies.py); the engine
-    trusts them.
+    """How to choose tokens and what to make of them. The HTTP doors check ranges (server/api); the engine trusts them,
+    so who calls it directly answers for them.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
@@ -71,7 +72,10 @@ class SamplingParams:
 
     @property
     def least_tokens(self) -> int:
-        """The number of tokens that no answer ends before: `min_tokens`, unless a schema says when it is complete."""
+        """The number of tokens that no answer ends before: `min_tokens`, unless a schema says when it is complete.
+
+        The engine goes by this for tokens that end an answer; who looks for stop strings goes by `min_tokens`.
+        """
         return self.min_tokens if self.json_schema is None else 0
 
     @property
@@ -82,14 +86,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request as the engine sees it. `prompts` are token ids; `cache_salt` separates tenants' KV reuse."""
+    """What the engine is asked for: by the HTTP doors, by `LLM`, or to warm up. `prompts` are token ids; `cache_salt`
+    separates tenants' KV reuse; `route_scope` counts for adapters that have a router."""
 
     id: str
     prompts: tuple[tuple[int, ...], ...]
     sampling: SamplingParams
     n: int = 1
     adapter: AdapterKey | None = None
-    route_scope: RouteScope = RouteScope.BATCH
+    route_scope: RouteScope | None = RouteScope.BATCH
     cache_salt: str = ""
 
     @property
@@ -118,8 +123,8 @@ class RouteReport:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """`time.monotonic()` of the engine at each border of a sequence's life; seconds. A border that was not reached
-    is 0."""
+    """`time.monotonic()` of the engine at each border of a sequence's life; seconds. A border that was not reached is
+    0. The clock is the machine's on Linux, so other processes may compare theirs."""
 
     arrived: float
     scheduled: float
@@ -207,7 +212,7 @@ class AdapterInfo:
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """One step in figures. `schedule` to `output` are seconds on the host: choosing the work, packing the batch, routes
-    and cores, the layers, choosing tokens, booking them. `routes` has every routed segment's adapter and route,
+    and cores, layers and head, choosing tokens, booking them. `routes` has every routed segment's adapter and route,
     `adapters` those that had rows in the step."""
 
     schedule: float

@@ -20,7 +20,7 @@ from tucka_runtime.kernels.bench.shapes import Measurement, SiteBatch, batch, bl
 from tucka_runtime.kernels.bench.timing import Call, Case, Timed, measure
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Chain:
         at = torch.tensor(slots, device=device)
         c = [torch.randn(len(slots), T, P, device=device) for _ in range(used)]
         g = [torch.randn(len(slots), K, P, rank, rank, device=device) / rank for _ in range(used)]
-        routed = [Routed(*parts, at, None) for parts in zip(c, g, strict=True)]
+        routed = [CoreParts(*parts, at, None) for parts in zip(c, g, strict=True)]
         known = [(i % K, [0.5] * T) for i in range(used)]
         self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 

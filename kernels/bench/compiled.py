@@ -22,7 +22,7 @@ from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, blocks
 from tucka_runtime.kernels.fused import core, expand_residual, norm, shrink_core
 from tucka_runtime.kernels.fused.backend import OPS
 from tucka_runtime.kernels.ops import LowRank
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compile_all() -> list[Compiled]:
 def _routes(ids: Tensor | None) -> RoutePlan:
     """One adapter's, of 64 linears."""
     c, g = torch.empty(64, 2, 2), torch.empty(64, 4, 2, 16, 16)
-    adapter = Routed(c, g, torch.arange(64), torch.empty(LLAMA3_8B.vocab, 8))
+    adapter = CoreParts(c, g, torch.arange(64), torch.empty(LLAMA3_8B.vocab, 8))
     return RoutePlan.build([adapter], [0], [ids], [(0, (0.5, 0.5)) if ids is None else None], torch.device("cpu"))
 
 

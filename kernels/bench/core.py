@@ -6,7 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Measurement
 from tucka_runtime.kernels.bench.timing import Call, Case
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
 K, T, P = 4, 2, 2
 
@@ -24,7 +24,7 @@ def _case(sweep: Measurement, rank: int, modules: int) -> Case:
         slots = torch.arange(modules, device=sweep.device)
         c = torch.randn(modules, T, P, device=sweep.device)
         g = torch.randn(modules, K, P, rank, rank, device=sweep.device)
-        plan = RoutePlan.build([Routed(c, g, slots, None)], [0], [None], [(1, [0.5] * T)], sweep.device)
+        plan = RoutePlan.build([CoreParts(c, g, slots, None)], [0], [None], [(1, [0.5] * T)], sweep.device)
         out = torch.zeros(1, modules, rank, rank, dtype=sweep.dtype, device=sweep.device)
         return {"own": lambda: sweep.ops.core(plan, out)}
 

@@ -6,7 +6,7 @@ import torch
 
 from tucka_runtime.kernels.bench.shapes import Measurement
 from tucka_runtime.kernels.bench.timing import Call, Case
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
 K, T = 4, 2
 
@@ -23,7 +23,7 @@ def _case(sweep: Measurement, tokens: int) -> Case:
         table = torch.randn(sweep.shape.vocab, K * T, device=sweep.device)
         ids = torch.randint(0, sweep.shape.vocab, (tokens,), device=sweep.device)
         c, g = torch.randn(1, T, 1, device=sweep.device), torch.randn(1, K, 1, 1, 1, device=sweep.device)
-        adapter = Routed(c, g, torch.zeros(1, dtype=torch.int64, device=sweep.device), table)
+        adapter = CoreParts(c, g, torch.zeros(1, dtype=torch.int64, device=sweep.device), table)
         plan = RoutePlan.build([adapter], [0], [ids], [None], sweep.device)
         return {"own": lambda: sweep.ops.route_ids(plan)}
 

@@ -13,10 +13,10 @@ from tucka_runtime.kernels.fused.tiles import (
     CORE,
     EXPERTS,
     GROUPS,
+    LINEARS,
     MODULES,
     RANK,
     SLICES,
-    SLOTS,
     C,
     G,
     cdiv,
@@ -80,13 +80,13 @@ def _core(
     first = tl.program_id(2) * BLOCK
     if (m >= tl.load(record + MODULES)) | (first >= r * r):
         return
-    slot = tl.load(tl.load(record + SLOTS).to(tl.pointer_type(tl.int64)) + m)
+    linear = tl.load(tl.load(record + LINEARS).to(tl.pointer_type(tl.int64)) + m)
     mix_core(
         tl.load(record + C).to(tl.pointer_type(tl.float32)) + m * t * p,
         tl.load(record + G).to(tl.pointer_type(tl.float32)) + m * k * p * r * r,
         tl.load(groups + s),
         weights + s * weights_stride,
-        out + tl.load(record + CORE) * out_row + slot * out_slot,
+        out + tl.load(record + CORE) * out_row + linear * out_slot,
         first + tl.arange(0, BLOCK),
         t,
         p,
@@ -119,8 +119,8 @@ def _slices(records, groups, weights, weights_stride, address, weight, row_strid
     k, t = tl.load(record + GROUPS), tl.load(record + EXPERTS)
     p, r = tl.load(record + SLICES), tl.load(record + RANK)
     live = m < tl.load(record + MODULES)
-    slot = tl.load(tl.load(record + SLOTS).to(tl.pointer_type(tl.int64)) + m, mask=live, other=0)
-    at = tl.load(record + CORE) * row_stride + slot
+    linear = tl.load(tl.load(record + LINEARS).to(tl.pointer_type(tl.int64)) + m, mask=live, other=0)
+    at = tl.load(record + CORE) * row_stride + linear
     group = tl.load(groups + s)
     tl.store(address + at, tl.load(record + G) + (m * k + group) * p * r * r * 4, mask=live)
     c = tl.load(record + C).to(tl.pointer_type(tl.float32)) + m * t * p

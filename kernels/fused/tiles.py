@@ -28,7 +28,7 @@ def cdiv(a: int, b: int) -> int:
 # Columns of RoutePlan.records, and how many there are.
 IDS, COUNT, TABLE = tl.constexpr(routes.IDS), tl.constexpr(routes.COUNT), tl.constexpr(routes.TABLE)
 GROUPS, EXPERTS = tl.constexpr(routes.GROUPS), tl.constexpr(routes.EXPERTS)
-C, G, SLOTS = tl.constexpr(routes.C), tl.constexpr(routes.G), tl.constexpr(routes.SLOTS)
+C, G, LINEARS = tl.constexpr(routes.C), tl.constexpr(routes.G), tl.constexpr(routes.LINEARS)
 MODULES, SLICES, RANK = tl.constexpr(routes.MODULES), tl.constexpr(routes.SLICES), tl.constexpr(routes.RANK)
 CORE, COLUMNS = tl.constexpr(routes.CORE), tl.constexpr(routes.COLUMNS)
 

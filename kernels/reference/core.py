@@ -20,4 +20,4 @@ def core(plan: RoutePlan, out: Tensor) -> None:
         w = torch.matmul(weights[:, None, None, :], torch.stack([a.c for a in own]))  # (S, M, 1, p)
         slices = torch.stack([a.g[:, groups[s]] for a, s in zip(own, members, strict=True)])
         cores = torch.bmm(w.view(-1, 1, p), slices.view(-1, p, r * r)).view(len(own), m, r, r)
-        out[at[:, 1:], torch.stack([a.slots for a in own]), :r, :r] = cores.to(out.dtype)
+        out[at[:, 1:], torch.stack([a.linears for a in own]), :r, :r] = cores.to(out.dtype)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tucka_runtime.kernels.tables.transfer import place
 
-# The reference attends to decodes together, padded to the longest of their bucket; a bucket holds contexts up to a
-# power of two from this on, so that one long context does not make every short one pay for it.
+# The reference attends to decodes together, padded to the longest of their bucket. The first bucket holds contexts
+# under twice this, each further one those under the next power of two, so that a long one does not make every short one
+# pay.
 SMALLEST_BUCKET = 256
 
 # Rows of a prompt that one entry of `AttentionMetadata.tiles` stands for. The fused prefill cuts it further.

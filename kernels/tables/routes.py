@@ -10,21 +10,22 @@ from torch import Tensor
 from tucka_runtime.kernels.tables.transfer import place
 
 # These are the columns of RoutePlan.records.
-IDS, COUNT, TABLE, GROUPS, EXPERTS, C, G, SLOTS, MODULES, SLICES, RANK, CORE = range(12)
+IDS, COUNT, TABLE, GROUPS, EXPERTS, C, G, LINEARS, MODULES, SLICES, RANK, CORE = range(12)
 COLUMNS = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Routed:
+class CoreParts:
     """What routes and cores of one adapter are made of; M linears are adapted, of k groups of t experts each.
 
-    c (M, t, p) and g (M, k, p, r, r) fp32, normalised; slots (M,) int64: where in a segment's cores each linear's lies;
+    c (M, t, p) and g (M, k, p, r, r) fp32, normalised; linears (M,) int64: the number of each among all of the
+    model, by which a segment's cores are kept;
     table (vocab, k·t) fp32: the router's logits of every token, None where they are no function of the token alone.
     """
 
     c: Tensor
     g: Tensor
-    slots: Tensor
+    linears: Tensor
     table: Tensor | None
 
     @property
@@ -44,7 +45,7 @@ class Routed:
         """Columns TABLE to RANK."""
         m, k, p, r, _ = self.g.shape
         table = 0 if self.table is None else self.table.data_ptr()
-        return table, k, self.t, self.c.data_ptr(), self.g.data_ptr(), self.slots.data_ptr(), m, p, r
+        return table, k, self.t, self.c.data_ptr(), self.g.data_ptr(), self.linears.data_ptr(), m, p, r
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class RouteLimits:
 @dataclass(frozen=True, eq=False)
 class RoutePlan:
     """S segments: `adapters` of each, `core_rows` that take its cores, `ids` (n,) int64 that route it (None: the route
-    is known). On the host; `records` has all of it for the fused kernels."""
+    is known). These lie on the host and are empty in a graph's bucket; `records` says all of it on the device."""
 
-    adapters: tuple[Routed, ...]
+    adapters: tuple[CoreParts, ...]
     core_rows: tuple[int, ...]
     ids: tuple[Tensor | None, ...]
     limits: RouteLimits
@@ -75,8 +76,15 @@ class RoutePlan:
     """(S, at least t) fp32."""
 
     @staticmethod
+    def of_one(adapter: CoreParts, core_row: int, groups: Tensor, weights: Tensor) -> "RoutePlan":
+        """The plan of one segment whose route is on the device: groups (1,), weights (1, t)."""
+        limits = RouteLimits(adapter.k, adapter.t, len(adapter.linears), adapter.rank, tokens=0)
+        records = place([torch.tensor([(0, 0, *adapter.record, core_row)], dtype=torch.int64)], groups.device)[0]
+        return RoutePlan((adapter,), (core_row,), (None,), limits, records, groups, weights)
+
+    @staticmethod
     def build(
-        adapters: Sequence[Routed],
+        adapters: Sequence[CoreParts],
         core_rows: Sequence[int],
         ids: Sequence[Tensor | None],
         known: Sequence[tuple[int, Sequence[float]] | None],
@@ -86,7 +94,7 @@ class RoutePlan:
         limits = RouteLimits(
             k=max(a.k for a in adapters),
             t=max(a.t for a in adapters),
-            modules=max(len(a.slots) for a in adapters),
+            modules=max(len(a.linears) for a in adapters),
             rank=max(a.rank for a in adapters),
             tokens=max((len(own) for own in ids if own is not None), default=0),
         )

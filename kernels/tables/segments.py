@@ -36,12 +36,16 @@ class DeltaSite:
     """The folded low-rank factors of the active adapters at one site: a set of n linears that share their input.
 
     `u[a][j]` (r, d_in) and `e[a][j]` (r, d_out_j) are adapter a's factors at target j, or None where it does not adapt
-    it; y_j += ((x Uᵀ) M) E. `columns` (n + 1) are the borders of the targets in the packed output.
+    it; y_j += ((x Uᵀ) M) E. `columns` (n + 1) are the borders of the targets in the packed output. From `u` to `e_all`
+    they are the reference's, and empty in a site by address; the tensors behind them are for backends by address.
     """
 
+    columns: tuple[int, ...]
+    d_in: int
+    dtype: torch.dtype
+    """The type of all factors."""
     u: tuple[tuple[Tensor | None, ...], ...]
     e: tuple[tuple[Tensor | None, ...], ...]
-    columns: tuple[int, ...]
     ranks: tuple[tuple[int, ...], ...]
     u_all: Tensor
     """(P + 1, d_in): every target's rank rows, target-major, then one zero row that absent ranks point to."""
@@ -54,9 +58,6 @@ class DeltaSite:
     """(A, n) int32."""
     borders: Tensor
     """(n + 1,) int32: `columns` on the device."""
-    d_in: int
-    dtype: torch.dtype
-    """The type of all factors."""
 
     @staticmethod
     def build(
@@ -119,7 +120,7 @@ class DeltaSite:
         """A site, for the fused kernels, of tables (A, n) that the caller fills in, and changes, at their places."""
         borders = torch.tensor(columns, dtype=torch.int32).to(rank.device)
         empty = torch.empty(0, dtype=dtype, device=rank.device)
-        return DeltaSite((), (), tuple(columns), (), empty, (), u_ptr, e_ptr, rank, borders, d_in, dtype)
+        return DeltaSite(tuple(columns), d_in, dtype, (), (), (), empty, (), u_ptr, e_ptr, rank, borders)
 
 
 def check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) -> None:
@@ -133,7 +134,8 @@ def check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) ->
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The segments of one batch. `spans` has (first row, end row, adapter index) of each, ascending, on the host."""
+    """The segments of one batch. `spans` has (first row, end row, adapter index) of each, ascending, on the host, and
+    is empty in a graph's bucket, whose `tiles` say the same."""
 
     spans: tuple[tuple[int, int, int], ...]
     num_rows: int
@@ -206,7 +208,7 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """How one batch's rows meet one site's rank rows. Sites with equal `ranks` share it."""
+    """How one batch's rows meet one site's rank rows. Sites with equal `ranks` and d_in share it."""
 
     segments: Segments
     ranks: tuple[tuple[int, ...], ...]

@@ -165,7 +165,7 @@ class RequestLog:
                 adapter=self.adapter.key.name if self.adapter else None,
                 digest=self.adapter.digest if self.adapter else None,
                 generation=self.adapter.key.generation if self.adapter else None,
-                route_scope=str(self.request.route_scope) if self.adapter else None,
+                route_scope=self.request.route_scope and str(self.request.route_scope),
                 prompt_tokens=self.prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 generation_tokens=self.generated,

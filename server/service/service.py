@@ -54,10 +54,13 @@ class Service:
             raise EngineDeadError("The engine is restarting. Try again later.")
         return lease
 
-    def scope(self, adapter: LoadedAdapter | None, asked: RouteScope | None) -> RouteScope:
-        """The route scope of a request: what it asks for, what its adapter was trained for, or the server's own. Raises
-        InvalidRequestError where the adapter's route is pinned and the request asks for another."""
-        own = adapter.info.scope if adapter else None
+    def scope(self, adapter: LoadedAdapter | None, asked: RouteScope | None) -> RouteScope | None:
+        """The route scope of a request: what it asks for, what its adapter was trained for, or the server's own; None
+        for the base and for adapters without a router. Raises InvalidRequestError where the adapter's route is pinned
+        and the request asks for another."""
+        if adapter is None or adapter.info.kind != "tucka":
+            return None
+        own = adapter.info.scope
         if own == RouteScope.PINNED and asked is not None:
             raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
         return RouteScope(asked or own or self.config.route)

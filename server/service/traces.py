@@ -118,8 +118,9 @@ def _attributes(record: RequestLog) -> dict[str, Any]:
             "tucka.adapter.name": record.adapter.key.name,
             "tucka.adapter.digest": record.adapter.digest,
             "tucka.adapter.generation": record.adapter.key.generation,
-            "tucka.route.scope": str(record.request.route_scope),
         }
+    if record.request.route_scope is not None:
+        attributes["tucka.route.scope"] = str(record.request.route_scope)
     return attributes
 
 

@@ -208,20 +208,20 @@ def test_namespaces():
     assert len({short, long, longer}) == 3
 
 
-def test_a_sequence_samples_with_its_last_token():
+def test_a_token_is_due_with_a_sequences_last():
     """A token that is chosen and not known yet is its last; a prompt that is only being routed chooses nothing."""
     scheduler = Scheduler(BlockManager(8, 4), 4, 2)
     seq = sequences(ask(prompt(5)))[0]
     scheduler.add(seq)
     first, last = scheduler.schedule()[0], scheduler.schedule()[0]
-    assert (first.start, first.count, first.samples) == (0, 4, False)
-    assert (last.start, last.count, last.samples) == (4, 1, True)
+    assert (first.start, first.count, first.due) == (0, 4, False)
+    assert (last.start, last.count, last.due) == (4, 1, True)
     assert not scheduler.schedule(), "there is nothing left to compute"
     seq.pending = 1
     (ahead,) = scheduler.schedule()
-    assert (ahead.start, ahead.count, ahead.samples) == (5, 1, True)
+    assert (ahead.start, ahead.count, ahead.due) == (5, 1, True)
     seq.routing = True
-    assert not ahead.samples
+    assert not ahead.due
 
 
 def test_what_ends_with_its_pending_token_is_not_scheduled_again():
@@ -274,7 +274,7 @@ def test_everything_is_computed_in_order_and_comes_to_an_end(
             assert not work.start or before[id(work.seq)] in (0, work.start), "only the cache skips tokens"
             assert len(work.seq.block_table) * size >= work.start + work.count
             scheduler.computed(work)
-            if work.samples:
+            if work.due:
                 if work.seq.num_generated == new:
                     scheduler.finish(work.seq)
                     left.remove(work.seq)

@@ -27,7 +27,7 @@ from tucka_runtime.kernels.reference import expand_qkv_rope_kv as qkv_ref
 from tucka_runtime.kernels.reference import expand_residual as residual_ref
 from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
 from tucka_runtime.kernels.reference import norm as norm_ref
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -287,7 +287,7 @@ def test_cores_combined_by_the_shrink(one_launch: bool, p: int, dtype: torch.dty
     device = torch.get_default_device()
     own = [s for s, route in enumerate(routes) if route]
     adapters = [
-        Routed(torch.randn(2, 3, p) / 3, torch.randn(2, 4, p, r, r) / r**0.5, torch.tensor([1, 2]), None)
+        CoreParts(torch.randn(2, 3, p) / 3, torch.randn(2, 4, p, r, r) / r**0.5, torch.tensor([1, 2]), None)
         for _, r, p in filter(None, routes)
     ]
     known = [(group, torch.rand(3).tolist()) for group, _, _ in filter(None, routes)]

@@ -90,7 +90,7 @@ def test_core(k: int, t: int, p: int, r: int) -> None:
     untouched = torch.ones_like(out, dtype=torch.bool)
     for a, row, (group, weights) in zip(member, rows, known, strict=True):
         own, w = adapters[a], torch.tensor(weights, dtype=torch.float64)
-        for m, slot in enumerate(own.slots.tolist()):
+        for m, slot in enumerate(own.linears.tolist()):
             want = torch.einsum("i,ij,jab->ab", w, own.c[m].double(), own.g[m, group].double())
             assert delta_cases.relative(out[row, slot, : own.rank, : own.rank], want) <= LIMIT
             untouched[row, slot, : own.rank, : own.rank] = False

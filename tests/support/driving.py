@@ -218,14 +218,14 @@ class Recorder:
 
 
 def routed_cores(folded: FoldedAdapter, route: Route) -> dict[Where, Tensor]:
-    """The core M of every linear that a TuckA adapter adapts, under a route."""
+    """The core M of every linear that a TuckA adapter adapts, under a route. Factors and cores have one order."""
     routed = folded.routed
     assert routed is not None
     r = routed.g.shape[-1]
-    out = torch.zeros(1, int(routed.slots.max()) + 1, r, r)
+    out = torch.zeros(1, int(routed.linears.max()) + 1, r, r)
     known = [(route.group, route.weights)]
     core(RoutePlan.build([routed.parts], [0], [None], known, out.device), out)
-    return dict(zip(routed.places, out[0, routed.slots], strict=True))
+    return dict(zip(folded.factors, out[0, routed.linears], strict=True))
 
 
 def route_of(logits: Tensor, t: int) -> Route:

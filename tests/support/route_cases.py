@@ -7,7 +7,7 @@ import torch
 
 from tests.support.delta_cases import relative
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
 LIMIT = 1e-5
 
@@ -31,10 +31,10 @@ def check_route(got: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor, t:
     assert got[0].dtype == torch.int64 and got[0].shape == (1,) and got[1].shape == (1, t)
 
 
-def routed(k: int, t: int, vocab: int = 1, modules: int = 1, p: int = 1, r: int = 1) -> Routed:
+def routed(k: int, t: int, vocab: int = 1, modules: int = 1, p: int = 1, r: int = 1) -> CoreParts:
     """What a random adapter's routes and cores are made of."""
     slots = torch.arange(modules) * 2 % 5
-    return Routed(torch.randn(modules, t, p), torch.randn(modules, k, p, r, r), slots, torch.randn(vocab, k * t))
+    return CoreParts(torch.randn(modules, t, p), torch.randn(modules, k, p, r, r), slots, torch.randn(vocab, k * t))
 
 
 def check_routes(route_ids: Callable[[RoutePlan], None], shapes: list[tuple[int, int, int]], vocab: int) -> None:

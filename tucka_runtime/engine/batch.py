@@ -86,7 +86,7 @@ class Batch:
         for chunk in chunks:
             first_rows.append(rows)
             rows += chunk.count
-        due = [i for i, c in enumerate(chunks) if c.samples and c.seq.sampling.max_tokens > 0]
+        due = [i for i, c in enumerate(chunks) if c.due]
         lengths = _rope_lengths(chunks, rope_limit)
         spans = [(first, c.count, c.start + c.count) for first, c in zip(first_rows, chunks, strict=True)]
         segments, segment_of, sums = segment(chunks, first_rows, route_sums)

@@ -99,7 +99,7 @@ class CudaGraphs:
         stretches = self.model.rotary is not None and self.model.rotary.stretch_from is not None
         if stretches or len(chunks) > self.sizes[-1]:
             return False
-        if not all(c.count == 1 and c.start >= c.seq.num_prompt and c.samples for c in chunks):
+        if not all(c.count == 1 and c.start >= c.seq.num_prompt and c.due for c in chunks):
             return False
         if active is None:
             return True
@@ -313,7 +313,7 @@ class Bucket:
         spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
         at["tiles"].copy_(Segments.build(spans, self.rows, graphs.table.capacity, CPU, rows, self.rows).tiles)
         at["records"].zero_()
-        parts = [known.parts if active and (known := active.folded[s.adapter].routed) else None for s in segments]
+        parts = [routed.parts if active and (routed := active.folded[s.adapter].routed) else None for s in segments]
         self._routed = [(s, part.t) for s, part in enumerate(parts) if part is not None]
         if not self._routed:
             return

@@ -83,13 +83,15 @@ class Decoder:
         for rows, table in delta.replaced(f"{self.arch.embed}.weight"):
             x[rows] = table.index_select(0, ids[rows])
         if self.weights.positions is not None:
-            place = self.weights.positions.index_select(0, positions)
+            own = self.weights.positions.index_select(0, positions)
             for rows, table in delta.replaced(f"{self.arch.positions}.weight"):
-                place[rows] = table.index_select(0, positions[rows])
-            x = x + place
+                own[rows] = table.index_select(0, positions[rows])
+            x = x + own
         return x
 
     def _linear(self, layer: int, site: int, x: Tensor, delta: AdapterDelta) -> Tensor:
+        """The base's product, with what adapters replace of it; after it, what `shrink` gave for the site may be
+        read."""
         base = self.weights.layers[layer].linears[site]
         y = base(x)
         delta.join()

@@ -14,6 +14,7 @@ from tucka_runtime.engine.model_runner import Launched, ModelRunner, Result
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
@@ -91,10 +92,10 @@ class Engine:
         return False
 
     def _rehearse(self, adapter: AdapterKey | None) -> None:
-        """Runs prompts of several lengths, for the kernels cut longer ones in other ways."""
+        """Runs prompts of lengths that between them take every kernel that prompts take."""
         sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
         longest = min(self.info.max_model_len - 2, self.scheduler.max_tokens)
-        for length in sorted({min(length, longest) for length in self.runner.rehearsal_lengths(longest)}):
+        for length in sorted({min(length, longest) for length in (32, SMALL_BATCH + 1, longest)}):
             self.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
             while self.busy:
                 self.step()
@@ -153,7 +154,7 @@ class Engine:
 
     def step(self) -> tuple[list[SequenceOutput], StepStats | None]:
         """One forward pass for everything that fits. With `overlap` the following one is launched before the outcome of
-        this one is looked at. None where nothing could be done: all that runs ends with tokens already chosen."""
+        this one is looked at. No figures where there was nothing to do."""
         step = self.in_flight or self._launch()
         self.in_flight = None
         if step is None:
@@ -179,10 +180,12 @@ class Engine:
         results, stages = self.runner.collect(step.launched)
         ran = time.monotonic()
         outputs = [out for chunk, result in results if (out := self._account(chunk, result)) is not None]
-        decodes = sum(chunk.start >= chunk.seq.num_prompt for chunk in step.chunks)
+        # What a preempted sequence had said before counts as prompt when it is computed once more.
+        decodes = sum(chunk.start >= chunk.seq.num_prompt and chunk.count == 1 for chunk in step.chunks)
         adapters = {chunk.seq.adapter for chunk in step.chunks if chunk.seq.adapter is not None}
+        # One a segment; a prompt that was only routed has none, and stands for itself.
         routes = {
-            (result.segment, chunk.seq.adapter): result.route
+            (chunk.seq.adapter, chunk.seq.key if result.segment is None else result.segment): result.route
             for chunk, result in results
             if result.route is not None and chunk.seq.adapter is not None
         }
@@ -197,7 +200,7 @@ class Engine:
             decode_tokens=decodes,
             sequences=len(step.chunks),
             adapters=tuple(adapters),
-            routes=tuple((key, route) for (_, key), route in routes.items()),
+            routes=tuple((key, route) for (key, _), route in routes.items()),
         )
 
     def _account(self, chunk: ScheduledChunk, result: Result) -> SequenceOutput | None:
@@ -260,7 +263,7 @@ class Engine:
         out.token_ids = [result.token]
         if result.logprob is not None:
             out.logprobs = [result.logprob]
-        if seq.num_known >= seq.sampling.least_tokens and result.token in self.runner.stops(seq):
+        if seq.num_known > seq.sampling.least_tokens and result.token in self.runner.stops(seq):
             return Finish(FinishReason.STOP, stop_token_id=result.token)
         if seq.num_known >= seq.sampling.max_tokens or len(seq.tokens) >= self.info.max_model_len:
             return Finish(FinishReason.LENGTH)

@@ -27,7 +27,6 @@ from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, TuckaError
 from tucka_runtime.kernels import dispatch
-from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route, RouteScope, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
@@ -49,8 +48,9 @@ one, `python -m tucka_runtime.bench`, base only: d 128 1796 and 2056 tok/s, d 25
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Seconds of one pass on the host: packing the batch, routes and cores known from token ids, the layers, and the
-    choice of tokens."""
+    """Seconds of one pass on the host: packing the batch; routes and cores known from token ids; the layers, the head
+    and the prompts' scores; the choice of tokens and their log-probabilities. A graph does all of a step as
+    `forward`."""
 
     batch: float
     route: float
@@ -224,10 +224,6 @@ class ModelRunner:
         """Captures one graph that batches of these adapters will want; False if there are all, or none can be."""
         return self.graphs is not None and self.graphs.prepare(adapters)
 
-    def rehearsal_lengths(self, longest: int) -> tuple[int, ...]:
-        """Prompt lengths that between them take every kernel that prompts take."""
-        return 32, SMALL_BATCH + 1, longest
-
     def stops(self, seq: Sequence) -> frozenset[int]:
         """Tokens that end the sequence."""
         return self.sampler.stops(seq)
@@ -241,8 +237,8 @@ class ModelRunner:
         """Request scope: a prompt that comes in chunks and whose router is inside the model is routed before it is
         computed, so that the route does not depend on how it is cut."""
         seq = chunk.seq
-        whole = chunk.count >= seq.num_prompt
-        if seq.scope is not RouteScope.REQUEST or seq.route is not None or chunk.start or whole:
+        at_once = chunk.count >= seq.num_prompt
+        if seq.scope is not RouteScope.REQUEST or seq.route is not None or chunk.start or at_once:
             return
         assert seq.adapter is not None
         routed = self.adapters[seq.adapter].routed
@@ -275,15 +271,16 @@ class ModelRunner:
         hidden = self.model.forward(
             batch.ids, batch.positions, batch.lengths, batch.attention, self.caches, batch.delta
         )
-        computed = time.monotonic()
         due = [batch.chunks[i].seq for i in batch.due]
+        logits = self.model.logits(hidden, batch.due_rows, batch.delta) if due else None
+        scores = self._score(batch, hidden)
+        computed = time.monotonic()
         choice = tokens = None
-        if due:
-            choice = self.sampler.choose(self.model.logits(hidden, batch.due_rows, batch.delta), due)
+        if logits is not None:
+            choice = self.sampler.choose(logits, due)
             tokens = self.chosen.keep(choice.tokens, due)
-        routes = [known.to_host() for known in batch.delta.routes]
-        launched = Launched(batch.chunks, batch.segment_of, batch.due, choice, tokens, routes, self._event())
-        launched.scores = self._score(batch, hidden)
+        routes = [part.to_host() for part in batch.delta.routes]
+        launched = Launched(batch.chunks, batch.segment_of, batch.due, choice, tokens, routes, self._event(), scores)
         launched.stages = Stages(
             batch=prepared - begin - batch.delta.route_seconds,
             route=batch.delta.route_seconds,
@@ -307,7 +304,7 @@ class ModelRunner:
         if not all(map(self.sampler.plain, seqs)):
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
         tokens = self.chosen.keep(choice.tokens, seqs)
-        routes = [known.to_host() for known in bucket.routes()]
+        routes = [part.to_host() for part in bucket.routes()]
         launched = Launched(chunks, segment_of, list(range(len(chunks))), choice, tokens, routes, self._event())
         launched.stages = Stages(prepared - begin, 0.0, computed - prepared, time.monotonic() - computed)
         return launched
@@ -326,18 +323,21 @@ class ModelRunner:
         results = [Result() for _ in launched.chunks]
         if launched.done is not None:
             launched.done.synchronize()
+        waited = time.monotonic() - begin
         self._collect_tokens(launched, results)
+        counted = time.monotonic() - begin - waited
         for i, scores in launched.scores.items():
             results[i].prompt_logprobs = scores
-        routes = dict(item for known in launched.routes for item in known.items())
+        routes = dict(item for part in launched.routes for item in part.items())
         for chunk, segment, result in zip(launched.chunks, launched.segment_of, results, strict=True):
             if segment is not None:
                 result.segment, result.route = segment, routes.get(segment)
             seq = chunk.seq
-            whole = chunk.start + chunk.count >= seq.num_prompt
-            if seq.routing and whole and seq.status is not Status.FINISHED:  # aborted, its adapter may be gone
+            all_read = chunk.start + chunk.count >= seq.num_prompt
+            if seq.routing and all_read and seq.status is not Status.FINISHED:  # aborted, its adapter may be gone
                 result.route = self._summed_route(self.route_sums.pop(seq.key))
-        stages = replace(launched.stages, forward=launched.stages.forward + time.monotonic() - begin)
+        stages = launched.stages
+        stages = replace(stages, forward=stages.forward + waited, sample=stages.sample + counted)
         return list(zip(launched.chunks, results, strict=True)), stages
 
     def _collect_tokens(self, launched: Launched, results: list[Result]) -> None:

@@ -1,4 +1,4 @@
-"""From logits to tokens: bias, penalties, schemas, filters, choice, log-probabilities. Whole batch at once; rows that
+"""From logits to tokens: penalties, bias, schemas, filters, choice, log-probabilities. Whole batch at once; rows that
 do not ask for a step do not pay for it.
 """
 

@@ -25,9 +25,9 @@ class ScheduledChunk:
     last: bool
 
     @property
-    def samples(self) -> bool:
-        """Whether the chunk brings a token: one of a prompt that is only being routed does not."""
-        return self.last and not self.seq.routing
+    def due(self) -> bool:
+        """Whether the chunk brings a token: one of a prompt that is only being routed, or scored, does not."""
+        return self.last and not self.seq.routing and self.seq.sampling.max_tokens > 0
 
 
 def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:

@@ -13,7 +13,11 @@ class Status(Enum):
 
 
 class Sequence:
-    """The scheduler's view of one sequence.
+    """What the engine's books have of one sequence.
+
+    Three write in it. The scheduler: `status`, `num_computed`, `block_table`, `block_hashes`, `cached_tokens`. The
+    runner: `routing`, when it finds a long prompt that must be routed first. The engine: the rest, as outcomes arrive,
+    `pending` and `scheduled_at` when a step is launched, and, once a prompt is routed, `num_computed` back to 0.
 
     `num_computed` tokens have their KV in the blocks of `block_table`, or will once the device has done what it was
     given. `pending` counts the tokens that are chosen there and not known here yet: they count as tokens, but `tokens`

@@ -15,7 +15,6 @@ QKV, OUT, UP, DOWN = range(4)
 class Site:
     """Linears that share their input and are packed into one product: their paths within a layer and output widths."""
 
-    name: str
     targets: tuple[str, ...]
     d_in: int
     widths: tuple[int, ...]
@@ -154,15 +153,14 @@ def rotary_decoder(
         tied=config.tie_word_embeddings,
         sites=(
             Site(
-                "qkv",
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 hidden,
                 (q, kv, kv),
                 attention_bias,
             ),
-            Site("o", ("self_attn.o_proj",), q, (hidden,), output_bias),
-            Site("up", ("mlp.gate_proj", "mlp.up_proj"), hidden, (inner, inner), mlp_bias),
-            Site("down", ("mlp.down_proj",), inner, (hidden,), mlp_bias),
+            Site(("self_attn.o_proj",), q, (hidden,), output_bias),
+            Site(("mlp.gate_proj", "mlp.up_proj"), hidden, (inner, inner), mlp_bias),
+            Site(("mlp.down_proj",), inner, (hidden,), mlp_bias),
         ),
         gated=True,
         transposed=False,

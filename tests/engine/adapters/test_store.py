@@ -77,7 +77,9 @@ def test_the_serving_form_is_the_official_one(family: tuple[Any, Engine, Path]):
     group, s = 2, (0.3, 0.65)
     cores = routed_cores(form, Route(group, s))
     where = locate(engine.runner.arch)
-    assert form.routed.places == [where[path] for path in adapter.modules]
+    arch = engine.runner.arch
+    own = [where[path] for path in adapter.modules]
+    assert form.routed.linears.tolist() == [arch.first_linear(at.layer, at.site) + at.target for at in own]
     for path, raw in adapter.modules.items():
         linear = model.get_submodule(path).double()
         x = torch.randn(5, raw.u.shape[0], dtype=torch.float64)

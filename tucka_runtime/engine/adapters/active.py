@@ -10,7 +10,7 @@ from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 from tucka_runtime.messages import AdapterKey
 from tucka_runtime.models.architecture import Architecture
 
-# Site plans are kept by the ranks and d_in of their site.
+# Site plans are kept by the ranks and d_in of their site: sites that agree in both share one.
 Plans = dict[tuple[tuple[tuple[int, ...], ...], int], SitePlan]
 
 
@@ -29,11 +29,12 @@ class ActiveSet:
     max_rank: int
     """The largest rank of all factors."""
     layouts: dict[object, tuple[Segments, Plans]] = field(default_factory=dict)
+    """The last layout, by what it was made of."""
 
     def layout(
         self, spans: Sequence[tuple[int, int, int]], core_rows: Sequence[int], num_rows: int, device: torch.device
     ) -> tuple[Segments, Plans]:
-        """The metadata of a batch, kept while batches have the same members: it depends on nothing else."""
+        """The metadata of a batch, kept while every batch has the same rows in the same segments."""
         key = num_rows, tuple(spans), tuple(core_rows)
         if key not in self.layouts:
             self.layouts.clear()

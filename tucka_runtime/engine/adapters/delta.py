@@ -1,4 +1,10 @@
-"""The adapters' part of one forward pass: routes, routed cores, and the low-rank deltas that they make."""
+"""The adapters' part of one forward pass: routes, routed cores, and the low-rank deltas that they make.
+
+A route's way through the types: an adapter's `FoldedRouter` (centroids, table) and `TuckACores` say what it is routed
+by; `CoreParts` are the tensors of both that kernels take, and a `RoutePlan` has those of all segments of a batch. The
+kernels fill in its groups and weights, which `Routes` names by segment and brings to the host, where each becomes a
+`messages.Route`, and, for the answer, a `RouteReport`. A `RouteSum` collects what a prompt in chunks is routed by.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,9 +17,9 @@ from tucka_runtime.engine.adapters.active import ActiveSet, Plans
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, core_rows, route_plan
 from tucka_runtime.kernels.ops import LowRank, Ops
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 from tucka_runtime.kernels.tables.segments import Segments, SitePlan
-from tucka_runtime.messages import AdapterKey, Route
+from tucka_runtime.messages import AdapterKey
 
 
 @dataclass(eq=False)
@@ -93,34 +99,35 @@ class AdapterDelta:
         if not active.core_rank:
             return
         rank, last = active.core_rank, max(rows)
+        # Zeros, for a smaller core is the upper left block of its place, and what lies beside it is multiplied too.
         self.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
         if any(active.folded[s.adapter].routed is None for s in segments):
             self.cores[last] = torch.eye(rank, device=device)
 
     def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
         """The cores of all segments whose route is given or known from token ids; the others start to wait."""
-        known = []
+        ready = []
         for s, segment in enumerate(segments):
             routed = active.folded[segment.adapter].routed
             if routed is None:
                 continue
             if segment.given is not None or (routed.router.table is not None and segment.ids is not None):
-                known.append(s)
+                ready.append(s)
             else:
                 at = routed.router.at
                 self.waiting.setdefault((at.layer, at.site), []).append(s)
-        if known:
-            plan = self._plan(known, [segments[s] for s in known], device)
+        if ready:
+            plan = self._plan(ready, [segments[s] for s in ready], device)
             if plan.limits.tokens:
                 self.ops.route_ids(plan)
-            self._make_cores(known, plan)
+            self._make_cores(ready, plan)
 
     def _plan(self, own: list[int], segments: Sequence[Segment], device: torch.device) -> RoutePlan:
         assert self.segments is not None
         rows = [self.segments.core_rows[s] for s in own]
         return route_plan([self._parts(s) for s in own], rows, segments, device)
 
-    def _parts(self, s: int) -> Routed:
+    def _parts(self, s: int) -> CoreParts:
         assert self.active is not None
         routed = self.active.folded[self.keys[s]].routed
         assert routed is not None
@@ -174,7 +181,5 @@ class AdapterDelta:
         routed = self.active.folded[self.keys[s]].routed
         assert routed is not None
         groups, weights = self.ops.route_hidden(x[first:end], routed.router.centroids, routed.router.t)
-        plan = self._plan([s], [Segment(first, end, self.keys[s], given=Route(0, ()))], x.device)
-        plan.groups.copy_(groups)
-        plan.weights.copy_(weights)
+        plan = RoutePlan.of_one(routed.parts, self.segments.core_rows[s], groups, weights)
         self._make_cores([s], plan)

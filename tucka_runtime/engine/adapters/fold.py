@@ -70,9 +70,8 @@ def fold(
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
         router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, arch, weights, ops)
         numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
-        slots = torch.tensor(numbers, dtype=torch.int64).to(device)
-        routed = TuckACores([at for at, _, _ in cores], slots, g, c, router)
-    folded = FoldedAdapter(key, adapter.digest, factors, routed, saved)
+        routed = TuckACores(torch.tensor(numbers, dtype=torch.int64).to(device), g, c, router)
+    folded = FoldedAdapter(key, factors, routed, saved)
     # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base.
     if not all(bool(t.isfinite().all()) for t in folded.tensors()):
         raise InvalidAdapterError(

@@ -6,11 +6,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from tucka_runtime.kernels.tables.routes import Routed
+from tucka_runtime.kernels.tables.routes import CoreParts
 from tucka_runtime.messages import AdapterKey
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Where:
     """A linear of the decoder: layer, site within it, target within that."""
 
@@ -32,18 +32,17 @@ class FoldedRouter:
 
 @dataclass(frozen=True, eq=False)
 class TuckACores:
-    """What cores are made of: g (M, k, p, r, r) and c (M, t, p) of the M adapted linears at `places`, normalised;
-    `slots` (M,) int64 are their numbers (Architecture.first_linear), by which a segment's cores are kept."""
+    """What cores are made of: g (M, k, p, r, r) and c (M, t, p) of the M adapted linears, normalised; `linears` (M,)
+    int64 are their numbers (Architecture.first_linear), by which a segment's cores are kept."""
 
-    places: list[Where]
-    slots: Tensor
+    linears: Tensor
     g: Tensor
     c: Tensor
     router: FoldedRouter
 
     @cached_property
-    def parts(self) -> Routed:
-        return Routed(self.c, self.g, self.slots, self.router.table)
+    def parts(self) -> CoreParts:
+        return CoreParts(self.c, self.g, self.linears, self.router.table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,6 @@ class FoldedAdapter:
     None where the core is constant; `saved` replaces parameters of the base by name."""
 
     key: AdapterKey
-    digest: str
     factors: Mapping[Where, tuple[Tensor, Tensor]]
     routed: TuckACores | None
     saved: Mapping[str, Tensor]
@@ -62,7 +60,7 @@ class FoldedAdapter:
         tensors = [t for pair in self.factors.values() for t in pair] + list(self.saved.values())
         if self.routed is not None:
             router = self.routed.router
-            tensors += [self.routed.g, self.routed.c, self.routed.slots, router.centroids]
+            tensors += [self.routed.g, self.routed.c, self.routed.linears, router.centroids]
             tensors += [] if router.table is None else [router.table]
         return tensors
 

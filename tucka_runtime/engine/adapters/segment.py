@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 from tucka_runtime.messages import AdapterKey, Route
 
 
@@ -80,7 +80,7 @@ def core_rows(segments: Sequence[Segment], active: ActiveSet, identity: int | No
 
 
 def route_plan(
-    parts: Sequence[Routed], rows: Sequence[int], segments: Sequence[Segment], device: torch.device
+    parts: Sequence[CoreParts], rows: Sequence[int], segments: Sequence[Segment], device: torch.device
 ) -> RoutePlan:
     """What the kernels need to know of segments whose route is given or known from their token ids."""
     ids = [None if s.given is not None else s.ids for s in segments]

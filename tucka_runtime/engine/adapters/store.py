@@ -95,7 +95,8 @@ class AdapterStore:
     def activate(self, keys: Iterable[AdapterKey]) -> ActiveSet:
         """The adapters of one batch.
 
-        A set that has them all and not twice as many is reused, so that a finished request does not cost a rebuild.
+        A set that has them all, and at most as many others, is reused, so that a finished request does not cost a
+        rebuild.
         """
         wanted = frozenset(keys)
         for members, active in reversed(self.active.items()):
@@ -112,7 +113,7 @@ class AdapterStore:
             self.active.popitem(last=False)
         return active
 
-    def scope(self, key: AdapterKey | None, wanted: RouteScope) -> RouteScope | None:
+    def scope(self, key: AdapterKey | None, wanted: RouteScope | None) -> RouteScope | None:
         """The scope that a request gets: its own for a routed adapter, none for the base, LoRA and pinned ones."""
         if key is None or (entry := self.loaded.get(key)) is None or entry.folded.routed is None:
             return None
