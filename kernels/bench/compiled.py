@@ -24,10 +24,13 @@ from tucka_runtime.kernels.fused.backend import OPS
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 
+FUSED = Path(core.__file__).parent
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one specialisation. `accesses` counts its global loads and stores by width in bytes."""
+    """One kernel in one specialisation. `accesses` counts its global loads and stores by width in bytes, apart for each
+    pointer: by the name that the statement gives to where it reads or writes."""
 
     op: str
     kernel: str
@@ -35,7 +38,7 @@ class Compiled:
     spilled: int
     shared: int
     products: str
-    accesses: dict[int, int]
+    accesses: dict[str, dict[int, int]]
 
 
 class _Device:
@@ -156,14 +159,33 @@ def _calls() -> list[tuple[str, Any]]:
 
 def _read(op: str, name: str, kernel: Any) -> Compiled:
     ptx = kernel.asm["ptx"]
-    accesses: Counter[int] = Counter()
-    for vector, bits in re.findall(r"\b(?:ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.(v[248]))?\.[bsuf](\d+)", ptx):
-        accesses[int(bits) // 8 * int(vector[1:] or 1) if vector else int(bits) // 8] += 1
-    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x[0-9a-f]+|\d+)", ptx):
-        accesses[int(size, 0)] += 1
     products = [p for p in ("wgmma", "mma.sync") if p in ptx]
     usage = _usage(kernel.asm["cubin"])
-    return Compiled(op, name, *usage, kernel.metadata.shared, "+".join(products), dict(sorted(accesses.items())))
+    return Compiled(op, name, *usage, kernel.metadata.shared, "+".join(products), _accesses(ptx))
+
+
+def _accesses(ptx: str) -> dict[str, dict[int, int]]:
+    """Accesses of global memory by pointer, then by width. The line of the source that each is of stands before it."""
+    # Where the file lies is not believed: what is cached may have been compiled from another checkout of the source.
+    files = re.findall(r'\.file\s+(\d+) "[^"]*/([^"/]+)"', ptx)
+    lines = {
+        (number, str(line)): text
+        for number, name in files
+        if (path := FUSED / name).is_file()
+        for line, text in enumerate(path.read_text().splitlines(), 1)
+    }
+    found: dict[str, Counter[int]] = {}
+    name = ""
+    for instruction in ptx.splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+) (\d+) (\d+)", instruction):
+            source = lines.get((place[1], place[2]), "")
+            pointer = re.match(r"tl\.(?:load|store|atomic_add)\((\w+)", source[int(place[3]) - 1 :])
+            name = pointer[1] if pointer else name
+        elif plain := re.search(r"\b(?:ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.v([248]))?\.[bsuf](\d+)", instruction):
+            found.setdefault(name, Counter())[int(plain[2]) // 8 * int(plain[1] or 1)] += 1
+        elif copied := re.search(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x[0-9a-f]+|\d+)", instruction):
+            found.setdefault(name, Counter())[int(copied[1], 0)] += 1
+    return {name: dict(sorted(widths.items())) for name, widths in found.items()}
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -183,6 +205,9 @@ def table(found: list[Compiled]) -> str:
     head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}  {'products':16}"
     lines = [head + "bytes per access: times"]
     for c in found:
-        widths = " ".join(f"{size}:{times}" for size, times in c.accesses.items())
-        lines.append(f"{c.op:32}{c.kernel:14}{c.registers:10}{c.spilled:9}{c.shared:9}  {c.products:16}{widths}")
+        total: Counter[int] = Counter()
+        for widths in c.accesses.values():
+            total.update(widths)
+        text = " ".join(f"{size}:{times}" for size, times in sorted(total.items()))
+        lines.append(f"{c.op:32}{c.kernel:14}{c.registers:10}{c.spilled:9}{c.shared:9}  {c.products:16}{text}")
     return "\n".join(lines)

@@ -81,33 +81,32 @@ def _core(
     if (m >= tl.load(record + MODULES)) | (first >= r * r):
         return
     linear = tl.load(tl.load(record + LINEARS).to(tl.pointer_type(tl.int64)) + m)
-    mix_core(
-        tl.load(record + C).to(tl.pointer_type(tl.float32)) + m * t * p,
-        tl.load(record + G).to(tl.pointer_type(tl.float32)) + m * k * p * r * r,
-        tl.load(groups + s),
-        weights + s * weights_stride,
-        out + tl.load(record + CORE) * out_row + linear * out_slot,
-        first + tl.arange(0, BLOCK),
-        t,
-        p,
-        r,
-        out_r,
-        BLOCK_T,
-        BLOCK,
-    )
+    c = tl.load(record + C).to(tl.pointer_type(tl.float32)) + m * t * p
+    g = tl.load(record + G).to(tl.pointer_type(tl.float32)) + (m * k + tl.load(groups + s)) * p * r * r
+    at = out + tl.load(record + CORE) * out_row + linear * out_slot
+    own = weights + s * weights_stride
+    entry = first + tl.arange(0, BLOCK)
+    if r % 4 == 0:
+        mix_core(c, g, own, at, entry, t, p, r, out_r, 4, BLOCK_T, BLOCK)
+    else:
+        mix_core(c, g, own, at, entry, t, p, r, out_r, 1, BLOCK_T, BLOCK)
 
 
 @triton.jit
-def mix_core(c, g, group, weights, out, entry, t, p, r, out_r, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries of one module's core: c (t, p), g (k, p, r, r), out (R, R) at their first elements."""
+def mix_core(
+    c, g, weights, out, entry, t, p, r, out_r, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Entries of one module's core, its rank a multiple of ALIGN: c (t, p), the group's g (p, r, r), out (R, R)."""
+    r = r // ALIGN * ALIGN  # which says so to the compiler: a hint on an argument is lost when the call is inlined
     expert = tl.arange(0, BLOCK_T)
     s = tl.load(weights + expert, mask=expert < t, other=0.0)
     real = entry < r * r
-    slices = g + group * p * r * r
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in range(0, p):
         w = tl.sum(s * tl.load(c + expert * p + j, mask=expert < t, other=0.0), 0)
-        acc += w * tl.load(slices + j * r * r + entry, mask=real, other=0.0)
+        # Slices start at multiples of 16 bytes (RoutePlan.build); see tiles.delta_block for where the hint stands.
+        slices = tl.multiple_of(g + j * r * r + entry, 4 * ALIGN)
+        acc += w * tl.load(slices, mask=real, other=0.0)
     at = out + entry // r * out_r + entry % r
     tl.store(at, acc.to(out.dtype.element_ty), mask=real)
 

@@ -28,7 +28,9 @@ def run(y: Tensor, low_rank: LowRank, block_n: int) -> Tensor:
     widest = max(b - a for a, b in pairwise(columns))
     grid = (low_rank.plan.segments.tiles.shape[0], cdiv(widest, block_n), len(columns) - 1)
     if grid[0]:
-        _expand[grid](y, *delta_args(low_rank), y.stride(0), BLOCK_N=block_n, num_warps=4, **delta_options(low_rank))
+        _expand[grid](
+            y, *delta_args(low_rank), y.stride(0), BLOCK_N=block_n, num_warps=4, **delta_options(low_rank, block_n)
+        )
     return y
 
 
@@ -45,17 +47,19 @@ def _expand(
     width_h,
     y_stride,
     ALIGN: tl.constexpr,
+    E_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first, end, segment, adapter = load_tile(tiles, tl.program_id(0))
+    first, end, _, adapter = load_tile(tiles, tl.program_id(0))
     target = tl.program_id(2)
     begin = tl.multiple_of(tl.load(borders + target), ALIGN)
     stop = tl.multiple_of(tl.load(borders + target + 1), ALIGN)  # so that the mask does not split wide accesses
     column = begin + tl.program_id(1) * BLOCK_N
-    if (segment < 0) | (first >= end) | (column >= stop):
+    if (adapter < 0) | (first >= end) | (column >= stop):
         return
     if tl.load(rank + adapter * n + target) == 0:
         return
@@ -64,7 +68,22 @@ def _expand(
     columns = column + tl.arange(0, BLOCK_N)
     wanted = columns < stop
     acc = delta_block(
-        h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN, BLOCK_R
+        h,
+        e_ptr,
+        rank,
+        borders,
+        rows,
+        inside,
+        adapter,
+        target,
+        columns,
+        wanted,
+        n,
+        width_h,
+        ALIGN,
+        E_ALIGN,
+        H_ALIGN,
+        BLOCK_R,
     )
     at = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
     mask = inside[:, None] & wanted[None, :]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.tiles import (
-    CHUNK,
+    NO_DELTA,
     cdiv,
     delta_args,
     delta_block,
@@ -46,12 +46,12 @@ def expand_qkv_rope_kv(
     q_norm, k_norm = head_norms if head_norms is not None else (q, q)
     has_rope = cos is not None and sin is not None
     args: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)  # never read
-    options: dict[str, int] = {"ALIGN": 1, "BLOCK_R": CHUNK, "BLOCK_M": SMALL_TILE, "PADDED": False}
+    options = NO_DELTA
     programs = cdiv(num_rows, SMALL_TILE)
     if low_rank is not None:
         if any(c % d for c in low_rank.site.columns):
             raise ValueError(f"a head of {d} columns must lie within one target: {low_rank.site.columns}")
-        args, options = delta_args(low_rank), delta_options(low_rank)
+        args, options = delta_args(low_rank), delta_options(low_rank, d // 2 if d % 2 == 0 else 1)
         programs = tile_programs(low_rank.plan.segments, heads + 2 * kv_heads)
     _qkv[(programs, heads + 2 * kv_heads)](
         qkv,
@@ -120,6 +120,8 @@ def _qkv(
     BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ALIGN: tl.constexpr,
+    E_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     PADDED: tl.constexpr,
@@ -139,11 +141,26 @@ def _qkv(
             inside = rows < end
             a, b = _load(qkv, rows, inside, column + i, in_a, in_b, stride, HALF)
             a += delta_block(
-                h, e_ptr, rank, borders, rows, inside, adapter, target, column + i, in_a, n, width_h, ALIGN, BLOCK_R
+                h,
+                e_ptr,
+                rank,
+                borders,
+                rows,
+                inside,
+                adapter,
+                target,
+                column + i,
+                in_a,
+                n,
+                width_h,
+                ALIGN,
+                E_ALIGN,
+                H_ALIGN,
+                BLOCK_R,
             )
             b += delta_block(
                 h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN,
-                BLOCK_R,
+                E_ALIGN, H_ALIGN, BLOCK_R,
             )  # fmt: skip
             _finish(
                 a, b, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm, eps,

@@ -139,7 +139,7 @@ def _launch(
             residual.stride(0),
             BLOCK_N=block_n,
             num_warps=4,
-            **delta_options(low_rank),
+            **delta_options(low_rank, block_n),
             **how,
         )
 
@@ -166,6 +166,8 @@ def _add(
     y_stride,
     residual_stride,
     ALIGN: tl.constexpr,
+    E_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,7 +190,22 @@ def _add(
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < end
         acc = delta_block(
-            h, e_ptr, rank, borders, rows, inside, adapter, target, columns, wanted, n, width_h, ALIGN, BLOCK_R
+            h,
+            e_ptr,
+            rank,
+            borders,
+            rows,
+            inside,
+            adapter,
+            target,
+            columns,
+            wanted,
+            n,
+            width_h,
+            ALIGN,
+            E_ALIGN,
+            H_ALIGN,
+            BLOCK_R,
         )
         mask = inside[:, None] & wanted[None, :]
         row = rows[:, None].to(tl.int64)

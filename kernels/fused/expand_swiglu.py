@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.tiles import (
-    CHUNK,
+    NO_DELTA,
     cdiv,
     delta_args,
     delta_block,
@@ -39,12 +39,12 @@ def run(gate_up: Tensor, low_rank: LowRank | None, block_n: int) -> Tensor:
         return out
     blocks = cdiv(f, block_n)
     args: tuple[object, ...] = (out, out, out, out, out, 0, 0, 0)  # never read
-    options: dict[str, int] = {"ALIGN": 1, "BLOCK_R": CHUNK, "BLOCK_M": SMALL_TILE, "PADDED": False}
+    options = NO_DELTA
     programs = cdiv(num_rows, SMALL_TILE)
     if low_rank is not None:
         if not set(low_rank.site.columns) <= {0, f, 2 * f}:
             raise ValueError(f"gate and up must be the targets, or one target together: {low_rank.site.columns}")
-        args, options = delta_args(low_rank), delta_options(low_rank)
+        args, options = delta_args(low_rank), delta_options(low_rank, block_n)
         programs = tile_programs(low_rank.plan.segments, blocks)
     _swiglu[(programs, blocks)](
         gate_up,
@@ -77,6 +77,8 @@ def _swiglu(
     f,
     stride,
     ALIGN: tl.constexpr,
+    E_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     PADDED: tl.constexpr,
@@ -94,10 +96,40 @@ def _swiglu(
             inside = rows < end
             gate, up = _load(gate_up, rows, inside, columns, wanted, f, stride)
             gate += delta_block(
-                h, e_ptr, rank, borders, rows, inside, adapter, 0, columns, wanted, n, width_h, ALIGN, BLOCK_R
+                h,
+                e_ptr,
+                rank,
+                borders,
+                rows,
+                inside,
+                adapter,
+                0,
+                columns,
+                wanted,
+                n,
+                width_h,
+                ALIGN,
+                E_ALIGN,
+                H_ALIGN,
+                BLOCK_R,
             )
             up += delta_block(
-                h, e_ptr, rank, borders, rows, inside, adapter, other, columns + f, wanted, n, width_h, ALIGN, BLOCK_R
+                h,
+                e_ptr,
+                rank,
+                borders,
+                rows,
+                inside,
+                adapter,
+                other,
+                columns + f,
+                wanted,
+                n,
+                width_h,
+                ALIGN,
+                E_ALIGN,
+                H_ALIGN,
+                BLOCK_R,
             )
             _store(out, gate, up, rows, inside, columns, wanted, f)
             tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)

@@ -144,8 +144,8 @@ def _shrink(
     COMBINE: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(2)
-    first, end, segment, adapter = load_tile(tiles, tile)
-    if (segment < 0) | (first >= end):
+    first, end, core, adapter = load_tile(tiles, tile)
+    if (adapter < 0) | (first >= end):
         return
     lane = tl.arange(0, CHUNKS * 16)
     chunk = tl.program_id(1) * CHUNKS + lane // 16
@@ -171,33 +171,18 @@ def _shrink(
         acc = dot(a, b, acc)
     row = (split * num_rows + rows).to(tl.int64)
     at = part + (row[:, None] * n + target[None, :]) * width_part + i[None, :]
-    tl.store(at, acc, mask=inside[:, None] & live[None, :])
+    # Whole chunks, with zeros beyond the rank: whoever adds them up reads them 16 bytes at a time.
+    mask = inside[:, None] if CHUNKS == 1 else inside[:, None] & (i < width_part)[None, :]
+    tl.store(at, acc, mask=mask)
     if ONE_LAUNCH:
         own = tl.program_id(1) % n
         r = tl.load(rank + adapter * n + own)
         if arrive(counter + tile * n + own, (r + 15) // 16 * splits):
             for out in range(0, r, 16):
                 _mix(
-                    part,
-                    h,
-                    cores,
-                    core_weights,
-                    segment.to(tl.int64) * core_s + own * core_n,
-                    core_r,
-                    core_size,
-                    rows,
-                    inside,
-                    own,
-                    r,
-                    out,
-                    num_rows,
-                    n,
-                    width_h,
-                    width_part,
-                    splits,
-                    BLOCK_M,
-                    COMBINE,
-                )
+                    part, h, cores, core_weights, core.to(tl.int64) * core_s + own * core_n, core_r, core_size, rows,
+                    inside, own, r, out, num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])
@@ -221,34 +206,17 @@ def _finish(
     COMBINE: tl.constexpr,
 ):
     """The second launch: grid (tiles, targets, chunks of h)."""
-    first, end, segment, adapter = load_tile(tiles, tl.program_id(0))
-    if (segment < 0) | (first >= end):
+    first, end, core, adapter = load_tile(tiles, tl.program_id(0))
+    if (adapter < 0) | (first >= end):
         return
     target, out = tl.program_id(1), tl.program_id(2) * 16
     r = tl.load(rank + adapter * n + target)
     if out < r:
         rows = first + tl.arange(0, BLOCK_M)
         _mix(
-            part,
-            h,
-            cores,
-            core_weights,
-            segment.to(tl.int64) * core_s + target * core_n,
-            core_r,
-            core_size,
-            rows,
-            rows < end,
-            target,
-            r,
-            out,
-            num_rows,
-            n,
-            width_h,
-            width_part,
-            splits,
-            BLOCK_M,
-            COMBINE,
-        )
+            part, h, cores, core_weights, core.to(tl.int64) * core_s + target * core_n, core_r, core_size, rows,
+            rows < end, target, r, out, num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -289,7 +257,7 @@ def _mix(
         acc = tl.zeros((BLOCK_M, 16), tl.float32)
         for c in range(0, r, 16):
             i = c + tl.arange(0, 16)
-            total = _sum_spans(part, rows, inside, target, i, r, num_rows, n, width_part, splits, BLOCK_M)
+            total = _sum_spans(part, rows, inside, target, i, num_rows, n, width_part, splits, BLOCK_M)
             real = (i < r)[:, None] & (column < r)[None, :]
             if COMBINE:
                 m = tl.zeros((16, 16), tl.float32)
@@ -300,20 +268,23 @@ def _mix(
                     m += weight * tl.load(at, mask=real & (i < height)[:, None], other=0.0)
                 m = m.to(h.dtype.element_ty)
             else:
-                m = tl.load(cores + core_at + i[:, None] * core_r + column[None, :], mask=real, other=0.0)
+                # Read as wide as cores lie, and chosen from: a mask of r would split the reads into single elements.
+                within = (i < core_size)[:, None] & (column < core_size)[None, :]
+                m = tl.load(cores + core_at + i[:, None] * core_r + column[None, :], mask=within, other=0.0)
+                m = tl.where(real, m, 0.0)
             acc = dot(total.to(m.dtype), m, acc)
     else:
-        acc = _sum_spans(part, rows, inside, target, column, r, num_rows, n, width_part, splits, BLOCK_M)
+        acc = _sum_spans(part, rows, inside, target, column, num_rows, n, width_part, splits, BLOCK_M)
     at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + column[None, :]
-    tl.store(at, acc.to(h.dtype.element_ty), mask=inside[:, None] & (column < r)[None, :])
+    tl.store(at, acc.to(h.dtype.element_ty), mask=inside[:, None] & (column < width_h)[None, :])
 
 
 @triton.jit
-def _sum_spans(part, rows, inside, target, i, r, num_rows, n, width_part, splits, BLOCK_M: tl.constexpr):
+def _sum_spans(part, rows, inside, target, i, num_rows, n, width_part, splits, BLOCK_M: tl.constexpr):
+    """A chunk's columns, zeros beyond the rank."""
     total = tl.zeros((BLOCK_M, 16), tl.float32)
-    mask = inside[:, None] & (i < r)[None, :]
     for split in range(splits):
         row = (split * num_rows + rows).to(tl.int64)
         at = part + (row[:, None] * n + target) * width_part + i[None, :]
-        total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        total += tl.load(at, mask=inside[:, None], other=0.0, cache_modifier=".cg")
     return total

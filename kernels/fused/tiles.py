@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables import routes
-from tucka_runtime.kernels.tables.segments import Segments, power_of_2
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, power_of_2
 
 
 def cdiv(a: int, b: int) -> int:
@@ -51,7 +51,7 @@ def tile_programs(segments: Segments, blocks: int) -> int:
 
 @triton.jit
 def load_tile(tiles, index):
-    """First row, end row, segment and adapter of a tile (Segments.tiles)."""
+    """First row, end row, core and adapter of a tile (Segments.tiles)."""
     at = tiles + index * 4
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
@@ -114,6 +114,8 @@ def delta_block(
     n,
     width_h,
     ALIGN: tl.constexpr,
+    E_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) fp32 of h_j E_j: the delta of the rows of one tile at columns of the packed output.
@@ -122,19 +124,21 @@ def delta_block(
     """
     at = adapter * n + target
     r = tl.load(rank + at, mask=adapter >= 0, other=0)
-    # Starts of factors are multiples of 16 bytes (DeltaSite.build sees to it), rows of E are where ALIGN says so:
-    # without the hints a loaded address would be read two bytes at a time.
-    address = tl.multiple_of(tl.load(e_ptr + at, mask=adapter >= 0, other=0), 16)
-    e = address.to(tl.pointer_type(h.dtype.element_ty))
+    e = tl.load(e_ptr + at, mask=adapter >= 0, other=0).to(tl.pointer_type(h.dtype.element_ty))
     begin = tl.multiple_of(tl.load(borders + target), ALIGN)
     width = tl.multiple_of(tl.load(borders + target + 1) - begin, ALIGN)
     own = columns - begin
+    width_h = width_h // H_ALIGN * H_ALIGN  # which says so to the compiler: a hint on an argument is lost in a call
     acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for c in range(0, r, BLOCK_R):
         i = c + tl.arange(0, BLOCK_R)
         h_at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + i[None, :]
-        e_at = e + i[:, None].to(tl.int64) * width + own[None, :]
-        a = tl.load(h_at, mask=inside[:, None] & (i < r)[None, :], other=0.0)
+        # Factors start at multiples of 16 bytes (DeltaSite.build sees to it). The hint stands on the computed pointers:
+        # one on the loaded address is lost where that becomes a pointer, and E is read two bytes at a time.
+        e_at = tl.multiple_of(e + i[:, None].to(tl.int64) * width + own[None, :], (1, E_ALIGN))
+        # h is read as wide as it lies, and chosen from: a mask of r would split the reads into single elements.
+        a = tl.load(h_at, mask=inside[:, None] & (i < width_h)[None, :], other=0.0)
+        a = tl.where((i < r)[None, :], a, 0.0)
         b = tl.load(e_at, mask=(i < r)[:, None] & wanted[None, :], other=0.0)
         acc = dot(a, b, acc)
     return acc
@@ -159,15 +163,28 @@ def delta_args(low_rank: LowRank) -> tuple[object, ...]:
     return h, site.e_ptr, site.rank, site.borders, tiles, tiles.shape[0], len(site.columns) - 1, plan.max_rank
 
 
-def delta_options(low_rank: LowRank) -> dict[str, int]:
-    """The constants of such a kernel."""
-    segments = low_rank.plan.segments
+def delta_options(low_rank: LowRank, start: int) -> dict[str, int]:
+    """The constants of such a kernel, whose programs' columns start at multiples of `start`."""
+    segments, size = low_rank.plan.segments, low_rank.h.element_size()
     return {
         "ALIGN": alignment(low_rank.site.columns),
+        "E_ALIGN": math.gcd(16, size * math.gcd(start, *low_rank.site.columns)),
+        "H_ALIGN": math.gcd(16, low_rank.plan.max_rank),
         "BLOCK_R": rank_block(low_rank.plan.max_rank),
         "BLOCK_M": segments.tile_rows,
         "PADDED": segments.padded,
     }
+
+
+NO_DELTA: dict[str, int] = {
+    "ALIGN": 1,
+    "E_ALIGN": 1,
+    "H_ALIGN": 1,
+    "BLOCK_R": 16,
+    "BLOCK_M": SMALL_TILE,
+    "PADDED": False,
+}
+"""The constants of such a kernel where no row has an adapter."""
 
 
 _counters: dict[tuple[str, torch.device], list[Tensor]] = {}

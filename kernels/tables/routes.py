@@ -42,7 +42,9 @@ class CoreParts:
 
     @cached_property
     def record(self) -> tuple[int, ...]:
-        """Columns TABLE to RANK."""
+        """Columns TABLE to RANK. Raises ValueError where g cannot be read 16 bytes at a time from its address on."""
+        if self.g.data_ptr() % 16 or not self.g.is_contiguous():
+            raise ValueError("g must be contiguous and start at a multiple of 16 bytes")
         m, k, p, r, _ = self.g.shape
         table = 0 if self.table is None else self.table.data_ptr()
         return table, k, self.t, self.c.data_ptr(), self.g.data_ptr(), self.linears.data_ptr(), m, p, r

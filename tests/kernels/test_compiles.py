@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+EXPANDS = ("_expand", "_qkv", "_swiglu", "_add")
+
 
 @pytest.fixture(scope="module")
 def report() -> list[dict[str, object]]:
@@ -29,10 +31,31 @@ def test_nothing_is_spilled(report: list[dict[str, object]]) -> None:
     assert not [entry for entry in report if entry["spilled"]]
 
 
-def test_factors_are_read_in_16_bytes(report: list[dict[str, object]]) -> None:
+@pytest.mark.parametrize(("kernel", "pointer"), [("_shrink", "u_at"), *((k, "e_at") for k in EXPANDS)])
+def test_factors_are_read_in_16_bytes(report: list[dict[str, object]], kernel: str, pointer: str) -> None:
     """No hint on alignment has been lost: then a factor would be read by dozens of 2-byte loads."""
-    for entry in report:
-        if entry["kernel"] in ("_shrink", "_expand", "_qkv", "_swiglu", "_add"):
-            widths = entry["accesses"]
-            assert isinstance(widths, dict)
-            assert widths.get("16", 0) > 0 and widths.get("2", 0) <= 32, entry
+    for widths in accesses(report, kernel, pointer):
+        assert set(widths) == {"16"}
+
+
+@pytest.mark.parametrize("kernel", EXPANDS)
+def test_h_is_read_as_wide_as_a_thread_has_of_it(report: list[dict[str, object]], kernel: str) -> None:
+    """A tile's h are 16 rows of 16 ranks: two elements, 4 bytes, for each of 128 threads; more in a prompt's tile."""
+    for widths in accesses(report, kernel, "h_at"):
+        assert min(map(int, widths)) >= 4
+
+
+def test_slices_of_cores_are_read_in_16_bytes(report: list[dict[str, object]]) -> None:
+    """The kernel has both ways: 16 bytes where the rank is a multiple of 4, 8 entries of 4 bytes where it is not."""
+    assert accesses(report, "_core", "slices") == [{"4": 8, "16": 2}]
+    for kernel in ("_shrink", "_finish"):
+        for widths in accesses(report, kernel, "cores"):
+            assert min(map(int, widths)) >= 4
+
+
+def accesses(report: list[dict[str, object]], kernel: str, pointer: str) -> list[dict[str, int]]:
+    """How often a kernel reads at a pointer, by width in bytes, in each compiled shape that reads there."""
+    found = [entry["accesses"] for entry in report if entry["kernel"] == kernel]
+    widths = [by_pointer[pointer] for by_pointer in found if isinstance(by_pointer, dict) and pointer in by_pointer]
+    assert widths, f"{kernel} no longer has a pointer named {pointer}"
+    return widths
