@@ -1,4 +1,5 @@
-"""Which backend: fused (Triton) on a GPU, the reference elsewhere. Chosen once, and said in the log."""
+"""Which backend: fused (Triton) on a GPU; on a CPU native (C++) where it is built, else the reference. Chosen once, and
+said in the log."""
 
 import importlib
 import logging
@@ -6,11 +7,12 @@ import os
 
 import torch
 
+from tucka_runtime.kernels.native import library
 from tucka_runtime.kernels.ops import Ops
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "fused")
+BACKENDS = ("reference", "fused", "native")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -28,17 +30,36 @@ def backend(name: str) -> Ops:
     return ops
 
 
-def choose(device: torch.device, name: str = "auto") -> Ops:
-    """The backend for a device: `auto` takes the fused one on a GPU and the reference on a CPU.
+def best(device: torch.device) -> str:
+    """The name of the backend that `auto` takes."""
+    if device.type == "cuda":
+        return "fused"
+    return "native" if library.load() else "reference"
 
-    Raises BackendUnavailableError where the fused one was asked for and cannot run: there is no silent way back.
+
+def choose(device: torch.device, name: str = "auto") -> Ops:
+    """The backend for a device: `auto` takes the best that can run there.
+
+    Raises BackendUnavailableError where one was asked for that cannot run: there is no silent way back.
     """
     if name == "auto":
-        name = "fused" if device.type == "cuda" else "reference"
+        name = best(device)
     if name == "fused" and device.type == "cpu" and not interpreted():
         raise BackendUnavailableError(
             "The fused kernels need a GPU, or TRITON_INTERPRET=1 to run them in Triton's interpreter. "
             "Leave --kernels at auto to take what this machine has."
         )
-    logger.info("kernels: %s on %s", name, device)
+    if name == "native" and device.type != "cpu":
+        raise BackendUnavailableError("The native kernels run on a CPU: take --device cpu, or leave --kernels at auto.")
+    if name == "native" and not library.load():
+        raise BackendUnavailableError(
+            "The native kernels are not built for this machine and this version of torch: with a C++ compiler, run "
+            "`python -m tucka_runtime.kernels.native.build`, or leave --kernels at auto."
+        )
+    logger.info("kernels: %s on %s", describe(name), device)
     return backend(name)
+
+
+def describe(name: str) -> str:
+    """The backend's name, and for the native one the instructions that it was built for."""
+    return f"native ({library.load()})" if name == "native" else name

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tucka_runtime.kernels.native import library
+
 pytest_plugins = ["tests.support.server_fixtures"]
 
 # Triton reads this when it is first imported, which transformers does: so it is set here, before any test module.
@@ -15,11 +17,13 @@ if not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What cannot run here is deselected, and said to be so in pytest's last line."""
-    unfit = "interpreted" if torch.cuda.is_available() else "gpu"
-    out = [item for item in items if item.get_closest_marker(unfit)]
+    unfit = {"interpreted" if torch.cuda.is_available() else "gpu"}
+    if library.load() is None:
+        unfit.add("native")
+    out = [item for item in items if any(map(item.get_closest_marker, unfit))]
     if out:
         config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if not item.get_closest_marker(unfit)]
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(scope="session")

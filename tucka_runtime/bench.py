@@ -34,6 +34,7 @@ from torch.nn.functional import linear  # noqa: E402
 from tucka_runtime import LLM, SamplingParams  # noqa: E402
 from tucka_runtime.adapters.base_layout import BaseLayout  # noqa: E402
 from tucka_runtime.adapters.format import TuckASpec, write_adapter  # noqa: E402
+from tucka_runtime.config import KERNELS  # noqa: E402
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -180,6 +181,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--llama-3-8b", action="store_true", help="that shape instead of --layers and --hidden")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--kernels", default="auto", choices=KERNELS)
     parser.add_argument("--adapters", default="1,8", help="numbers of adapters, a case for each")
     parser.add_argument("--targets", default="q_proj,v_proj", help="adapted linears, by name")
     parser.add_argument("--rank", type=int, default=16)
@@ -233,7 +235,7 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
     shape = LLAMA_3_8B if args.llama_3_8b else small(args.layers, args.hidden)
     make_model(model, shape, dtype)
     length = args.prompt + args.new + 16
-    llm = LLM(model, max_model_len=max(length, 2048), kv_cache_tokens=max(n * length, 2048), max_num_seqs=max(n, 8))
+    llm = LLM(model, kernels=args.kernels, max_model_len=max(length, 2048), kv_cache_tokens=max(n * length, 2048), max_num_seqs=max(n, 8))
     names = [f"adapter-{i}" for i in range(max(counts))]
     for i, name in enumerate(names):
         make_adapter(scratch / name, llm.engine.layout, args.targets.split(","), args.rank, seed=i)

@@ -10,7 +10,7 @@ from tucka_runtime.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-KERNELS = ("auto", "reference", "fused")
+KERNELS = ("auto", "reference", "fused", "native")
 ROUTE_SCOPES = ("batch", "request")
 LOG_FORMATS = ("text", "json")
 
@@ -28,7 +28,11 @@ class EngineConfig:
     model: str | None = _setting(None, "folder of the base model (default: the embedded one)", metavar="DIR")
     dtype: str = _setting("auto", "type of the weights; auto takes the one they are stored in", choices=DTYPES)
     device: str = _setting("auto", "where to run; auto takes the GPU if there is one", choices=DEVICES)
-    kernels: str = _setting("auto", "which kernels; auto takes the fused ones on a GPU", choices=KERNELS)
+    kernels: str = _setting(
+        "auto",
+        "which kernels; auto takes the fused ones on a GPU, and on a CPU the native ones if they are built",
+        choices=KERNELS,
+    )
     max_model_len: int | None = _setting(None, "longest prompt plus answer in tokens (default: the model's own)")
     max_num_seqs: int = _setting(64, "most sequences in one batch")
     max_num_batched_tokens: int = _setting(2048, "most tokens in one forward pass; longer prompts go in chunks")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.delta_cases import relative
 from tests.support.route_cases import LIMIT, SPANS, check_route, check_routes, filtered64, shuffled
 from tucka_runtime.kernels.reference import attention, norm, route, sample
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
 
 @pytest.mark.parametrize(("k", "t"), [(1, 1), (3, 2), (4, 16), (64, 1), (1, 64), (8, 8)])
@@ -140,6 +140,6 @@ def test_sampled_frequencies_follow_the_softmax() -> None:
 def test_a_core_that_no_wide_read_reaches_is_refused() -> None:
     """Its slices are read 16 bytes at a time from g's address on."""
     whole = torch.zeros(1, 4, 2, 16, 17)
-    adapter = Routed(torch.zeros(1, 2, 2), whole[..., 1:], torch.zeros(1, dtype=torch.int64), None)
+    adapter = CoreParts(torch.zeros(1, 2, 2), whole[..., 1:], torch.zeros(1, dtype=torch.int64), None)
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         RoutePlan.build([adapter], [0], [None], [(0, (0.5, 0.5))], torch.device("cpu"))

@@ -1,12 +1,13 @@
 """Random batches of adapters for the delta kernels, and the float64 oracle they are held to."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 
 # Relative L2 of the delta against float64.
@@ -172,3 +173,38 @@ def surrounded(name: str, **options: object) -> Case:
             for j, r in enumerate(site.ranks[a]):
                 cores[s, j, :r, :r] = case.cores[s, j, :r, :r]
     return dataclasses.replace(case, site=built, x=wide[:, : case.x.shape[1]], cores=cores)
+
+
+def check_delta(
+    case: Case, limit: float, shrink: Callable[..., LowRank], expand: Callable[[Tensor, LowRank], Tensor]
+) -> None:
+    """Shrink and expand of a backend by address against float64."""
+    h_true, delta_true = case.oracle()
+    low_rank = shrink(case.x, case.site, case.cores, case.plan)
+    own = case.adapted()
+    assert relative(low_rank.h[own], h_true[own]) <= limit
+    # From exactly the factors' product on: on zeros the delta itself is seen, on y that nothing else is touched.
+    delta = expand(torch.zeros_like(case.y), low_rank)
+    assert relative(delta, delta_true) <= limit
+    y = expand(case.y.clone(), low_rank)
+    assert relative(y, case.y.double() + delta_true) <= limit
+    untouched = delta_true == 0
+    assert torch.equal(y[untouched], case.y[untouched])
+
+
+Parts = tuple[Tensor, LowRank | None]
+
+
+def parts(
+    name: str | None, widths: tuple[int, ...], dtype: torch.dtype, shrink: Callable[..., LowRank]
+) -> tuple[Parts, Parts]:
+    """y and the low-rank half of a mix (None: no adapter) for a fused op, and the same in float64 for the reference."""
+    if name is None:
+        y = torch.randn(19, sum(widths)).to(dtype)
+        return (y, None), (y.double(), None)
+    table, layout, core_size, lora = MIXES[name]
+    shaped = [[row[min(j, 1)] for j in range(len(widths))] for row in table]
+    case = make(shaped, layout, widths=widths, core_size=core_size, lora=lora, dtype=dtype)
+    low_rank = shrink(case.x, case.site, case.cores, case.plan)
+    _, delta = case.oracle()
+    return (case.y, low_rank), (case.y.double() + delta, None)

@@ -86,3 +86,13 @@ def filtered64(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> 
             kept.add(i)
         before += mass
     return kept
+
+
+def caches(slots_of: list[list[int]], block: int, kv_heads: int, d: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Keys and values: random where a sequence has a token, NaN elsewhere."""
+    used = torch.tensor([slot for own in slots_of for slot in own])
+    size = (int(used.max()) // block + 1) * block
+    out = [torch.full((size, kv_heads, d), math.nan, dtype=dtype) for _ in "kv"]
+    for cache in out:
+        cache[used] = torch.randn(len(used), kv_heads, d).to(dtype)
+    return out

@@ -1,0 +1,308 @@
+// ops.Attention: keys and values are read where they lie, in the cache's type, and summed up in fp32.
+#include "product.h"
+
+namespace tucka {
+
+// Keys of one step of the online softmax.
+constexpr int64_t kKeys = 64;
+// Keys of one item of work of a decoding sequence. A split is the same whatever else is in the batch.
+constexpr int64_t kSplit = 512;
+// Rows of scores, of one KV head, of one item of work of a prompt, and the prompt's rows in an entry of `tiles`.
+constexpr int64_t kScoreRows = 128, kTile = 128;
+
+// A sequence's cache rows: where the keys (or values) of one KV head and some tokens lie.
+template <class T>
+struct Context {
+  const T *k, *v;
+  const int32_t* blocks;
+  int64_t block_size, row, d;
+
+  // Pointers to the head's keys and values of the tokens first..first + count.
+  void find(int64_t head, int64_t first, int64_t count, const T** keys, const T** values) const {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t token = first + i;
+      const int64_t at = (blocks[token / block_size] * block_size + token % block_size) * row + head * d;
+      keys[i] = k + at;
+      values[i] = v + at;
+    }
+  }
+};
+
+// The online softmax of some rows of scores: their largest score, the sum of exp(score - largest), and the values'
+// sum with these weights.
+struct Softmax {
+  float *top, *mass, *sums;
+  int64_t d;
+
+  void clear(int64_t rows) {
+    std::fill_n(top, rows, -kInfinity);
+    std::fill_n(mass, rows, 0.f);
+    std::fill_n(sums, rows * d, 0.f);
+  }
+
+  // Turns a row's `count` scores into weights, and what was summed up so far to the new largest score.
+  void weigh(int64_t r, float* scores, int64_t count) {
+    for (int64_t i = count; i % kStep; i++) scores[i] = -kInfinity;
+    Vec best(-kInfinity);
+    for (int64_t i = 0; i < count; i += kLanes) best = at::vec::maximum(best, Vec::loadu(scores + i));
+    float lanes[kLanes];
+    best.store(lanes);
+    const float above = std::max(top[r], *std::max_element(lanes, lanes + kLanes));
+    if (above == -kInfinity) {  // the row sees none of these keys, and saw none before
+      std::fill_n(scores, count, 0.f);
+      return;
+    }
+    const Vec shift(above);
+    Vec total(0.f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec p = (Vec::loadu(scores + i) - shift).exp_u20();
+      p.store(scores + i);
+      total = total + p;
+    }
+    if (above != top[r]) {
+      const float keep = std::exp(top[r] - above);
+      mass[r] *= keep;
+      const Vec scale(keep);
+      steps(d, [&](int64_t i, int64_t some) {
+        const Pair x = load_step(sums + r * d + i, some);
+        store_step(sums + r * d + i, Pair{x.a * scale, x.b * scale}, some);
+      });
+      top[r] = above;
+    }
+    mass[r] += sum(total);
+  }
+
+  template <class T>
+  void write(int64_t r, T* out) const {
+    const Vec scale(1.f / mass[r]);
+    steps(d, [&](int64_t i, int64_t some) {
+      const Pair x = load_step(sums + r * d + i, some);
+      store_step(out + i, Pair{x.a * scale, x.b * scale}, some);
+    });
+  }
+};
+
+// scores[g][i] = q_g · key_i for G queries, q fp32, four keys at a time.
+template <int G, class T>
+inline void score(const float* q, const T* const* keys, int64_t count, int64_t d, float* scores) {
+  for (int64_t i = 0; i < count; i += 4) {
+    const T* key[4];
+    for (int n = 0; n < 4; n++) key[n] = keys[std::min(i + n, count - 1)];
+    Vec sums[G][4];
+    for (int g = 0; g < G; g++)
+      for (int n = 0; n < 4; n++) sums[g][n] = Vec(0.f);
+    steps(d, [&](int64_t at, int64_t some) {
+      Pair x[G];
+      for (int g = 0; g < G; g++) x[g] = load_step(q + g * d + at, some);
+      for (int n = 0; n < 4; n++) {
+        const Pair y = load_step(key[n] + at, some);
+        for (int g = 0; g < G; g++)
+          sums[g][n] = at::vec::fmadd(x[g].b, y.b, at::vec::fmadd(x[g].a, y.a, sums[g][n]));
+      }
+    });
+    for (int g = 0; g < G; g++) sum4(sums[g], scores + g * kKeys + i);
+  }
+}
+
+// One KV head's queries (group, D) over the keys first..end of a context.
+template <class T>
+void attend(const Context<T>& context, const float* q, int64_t group, int64_t head, int64_t first, int64_t end,
+            Softmax softmax) {
+  const T *keys[kKeys], *values[kKeys];
+  float scores[2 * kKeys];
+  const int64_t d = context.d;
+  softmax.clear(group);
+  for (int64_t i = first; i < end; i += kKeys) {
+    const int64_t count = std::min(kKeys, end - i);
+    context.find(head, i, count, keys, values);
+    for (int64_t g = 0; g < group; g += 2) {
+      const int64_t rows = std::min<int64_t>(2, group - g);
+      if (rows == 2)
+        score<2>(q + g * d, keys, count, d, scores);
+      else
+        score<1>(q + g * d, keys, count, d, scores);
+      for (int64_t r = 0; r < rows; r++) softmax.weigh(g + r, scores + r * kKeys, count);
+      add_product(softmax.sums + g * d, d, scores, kKeys, values, rows, count, d);
+    }
+  }
+}
+
+struct Split {
+  int64_t sequence, first, end, part;  // part: where its result waits for the others'; -1: it is the only one
+};
+
+struct Decoding {
+  std::vector<Split> splits;
+  std::vector<std::array<int64_t, 3>> merges;  // sequence, first part, parts
+  int64_t parts = 0;
+};
+
+inline Decoding plan(const int32_t* singles, int64_t count, const int32_t* lengths, int64_t window) {
+  Decoding out;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t s = singles[i], length = lengths[s], first = std::max<int64_t>(0, length - window);
+    const int64_t own = (length - first + kSplit - 1) / kSplit;
+    for (int64_t n = 0; n < own; n++) {
+      const int64_t begin = first + n * kSplit;
+      out.splits.push_back({s, begin, std::min(begin + kSplit, length), own > 1 ? out.parts + n : -1});
+    }
+    if (own > 1) {
+      out.merges.push_back({s, out.parts, own});
+      out.parts += own;
+    }
+  }
+  return out;
+}
+
+// What attention reads of a batch (tables/blocks.py).
+struct Metadata {
+  const int32_t *query_start, *lengths, *block_table, *first_block, *singles, *tiles;
+  int64_t num_singles, num_tiles, block_size;
+};
+
+template <class T>
+struct Attend {
+  const T *q, *k, *v;
+  T* out;
+  Metadata meta;
+  int64_t heads, kv_heads, d, window;
+  float scale;
+
+  int64_t group() const { return heads / kv_heads; }
+
+  Context<T> context(int64_t sequence) const {
+    return {k, v, meta.block_table + meta.first_block[sequence], meta.block_size, kv_heads * d, d};
+  }
+
+  // `count` queries of a row, scaled, in fp32.
+  void queries(int64_t row, int64_t first_head, int64_t count, float* to) const {
+    to_float(q + (row * heads + first_head) * d, to, count * d);
+    for (int64_t i = 0; i < count * d; i++) to[i] *= scale;
+  }
+
+  void decode() const {
+    const Decoding work = plan(meta.singles, meta.num_singles, meta.lengths, window);
+    const int64_t g = group(), stride = d + 2;
+    std::vector<float> parts(work.parts * heads * stride);
+    // All heads of a split read whole lines of the cache one after the other; they are parted only for want of items.
+    const int64_t wanted = 4 * at::get_num_threads(), some = std::max<int64_t>(1, work.splits.size());
+    const int64_t cuts = std::clamp<int64_t>(wanted / some, 1, kv_heads), span = (kv_heads + cuts - 1) / cuts;
+    deal(work.splits.size() * cuts, kSplit * span * g * d, [&](int64_t item) {
+      const Split& split = work.splits[item / cuts];
+      const int64_t row = meta.query_start[split.sequence], begin = item % cuts * span;
+      const Context<T> own = context(split.sequence);
+      float* room = scratch(2 * g * d + 2 * g);
+      const Softmax softmax{room + 2 * g * d, room + 2 * g * d + g, room + g * d, d};
+      for (int64_t head = begin; head < std::min(begin + span, kv_heads); head++) {
+        queries(row, head * g, g, room);
+        attend(own, room, g, head, split.first, split.end, softmax);
+        for (int64_t r = 0; r < g; r++) {
+          const int64_t at = head * g + r;
+          if (split.part < 0) {
+            softmax.write(r, out + (row * heads + at) * d);
+            continue;
+          }
+          float* part = parts.data() + (split.part * heads + at) * stride;
+          part[0] = softmax.top[r];
+          part[1] = softmax.mass[r];
+          std::memcpy(part + 2, softmax.sums + r * d, d * sizeof(float));
+        }
+      }
+    });
+    deal(work.merges.size() * heads, 4 * d, [&](int64_t item) {
+      const auto [sequence, first, count] = work.merges[item / heads];
+      merge(parts.data() + (first * heads + item % heads) * stride, heads * stride, count,
+            out + (meta.query_start[sequence] * heads + item % heads) * d);
+    });
+  }
+
+  // The parts of one head, in order, into its row.
+  void merge(const float* parts, int64_t stride, int64_t count, T* to) const {
+    float top = -kInfinity, mass = 0;
+    for (int64_t n = 0; n < count; n++) top = std::max(top, parts[n * stride]);
+    float* sums = scratch(d);
+    std::fill_n(sums, d, 0.f);
+    for (int64_t n = 0; n < count; n++) {
+      const float weight = std::exp(parts[n * stride] - top);
+      mass += weight * parts[n * stride + 1];
+      for (int64_t i = 0; i < d; i++) sums[i] += weight * parts[n * stride + 2 + i];
+    }
+    for (int64_t i = 0; i < d; i++) sums[i] /= mass;
+    from_float(sums, to, d);
+  }
+
+  void prefill() const {
+    const int64_t g = group(), rows = std::max<int64_t>(1, kScoreRows / g), cuts = (kTile + rows - 1) / rows;
+    // The last rows of a prompt see the most keys: they come first, so that no thread ends long after the others.
+    deal(meta.num_tiles * cuts * kv_heads, kKeys * rows * g * d, [&](int64_t item) {
+      const int64_t at = meta.num_tiles * cuts - 1 - item / kv_heads, head = item % kv_heads;
+      const int64_t sequence = meta.tiles[at / cuts * 2], first = meta.tiles[at / cuts * 2 + 1] + at % cuts * rows;
+      const int64_t end = std::min<int64_t>(first + rows, meta.tiles[at / cuts * 2 + 1] + kTile);
+      const int64_t count = meta.query_start[sequence + 1] - meta.query_start[sequence];
+      if (first < count && meta.lengths[sequence] > 0)
+        prompt(sequence, first, std::min(end, count) - first, count, head);
+    });
+  }
+
+  // Rows first.. of a prompt's `count`, one KV head.
+  void prompt(int64_t sequence, int64_t first, int64_t rows, int64_t count, int64_t head) const {
+    const int64_t g = group(), m = rows * g, row = meta.query_start[sequence] + first;
+    const int64_t position = meta.lengths[sequence] - count + first;  // of the first row
+    const Context<T> own = context(sequence);
+    float* room = scratch(m * (2 * d + 2 + kKeys) + kKeys * d + d);
+    float *queried = room, *sums = queried + m * d, *top = sums + m * d, *mass = top + m, *scores = mass + m;
+    float *turned = scores + m * kKeys, *key = turned + kKeys * d;
+    for (int64_t r = 0; r < rows; r++) queries(row + r, head * g, g, queried + r * g * d);
+    Softmax softmax{top, mass, sums, d};
+    softmax.clear(m);
+    const T *keys[kKeys], *values[kKeys];
+    const int64_t last = position + rows;
+    for (int64_t i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
+      const int64_t some = std::min(kKeys, last - i);
+      own.find(head, i, some, keys, values);
+      for (int64_t n = 0; n < some; n++) {
+        to_float(keys[n], key, d);
+        for (int64_t c = 0; c < d; c++) turned[c * kKeys + n] = key[c];
+      }
+      std::fill_n(scores, m * kKeys, 0.f);
+      add_product(scores, kKeys, queried, d, Strided<float>{turned, kKeys}, m, d, some);
+      for (int64_t r = 0; r < m; r++) {
+        const int64_t at = position + r / g, seen = std::min(some, at + 1 - i);  // keys i..at, of these
+        for (int64_t n = std::max<int64_t>(0, seen); n < some; n++) scores[r * kKeys + n] = -kInfinity;
+        for (int64_t n = 0; n < std::min(some, at - window + 1 - i); n++) scores[r * kKeys + n] = -kInfinity;
+        softmax.weigh(r, scores + r * kKeys, some);
+      }
+      add_product(sums, d, scores, kKeys, values, m, some, d);
+    }
+    for (int64_t r = 0; r < m; r++) softmax.write(r, out + ((row + r / g) * heads + head * g + r % g) * d);
+  }
+};
+
+Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start,
+                 const Tensor& lengths, const Tensor& block_table, const Tensor& first_block, const Tensor& singles,
+                 const Tensor& tiles, int64_t block_size, double scale, int64_t window) {
+  check_type(k_cache, q);
+  check_type(v_cache, q);
+  TORCH_CHECK_VALUE(q.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous(),
+                    "queries and caches must be contiguous");
+  Tensor out = at::empty_like(q);
+  by_type(q, [&](auto type) {
+    using T = decltype(type);
+    const Metadata meta{query_start.const_data_ptr<int32_t>(), lengths.const_data_ptr<int32_t>(),
+                        block_table.const_data_ptr<int32_t>(), first_block.const_data_ptr<int32_t>(),
+                        singles.const_data_ptr<int32_t>(),     tiles.const_data_ptr<int32_t>(),
+                        singles.size(0),                       tiles.size(0),
+                        block_size};
+    const Attend<T> attend{q.const_data_ptr<T>(), k_cache.const_data_ptr<T>(), v_cache.const_data_ptr<T>(),
+                           out.data_ptr<T>(),     meta,                        q.size(1),
+                           k_cache.size(1),       q.size(2),                   window,
+                           static_cast<float>(scale)};
+    if (meta.num_singles) attend.decode();
+    if (meta.num_tiles) attend.prefill();
+  });
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("attention", &attention); }
+
+}  // namespace tucka

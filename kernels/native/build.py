@@ -1,0 +1,93 @@
+"""Builds the native kernels: `python -m tucka_runtime.kernels.native.build`, with a C++ compiler and torch at hand.
+
+One shared library for each of a machine's instruction sets goes into `built/` beside the sources; `library.load` takes
+what the CPU at hand can run. deploy/install.sh and the Dockerfile run this after the installation, for torch, whose
+headers and libraries it needs, is not there while a wheel is built.
+"""
+
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from tucka_runtime.kernels.native.library import FOLDER, path_of
+
+SOURCES = Path(__file__).parent
+
+# By torch's own names of what a CPU can do (`torch.backends.cpu.get_cpu_capability`), with the flags that it is built
+# with itself.
+X86 = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+
+def variants() -> dict[str, tuple[str, ...]]:
+    """What is built here: the capability, and the compiler's flags for it."""
+    return {**(X86 if platform.machine() in ("x86_64", "AMD64") else {}), "DEFAULT": ()}
+
+
+def openmp() -> str:
+    """The OpenMP runtime that torch has loaded. A second one would start threads of its own."""
+    for line in Path("/proc/self/maps").read_text("ascii").splitlines():
+        name = line.split(maxsplit=5)[-1]
+        if Path(name).name.startswith(("libgomp", "libiomp5", "libomp")):
+            return name
+    raise RuntimeError("torch runs without OpenMP here: the native kernels would have no threads")
+
+
+def compile_command(capability: str, flags: tuple[str, ...], source: Path, target: Path) -> list[str]:
+    return [
+        cpp_extension.get_cxx_compiler(),
+        "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", *flags,
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+        f"-I{SOURCES}",
+        "-c", str(source), "-o", str(target),
+    ]  # fmt: skip
+
+
+def link_command(compiled: Path, target: Path) -> list[str]:
+    """Without -fopenmp, which would bring the compiler's own runtime: torch's has the same functions."""
+    libraries = (f"-L{path}" for path in cpp_extension.library_paths())
+    return [
+        cpp_extension.get_cxx_compiler(), "-shared", str(compiled), *libraries, "-ltorch_cpu", "-lc10", openmp(),
+        "-o", str(target),
+    ]  # fmt: skip
+
+
+def build(capability: str, flags: tuple[str, ...]) -> None:
+    """One library. All sources are one translation unit, for torch's headers take most of the time."""
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
+        unit, compiled, made = (Path(scratch) / name for name in ("all.cpp", "all.o", "library.so"))
+        unit.write_text("".join(f'#include "{path.name}"\n' for path in sorted(SOURCES.glob("*.cpp"))), "utf-8")
+        for command in (compile_command(capability, flags, unit, compiled), link_command(compiled, made)):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"the compiler failed for {capability}:\n{done.stderr}")
+        made.replace(path_of(capability))  # at once: a process may be loading it
+
+
+def main() -> int:
+    """Builds all variants, or those named as arguments, as many at once as there are cores."""
+    wanted = {name: flags for name, flags in variants().items() if name in (sys.argv[1:] or variants())}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        try:
+            list(pool.map(build, wanted, wanted.values()))
+        except (OSError, RuntimeError) as e:
+            print(f"The native kernels could not be built; the reference ones will serve. {e}", file=sys.stderr)
+            return 1
+    print("built the native kernels for " + ", ".join(wanted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+// ops.Core.
+#include "routes.h"
+
+namespace tucka {
+
+void core(const Tensor& records, const Tensor& groups, const Tensor& weights, int64_t modules, const Tensor& out) {
+  TORCH_CHECK_VALUE(out.stride(3) == 1, "the rows of a core must be contiguous");
+  const int64_t* group = groups.const_data_ptr<int64_t>();
+  const float* weight = weights.const_data_ptr<float>();
+  by_type(out, [&](auto type) {
+    using T = decltype(type);
+    T* to = out.data_ptr<T>();
+    deal(records.size(0) * modules, out.size(2) * out.size(2), [&](int64_t item) {
+      const int64_t s = item / modules, m = item % modules;
+      const Record own(records, s);
+      if (m >= own[MODULES]) return;
+      const int64_t k = own[GROUPS], t = own[EXPERTS], p = own[SLICES], r = own[RANK];
+      const float* c = own.at<float>(C) + m * t * p;
+      const float* g = own.at<float>(G) + (m * k + group[s]) * p * r * r;
+      float* made = scratch(r * r + p);
+      float* w = made + r * r;
+      std::fill_n(made, r * r + p, 0.f);
+      add_product(w, p, weight + s * weights.stride(0), t, Strided<float>{c, p}, 1, t, p);
+      add_product(made, r * r, w, p, Strided<float>{g, r * r}, 1, p, r * r);
+      T* core = to + own[CORE] * out.stride(0) + own.at<int64_t>(LINEARS)[m] * out.stride(1);
+      for (int64_t i = 0; i < r; i++) from_float(made + i * r, core + i * out.stride(2), r);
+    });
+  });
+}
+
+TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("core", &core); }
+
+}  // namespace tucka

@@ -1,0 +1,80 @@
+// The delta of a batch's rows, for the ops that add it to what they must touch anyway.
+#pragma once
+
+#include "product.h"
+
+namespace tucka {
+
+// Up to so many rows of one adapter are added to at once: their sums stay in the L1 cache.
+constexpr int64_t kRows = 4;
+
+// Rows first..end, of one adapter's segment and one core; -1 for the base's.
+struct Run {
+  int64_t first, end, core, adapter;
+};
+
+// The rows of a batch in runs of at most `most`; `tiles` None: all are the base's.
+inline std::vector<Run> runs(const std::optional<Tensor>& tiles, int64_t num_rows, int64_t most) {
+  std::vector<Run> out;
+  auto cut = [&](int64_t first, int64_t end, int64_t core, int64_t adapter) {
+    for (; first < end; first += most) out.push_back({first, std::min(first + most, end), core, adapter});
+  };
+  if (!tiles) {
+    cut(0, num_rows, -1, -1);
+    return out;
+  }
+  const int32_t* t = tiles->const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < tiles->size(0); i++, t += 4) cut(t[0], t[1], t[2], t[3]);
+  return out;
+}
+
+// h (T, n, R) fp32, and where a site's E lie (ops.LowRank).
+struct Delta {
+  std::optional<Tensor> h_, e_ptr_, rank_, borders_;
+  const float* h = nullptr;
+  const int64_t* e_ptr = nullptr;
+  const int32_t *rank = nullptr, *borders = nullptr;
+  int64_t n = 0, width = 0;
+
+  Delta(const std::optional<Tensor>& h_in, const std::optional<Tensor>& e_in, const std::optional<Tensor>& rank_in,
+        const std::optional<Tensor>& borders_in)
+      : h_(h_in), e_ptr_(e_in), rank_(rank_in), borders_(borders_in) {
+    if (!h_) return;
+    h = h_->const_data_ptr<float>();
+    e_ptr = e_ptr_->const_data_ptr<int64_t>();
+    rank = rank_->const_data_ptr<int32_t>();
+    borders = borders_->const_data_ptr<int32_t>();
+    n = h_->size(1);
+    width = h_->size(2);
+  }
+
+  // Adds the columns first..first + count of the delta of a run's rows to out (rows, count) fp32. T: the factors' type.
+  template <class T>
+  void add(float* out, int64_t stride, const Run& run, int64_t first, int64_t count) const {
+    if (h == nullptr || run.adapter < 0) return;
+    for (int64_t j = 0; j < n; j++) {
+      const int64_t begin = std::max<int64_t>(borders[j], first);
+      const int64_t end = std::min<int64_t>(borders[j + 1], first + count);
+      const int64_t at = run.adapter * n + j, depth = rank[at];
+      if (begin >= end || depth == 0) continue;
+      const int64_t row = borders[j + 1] - borders[j];
+      const T* e = reinterpret_cast<const T*>(e_ptr[at]) + (begin - borders[j]);
+      add_product(out + (begin - first), stride, h + (run.first * n + j) * width, n * width, Strided<T>{e, row},
+                  run.end - run.first, depth, end - begin);
+    }
+  }
+
+  // Multiply-adds of one row and column, about.
+  int64_t work() const { return 1 + width; }
+};
+
+// Loads, adds, leaves in out (rows, count) fp32 the columns first..first + count of y's rows and their delta.
+template <class T>
+inline void summed(const Delta& delta, const T* y, int64_t y_stride, float* out, int64_t stride, const Run& run,
+                   int64_t first, int64_t count) {
+  for (int64_t r = run.first; r < run.end; r++)
+    to_float(y + r * y_stride + first, out + (r - run.first) * stride, count);
+  delta.add<T>(out, stride, run, first, count);
+}
+
+}  // namespace tucka

@@ -1,0 +1,44 @@
+// ops.ExpandSwiglu.
+#include "delta.h"
+
+namespace tucka {
+
+// Columns of gate, and as many of up, of one item of work.
+constexpr int64_t kGateColumns = 128;
+
+Tensor expand_swiglu(const Tensor& gate_up, const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
+                     const std::optional<Tensor>& rank, const std::optional<Tensor>& borders,
+                     const std::optional<Tensor>& tiles) {
+  TORCH_CHECK_VALUE(gate_up.stride(1) == 1, "the rows of gate_up must be contiguous");
+  const Delta delta(h, e_ptr, rank, borders);
+  const std::vector<Run> own = runs(tiles, gate_up.size(0), kRows);
+  const int64_t width = gate_up.size(1) / 2, parts = (width + kGateColumns - 1) / kGateColumns;
+  Tensor out = at::empty({gate_up.size(0), width}, gate_up.options());
+  by_type(gate_up, [&](auto type) {
+    using T = decltype(type);
+    const T* rows = gate_up.const_data_ptr<T>();
+    T* to = out.data_ptr<T>();
+    deal(own.size() * parts, kRows * kGateColumns * (8 + 2 * delta.work()), [&](int64_t item) {
+      const Run& run = own[item / parts];
+      const int64_t first = item % parts * kGateColumns, count = std::min(kGateColumns, width - first);
+      float gate[kRows * kGateColumns], up[kRows * kGateColumns];
+      summed(delta, rows, gate_up.stride(0), gate, kGateColumns, run, first, count);
+      summed(delta, rows, gate_up.stride(0), up, kGateColumns, run, width + first, count);
+      for (int64_t r = 0; r < run.end - run.first; r++) {
+        const float *g = gate + r * kGateColumns, *u = up + r * kGateColumns;
+        T* row = to + (run.first + r) * width + first;
+        const Vec one(1.f);
+        steps(count, [&](int64_t i, int64_t some) {
+          const Pair a = load_step(g + i, some), b = load_step(u + i, some);
+          const Pair y{a.a / (one + a.a.neg().exp()) * b.a, a.b / (one + a.b.neg().exp()) * b.b};
+          store_step(row + i, y, some);
+        });
+      }
+    });
+  });
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("expand_swiglu", &expand_swiglu); }
+
+}  // namespace tucka

@@ -1,0 +1,59 @@
+// C += A B for a few rows: what expands, cores and attention have in common.
+#pragma once
+
+#include "vectors.h"
+
+namespace tucka {
+
+// Rows of B that lie one after the other.
+template <class T>
+struct Strided {
+  const T* first;
+  int64_t stride;
+  const T* operator[](int64_t k) const { return first + k * stride; }
+};
+
+// R rows of C, N steps wide from column `at` on; the last step of a row that is no whole one has `count` columns.
+template <int R, int N, class B>
+inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
+                      int64_t at, int64_t count) {
+  Pair sums[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) sums[r][n] = load_step(c + r * c_stride + at + n * kStep, count);
+  for (int64_t k = 0; k < depth; k++) {
+    const auto* row = b[k] + at;
+    Pair wide[N];
+    for (int n = 0; n < N; n++) wide[n] = load_step(row + n * kStep, count);
+    for (int r = 0; r < R; r++) {
+      const Vec x(a[r * a_stride + k]);
+      for (int n = 0; n < N; n++) {
+        sums[r][n].a = at::vec::fmadd(x, wide[n].a, sums[r][n].a);
+        sums[r][n].b = at::vec::fmadd(x, wide[n].b, sums[r][n].b);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) store_step(c + r * c_stride + at + n * kStep, sums[r][n], count);
+}
+
+template <int R, int N, class B>
+inline void add_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
+                     int64_t width) {
+  int64_t at = 0;
+  for (; at + N * kStep <= width; at += N * kStep) add_block<R, N>(c, c_stride, a, a_stride, b, depth, at, kStep);
+  for (; at + kStep <= width; at += kStep) add_block<R, 1>(c, c_stride, a, a_stride, b, depth, at, kStep);
+  if (at < width) add_block<R, 1>(c, c_stride, a, a_stride, b, depth, at, width - at);
+}
+
+// c (rows, width) += a (rows, depth) b (depth, width), c and a fp32; b[k] is where row k of b begins. A row's sums do
+// not depend on how many others there are.
+template <class B>
+inline void add_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t rows,
+                        int64_t depth, int64_t width) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) add_rows<4, 1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
+  for (; r + 2 <= rows; r += 2) add_rows<2, 2>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
+  if (r < rows) add_rows<1, 4>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
+}
+
+}  // namespace tucka

@@ -1,0 +1,89 @@
+// ops.ShrinkCore.
+#include "delta.h"
+
+namespace tucka {
+
+// Rank rows whose products with a row of x are summed up at once.
+constexpr int kRanks = 4;
+
+// out[r][k] = x_r · u_k for R rows and kRanks rank rows, all d long.
+template <int R, class T>
+inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out, int64_t out_stride) {
+  Vec sums[R][kRanks];
+  for (int r = 0; r < R; r++)
+    for (int k = 0; k < kRanks; k++) sums[r][k] = Vec(0.f);
+  steps(d, [&](int64_t i, int64_t count) {
+    Pair rows[R];
+    for (int r = 0; r < R; r++) rows[r] = load_step(x + r * x_stride + i, count);
+    for (int k = 0; k < kRanks; k++) {
+      const Pair w = load_step(u + k * d + i, count);
+      for (int r = 0; r < R; r++)
+        sums[r][k] = at::vec::fmadd(rows[r].b, w.b, at::vec::fmadd(rows[r].a, w.a, sums[r][k]));
+    }
+  });
+  for (int r = 0; r < R; r++) sum4(sums[r], out + r * out_stride);
+}
+
+// The same for one row and one rank row; the order of the sum is that of `dots`.
+template <class T>
+inline float dot(const T* x, const T* u, int64_t d) {
+  Vec total(0.f);
+  steps(d, [&](int64_t i, int64_t count) {
+    const Pair a = load_step(x + i, count), b = load_step(u + i, count);
+    total = at::vec::fmadd(a.b, b.b, at::vec::fmadd(a.a, b.a, total));
+  });
+  return sum(total);
+}
+
+// t (rows, rank) = x uᵀ.
+template <class T>
+void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank, int64_t d, float* t) {
+  int64_t k = 0;
+  for (; k + kRanks <= rank; k += kRanks) {
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) dots<2>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
+    if (r < rows) dots<1>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
+  }
+  for (; k < rank; k++)
+    for (int64_t r = 0; r < rows; r++) t[r * rank + k] = dot(x + r * x_stride, u + k * d, d);
+}
+
+Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, const Tensor& tiles,
+                   const std::optional<Tensor>& cores, int64_t width) {
+  TORCH_CHECK_VALUE(x.stride(1) == 1, "the rows of x must be contiguous");
+  const int64_t n = ranks.size(1), d = x.size(1), core_size = cores ? cores->size(-1) : 0;
+  if (cores) {
+    check_type(*cores, x);
+    TORCH_CHECK_VALUE(cores->stride(3) == 1, "the rows of a core must be contiguous");
+  }
+  Tensor h = at::empty({x.size(0), n, width}, x.options().dtype(at::kFloat));
+  const std::vector<Run> own = runs(tiles, x.size(0), std::numeric_limits<int64_t>::max() / 2);
+  const int64_t* address = u_ptr.const_data_ptr<int64_t>();
+  const int32_t* rank = ranks.const_data_ptr<int32_t>();
+  float* to = h.data_ptr<float>();
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T* rows = x.const_data_ptr<T>();
+    deal(own.size() * n, d * width, [&](int64_t item) {
+      const Run& run = own[item / n];
+      const int64_t j = item % n, count = run.end - run.first, at = run.adapter * n + j;
+      if (run.adapter < 0 || rank[at] == 0) return;
+      const int64_t r = rank[at];
+      float* t = scratch(count * r);
+      shrink(rows + run.first * x.stride(0), x.stride(0), reinterpret_cast<const T*>(address[at]), count, r, d, t);
+      float* out = to + (run.first * n + j) * width;
+      if (core_size < r) {
+        for (int64_t i = 0; i < count; i++) std::memcpy(out + i * n * width, t + i * r, r * sizeof(float));
+        return;
+      }
+      for (int64_t i = 0; i < count; i++) std::fill_n(out + i * n * width, r, 0.f);
+      const T* core = cores->const_data_ptr<T>() + run.core * cores->stride(0) + j * cores->stride(1);
+      add_product(out, n * width, t, r, Strided<T>{core, cores->stride(2)}, count, r, r);
+    });
+  });
+  return h;
+}
+
+TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("shrink_core", &shrink_core); }
+
+}  // namespace tucka

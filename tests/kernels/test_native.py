@@ -1,0 +1,126 @@
+"""What the native kernels alone promise: the same bits on any number of threads, one OpenMP runtime, random numbers."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import delta_cases
+from tests.support.route_cases import caches, shuffled
+from tucka_runtime.kernels import dispatch
+from tucka_runtime.kernels.native import library
+from tucka_runtime.kernels.reference import sample as sample_ref
+
+native = pytest.mark.native
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Restores the number of torch's threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def on_one_and_three(run: Callable[[], list[Tensor]]) -> None:
+    """Results have the same bits on one thread and on three."""
+    torch.set_num_threads(1)
+    alone = run()
+    torch.set_num_threads(3)
+    for _ in range(3):
+        assert all(torch.equal(mine, true) for mine, true in zip(run(), alone, strict=True))
+
+
+@native
+def test_a_delta_has_the_same_bits_on_any_number_of_threads() -> None:
+    case = delta_cases.make(
+        [[16, 16], [12, 8]], (50, ((90, 0), (1, 1), (30, 1))), d_in=512, widths=(256, 256), core_size=16
+    )
+    ops = dispatch.backend("native")
+    residual, weight = torch.randn_like(case.y), torch.rand(512)
+
+    def run() -> list[Tensor]:
+        low_rank = ops.shrink_core(case.x, case.site, case.cores, case.plan)
+        sums = ops.expand_residual(case.y, low_rank, residual, weight, None, 1e-5)
+        return [ops.expand(case.y.clone(), low_rank), ops.expand_swiglu(case.y, low_rank), *sums]
+
+    on_one_and_three(run)
+    low_rank = ops.shrink_core(case.x, case.site, case.cores, case.plan)
+    delta_cases.check_delta(case, 1e-5, ops.shrink_core, ops.expand)
+    assert low_rank.h.dtype == torch.float32
+
+
+@native
+def test_attention_has_the_same_bits_on_any_number_of_threads() -> None:
+    """Contexts of one split and of several, decoding and as prompts; a window that begins within a split."""
+    plan, slots, total = shuffled([(1, 1300), (1, 40), (200, 260), (1, 512), (1, 513)], 16)
+    k, v = caches(slots, 16, 2, 64, torch.bfloat16)
+    q = torch.randn(total, 6, 64).bfloat16()
+    ops = dispatch.backend("native")
+    on_one_and_three(lambda: [ops.attention(q, k, v, plan, 0.1, window) for window in (None, 700)])
+    reference = dispatch.backend("reference")
+    for window in (None, 700):
+        want = reference.attention(q.double(), k.double(), v.double(), plan, 0.1, window)
+        got = ops.attention(q, k, v, plan, 0.1, window)
+        assert max(delta_cases.relative(mine, true) for mine, true in zip(got, want, strict=True)) <= 5e-3
+
+
+@native
+def test_tokens_of_a_large_vocabulary_are_the_references() -> None:
+    """Several spans of a row, on several threads; the last logits among those that are chosen."""
+    logits = torch.randn(6, 20_011) * 3
+    logits[2, -1] = 30.0
+    logits[3] = -math.inf
+    temperature = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.7, 2.0])
+    seed, position = torch.arange(6) * 977 - 4000, torch.arange(6)
+    ops = dispatch.backend("native")
+    on_one_and_three(lambda: [ops.sample(logits, temperature, seed, position)])
+    assert torch.equal(
+        ops.sample(logits, temperature, seed, position), sample_ref.sample(logits, temperature, seed, position)
+    )
+
+
+@native
+def test_uniform_is_the_references_bit_for_bit() -> None:
+    seed, position = torch.tensor([0, 3, -5, 2**40 + 7, -(2**62)]), torch.tensor([0, 1, 2**20, 7, 5])
+    assert torch.equal(torch.ops.tucka.uniform(seed, position, 300), sample_ref.uniform(seed, position, 300))
+
+
+@native
+def test_no_second_openmp_runtime_is_loaded() -> None:
+    """Two runtimes would have threads of their own each, which spin beside each other."""
+    maps = Path("/proc/self/maps").read_text("ascii").split()
+    runtimes = {name for name in maps if Path(name).name.startswith(("libgomp", "libiomp", "libomp"))}
+    assert library.load() and len({name for name in runtimes if "torch" in name}) == 1
+    assert not any(name.startswith(("/lib", "/usr/lib")) for name in runtimes)
+
+
+@native
+def test_rows_of_another_type_are_refused() -> None:
+    ops = dispatch.backend("native")
+    case = delta_cases.mix("half-base")
+    with pytest.raises(ValueError, match="factors in the rows' type"):
+        ops.shrink_core(case.x.half(), case.site, None, case.plan)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        ops.norm(torch.ones(2, 8).double(), torch.ones(8).double(), None, 1e-5)
+    with pytest.raises(ValueError, match="in one type"):
+        ops.norm(torch.ones(2, 8), torch.ones(8).half(), None, 1e-5)
+
+
+def test_a_machine_without_them_serves_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so to who asks for them by name."""
+    monkeypatch.setattr(library, "load", lambda: None)
+    cpu = torch.device("cpu")
+    assert dispatch.choose(cpu).name == "reference"
+    with pytest.raises(dispatch.BackendUnavailableError, match="not built"):
+        dispatch.choose(cpu, "native")
+
+
+@native
+def test_auto_takes_them_on_a_cpu() -> None:
+    assert dispatch.choose(torch.device("cpu")).name == "native"
+    with pytest.raises(dispatch.BackendUnavailableError, match="run on a CPU"):
+        dispatch.choose(torch.device("cuda"), "native")
