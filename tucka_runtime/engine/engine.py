@@ -260,7 +260,7 @@ class Engine:
         out.token_ids = [result.token]
         if result.logprob is not None:
             out.logprobs = [result.logprob]
-        if seq.num_known >= seq.sampling.least_tokens and result.token in self.runner.stops(seq):
+        if seq.num_known > seq.sampling.least_tokens and result.token in self.runner.stops(seq):
             return Finish(FinishReason.STOP, stop_token_id=result.token)
         if seq.num_known >= seq.sampling.max_tokens or len(seq.tokens) >= self.info.max_model_len:
             return Finish(FinishReason.LENGTH)
