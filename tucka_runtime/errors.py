@@ -53,9 +53,18 @@ class InvalidRequestError(TuckaError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt plus `max_tokens` exceeds the model's context."""
+    """Prompt or answer exceed the model's context. The first words are OpenAI's: clients look for them."""
 
     code = "context_length_exceeded"
+
+    @classmethod
+    def too_long(cls, context: int, size: str, param: str) -> "ContextLengthError":
+        """For a prompt of `size`, with its unit."""
+        return cls(
+            f"This model's maximum context length is {context} tokens, and the prompt is too long: it has {size}. "
+            "Shorten it.",
+            param,
+        )
 
 
 class ModelNotFoundError(TuckaError):

@@ -31,8 +31,8 @@ from tucka_runtime.messages import (
     TokenLogprob,
 )
 from tucka_runtime.server.service.stops import stop_table
-from tucka_runtime.server.service.text import SequenceText
-from tucka_runtime.tokenizer import Detokenizer, Tokenizer
+from tucka_runtime.server.service.text import SequenceText, stopping
+from tucka_runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -169,12 +169,12 @@ class LLM:
             info = self.adapters[name]
         limit = self.engine.info.max_model_len
         if len(ids) >= limit:
-            raise ContextLengthError(f"A prompt of {len(ids)} tokens fills the context of {limit}.", "prompt")
+            raise ContextLengthError.too_long(limit, f"{len(ids)} tokens and no room for an answer", "prompt")
         most = min(sampling.max_tokens, limit - len(ids))
         return Request(
             id=f"offline-{next(self._numbers)}",
             prompts=(ids,),
-            sampling=replace(sampling, max_tokens=most),
+            sampling=replace(stopping(sampling, self.tokenizer), max_tokens=most),
             n=n,
             adapter=info.key if info else None,
             route_scope=RouteScope(route or (info.scope if info else None) or RouteScope.BATCH),
@@ -188,16 +188,7 @@ class _Running:
         p = request.sampling
         self.output = RequestOutput(request.prompts[0], [CompletionOutput(i) for i in range(request.n)])
         table = stop_table(p.stop)
-        self._texts = [
-            SequenceText(
-                Detokenizer(tokenizer, p.skip_special_tokens) if tokenizer else None,
-                table,
-                p.stop_token_ids,
-                p.include_stop_str_in_output,
-                p.min_tokens,
-            )
-            for _ in range(request.n)
-        ]
+        self._texts = [SequenceText.of(p, tokenizer, table) for _ in range(request.n)]
 
     def take(self, out: SequenceOutput) -> bool:
         """Whether the answer has ended without the engine's knowledge: at a stop string."""

@@ -72,9 +72,10 @@ class SamplingParams:
 
     @property
     def least_tokens(self) -> int:
-        """The number of tokens that no answer ends before: `min_tokens`, unless a schema says when it is complete.
+        """The number of tokens after which an answer may end: `min_tokens`, unless a schema says when it is complete.
 
-        The engine goes by this for tokens that end an answer; who looks for stop strings goes by `min_tokens`.
+        The sampler gives no end token before, and the engine ends at the first one after. A stop string is held against
+        `min_tokens` itself: a schema does not bring it forward.
         """
         return self.min_tokens if self.json_schema is None else 0
 

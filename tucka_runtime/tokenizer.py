@@ -2,30 +2,47 @@
 
 Detokenisation is incremental: a `Detokenizer` takes one id at a time and returns the text that is final, so that no
 half of a UTF-8 character ever leaves it, at constant cost per token.
+
+Special tokens are what a model is controlled with: they begin and end texts and turns. What people write in messages is
+text and never becomes one: `shield` marks where a message spells one before the chat template sees it, and `encode`
+makes plain text of what is marked, while those that the template itself writes stay what they are.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tucka_runtime.base_files import end_tokens, without_marks
 from tucka_runtime.errors import ModelLoadError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MARK = f"\ufdd0{secrets.randbelow(10**12):012}\ufdd0"
+"""Breaks what spells a special token. Nobody can guess it; who could would have no more than plain text of it."""
+_NEVER = re.compile(r"(?!)")
 
 
 class Tokenizer:
-    """One base model's tokenizer. Safe to use from several threads: the underlying object is only read."""
+    """One base model's tokenizer. Safe to use from several threads: the underlying objects are only read.
 
-    def __init__(self, tokenizer: Any):
+    `ends` are the tokens that end a text: the tokenizer's own, and those that the folder's other files name.
+    """
+
+    def __init__(self, tokenizer: Any, ends: tuple[int, ...] | None = None):
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._special = {id_ for id_, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        own = tokenizer.eos_token_id
+        self.ends = ends if ends is not None else () if own is None else (own,)
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {id_: str(token.content) for id_, token in added.items()}
+        self._special = {id_: self._added[id_] for id_, token in added.items() if token.special}
+        self._unknown: int | None = tokenizer.unk_token_id
         self._byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
         self._bytes: dict[int, bytes] = {}
         template = tokenizer.chat_template
@@ -40,7 +57,8 @@ class Tokenizer:
         from transformers import AutoTokenizer  # takes seconds: here, the engine loads the model meanwhile
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            with without_marks(folder) as clean:
+                tokenizer = AutoTokenizer.from_pretrained(str(clean), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
             raise ModelLoadError(
                 f"The tokenizer in {folder} cannot be read: {error}. "
@@ -51,21 +69,144 @@ class Tokenizer:
                 f"The tokenizer in {folder} has no fast version (tokenizer.json). "
                 "Save it once with transformers' fast class, or remove its files to serve token-id prompts only."
             )
-        return cls(tokenizer)
+        return cls(tokenizer, end_tokens(folder, tokenizer.eos_token_id))
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """A conversation as the prompt that asks for the assistant's next turn, by the model's own chat template, in
         this process. Raises ValueError without a template, and whatever the template raises."""
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
-        return render_chat(self.chat_template, self.special_tokens, messages)
+        return render_chat(self.chat_template, self.special_tokens, self.shield(messages))
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool, split_special_tokens: bool = False) -> list[int]:
+        """The ids of a text, as a prompt has them.
+
+        With `add_special_tokens` what the tokenizer puts before every text comes first, unless the text begins with it;
+        what it would put behind (an end token) is left out: after that nothing follows. What `shield` marked is plain
+        text; with `split_special_tokens` all of the text is.
+        """
+        if split_special_tokens:
+            ids = self._plain(self.shield(text).split(_MARK), begins=True)
+        elif _MARK in text:
+            ids = self._encode_marked(text)
+        else:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        if add_special_tokens and ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
+        return ids
+
+    def encode_completion(self, prompt: str, completion: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text that goes on `prompt`: the prompt is tokenised alone, as it is when an answer is asked for,
+        and these ids, detokenised behind it, are `completion` to the letter wherever the tokenizer can spell it.
+
+        Where the tokens of the whole text begin with those of the prompt they are the rest of them. Else the completion
+        is tokenised behind a letter that it does not merge with: alone, SentencePiece's tokenizers would put a space
+        before it.
+        """
+        begin = self.encode(prompt, add_special_tokens)
+        whole = self.encode(prompt + completion, add_special_tokens)
+        rest = whole[len(begin) :]
+        if whole[: len(begin)] == begin and self._spells(rest, completion):
+            return rest
+        return self._continue(completion, lambda text: self.encode(text, add_special_tokens=False))
+
+    def _spells(self, ids: list[int], text: str) -> bool:
+        return b"".join(map(self.token_bytes, ids)) == unshielded(text).encode()
+
+    def _continue(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """The ids of a text that begins nothing: as it is tokenised behind a letter that it does not merge with."""
+        for before in ("\n", "a", ".", "0"):
+            begin, whole = encode(before), encode(before + text)
+            if whole[: len(begin)] == begin and self._spells(whole[len(begin) :], text):
+                return whole[len(begin) :]
+        return encode(text)
+
+    def shield(self, value: Any) -> Any:
+        """The same messages (or whatever they are made of), with a mark in all that spells a special token."""
+        if isinstance(value, str):
+            return self._spelling.sub(lambda m: m[0] + _MARK, value)
+        if isinstance(value, Mapping):
+            return {key: self.shield(item) for key, item in value.items()}
+        if isinstance(value, Sequence):
+            return [self.shield(item) for item in value]
+        return value
+
+    def special_ids(self, texts: Iterable[str]) -> dict[int, str]:
+        """The special tokens that some of these texts spell, each text exactly one."""
+        wanted = set(texts)
+        return {id_: spelled for id_, spelled in self._special.items() if spelled in wanted}
+
+    @cached_property
+    def _spelling(self) -> re.Pattern[str]:
+        """The first character of whatever spells a special token, in any case: marking too much does no harm."""
+        spelled = sorted((text for text in self._special.values() if len(text) > 1), key=len, reverse=True)
+        if not spelled:
+            return _NEVER
+        heads = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in spelled)
+        return re.compile(heads, re.IGNORECASE)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """What the tokenizer puts before every text."""
+        with_them = self._backend.encode("a", add_special_tokens=True).ids
+        without = self._backend.encode("a", add_special_tokens=False).ids
+        for start in range(len(with_them) - len(without) + 1):
+            if with_them[start : start + len(without)] == without:
+                return list(with_them[:start])
+        return []
+
+    @cached_property
+    def _no_special(self) -> Any:
+        """The tokenizer without its special tokens; `_MARK` is a token instead, to put before what begins no text."""
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        plain = Backend.from_str(self.serialised)
+        plain.encode_special_tokens = True
+        plain.add_tokens([AddedToken(_MARK, normalized=False)])
+        return plain
+
+    def _plain(self, parts: list[str], begins: bool) -> list[int]:
+        """The ids of a text without special tokens. Where the vocabulary itself spells one (Unigram's do), the `parts`
+        between its marks are tokenised one by one."""
+        before = "" if begins else _MARK
+        ids = self._without_special(before + "".join(parts))[0 if begins else 1 :]
+        if (self._special.keys() - {self._unknown}).isdisjoint(ids):
+            return ids
+        first, *rest = parts
+        ids = self._plain([first], begins) if len(parts) > 1 else ids
+        return ids + [i for part in rest for i in self._continue(part, self._without_special)]
+
+    def _without_special(self, text: str) -> list[int]:
+        ids: list[int] = self._no_special.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """The special tokens that are spelled without a mark, and between them what is plain text."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        start, first = 0, 0  # where the text since the last special token begins, in characters and in tokens
+
+        def close(end: int, last: int) -> None:
+            between = text[start:end]
+            if _MARK in between:
+                ids.extend(self._plain(between.split(_MARK), begins=not start))
+            else:
+                ids.extend(found.ids[first:last])
+
+        for i, (id_, (begin, end)) in enumerate(zip(found.ids, found.offsets, strict=True)):
+            if id_ in self._special and text[begin:end].strip().lower() == self._special[id_].strip().lower():
+                close(begin, i)
+                ids.append(id_)
+                start, first = end, i + 1
+        close(len(text), len(found.ids))
         return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        if not self._byte_level:
+            return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        kept = (id_ for id_ in ids if not (skip_special_tokens and id_ in self._special))
+        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
     @cached_property
     def longest_token(self) -> int:
@@ -96,13 +237,13 @@ class Tokenizer:
         token = self.token(token_id)
         if token is None:
             return b""
+        if token_id in self._added:  # added tokens are spelled as they are, whatever the alphabet of the others
+            return self._added[token_id].encode()
         if self._byte_level:
             mapped = [_CHAR_TO_BYTE.get(char) for char in token]
             return token.encode() if None in mapped else bytes(b for b in mapped if b is not None)
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
-        if token_id in self._special:
-            return token.encode()
         # Decoders strip the space that begins a text, so the token is decoded behind another one.
         before = self.decode([self._anchor], skip_special_tokens=False)
         both = self.decode([self._anchor, token_id], skip_special_tokens=False)
@@ -111,6 +252,11 @@ class Tokenizer:
     @cached_property
     def _anchor(self) -> int:
         return self.encode("a", add_special_tokens=False)[-1]
+
+
+def unshielded(text: str) -> str:
+    """A text without the marks of `Tokenizer.shield`."""
+    return text.replace(_MARK, "")
 
 
 def render_chat(template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:

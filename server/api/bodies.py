@@ -88,6 +88,7 @@ class GenerationBody(Body):
 
 class CompletionBody(GenerationBody):
     prompt: Any = None
+    split_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -104,6 +105,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Any = None
     add_special_tokens: bool | None = None
+    split_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 

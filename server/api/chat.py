@@ -10,6 +10,7 @@ from tucka_runtime.server.api.door import Door
 from tucka_runtime.server.api.logprobs import chat_logprobs
 from tucka_runtime.server.api.sampling import max_tokens_for, num_logprobs, num_sequences, sampling_params
 from tucka_runtime.server.service.generation import ChoiceDelta
+from tucka_runtime.tokenizer import unshielded
 
 
 class Chat(Door[ChatBody]):
@@ -34,7 +35,7 @@ class Chat(Door[ChatBody]):
 
     @property
     def prompt_for_log(self) -> Any:
-        return self._prompt
+        return unshielded(self._prompt)
 
     def _logprobs(self) -> int | None:
         body = self.body

@@ -46,7 +46,8 @@ class Completion(Door[CompletionBody]):
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
             return [prompt for prompt in prompts if not isinstance(prompt, str)]
-        ids = await self.service.encode(texts, self.body.add_special_tokens is not False, "prompt")
+        adds, splits = self.body.add_special_tokens is not False, self.body.split_special_tokens is True
+        ids = await self.service.encode(texts, adds, "prompt", splits)
         if not all(ids):
             raise InvalidRequestError("A prompt has no tokens. Send text that the tokenizer knows.", "prompt")
         return ids

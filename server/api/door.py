@@ -24,6 +24,7 @@ from tucka_runtime.server.service.adapters import LoadedAdapter
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation, Usage
 from tucka_runtime.server.service.request_log import Origin
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.text import stopping
 
 log = getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Door(ABC, Generic[B]):
         self.asked = Request(
             id=uuid.uuid4().hex,
             prompts=tuple(map(tuple, prompts)),
-            sampling=sampling,
+            sampling=stopping(sampling, self.service.tokenizer),
             n=n,
             adapter=self.adapter.key if self.adapter else None,
             route_scope=self.service.scope(self.adapter, route_scope(self.body.route)),

@@ -48,7 +48,8 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
     if body.prompt is not None:
-        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, "prompt")
+        adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
+        (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
     else:
         messages = [message.for_template() for message in fields.messages(body.messages)]
         text = await service.render_chat(messages)

@@ -17,7 +17,9 @@ def sampling_params(
     """`max_tokens` and the logprobs are already checked. Raises InvalidRequestError."""
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
-        raise InvalidRequestError("`min_tokens` is larger than `max_tokens`.", "min_tokens")
+        raise InvalidRequestError(
+            "`min_tokens` is larger than `max_tokens`, or than what the context leaves.", "min_tokens"
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -67,26 +69,19 @@ def max_tokens_for(
     param: str = "max_tokens",
     prompt_param: str = "prompt",
 ) -> int:
-    """Tokens that may be generated. `default` None is: up to the end of the context. Raises ContextLengthError."""
+    """Tokens that may be generated: what is asked, as far as the context has room for it. `default` None is: up to the
+    end of the context. Raises ContextLengthError where there is no room, or more is asked than the context holds."""
     context = min(info.max_model_len, info.kv_cache_tokens)
+    if asked is not None and not 0 <= asked <= context:
+        raise ContextLengthError(
+            f"This model's maximum context length is {context} tokens: `{param}` must lie between 0 and that.", param
+        )
     room = context - longest_prompt
-    if room < 0:
-        raise ContextLengthError(
-            f"The prompt has {longest_prompt} tokens, more than the context of {context}. Shorten it.", prompt_param
-        )
-    if asked is None:
-        asked = room if default is None else min(default, room)
-        if asked == 0:
-            raise ContextLengthError(
-                f"The prompt fills the context of {context} tokens: no room for an answer. Shorten it.", prompt_param
-            )
-    elif not 0 <= asked <= room:
-        raise ContextLengthError(
-            f"`{param}` must lie between 0 and {room}: the context has {context} tokens, "
-            f"the prompt takes {longest_prompt}.",
-            param,
-        )
-    return asked
+    wanted = asked if asked is not None else room if default is None else default
+    if room < 0 or (room == 0 and asked != 0):
+        size = f"{longest_prompt} tokens" + (", which leave no room for an answer" if room == 0 else "")
+        raise ContextLengthError.too_long(context, size, prompt_param)
+    return min(wanted, room)
 
 
 def _or(value: float | None, default: float) -> float:

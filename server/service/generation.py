@@ -11,7 +11,6 @@ from tucka_runtime.server.service.request_log import Origin, RequestLog
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, TextDelta, Token
-from tucka_runtime.tokenizer import Detokenizer
 
 
 @dataclass(slots=True)
@@ -62,16 +61,7 @@ class Generation:
         self._lease = lease
         sampling = request.sampling
         table = stop_table(sampling.stop)
-        self._texts = [
-            SequenceText(
-                Detokenizer(service.tokenizer, sampling.skip_special_tokens) if service.tokenizer else None,
-                table,
-                sampling.stop_token_ids,
-                sampling.include_stop_str_in_output,
-                sampling.min_tokens,
-            )
-            for _ in range(request.num_sequences)
-        ]
+        self._texts = [SequenceText.of(sampling, service.tokenizer, table) for _ in range(request.num_sequences)]
         self._begun: set[int] = set()
         self._stream = service.engine.submit(request)
         self._log = RequestLog(request, lease.adapter, origin, service.sinks)

@@ -13,7 +13,7 @@ from tucka_runtime.server.service.adapters import AdapterNames, Lease, LoadedAda
 from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.traces import Traces
-from tucka_runtime.tokenizer import Tokenizer
+from tucka_runtime.tokenizer import Tokenizer, unshielded
 
 
 @dataclass
@@ -75,16 +75,20 @@ class Service:
             )
         return self.tokenizer
 
-    async def encode(self, texts: list[str], add_special_tokens: bool, param: str) -> list[list[int]]:
-        """Token ids, made off the event loop. A text that cannot fit the context is refused without being read."""
-        tokenizer = self.text_tokenizer(param)
-        if any(len(text) > self.info.max_model_len * tokenizer.longest_token for text in texts):
-            raise ContextLengthError(
-                f"The prompt has {max(map(len, texts))} characters, more than the context of "
-                f"{self.info.max_model_len} tokens can hold. Shorten it.",
-                param,
-            )
-        encoded = await asyncio.to_thread(lambda: [tokenizer.encode(text, add_special_tokens) for text in texts])
+    async def encode(
+        self, texts: list[str], add_special_tokens: bool, param: str, split_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """Token ids, made off the event loop. A text that does not fit the context is refused, without being read where
+        its length says so."""
+        tokenizer, context = self.text_tokenizer(param), self.info.max_model_len
+        longest = max(len(unshielded(text)) for text in texts)
+        if longest > context * tokenizer.longest_token:
+            raise ContextLengthError.too_long(context, f"{longest} characters", param)
+        encoded = await asyncio.to_thread(
+            lambda: [tokenizer.encode(text, add_special_tokens, split_special_tokens) for text in texts]
+        )
+        if (most := max(map(len, encoded))) > context:
+            raise ContextLengthError.too_long(context, f"{most} tokens", param)
         if max((max(ids, default=0) for ids in encoded), default=0) >= self.info.vocab_size:
             raise InvalidRequestError(
                 f"The tokenizer makes a token of this text that the model does not have: its ids end at "
@@ -94,12 +98,13 @@ class Service:
         return encoded
 
     async def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages as one prompt, by the model's chat template. Raises InvalidRequestError."""
-        self.text_tokenizer("messages")
+        """The messages as one prompt, by the model's chat template, in which what they say of special tokens is marked
+        (`Tokenizer.shield`). Raises InvalidRequestError."""
+        tokenizer = self.text_tokenizer("messages")
         if self.template is None:
             raise InvalidRequestError(
                 "The base model has no chat template. Use /v1/completions with a prompt of your own, or start the "
                 "server with a folder whose tokenizer has a chat template.",
                 "messages",
             )
-        return await self.template.render(messages)
+        return await self.template.render(await asyncio.to_thread(tokenizer.shield, messages))

@@ -1,10 +1,11 @@
 """One sequence's tokens as text: detokenised, cut at stop strings, released only when it can no longer change."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from tucka_runtime.messages import Finish, FinishReason, SequenceOutput, TokenLogprob
+from tucka_runtime.messages import Finish, FinishReason, SamplingParams, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.stops import StopStrings, StopTable
-from tucka_runtime.tokenizer import Detokenizer
+from tucka_runtime.tokenizer import Detokenizer, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +27,36 @@ class TextDelta:
     stop_reason: str | int | None = None
 
 
+def stop_reasons(sampling: SamplingParams, tokenizer: Tokenizer | None) -> dict[int, int | str]:
+    """What an answer's `stop_reason` is, by the token that ended it: the id for `stop_token_ids`, the string for stop
+    strings that are exactly one special token."""
+    reasons: dict[int, int | str] = {token_id: token_id for token_id in sampling.stop_token_ids}
+    return reasons | (tokenizer.special_ids(sampling.stop) if tokenizer else {})
+
+
+def stopping(sampling: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The same, with all the tokens that the engine has to stop at: special tokens have no text to be found in."""
+    return replace(sampling, stop_token_ids=tuple(stop_reasons(sampling, tokenizer)))
+
+
 class SequenceText:
     """Invariant: what was released is a prefix of the final answer, text and tokens alike.
 
-    `detokenizer` is None where the model has no tokenizer: tokens pass, texts are empty.
+    `detokenizer` is None where the model has no tokenizer: tokens pass, texts are empty. `reasons` are those of
+    `stop_reasons`.
     """
 
     def __init__(
         self,
         detokenizer: Detokenizer | None,
         stops: StopTable = (),
-        stop_token_ids: tuple[int, ...] = (),
+        reasons: Mapping[int, int | str] | None = None,
         include_stop: bool = False,
         min_tokens: int = 0,
     ):
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
-        self._stop_token_ids = stop_token_ids
+        self._reasons = reasons or {}
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._released = 0  # characters
@@ -50,6 +64,17 @@ class SequenceText:
         self._tokens: list[Token] = []  # not released
         self.generated = 0  # tokens the engine made, those of a cut stop string included
         self.finished = False
+
+    @classmethod
+    def of(cls, sampling: SamplingParams, tokenizer: Tokenizer | None, table: StopTable) -> "SequenceText":
+        """The text of a sequence of that request; `table` is of its stop strings."""
+        return cls(
+            Detokenizer(tokenizer, sampling.skip_special_tokens) if tokenizer else None,
+            table,
+            stop_reasons(sampling, tokenizer),
+            sampling.include_stop_str_in_output,
+            sampling.min_tokens,
+        )
 
     def push(self, output: SequenceOutput) -> TextDelta:
         """Takes one step's tokens. After a delta with `finish_reason` nothing more may be pushed."""
@@ -60,12 +85,11 @@ class SequenceText:
             self._tokens.append(Token(token_id, self._released + len(self._tail), logprob))
             self.generated += 1
             ends = stop_token_id is not None and i == len(output.token_ids) - 1
-            if (
-                self._detokenizer
-                and (self._include_stop or not ends)
-                and self._append(self._detokenizer.push(token_id), delta)
-            ):
-                return delta
+            if self._detokenizer and (self._include_stop or not ends):
+                spelled = self._reasons.get(token_id) if ends else None
+                piece = spelled if isinstance(spelled, str) else self._detokenizer.push(token_id)
+                if self._append(piece, delta):
+                    return delta
             self._release(delta)
         if output.finish is not None:
             self._finish(output.finish, delta)
@@ -77,8 +101,8 @@ class SequenceText:
         delta.text += self._tail
         delta.tokens += self._tokens
         delta.finish_reason = finish.reason
-        if finish.stop_token_id in self._stop_token_ids:
-            delta.stop_reason = finish.stop_token_id
+        if finish.stop_token_id is not None:
+            delta.stop_reason = self._reasons.get(finish.stop_token_id)
         self.finished = True
 
     def _append(self, piece: str, delta: TextDelta) -> bool:

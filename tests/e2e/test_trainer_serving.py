@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tucka_runtime.cli import train as cli
+from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import set_route_scope
 from tucka_runtime.trainer.data import Example, load
 from tucka_runtime.trainer.experiments.base import build_model, build_tokenizer, save_base
@@ -54,7 +55,7 @@ class Place:
         return answer.json()["choices"][0]
 
     def held(self) -> list[Example]:
-        return load(self.folder / "held.jsonl", TOKENIZER, 64)
+        return load(self.folder / "held.jsonl", Tokenizer(TOKENIZER), 64)
 
 
 @pytest.fixture(scope="module")

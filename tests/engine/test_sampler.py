@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ class Recorded(Sampler):
             return OPS.sample(logits, temperature, *rest)
 
         ops = replace(OPS, sample=recorded)
-        super().__init__(ops, VOCAB, EOS, torch.device("cpu"), Path())
+        super().__init__(ops, VOCAB, EOS, torch.device("cpu"), None)
 
 
 def plain(logits: Tensor, seq: Sequence) -> list[float]:
@@ -157,7 +156,7 @@ def test_the_choice_follows_the_probabilities():
     p = torch.softmax(logits[0].double() / 0.8, dim=-1)
     sampling = replace(HOT, temperature=0.8)
     by_seed = [sequence(sampling, seed=i * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF) for i in range(count)]
-    sampler = Sampler(OPS, VOCAB, EOS, torch.device("cpu"), Path())
+    sampler = Sampler(OPS, VOCAB, EOS, torch.device("cpu"), None)
     tokens, _ = pick(sampler, logits.expand(count, -1).clone(), by_seed)
     positions = OPS.sample(
         logits.expand(count, -1),

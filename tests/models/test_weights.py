@@ -299,15 +299,15 @@ def test_a_cache_that_holds_no_whole_sequence(tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [
-        ({"eos_token_id": 2}, {"eos_token_id": [5, 7]}, (5, 7)),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 7]}, (2, 5, 7)),
         ({"eos_token_id": 2}, {}, (2,)),
         ({"eos_token_id": [2, 4]}, None, (2, 4)),
         ({"eos_token_id": None}, None, ()),
-        ({"eos_token_id": 2}, {"eos_token_id": [5, 97, -1]}, (5,)),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 97, -1]}, (2, 5)),
     ],
 )
 def test_tokens_that_end_a_text(config: dict[str, Any], generation: Any, expected: tuple[int, ...], tmp_path: Path):
-    """generation_config.json's before config.json's, and none that the model cannot produce."""
+    """Those of generation_config.json and of config.json, and none that the model cannot produce."""
     save_model(tmp_path)
     edit_json(tmp_path / "config.json", lambda c: c.update(config))
     (tmp_path / "generation_config.json").unlink(missing_ok=True)

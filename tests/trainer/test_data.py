@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.data import DataError, collate, encode, epoch, load, split, tasks
 from tucka_runtime.trainer.experiments.base import END, build_tokenizer
 from tucka_runtime.trainer.experiments.tasks import TASKS, held_out
 
-TOKENIZER = build_tokenizer()
+TOKENIZER = Tokenizer(build_tokenizer())
 
 
 def chat(prompt, answer):
@@ -25,7 +26,7 @@ def test_only_the_completion_is_learnt(tmp_path):
     ids, mask, labels = collate(examples, 0)
     assert labels.tolist()[0] == [-100, -100, *ids.tolist()[0][2:]]
     assert ids.tolist()[0][-1] == END
-    assert TOKENIZER.decode(examples[1].ids) == "<|user|>x<|assistant|>yz<|end|>"
+    assert TOKENIZER.decode(list(examples[1].ids), False) == "<|user|>x<|assistant|>yz<|end|>"
     assert examples[1].start == 3
     assert mask.sum(1).tolist() == [len(e.ids) for e in examples]
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tucka_runtime.cli import train as cli
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import base_model
 from tucka_runtime.trainer.adapter import AdapterSettings, attach, router_of, seed_all
 from tucka_runtime.trainer.data import encode
@@ -43,7 +44,7 @@ def records(n=24):
 
 
 def examples(n=24):
-    return [encode(r, TOKENIZER, 64) for r in records(n)]
+    return [encode(r, Tokenizer(TOKENIZER), 64) for r in records(n)]
 
 
 def make(config, folder=None, method="tucka"):

@@ -222,7 +222,7 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
         f"{args.method}: {trainable_parameters(model):,} trainable parameters; {len(train)} examples to train on, "
         f"{len(held)} held out; {steps} steps of {per_step}"
     )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.ends[0]  # padding is masked: any token does
     loop = Loop(model, train, held, config, pad=pad, device=device, router=router_of(model), folder=args.out)
     return _Job(loop, identity)
 

@@ -5,7 +5,6 @@ matcher of its own.
 """
 
 from functools import cached_property
-from pathlib import Path
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -18,29 +17,24 @@ from tucka_runtime.tokenizer import Tokenizer
 class Grammars:
     """The matchers of all sequences that have a schema, until `forget`."""
 
-    def __init__(self, folder: Path, vocab: int, eos: frozenset[int]):
-        self.folder, self.vocab, self.eos = folder, vocab, eos
+    def __init__(self, tokenizer: Tokenizer | None, vocab: int, eos: frozenset[int]):
+        self.tokenizer, self.vocab, self.eos = tokenizer, vocab, eos
         self.matchers: dict[tuple[str, int], tuple[LLMatcher, int]] = {}
         """Matchers by sequence, with the number of its tokens that each has seen."""
         self.broken: dict[tuple[str, int], TuckaError] = {}
         """The errors that sequences end with whose grammar turned out to be too complex."""
 
     @cached_property
-    def tokenizer(self) -> LLTokenizer:
-        """Made when it is first needed: a second for a large vocabulary."""
-        file = self.folder / "tokenizer.json"
-        if file.is_file():  # transformers, which takes seconds to import, would make the same of it
-            text = file.read_text("utf-8")
-        elif (found := Tokenizer.load(self.folder)) is not None:
-            text = found.serialised
-        else:
+    def tokens(self) -> LLTokenizer:
+        """The tokenizer as llguidance knows it. Made when it is first needed: a second for a large vocabulary."""
+        if self.tokenizer is None:
             raise ModelLoadError("The base model has no tokenizer, so no JSON schema can be followed.")
-        return LLTokenizer(text, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
+        return LLTokenizer(self.tokenizer.serialised, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that a matcher allows once the value is complete."""
-        return frozenset(self.tokenizer.eos_tokens)
+        return frozenset(self.tokens.eos_tokens)
 
     def forget(self, seq: Sequence) -> None:
         self.matchers.pop(seq.key, None)
@@ -52,7 +46,7 @@ class Grammars:
         assert seq.sampling.json_schema is not None
         entry = self.matchers.get(seq.key)
         if entry is None:
-            matcher = LLMatcher(self.tokenizer, grammar(seq.sampling.json_schema), log_level=0, limits=LIMITS)
+            matcher = LLMatcher(self.tokens, grammar(seq.sampling.json_schema), log_level=0, limits=LIMITS)
             entry = matcher, seq.num_prompt
         matcher, known = entry
         matcher.consume_tokens(seq.tokens[known:])

@@ -13,6 +13,7 @@ from torch import Tensor
 from tucka_runtime import machine
 from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.format import Adapter
+from tucka_runtime.base_files import end_tokens
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.fold import fold
@@ -30,6 +31,7 @@ from tucka_runtime.kernels import dispatch
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route, RouteScope, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
+from tucka_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +129,8 @@ class ModelRunner:
         self.model = Decoder(pretrained, arch, weights, max_len, self.ops)
         self.rope_limit = self.model.rotary.stretch_from if self.model.rotary else None
         """The length from which rotary positions stretch with the text; None where they do not."""
-        eos = _eos(folder, pretrained, arch.vocab)
+        tokenizer = Tokenizer.load(folder)
+        ends = tokenizer.ends if tokenizer else end_tokens(folder, None)
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config, max_len)
         self.caches = self._make_caches()
@@ -135,7 +138,7 @@ class ModelRunner:
         self.adapters = AdapterStore(
             arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.by_address
         )
-        self.sampler = Sampler(self.ops, arch.vocab, eos, self.device, folder)
+        self.sampler = Sampler(self.ops, arch.vocab, frozenset(ends), self.device, tokenizer)
         self.chosen = Chosen(config.max_num_seqs, self.device)
         self.route_sums: dict[tuple[str, int], RouteSum] = {}
         """The sums of router inputs, by sequence, of the prompts that are being routed."""
@@ -158,7 +161,7 @@ class ModelRunner:
             model_type=arch.model_type,
             vocab_size=arch.vocab,
             max_model_len=max_len,
-            eos_token_ids=tuple(sorted(eos)),
+            eos_token_ids=tuple(sorted(ends)),
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             kv_cache_tokens=self.num_blocks * self.block_size,
@@ -401,21 +404,3 @@ def _max_len(config: EngineConfig, pretrained: object, arch: Architecture) -> in
     if config.max_model_len > longest:
         raise ModelLoadError(f"--max-model-len {config.max_model_len} exceeds what the model can do: {longest}.")
     return config.max_model_len
-
-
-def _eos(folder: Path, pretrained: object, vocab: int) -> frozenset[int]:
-    """Tokens that end a text: those of generation_config.json, else config.json's. Some files name
-    ones beyond the vocabulary, or -1 for none."""
-    from transformers import GenerationConfig
-
-    found: int | list[int] | None = None
-    if (folder / "generation_config.json").is_file():
-        try:
-            found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        except (OSError, ValueError) as e:
-            raise ModelLoadError(f"{folder / 'generation_config.json'} cannot be read: {e}") from e
-    if found is None:
-        found = getattr(pretrained, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset(i for i in (found if isinstance(found, list) else [found]) if 0 <= i < vocab)

@@ -4,7 +4,6 @@ do not ask for a step do not pay for it.
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from tucka_runtime.errors import TuckaError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.tables.transfer import place
 from tucka_runtime.messages import SamplingParams, TokenLogprob
+from tucka_runtime.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow fp32 logits; they are greedy
 
@@ -31,10 +31,10 @@ class Choice:
 class Sampler:
     """Chooses tokens. Keeps token counts of the sequences that have penalties, until `forget`."""
 
-    def __init__(self, ops: Ops, vocab: int, eos: frozenset[int], device: torch.device, folder: Path):
-        """`folder` is the model's: its tokenizer is what JSON schemas are followed with."""
+    def __init__(self, ops: Ops, vocab: int, eos: frozenset[int], device: torch.device, tokenizer: Tokenizer | None):
+        """JSON schemas are followed with the model's tokenizer."""
         self.ops = ops
-        self.grammars = Grammars(folder, vocab, eos)
+        self.grammars = Grammars(tokenizer, vocab, eos)
         self.vocab = vocab
         self.eos = eos
         self.device = device

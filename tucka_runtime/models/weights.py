@@ -5,7 +5,6 @@ with.
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tucka_runtime.base_files import read_json
 from tucka_runtime.errors import ModelLoadError
 from tucka_runtime.models.architecture import Architecture, parameter_shapes
 from tucka_runtime.models.families import FAMILIES
@@ -47,22 +47,22 @@ class Weights:
 
 def read_config(folder: Path) -> tuple[Any, Architecture]:
     """The transformers configuration of a folder and the architecture it describes. Runs no code of the folder's."""
-    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        kind = raw.get("model_type")
-        if kind in FAMILIES:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        raw = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelLoadError(f"{folder} has no config.json: give the folder of a Hugging Face model.") from None
     except PermissionError as e:
         raise _unreadable(e) from None
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ModelLoadError(f"{path} is of the type {kind!r}; supported are {', '.join(sorted(FAMILIES))}.")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(raw)
     except Exception as e:  # whatever transformers and its validators raise: the file is foreign to both of us
         raise ModelLoadError(f"{path} cannot be read: {e}") from e
-    if kind not in FAMILIES:
-        raise ModelLoadError(f"{folder} is of the type {kind!r}; supported are {', '.join(sorted(FAMILIES))}.")
     return config, FAMILIES[kind](config)
 
 
@@ -114,8 +114,8 @@ def _named_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ModelLoadError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as e:
         raise ModelLoadError(f"{index} is not a safetensors index: {e}") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():

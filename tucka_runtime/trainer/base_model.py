@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from tucka_runtime.base_files import without_marks
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.tokenizer import Tokenizer
 
 
-def load_base(folder: Path, dtype: str, device: str) -> tuple[Any, Any, Any]:
+def load_base(folder: Path, dtype: str, device: str) -> tuple[Any, Tokenizer, Any]:
     """(model, tokenizer, torch device) from a folder. Raises ConfigError when it cannot be used."""
     where = choose_device(device)
     return load_model(folder, dtype, where), load_tokenizer(folder), where
@@ -21,16 +23,13 @@ def choose_device(device: str) -> Any:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Raises ConfigError when the folder's tokenizer cannot be used."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"The tokenizer in {folder} has no end-of-sequence token, so completions could not end.")
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Raises ConfigError or ModelLoadError when the folder's tokenizer cannot be used."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer is None:
+        raise ConfigError(f"{folder} has no tokenizer (tokenizer.json), so texts cannot be trained on.")
+    if not tokenizer.ends:
+        raise ConfigError(f"The model in {folder} has no end-of-sequence token, so completions could not end.")
     return tokenizer
 
 
@@ -43,7 +42,8 @@ def load_model(folder: Path, dtype: str, where: Any) -> Any:
     if dtype == "auto" and where.type == "cpu":
         dtype = "float32"  # bf16 products are slower than fp32 on most CPUs
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        with without_marks(folder) as clean:
+            model: Any = AutoModelForCausalLM.from_pretrained(clean, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
     return model.to(where)

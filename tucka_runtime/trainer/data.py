@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.errors import TuckaError
+from tucka_runtime.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 SHOWN = 10  # bad lines listed in one error
@@ -39,7 +40,13 @@ def _text(record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key!r} must be a non-empty string")
+    _check_whole(value)
     return value
+
+
+def _check_whole(text: str) -> None:
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("a text holds half a surrogate pair: a character was cut in two where the file was written")
 
 
 def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -53,13 +60,14 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
             raise ValueError(f"message {i + 1} has a role other than {', '.join(ROLES)}")
         if not isinstance(message["content"], str) or not message["content"]:
             raise ValueError(f"message {i + 1} needs a non-empty string as 'content'")
+        _check_whole(message["content"])
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's: it is what is learnt")
     return messages
 
 
-def encode(record: Any, tokenizer: Any, max_length: int) -> Example:
-    """One record to an example.
+def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
+    """One record to an example, in the tokens that a request and its answer have where they are served.
 
     Raises ValueError with the reason when it cannot be used, DataError when no other of its kind could be either.
     """
@@ -79,13 +87,12 @@ def encode(record: Any, tokenizer: Any, max_length: int) -> Example:
                 "records with prompt/completion, or the base's chat version; nothing was trained."
             )
         messages = _messages(record)
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        completion = messages[-1]["content"]
+        prompt, completion = tokenizer.render(messages[:-1]), tokenizer.shield(messages[-1]["content"])
     else:
-        prompt_ids = tokenizer(_text(record, "prompt")).input_ids
-        completion = _text(record, "completion")
-    ids = [*prompt_ids, *tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        prompt, completion = _text(record, "prompt"), _text(record, "completion")
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=not chat)
+    answer = tokenizer.encode_completion(prompt, completion, add_special_tokens=not chat)
+    ids = [*prompt_ids, *answer, tokenizer.ends[0]]
     if not prompt_ids:
         raise ValueError("the prompt has no tokens")
     if len(ids) > max_length:
@@ -93,7 +100,7 @@ def encode(record: Any, tokenizer: Any, max_length: int) -> Example:
     return Example(tuple(ids), len(prompt_ids), task)
 
 
-def encode_all(lines: Iterable[tuple[int, Any]], tokenizer: Any, max_length: int) -> list[Example]:
+def encode_all(lines: Iterable[tuple[int, Any]], tokenizer: Tokenizer, max_length: int) -> list[Example]:
     """(line number, record or its JSON text) pairs to examples. Raises DataError listing every bad line's reason."""
     examples, bad = [], []
     for number, line in lines:
@@ -110,10 +117,13 @@ def encode_all(lines: Iterable[tuple[int, Any]], tokenizer: Any, max_length: int
     return examples
 
 
-def load(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
-    """Examples of a JSONL file; blank lines are skipped. Raises DataError for bad lines, bad UTF-8, or no records."""
+def load(path: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Examples of a JSONL file, with a byte order mark or not; blank lines are skipped.
+
+    Raises DataError for bad lines, bad UTF-8, or no records.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"line {line}: not UTF-8. Save the file as UTF-8; nothing was trained.") from error

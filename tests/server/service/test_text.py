@@ -106,11 +106,11 @@ def test_tokens_are_those_of_the_text(tokenizer: Tokenizer, ids: list[int], stop
 
 def test_a_stop_token_gives_no_text_but_is_a_token(tokenizer: Tokenizer) -> None:
     a = 3 + ord("a")
-    text = SequenceText(Detokenizer(tokenizer, False), stop_token_ids=(a,))
+    text = SequenceText(Detokenizer(tokenizer, False), reasons={a: a})
     deltas = run(text, [a, a, a], [3], stop_token_id=a)
     assert joined(deltas) == ("aa", [a, a, a])
     assert deltas[-1].stop_reason == a
-    text = SequenceText(Detokenizer(tokenizer, False), stop_token_ids=(a,), include_stop=True)
+    text = SequenceText(Detokenizer(tokenizer, False), reasons={a: a}, include_stop=True)
     assert joined(run(text, [a, a, a], [3], stop_token_id=a))[0] == "aaa"
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import tucka_runtime
 from tucka_runtime.models.weights import fingerprint
+from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import set_route_scope
 from tucka_runtime.trainer.adapter import router_of
 from tucka_runtime.trainer.data import encode
@@ -39,7 +40,8 @@ def test_table_keeps_its_promise():
 def test_adapter_is_the_measured_one(name):
     training = json.loads((DEFAULT / "adapters" / name / "training.json").read_text())
     assert training["base_fingerprint"] == fingerprint(DEFAULT / "base")
-    tokenizer = AutoTokenizer.from_pretrained(DEFAULT / "base")
+    tokenizer = Tokenizer.load(DEFAULT / "base")
+    assert tokenizer is not None
     base = AutoModelForCausalLM.from_pretrained(DEFAULT / "base")
     records = islice(TASKS[name].records(1, evaluation=True), 48)
     held = [

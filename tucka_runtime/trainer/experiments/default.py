@@ -55,10 +55,10 @@ def make_base(out: Path, steps: int, log: Any) -> None:
 
 def measure_base(base: Path) -> dict[str, float]:
     from tucka_runtime.trainer.base_model import load_base
-    from tucka_runtime.trainer.experiments.base import skill_table
+    from tucka_runtime.trainer.experiments.base import build_tokenizer, skill_table
 
-    model, tokenizer, _ = load_base(base, "float32", "cpu")
-    return skill_table(model, tokenizer)
+    model, _, _ = load_base(base, "float32", "cpu")
+    return skill_table(model, build_tokenizer())
 
 
 def train_command(base: Path, work: Path, out: Path, name: str, steps: int | None) -> list[str]:
@@ -100,7 +100,7 @@ def measure(base: Path, adapter: Path, held: Path) -> dict[str, Any]:
 
     model, tokenizer, device = load_base(base, "float32", "cpu")
     examples = load(held, tokenizer, 1024)
-    pad = tokenizer.pad_token_id
+    pad = end = tokenizer.ends[0]  # padding is masked: any token does
     row: dict[str, Any] = {"base": evaluate(model, examples, pad, device).exact}
     model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
     row["parameters"] = trainable_parameters(model)
@@ -109,7 +109,7 @@ def measure(base: Path, adapter: Path, held: Path) -> dict[str, Any]:
     if router is None:
         result = evaluate(model, examples, pad, device)
         return row | {"exact_match": {"lora": result.exact}, "by_task": result.by_task}
-    exact, result = serving_scopes(model, router, examples, pad, tokenizer.eos_token_id)
+    exact, result = serving_scopes(model, router, examples, pad, end)
     return row | {"exact_match": exact, "by_task": result.by_task, "groups_by_task": result.groups}
 
 
