@@ -10,7 +10,6 @@ import asyncio
 import random
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from typing import Any
 
 import uvicorn
 
+from tucka_runtime.children import python
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.messages import (
     AdapterInfo,
@@ -132,7 +132,7 @@ class Scraped:
             time.sleep(0.01)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         pipe = subprocess.PIPE
-        self.client = subprocess.Popen([sys.executable, "-c", CLIENT, str(port)], stdin=pipe, stdout=pipe, text=True)
+        self.client = subprocess.Popen(python("-c", CLIENT, str(port)), stdin=pipe, stdout=pipe, text=True)
         self.metrics.watch_engine(lambda: self.client.pid)
         return self
 

@@ -28,6 +28,7 @@ def passes(op: str, device: torch.device) -> str | None:
         return f"its tests are not here ({TESTS.name} of a checkout); --skip-tests times it all the same"
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pytest",
         str(TESTS),

@@ -6,20 +6,32 @@ The parent keeps one child and speaks length-prefixed JSON with it; `python -m` 
 import asyncio
 import contextlib
 import json
+import logging
+import os
+import signal
 import struct
 import sys
 from typing import Any
 
-from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.children import end_with_parent, python
+from tucka_runtime.errors import InvalidRequestError, TuckaError
 
-RENDER_SECONDS = 5
+log = logging.getLogger(__name__)
+
+RENDER_SECONDS = 5  # of processor time: what a conversation may take, however busy the machine is
+WAIT_SECONDS = 20  # of the clock: a child that has not answered by then is stopped, or gets no processor
 START_SECONDS = 60
 _MAX_MEMORY = 2**30  # bytes the child may take on top of what it has when it starts
 _MAX_TEXT = 64 * 2**20
 
 
 class ChatTemplate:
-    """One model's template. Renders one conversation at a time; the child is started when it is first needed."""
+    """One model's template. Renders one conversation at a time; the child is started when it is first needed.
+
+    What a conversation does to its child (it takes too long, too much memory, or the template refuses it) is the
+    client's to mend: InvalidRequestError. A child that ends otherwise, does not answer or does not start is a fault of
+    ours: TuckaError, after one more try with a new child.
+    """
 
     def __init__(self, template: str, special_tokens: dict[str, str]):
         self._template = template
@@ -28,19 +40,10 @@ class ChatTemplate:
         self._lock = asyncio.Lock()
 
     async def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that asks for the assistant's next turn. Raises InvalidRequestError."""
+        """The prompt that asks for the assistant's next turn. Raises InvalidRequestError, TuckaError."""
         async with self._lock:
             try:
-                child = self._child or await self._start()
-                async with asyncio.timeout(RENDER_SECONDS):
-                    answer = await _ask(child, messages)
-            except (TimeoutError, EOFError, OSError):
-                await self.stop()
-                raise InvalidRequestError(
-                    f"The model's chat template did not render these messages within {RENDER_SECONDS} s and 1 GiB. "
-                    "Shorten the conversation, or render it yourself and use /v1/completions.",
-                    "messages",
-                ) from None
+                answer = await self._answer(messages)
             except BaseException:  # cancelled: an answer that nobody read must not be taken for the next one
                 await self.stop()
                 raise
@@ -51,25 +54,49 @@ class ChatTemplate:
         said = f': "{reason}"' if reason and len(reason) < 200 and reason in self._template else ""
         raise InvalidRequestError(f"The model's chat template refused these messages{said}.", "messages")
 
-    async def stop(self) -> None:
-        """Ends the child, if there is one. The next rendering starts another."""
+    async def stop(self) -> int | None:
+        """Ends the child, if there is one, and returns its status. The next rendering starts another."""
         child, self._child = self._child, None
-        if child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+        if child is None:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        return await child.wait()
+
+    async def _answer(self, messages: list[dict[str, str]]) -> Any:
+        """What the child answers, or another one where the first has died, now or since it was last needed."""
+        tries = 2
+        while True:
+            tries -= 1
+            try:
+                child = self._child or await self._start()
+                async with asyncio.timeout(WAIT_SECONDS):
+                    return await _ask(child, messages)
+            except (EOFError, OSError) as error:  # a TimeoutError is an OSError
+                status = await self.stop()
+                if status == -signal.SIGPROF:
+                    raise InvalidRequestError(
+                        f"The model's chat template did not render these messages within {RENDER_SECONDS} s of "
+                        "processor time. Shorten the conversation, or render it yourself and use /v1/completions.",
+                        "messages",
+                    ) from None
+                log.error("the chat template's process did not answer: %r, status %s", error, status)
+                if not tries or isinstance(error, TimeoutError):
+                    raise TuckaError(
+                        "The server could not render the chat template: its process for that does not answer. Try "
+                        "again; the server's log says more."
+                    ) from error
 
     async def _start(self) -> asyncio.subprocess.Process:
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            __name__,
+            *python("-m", __name__, str(os.getpid())),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in the terminal is the parent's to answer
         )
+        setting = {"template": self._template, "special_tokens": self._special_tokens, "seconds": RENDER_SECONDS}
         async with asyncio.timeout(START_SECONDS):
-            await _ask(self._child, {"template": self._template, "special_tokens": self._special_tokens})
+            await _ask(self._child, setting)
         return self._child
 
 
@@ -89,8 +116,8 @@ def _frame(value: Any) -> bytes:
 
 def _child_main() -> None:
     import resource
-    import signal
 
+    end_with_parent(int(sys.argv[1]))
     import transformers.utils.chat_template_utils  # noqa: F401 (takes a second, before the first rendering is timed)
     from jinja2 import TemplateError
 
@@ -100,13 +127,13 @@ def _child_main() -> None:
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MAX_MEMORY, used + _MAX_MEMORY))
-    _write_frame({})
+    _write(_frame({}))
     while True:
         messages = _read_frame()
-        signal.alarm(RENDER_SECONDS + 1)  # ends the child even when its parent is gone
+        signal.setitimer(signal.ITIMER_PROF, setting["seconds"])  # SIGPROF ends the child, whatever it is doing
         try:
             text = render_chat(setting["template"], setting["special_tokens"], messages)
-            answer = {"text": text} if len(text) <= _MAX_TEXT else {"error": ""}
+            answer = _frame({"text": text} if len(text) <= _MAX_TEXT else {"error": ""})
         except (
             TemplateError,
             ValueError,
@@ -117,9 +144,9 @@ def _child_main() -> None:
             RecursionError,
             MemoryError,
         ) as error:
-            answer = {"error": str(error) if isinstance(error, TemplateError) else ""}
-        signal.alarm(0)
-        _write_frame(answer)
+            answer = _frame({"error": str(error) if isinstance(error, TemplateError) else ""})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(answer)
 
 
 def _read_frame() -> Any:
@@ -129,8 +156,8 @@ def _read_frame() -> Any:
     return json.loads(sys.stdin.buffer.read(struct.unpack("!I", head)[0]))
 
 
-def _write_frame(value: Any) -> None:
-    sys.stdout.buffer.write(_frame(value))
+def _write(frame: bytes) -> None:
+    sys.stdout.buffer.write(frame)
     sys.stdout.buffer.flush()
 
 

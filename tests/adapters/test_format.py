@@ -45,7 +45,7 @@ from tucka_runtime.adapters.format import (
     write_adapter,
 )
 from tucka_runtime.adapters.safefile import MAX_HEADER_BYTES, read_header, read_tensors
-from tucka_runtime.errors import AdapterError, BaseModelMismatchError, InvalidAdapterError
+from tucka_runtime.errors import AdapterError, BaseModelMismatchError, InvalidAdapterError, TuckaError
 
 CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/adapter"))
 ROUTER_LATE = "llama-routername-late-k1"
@@ -286,6 +286,15 @@ def test_hostile_expressions_end_in_time(monkeypatch, base, expression):
     monkeypatch.setattr(targets, "MAX_REGEX_SECONDS", 1)
     with pytest.raises(InvalidAdapterError, match="regular expression"):
         match_targets(LoRASpec(target_modules=expression), base.linears)
+
+
+@pytest.mark.parametrize("command", [["false"], ["sh", "-c", "kill -9 $$"], ["sleep", "600"], ["/nowhere"]], ids=str)
+def test_a_matcher_that_fails_is_not_the_adapters_fault(monkeypatch, base, command):
+    monkeypatch.setattr(targets, "python", lambda *arguments: command)
+    monkeypatch.setattr(targets, "MAX_REGEX_WAIT", 0.5)
+    with pytest.raises(TuckaError, match="process failed") as caught:
+        match_targets(LoRASpec(target_modules=r".*_proj"), base.linears)
+    assert caught.value.status == 500
 
 
 # --- configurations that are refused ---

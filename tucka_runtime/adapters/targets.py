@@ -7,14 +7,15 @@ child interpreter with limits on its processor time, memory and wall clock, whic
 
 import json
 import re
+import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from tucka_runtime.adapters.config import AdapterSpec
 from tucka_runtime.adapters.files import CONFIG_NAME
-from tucka_runtime.errors import InvalidAdapterError
+from tucka_runtime.children import python
+from tucka_runtime.errors import InvalidAdapterError, TuckaError
 
 MAX_REGEX_SECONDS = 2  # processor time; an ordinary expression takes milliseconds on a model's few hundred names
 MAX_REGEX_WAIT = 20  # wall clock, on a machine that has other things to do
@@ -27,13 +28,19 @@ V = TypeVar("V")
 
 _PLAIN = re.compile(r"\^?[\w.-]*\$?", re.ASCII)
 
-_CHILD = """
+_MALFORMED = 3  # the child's exit status; Python's own for whatever else happens is 1
+
+_CHILD = f"""
 import json, re, resource, sys
 seconds, memory, patterns, names = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-json.dump([[bool(regex.fullmatch(name)) for name in names] for regex in map(re.compile, patterns)], sys.stdout)
+try:
+    rows = [[bool(regex.fullmatch(name)) for name in names] for regex in map(re.compile, patterns)]
+except (re.error, OverflowError, RecursionError, MemoryError):
+    sys.exit({_MALFORMED})
+json.dump(rows, sys.stdout)
 """
 
 
@@ -43,7 +50,8 @@ def match_targets(config: AdapterSpec, names: Iterable[str]) -> list[str]:
     As PEFT has it: an entry of a list matches the name it equals and those that end with "." + entry, of which
     `layers_to_transform` keeps the listed layers; a string is a regular expression for the whole name; what
     `exclude_modules` or `modules_to_save` reach is left out. "all-linear" takes every name: give linears only.
-    Raises InvalidAdapterError for a regular expression that is malformed or takes too long.
+    Raises InvalidAdapterError for a regular expression that is malformed or takes too long, TuckaError where the
+    matching itself failed, which is not the adapter's fault.
     """
     names = list(names)
     if config.exclude_modules:
@@ -115,19 +123,21 @@ def _fullmatch(patterns: Sequence[str], names: Sequence[str], plain: Iterable[st
     job = json.dumps([MAX_REGEX_SECONDS, MAX_REGEX_BYTES, list(patterns), list(names)])
     try:
         child = subprocess.run(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD],
+            python("-I", "-S", "-W", "ignore", "-c", _CHILD),
             input=job.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=MAX_REGEX_WAIT,
             env={},
         )
-    except subprocess.TimeoutExpired:
-        raise _refused("takes too long") from None
-    if child.returncode < 0:
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _failed(type(error).__name__) from error
+    if child.returncode == -signal.SIGXCPU:
         raise _refused("takes too long")
-    if child.returncode > 0:
+    if child.returncode == _MALFORMED:
         raise _refused("is malformed")
+    if child.returncode:
+        raise _failed(f"status {child.returncode}")
     rows: list[list[bool]] = json.loads(child.stdout)
     return rows
 
@@ -135,4 +145,10 @@ def _fullmatch(patterns: Sequence[str], names: Sequence[str], plain: Iterable[st
 def _refused(why: str) -> InvalidAdapterError:
     return InvalidAdapterError(
         f"the adapter's {CONFIG_NAME} cannot be used: a regular expression in it {why}. List the module names instead."
+    )
+
+
+def _failed(why: str) -> TuckaError:
+    return TuckaError(
+        f"The adapter's regular expressions could not be matched: their process failed ({why}). Try again."
     )

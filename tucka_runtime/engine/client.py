@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
+from tucka_runtime.children import python
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
 from tucka_runtime.messages import (
@@ -142,9 +143,8 @@ class EngineClient:
     async def _spawn(self) -> EngineInfo:
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: the working directory must not shadow the installed package.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tucka_runtime.engine.process", str(theirs.fileno())],
+                python("-m", "tucka_runtime.engine.process", str(theirs.fileno()), str(os.getpid())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

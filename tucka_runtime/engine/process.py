@@ -1,8 +1,8 @@
 """The engine's own process, and its end of the channel.
 
 The API process's EngineClient starts `python -m tucka_runtime.engine.process` with one end of a socket pair, and speaks
-the pickled messages of messages.py over it: nobody else can write there. The process ends when its channel closes, so
-it never outlives its parent.
+the pickled messages of messages.py over it: nobody else can write there. The process ends when its channel closes, and
+with its parent, so it never outlives it, whatever it is doing.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+from tucka_runtime.children import end_with_parent
 from tucka_runtime.engine import environment
 from tucka_runtime.errors import ModelLoadError, TuckaError
 from tucka_runtime.logs import set_up_logging
@@ -65,7 +66,8 @@ _Inbox = queue.SimpleQueue[ToEngine | _Prepared | AdapterRefused | _Closed]
 
 
 def main() -> None:
-    """The engine process: `python -m tucka_runtime.engine.process FD`."""
+    """The engine process: `python -m tucka_runtime.engine.process FD PARENT`, the channel and the process it serves."""
+    end_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Connection(int(sys.argv[1]))

@@ -1,11 +1,14 @@
 """A model's chat template, in its own process: whatever it does, the answer comes in bounded time."""
 
 import asyncio
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.server.service import chat_template
 from tucka_runtime.server.service.chat_template import ChatTemplate
 
@@ -62,7 +65,7 @@ def test_row_19_a_template_that_never_ends_is_ended_and_the_next_is_served(monke
             began = time.monotonic()
             with pytest.raises(InvalidRequestError, match="within"):
                 await made.render([{"role": "user", "content": "spin"}])
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < chat_template.WAIT_SECONDS
             return await made.render(MESSAGES)
         finally:
             await made.stop()
@@ -76,3 +79,62 @@ def test_the_templates_own_words_are_shown_and_the_clients_are_not() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         render("{{ raise_exception('bad: ' + messages[0].content) }}", [{"role": "user", "content": "xyzzy"}])
     assert "xyzzy" not in caught.value.message
+
+
+def test_row_47_a_file_in_the_working_directory_is_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json.py", "resource.py", "random.py", "transformers.py", "tucka_runtime/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    assert render(GOOD) == ["<bos>Hi {{ 1 }}"]
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_child_that_was_killed_is_replaced_and_nobody_notices() -> None:
+    """Killed while nobody needs it, and in the middle of a rendering."""
+
+    async def run() -> list[str]:
+        made = ChatTemplate(GOOD, {"bos_token": ""})
+        try:
+            answers = [await made.render(MESSAGES)]
+            assert made._child is not None
+            first = made._child
+            first.kill()
+            await first.wait()
+            answers.append(await made.render(MESSAGES))
+            os.kill(made._child.pid, signal.SIGSTOP)  # it cannot answer before it is killed
+            rendering = asyncio.create_task(made.render(MESSAGES))
+            await asyncio.sleep(0.1)
+            assert not rendering.done()
+            made._child.kill()
+            return [*answers, await rendering]
+        finally:
+            await made.stop()
+
+    assert asyncio.run(run()) == ["Hi {{ 1 }}"] * 3
+
+
+def test_a_child_that_is_stopped_or_does_not_start_is_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "WAIT_SECONDS", 0.5)
+
+    async def run() -> None:
+        made = ChatTemplate(GOOD, {"bos_token": ""})
+        try:
+            await made.render(MESSAGES)
+            assert made._child is not None
+            os.kill(made._child.pid, signal.SIGSTOP)
+            with pytest.raises(TuckaError, match="could not render") as caught:
+                await made.render(MESSAGES)
+            assert caught.value.status == 500
+            assert await made.render(MESSAGES) == "Hi {{ 1 }}"
+            await made.stop()
+            monkeypatch.setattr(chat_template, "python", lambda *arguments: ["false"])
+            with pytest.raises(TuckaError, match="could not render") as caught:
+                await made.render(MESSAGES)
+            assert caught.value.status == 500
+        finally:
+            await made.stop()
+
+    asyncio.run(run())

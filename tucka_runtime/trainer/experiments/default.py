@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from itertools import islice
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tucka_runtime.children import python
 
 TRAIN_RECORDS, HELD_RECORDS = 6000, 200
 SEED = 0
@@ -65,10 +66,8 @@ def train_command(base: Path, work: Path, out: Path, name: str, steps: int | Non
     flags = f"{ADAPTERS[name]} {COMMON}".split()
     if steps is not None:
         flags += ["--steps", str(steps)]
-    return [
-        sys.executable, "-m", "tucka_runtime.cli.train", "--model", str(base), "--data", str(work / f"{name}.jsonl"),
-        "--out", str(out / name), *flags,
-    ]  # fmt: skip
+    files = ("--model", str(base), "--data", str(work / f"{name}.jsonl"), "--out", str(out / name))
+    return python("-m", "tucka_runtime.cli.train", *files, *flags)
 
 
 def train_all(base: Path, work: Path, out: Path, names: list[str], jobs: int, steps: int | None, log: Any) -> None:
@@ -80,7 +79,7 @@ def train_all(base: Path, work: Path, out: Path, names: list[str], jobs: int, st
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             command = train_command(base, work, out, name, steps)
-            log(f"training {name}: tucka train ... {' '.join(command[9:])}")
+            log(f"training {name}: tucka train ... {' '.join(command[10:])}")
             running[name] = subprocess.Popen(command, env=environment)
         time.sleep(0.2)
         for name in [n for n, p in running.items() if p.poll() is not None]:
