@@ -24,8 +24,8 @@ RULES = {
     "models": f"{SHARED} models",
     "adapters": f"{SHARED} models adapters",
     "engine.client": f"{SHARED} engine.client",
-    "engine.scheduler engine.block_manager engine.sequence": f"{SHARED} engine.scheduler engine.block_manager "
-    "engine.sequence",
+    "engine.scheduler engine.block_manager engine.sequence engine.pace": f"{SHARED} engine.scheduler "
+    "engine.block_manager engine.sequence engine.pace",
     "engine": f"{SHARED} models adapters kernels engine",
     "server.http": f"{SHARED} server.http",
     "server.metrics": f"{SHARED} server.http server.metrics",
@@ -42,7 +42,7 @@ RULES = {
 }
 
 # Neither these nor anything that they import may name torch.
-NO_TORCH = f"{SHARED} engine.client engine.scheduler engine.block_manager engine.sequence server loadtest"
+NO_TORCH = f"{SHARED} engine.client engine.scheduler engine.block_manager engine.sequence engine.pace server loadtest"
 
 
 def modules() -> dict[str, Path]:

@@ -36,6 +36,10 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, "longest prompt plus answer in tokens (default: the model's own)")
     max_num_seqs: int = _setting(64, "most sequences in one batch")
     max_num_batched_tokens: int = _setting(2048, "most tokens in one forward pass; longer prompts go in chunks")
+    decode_stretch: float = _setting(
+        1.8,
+        "how many times as long as without them prompts may make a decoding step; 0: they take all the tokens above",
+    )
     max_queue: int = _setting(1024, "most sequences waiting; more are refused with 429")
     block_size: int = _setting(16, "tokens in one KV block")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
@@ -51,6 +55,8 @@ class EngineConfig:
         _check_choices(self)
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "block_size", "max_loaded_adapters"):
             _check_at_least(self, name, 1)
+        if self.decode_stretch and self.decode_stretch <= 1:
+            raise ConfigError(f"decode_stretch must be over 1, or 0 for no limit, not {self.decode_stretch}.")
         for name in ("max_model_len", "kv_cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _check_at_least(self, name, 1)

@@ -77,7 +77,7 @@ class LLM:
         from tucka_runtime.engine.engine import Engine
 
         folder = Path(model) if model is not None else FOLDER / "base"
-        self.engine = Engine(EngineConfig(model=str(folder), **settings))
+        self.engine = Engine(EngineConfig(**{"model": str(folder), "decode_stretch": 0, **settings}))
         self.tokenizer = Tokenizer.load(folder)
         self.adapters: dict[str, AdapterInfo] = {}
         self._numbers = itertools.count()

@@ -282,3 +282,39 @@ def test_everything_is_computed_in_order_and_comes_to_an_end(
                     work.seq.tokens.append(50 + work.seq.num_generated)
     assert not left, "livelock"
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+
+
+def beside_a_stream(*lengths: int, scope: RouteScope | None = None) -> tuple[Scheduler, Sequence]:
+    """A sequence that decodes, and a request with prompts of these lengths waiting."""
+    scheduler = make(tokens=64, seqs=8)
+    (stream,) = add(scheduler, 5)
+    scheduler.schedule()
+    stream.tokens.append(7)
+    add(scheduler, *lengths, scope=scope)
+    return scheduler, stream
+
+
+def test_prompts_beside_a_stream_take_what_they_are_given_first_come_first_served() -> None:
+    scheduler, stream = beside_a_stream(10, 10)
+    steps = []
+    for _ in range(4):
+        steps.append([chunk.count for chunk in scheduler.schedule(prompt_tokens=8)])
+        stream.tokens.append(7)
+    assert steps == [[1, 8], [1, 2, 6], [1, 4], [1]]
+
+
+def test_a_step_may_be_the_streams_alone() -> None:
+    scheduler, _ = beside_a_stream(10)
+    assert [chunk.count for chunk in scheduler.schedule(prompt_tokens=0)] == [1]
+    assert len(scheduler.waiting) == 1
+
+
+def test_without_a_stream_prompts_take_the_whole_step() -> None:
+    scheduler = make(tokens=64)
+    add(scheduler, 40)
+    assert [chunk.count for chunk in scheduler.schedule(prompt_tokens=8)] == [40]
+
+
+def test_what_is_routed_with_its_batch_is_not_cut() -> None:
+    scheduler, _ = beside_a_stream(10, 10, scope=RouteScope.BATCH)
+    assert [chunk.count for chunk in scheduler.schedule(prompt_tokens=8)] == [1, 10, 10]

@@ -11,6 +11,7 @@ from tucka_runtime.engine.adapters.fold import describe
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.block_manager import BlockManager
 from tucka_runtime.engine.model_runner import Launched, ModelRunner, Result
+from tucka_runtime.engine.pace import Pace
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.errors import InvalidRequestError
@@ -60,6 +61,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.blocks, config.max_num_batched_tokens, config.max_num_seqs, self.runner.rope_limit
         )
+        self.pace = Pace(config.decode_stretch)
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
         # On a GPU the next step is scheduled and launched while the last one runs.
@@ -155,17 +157,20 @@ class Engine:
     def step(self) -> tuple[list[SequenceOutput], StepStats | None]:
         """One forward pass for everything that fits. With `overlap` the following one is launched before the outcome of
         this one is looked at. No figures where there was nothing to do."""
+        begin = time.monotonic()
         step = self.in_flight or self._launch()
         self.in_flight = None
         if step is None:
             return [], None
         if self.overlap and not step.launched.settles:
             self.in_flight = self._launch()
-        return self._collect(step)
+        outputs, stats = self._collect(step)
+        self.pace.note(time.monotonic() - begin, stats.prefill_tokens, stats.decode_tokens)
+        return outputs, stats
 
     def _launch(self) -> _InFlight | None:
         begin = time.monotonic()
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(self.pace.prompt_tokens())
         if not chunks:
             return None
         scheduled = time.monotonic()

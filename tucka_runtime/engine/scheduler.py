@@ -56,25 +56,38 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    def schedule(self) -> list[ScheduledChunk]:
-        """The next step's chunks; empty if there is nothing to do. Every count is at least 1."""
+    def schedule(self, prompt_tokens: int | None = None) -> list[ScheduledChunk]:
+        """The next step's chunks; empty if there is nothing to do. Every count is at least 1.
+
+        `prompt_tokens` is how many tokens of prompts there may be beside decoding sequences, None for no limit. What is
+        routed with its batch is not cut for it: its route is that of the tokens that are computed together.
+        """
         chunks: list[ScheduledChunk] = []
         budget = self.max_tokens
+        decoding = any(len(seq) - seq.num_computed == 1 for seq in self.running)
+        room = prompt_tokens if decoding and prompt_tokens is not None else budget
         preempted = self.num_preemptions
         position = 0
         while position < len(self.running) and budget:
             seq = self.running[position]
-            count = min(len(seq) - seq.num_computed, budget)
+            count = self._count(seq, budget, room)
             if not count or (seq.pending and seq.num_generated >= seq.sampling.max_tokens):
-                position += 1  # it ends with what the device is at
+                position += 1  # it ends with what the device is at, or waits for room
                 continue
             if not self._grow(seq, seq.num_computed + count):
                 break  # seq itself was the youngest and went back to waiting
+            room -= count if count > 1 else 0
             budget -= self._take(chunks, seq, count)
             position += 1
         if self.num_preemptions == preempted:
-            self._admit(chunks, budget)
+            self._admit(chunks, budget, room)
         return chunks
+
+    def _count(self, seq: Sequence, budget: int, room: int) -> int:
+        """How many of a sequence's tokens the step takes, if `room` is left for prompts."""
+        left = len(seq) - seq.num_computed
+        whole = left == 1 or seq.scope is RouteScope.BATCH
+        return max(min(left, budget if whole else min(budget, room)), 0)
 
     def _grow(self, seq: Sequence, tokens: int) -> bool:
         """Blocks for the first `tokens` tokens, taken from younger sequences if need be. False: seq lost its own."""
@@ -99,16 +112,18 @@ class Scheduler:
         seq.block_table = array("i")
         seq.num_computed = 0
 
-    def _admit(self, chunks: list[ScheduledChunk], budget: int) -> None:
+    def _admit(self, chunks: list[ScheduledChunk], budget: int, room: int) -> None:
         while self.waiting and budget and len(self.running) < self.max_seqs:
             if self._should_wait(self._group(), budget):
                 return
-            if not self._place(self.waiting[0]):
+            if not self._count(self.waiting[0], budget, room) or not self._place(self.waiting[0]):
                 return
             seq = self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
-            budget -= self._take(chunks, seq, min(len(seq) - seq.num_computed, budget))
+            count = self._count(seq, budget, room)
+            room -= count
+            budget -= self._take(chunks, seq, count)
 
     def _take(self, chunks: list[ScheduledChunk], seq: Sequence, count: int) -> int:
         """Puts a sequence's next `count` tokens on the list; they count as computed from now on."""
