@@ -208,8 +208,12 @@ class LoadClient:
         if not event.get("choices"):
             return ""
         choice = event["choices"][0]
-        text = (choice["delta"].get("content") if self.chat else choice["text"]) or ""
-        record.events.append((arrived, len(text)))
+        text, thought = choice.get("text") or "", ""
+        if self.chat:
+            delta = choice["delta"]
+            text = delta.get("content") or ""
+            thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        record.events.append((arrived, len(text) + len(thought)))
         if choice.get("logprobs"):
             with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # explains, must not fail
                 record.tokens = [*(record.tokens or ()), *read_logprobs(choice["logprobs"])]

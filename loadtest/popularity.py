@@ -33,8 +33,8 @@ class Popularity:
     def __init__(self, text: str, names: Sequence[str]) -> None:
         kind, alpha, given = check(text)
         self.names = list(names)
-        if unknown := set(given) - set(names):
-            raise ConfigError(f"--popularity names {len(unknown)} model(s) that are not among those in use")
+        if unknown := [name for name in given if name not in names]:
+            raise ConfigError(f"--popularity: {', '.join(unknown)} not in use; there are {', '.join(names)}")
         if kind == "weighted":
             weights = [given.get(name, 0.0) for name in names]
         else:

@@ -16,7 +16,7 @@ class StreamedToken:
 @dataclass(slots=True)
 class Record:
     """Times are seconds since the run began. `events` are the SSE events that had `choices`: (arrival, characters of
-    text), in order. `cause` is None for a request that was answered whole.
+    text and of reasoning), in order. `cause` is None for a request that was answered whole.
 
     `kind`: load (counted in the figures), canary, cold (the first request after an adapter was loaded), warmup,
     reference (a canary's answer before the load), probe (to an unloaded adapter; it must fail).

@@ -32,6 +32,7 @@ class RunResult:
     seed: int = 0
     redirected: int = 0
     loop_lags: list[float] = field(default_factory=list)
+    core_waits: list[float] = field(default_factory=list)  # how much of each lag was waiting for a core
     cpu_share: float = 0.0
     interrupted: bool = False
 
@@ -85,7 +86,8 @@ class Run:
             gc.unfreeze()
         self.result.duration = max((r.end for r in self.result.load), default=self.client.clock())
         self.result.churn_events = self.churn.events
-        self.result.loop_lags, self.result.cpu_share = watch.lags, watch.cpu_share
+        self.result.loop_lags, self.result.core_waits = watch.lags, watch.waits
+        self.result.cpu_share = watch.cpu_share
         return self.result
 
     async def open_loop(self, plan: list[Conversation]) -> None:

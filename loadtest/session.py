@@ -38,7 +38,7 @@ def choose_models(settings: Settings, cards: list[ModelCard]) -> tuple[list[str]
     if settings.models:
         models = settings.models.split(",")
         if missing := [m for m in models if m not in names]:
-            raise ConfigError(f"--models: {len(missing)} of {len(models)} names are not served (see /v1/models)")
+            raise ConfigError(f"--models: {', '.join(missing)} not served; there are {', '.join(names)}")
     else:
         models = [c.name for c in cards if c.parent is not None] or ([base] if base else [])
     if not models:

@@ -58,7 +58,7 @@ def read_lines(path: str) -> list[dict[str, Any]]:
     """A JSONL file of objects. Times are `at` in seconds, or `timestamp` in milliseconds as Mooncake's traces have."""
     items = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else ends lines
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {type(error).__name__}") from None
     for number, line in enumerate(lines, 1):
@@ -99,9 +99,12 @@ class Workload:
             self.by_model.setdefault(item.get("model"), []).append(item)
         if any("messages" in item for item in self.dataset + self.trace) and settings.endpoint != "chat":
             raise ConfigError("'messages' in --dataset or --trace need --endpoint chat")
-        for model in models if self.dataset else ():
-            if not self.by_model.get(model) and not self.by_model.get(None):
-                raise ConfigError("--dataset has no line for some of the models in use: name the others with --models")
+        without = [model for model in models if not self.by_model.get(model) and not self.by_model.get(None)]
+        if self.dataset and without:
+            raise ConfigError(
+                f"--dataset has no line for {', '.join(without)}, only for {', '.join(filter(None, self.by_model))}. "
+                "Choose the models with --models, or add lines."
+            )
         prefix_rng = random.Random(f"{settings.seed}/prefixes")
         tokens = lengths.parse(settings.prefix_tokens, "--prefix-tokens")
         self.prefixes = [self.words(prefix_rng, tokens.draw(prefix_rng)) for _ in range(settings.prefixes)]

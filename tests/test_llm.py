@@ -99,6 +99,11 @@ def test_texts_and_chats_of_the_embedded_model() -> None:
     assert base.outputs[0].text != own.outputs[0].text
     (cut,) = llm.chat(ask, replace(sampling, stop=("March",)), adapter="formats", route="request")
     assert (cut.outputs[0].text, cut.outputs[0].stop_reason) == ("5 ", "March")
+    special = replace(sampling, stop=("<|end|>",), ignore_eos=True)
+    (ended,) = llm.chat(ask, special, adapter="formats", route="request")
+    assert (ended.outputs[0].text, ended.outputs[0].stop_reason) == ("5 March 2024", "<|end|>")
+    spelled = [{"role": "user", "content": "2024-03-05<|end|>"}]
+    assert 2 not in llm.chat(spelled, sampling)[0].prompt_token_ids, "2 is <|end|>: what people write is text"
     (text,) = llm.generate("Once upon", SamplingParams(temperature=0, max_tokens=5))
     assert isinstance(text.outputs[0].text, str) and len(text.outputs[0].token_ids) <= 5
     assert not llm.engine.busy and not llm.engine.requests

@@ -55,8 +55,11 @@ def header(result: dict[str, Any]) -> str:
 
 
 def banners(result: dict[str, Any]) -> str:
-    reasons = dict.fromkeys(r for run in result["runs"] + result["base_runs"] for r in run["client"]["reasons"])
+    clients = [run["client"] for run in result["runs"] + result["base_runs"]]
+    reasons = dict.fromkeys(r for client in clients for r in client["reasons"])
     lines = [f'<div class="banner">The client, not the server, was the limit: {escape(r)}.</div>' for r in reasons]
+    warnings = dict.fromkeys(w for client in clients for w in client.get("warnings", ()))
+    lines += [f'<div class="banner">The machine was busy: {escape(w)}.</div>' for w in warnings]
     if not result["correct"]:
         lines.insert(0, '<div class="banner bad">Wrong answers under load: see Correctness.</div>')
     failed = [e for run in result["runs"] for e in run["churn_events"] if not e["ok"]]

@@ -39,7 +39,9 @@ def run_json(run: RunResult, settings: Settings) -> dict[str, Any]:
     result = {
         **summary,
         "failures": metrics.failures(run.load),
-        "client": saturation.verdict(run.loop_lags, run.cpu_share, lags, gap, f.samples["ttft"], capped),
+        "client": saturation.verdict(
+            run.loop_lags, run.core_waits, run.cpu_share, lags, gap, f.samples["ttft"], capped
+        ),
         "cdf_ms": {k: [round(v * 1000, 4) for v in stats.quantile_curve(s)] for k, s in f.samples.items()},
         "series": metrics.series(run.load, run.duration),
         "churn_events": run.churn_events,
@@ -181,7 +183,7 @@ def write(result: dict[str, Any], path: str) -> None:
 def read(path: str) -> dict[str, Any]:
     """A result of ours, or the JSON that `vllm bench serve --save-result` wrote."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable JSON file: {type(error).__name__}") from None
     if not isinstance(result, dict) or "request_throughput" not in result:

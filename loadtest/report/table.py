@@ -37,6 +37,7 @@ def warnings(result: dict[str, Any]) -> list[str]:
     lines = []
     for run in result["runs"] + result["base_runs"]:
         lines += [f"! the client was the limit: {reason}" for reason in run["client"]["reasons"]]
+        lines += [f"! the machine was busy: {warning}" for warning in run["client"].get("warnings", ())]
     if not result["completed"]:
         lines.append("! NO REQUEST WAS ANSWERED")
     if not result["correct"]:

@@ -790,6 +790,14 @@ def test_strict_json_raises_nothing_but_value_errors(data):
     assert json.loads(data) == value
 
 
+def test_a_byte_order_mark_may_begin_an_adapters_json(tmp_path, base: BaseLayout):
+    folder = put(tmp_path, tucka_config(), tucka_tensors(base))
+    config = folder / CONFIG_NAME
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    (folder / TRAINING_NAME).write_text('{"route": "request"}', "utf-8-sig")
+    assert read_adapter(folder, base).training == {"route": "request"}
+
+
 def test_modules_are_what_the_engine_expects(tmp_path, base: BaseLayout):
     adapter = read_adapter(put(tmp_path, tucka_config(), tucka_tensors(base)), base)
     for module in adapter.modules.values():

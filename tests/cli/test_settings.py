@@ -68,6 +68,11 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str) -> None:
         read("--config", write(tmp_path, text))
 
 
+def test_a_byte_order_mark_may_begin_the_file(tmp_path: Path) -> None:
+    (tmp_path / "tucka.yaml").write_text("port: 7", "utf-8-sig")
+    assert read("--config", str(tmp_path / "tucka.yaml"))[1].port == 7
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         read("--config", str(tmp_path / "nowhere"))

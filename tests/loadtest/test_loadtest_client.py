@@ -70,6 +70,13 @@ def test_the_role_event_does_not_stop_the_clock(fake):
     assert len(metrics.Latency(r).itl) == 7
 
 
+def test_reasoning_is_seen_and_is_no_answer(fake):
+    [plain] = ask(fake(), endpoint="chat")
+    [r] = ask(fake(ttft=0.02, itl=0.05, reasoning=6), endpoint="chat")
+    assert 0.02 <= metrics.Latency(r).ttft < 0.2
+    assert r.text == plain.text and "hm" not in r.text
+
+
 def test_tokens_without_usage_are_the_events(fake):
     [r] = ask(fake(usage=False), tokens=6)
     assert r.output_tokens is None

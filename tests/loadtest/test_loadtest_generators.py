@@ -111,7 +111,7 @@ def test_bad_popularities_are_refused(text):
 
 
 def test_a_weight_for_nobody_is_refused():
-    with pytest.raises(ConfigError, match="not among"):
+    with pytest.raises(ConfigError, match="z not in use; there are a"):
         Popularity("weighted:z=1", ["a"])
 
 

@@ -3,6 +3,10 @@
 import asyncio
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 import urllib.request
 from html.parser import HTMLParser
 
@@ -248,7 +252,14 @@ def test_a_blocked_event_loop_is_called_the_limit(fake, load_test, monkeypatch):
 
 
 def test_verdicts():
-    good = {"loop_lags": [0.001] * 100, "cpu_share": 0.2, "send_lags": [0.001] * 9, "mean_gap": 0.1, "ttfts": [0.1]}
+    good = {
+        "loop_lags": [0.001] * 100,
+        "core_waits": [0.0] * 100,
+        "cpu_share": 0.2,
+        "send_lags": [0.001] * 9,
+        "mean_gap": 0.1,
+        "ttfts": [0.1],
+    }
     assert not saturation.verdict(**good, capped=False)["client_limited"]
     for wrong, word in (({"cpu_share": 0.95}, "core"), ({"loop_lags": [0.2] * 100}, "event loop"),
                         ({"send_lags": [0.5] * 9}, "late")):  # fmt: skip
@@ -262,12 +273,37 @@ def test_verdicts():
     ]
 
 
+def test_a_client_that_waits_for_a_core_is_not_the_limit():
+    """The server took the cores: what the client measures is uncertain, and it is not what was slow."""
+    busy = {"loop_lags": [0.2] * 100, "core_waits": [0.199] * 100, "cpu_share": 0.02, "send_lags": [0.5] * 9}
+    found = saturation.verdict(**busy, mean_gap=0.1, ttfts=[0.1], capped=False)
+    assert not found["client_limited"] and not found["reasons"]
+    assert [" ".join(warning.split()[:3]) for warning in found["warnings"]] == [
+        "the client waited", "the client waited", "requests left 500",
+    ]  # fmt: skip
+
+
+def test_waiting_for_a_core_is_measured():
+    """More threads than cores that never rest: whoever wakes up waits."""
+    command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command) for _ in range(2 * len(os.sched_getaffinity(0)))]
+    try:
+        before, until = saturation.waited_for_a_core(), time.monotonic() + 20
+        while saturation.waited_for_a_core() - before < 0.01 and time.monotonic() < until:
+            time.sleep(0.001)
+        assert saturation.waited_for_a_core() - before >= 0.01
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def test_choosing_models():
     served = [ModelCard("base", None, None), ModelCard("a", "base", None), ModelCard("b", "base", None)]
     assert choose_models(Settings(), served) == (["a", "b"], "base")
     assert choose_models(Settings(models="b,base"), served) == (["b", "base"], "base")
     assert choose_models(Settings(), served[:1]) == (["base"], "base")
-    with pytest.raises(ConfigError, match="1 of 1"):
+    with pytest.raises(ConfigError, match="x not served; there are base, a, b"):
         choose_models(Settings(models="x"), served)
     with pytest.raises(ConfigError, match="--versus-base"):
         choose_models(Settings(versus_base=True), served[:1])

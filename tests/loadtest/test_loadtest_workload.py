@@ -4,7 +4,7 @@ import pytest
 
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest.settings import Settings
-from tucka_runtime.loadtest.workload import TokenScale, Workload
+from tucka_runtime.loadtest.workload import TokenScale, Workload, read_lines
 
 
 def workload(models=("a", "b", "c"), base="base", **changes):
@@ -82,7 +82,7 @@ def test_a_conversation_given_to_another_model_has_that_ones_prompt(tmp_path):
         ("", {}, "has no lines"),
         ("[1]", {}, "line 1"),
         ('{"prompt": "x"}\nnonsense', {}, "line 2"),
-        ('{"model": "a", "prompt": "x"}', {}, "no line for some"),
+        ('{"model": "a", "prompt": "x"}', {}, "no line for b, c, only for a"),
         ('{"messages": [{"role": "user", "content": "x"}]}', {}, "--endpoint chat"),
     ],
 )
@@ -90,6 +90,13 @@ def test_bad_datasets_are_refused(tmp_path, content, flags, message):
     (tmp_path / "d.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message):
         workload(dataset=str(tmp_path / "d.jsonl"), **flags)
+
+
+def test_a_line_ends_where_jsonl_says_and_a_mark_may_begin_the_file(tmp_path):
+    texts = ["a\u2028b", "a\u0085b", "a\u2029b", "a\x0bb"]
+    lines = "\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "d.jsonl").write_text(lines, "utf-8-sig", newline="")
+    assert [item["prompt"] for item in read_lines(str(tmp_path / "d.jsonl"))] == texts
 
 
 def test_a_trace_without_times_and_a_missing_file_are_refused(tmp_path):

@@ -27,6 +27,7 @@ class Behaviour:
     cold: float = 0.0  # added to the first TTFT of an adapter after a load
     load: float = 0.0  # a load takes this long
     role_event_at: float = -1.0  # an event without text, this long after arrival (as chat servers send)
+    reasoning: int = 0  # events of reasoning before the text, `itl` apart
     final_event: bool = False  # finish_reason comes in an event of its own, without text
     usage: bool = True
     done: bool = True  # send [DONE]
@@ -138,7 +139,10 @@ class FakeServer:
             if mischief == "flip":
                 ranked[len(words) // 2] = ranked[len(words) // 2][::-1]
                 words = [word for word, _ in ranked]
-            for i, start in enumerate(range(0, len(words), b.bundle)):
+            for thought in range(b.reasoning):
+                await asyncio.sleep(begun + thought * b.itl - loop.time())
+                self.event(writer, {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]})
+            for i, start in enumerate(range(0, len(words), b.bundle), b.reasoning):
                 await asyncio.sleep(begun + i * b.itl - loop.time())
                 last = start + b.bundle >= len(words)
                 if mischief and start >= len(words) // 2:

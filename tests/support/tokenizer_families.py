@@ -1,7 +1,6 @@
 """Small tokenizers of every kind that real bases have, as transformers loads them."""
 
 import json
-from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -82,7 +81,7 @@ FAMILIES = {
 }
 
 
-def make(family: str, before: str | None = None, after: str | None = None, **settings: Any) -> Tokenizer:
+def as_transformers(family: str, before: str | None = None, after: str | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer of a family; `before` and `after` are tokens that its post-processor puts around every text."""
     backend = FAMILIES[family]()
     if before or after:
@@ -91,9 +90,11 @@ def make(family: str, before: str | None = None, after: str | None = None, **set
             single=" ".join(filter(None, (before, "$A", after))),
             special_tokens=[(token, backend.token_to_id(token)) for token in around],
         )
-    return Tokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-            **{"chat_template": TEMPLATE, **settings},
-        )
-    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def make(family: str, before: str | None = None, after: str | None = None) -> Tokenizer:
+    """The same as the server and the trainer know it."""
+    return Tokenizer(as_transformers(family, before, after))

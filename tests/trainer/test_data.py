@@ -69,6 +69,14 @@ def test_empty_or_binary_files_are_refused(tmp_path):
         load(tmp_path / "missing", TOKENIZER, 64)
 
 
+def test_a_mark_may_begin_the_file_and_half_a_character_is_a_reason(tmp_path):
+    (tmp_path / "d").write_text(json.dumps(chat("a\u2028b", "c")) + "\n", "utf-8-sig")
+    assert len(load(tmp_path / "d", TOKENIZER, 64)) == 1
+    for record in ({"prompt": "cut \ud83d here", "completion": "x"}, chat("x", "cut \ud83d here")):
+        with pytest.raises(DataError, match="line 2: a text holds half a surrogate pair"):
+            load(write(tmp_path / "d", chat("a", "b"), record), TOKENIZER, 64)
+
+
 def test_no_prompt_is_on_both_sides():
     examples = [encode(chat(f"p{i % 20}", f"a{i}"), TOKENIZER, 64) for i in range(60)]
     train, held = split(examples, 0.2, seed=1)

@@ -5,6 +5,7 @@ PEFT's configurations vary over its versions. A field that is not served is acce
 """
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -120,7 +121,7 @@ C = TypeVar("C", TuckASpec, LoRASpec)
 def parse_config(data: bytes | bytearray) -> AdapterSpec:
     """The configuration in the bytes of an adapter_config.json. Raises InvalidAdapterError."""
     try:
-        table = strict_json(data)
+        table = strict_json(data.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise _invalid(f"it cannot be read: {error}") from None
     if not isinstance(table, dict):

@@ -7,6 +7,7 @@ weight is read, and every weight before it is used. Equations and keys: docs/arc
 import json
 import logging
 import math
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,7 @@ def _model_name(path: str) -> str:
 
 def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
     try:
-        training = strict_json(data) if data else None
+        training = strict_json(data.removeprefix(BOM_UTF8)) if data else None
     except ValueError:
         return None
     return training if isinstance(training, dict) else None

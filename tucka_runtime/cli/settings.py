@@ -135,7 +135,7 @@ def _from_yaml(field: Field[Any], value: Any) -> Any:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(Path(path).read_text())
+        value = yaml.safe_load(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
     except yaml.MarkedYAMLError as error:

@@ -353,9 +353,6 @@ def test_row_13_prompts_past_the_context(live: Server, prompt: object) -> None:
 def test_row_13_says_how_long_the_prompt_is(live: Server) -> None:
     error = check(live.post("/v1/completions", body(prompt="a" * 300)), 400)
     assert "300 tokens" in error["message"] and "256" in error["message"] and error["param"] == "prompt"
-    assert (
-        live.post("/v1/completions", body(prompt="a" * 200, max_tokens=100)).json()["usage"]["completion_tokens"] <= 56
-    )
     error = check(live.post("/v1/completions", body(prompt="a" * 50_000)), 400)
     assert "50000 characters" in error["message"] and error["param"] == "prompt"
     for length in (300, 256 - len("user: \nassistant:")):
