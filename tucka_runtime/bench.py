@@ -235,7 +235,13 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
     shape = LLAMA_3_8B if args.llama_3_8b else small(args.layers, args.hidden)
     make_model(model, shape, dtype)
     length = args.prompt + args.new + 16
-    llm = LLM(model, kernels=args.kernels, max_model_len=max(length, 2048), kv_cache_tokens=max(n * length, 2048), max_num_seqs=max(n, 8))
+    llm = LLM(
+        model,
+        kernels=args.kernels,
+        max_model_len=max(length, 2048),
+        kv_cache_tokens=max(n * length, 2048),
+        max_num_seqs=max(n, 8),
+    )
     names = [f"adapter-{i}" for i in range(max(counts))]
     for i, name in enumerate(names):
         make_adapter(scratch / name, llm.engine.layout, args.targets.split(","), args.rank, seed=i)
