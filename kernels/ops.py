@@ -24,8 +24,8 @@ from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """The low-rank half of one site's delta for the rows of a batch: `h` (T, n, R), in the factors' type or in fp32,
-    goes from a backend's `shrink_core` to its own expands, and to nobody else's. On base rows and beyond a row's own ranks it is
-    unwritten in a backend by address, and zero in the reference, whose expand multiplies whole matrices."""
+    goes from a backend's `shrink_core` to its own expands, and to nobody else's. On base rows and beyond a row's own
+    ranks it is unwritten in a backend by address, and zero in the reference, whose expand multiplies whole matrices."""
 
     h: Tensor
     site: DeltaSite

@@ -17,7 +17,7 @@ from tucka_runtime.kernels.fused import (
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.reference import core as core_ref
 from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
-from tucka_runtime.kernels.tables.routes import Routed, RoutePlan, Slices
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 from tucka_runtime.kernels.tables.segments import Segments
 
 pytestmark = pytest.mark.usefixtures("poisoned")
