@@ -5,7 +5,7 @@
 FROM debian:12.12-slim AS build
 ARG DEVICE=cpu
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates g++ python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/tucka
 # The "+cpu" makes it torch's CPU build or none; the plain one brings the CUDA libraries along.
@@ -23,6 +23,9 @@ COPY kernels ./kernels
 COPY server ./server
 COPY loadtest ./loadtest
 RUN /opt/tucka/bin/pip install --no-cache-dir ".[otel]"
+# Away from the sources, which must not be taken for the installed package.
+WORKDIR /
+RUN if [ "$DEVICE" = cpu ]; then /opt/tucka/bin/python -m tucka_runtime.kernels.native.build --all; fi
 
 FROM debian:12.12-slim
 ARG DEVICE=cpu

@@ -3,6 +3,7 @@
 #   sh deploy/install.sh                   what serving needs
 #   sh deploy/install.sh train,loadtest    and what `tucka train` and `tucka loadtest` need; otel: traces
 #   sh deploy/install.sh test              and what the tests need: all of these
+# Where there is a C++ compiler (CXX names another than c++) it also builds the native kernels.
 # Where there is no NVIDIA GPU it takes torch's CPU build, never gigabytes of CUDA. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."
@@ -24,4 +25,10 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 echo "installing TuckA runtime${1:+ with the extras $1} ..."
 .venv/bin/pip install -q -e ".${1:+[$1]}"
+if [ "$(uname -s)" != Linux ] || ! command -v "${CXX:-c++}" >/dev/null; then
+    echo "no C++ compiler for the native kernels: on a CPU the slower ones in torch will serve"
+else
+    echo "building the native kernels (a minute) ..."
+    .venv/bin/python -m tucka_runtime.kernels.native.build || echo "on a CPU the slower ones in torch will serve"
+fi
 echo "done: .venv/bin/tucka"

@@ -15,6 +15,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "fused", "native")
 
 
+BUILD = "with a C++ compiler, run `python -m tucka_runtime.kernels.native.build`"
+"""What makes the native kernels."""
+
+
 class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run on this device."""
 
@@ -53,13 +57,18 @@ def choose(device: torch.device, name: str = "auto") -> Ops:
         raise BackendUnavailableError("The native kernels run on a CPU: take --device cpu, or leave --kernels at auto.")
     if name == "native" and not library.load():
         raise BackendUnavailableError(
-            "The native kernels are not built for this machine and this version of torch: with a C++ compiler, run "
-            "`python -m tucka_runtime.kernels.native.build`, or leave --kernels at auto."
+            f"The native kernels are not built for this machine and this version of torch: {BUILD}, or leave --kernels "
+            "at auto."
         )
     logger.info("kernels: %s on %s", describe(name), device)
     return backend(name)
 
 
 def describe(name: str) -> str:
-    """The backend's name, and for the native one the instructions that it was built for."""
-    return f"native ({library.load()})" if name == "native" else name
+    """A backend's name, for the native one with the instructions that it was built for, for the reference with how to
+    have better."""
+    if name == "native":
+        return f"native ({library.load()})"
+    if name == "reference" and not library.load():
+        return f"reference (native ones are not built: {BUILD})"
+    return name

@@ -1,7 +1,7 @@
 """The contract: every operation of a forward pass as a typed callable. A backend is one value of `Ops`.
 
-`reference/` is the executable spec in plain torch, `fused/` its Triton twin. tests/kernels/test_ops.py holds the
-signatures of both to those here, and their results to float64.
+`reference/` is the executable spec in plain torch, `fused/` its Triton twin for GPUs, `native/` its C++ twin for CPUs.
+tests/kernels/test_ops.py holds the signatures of all to those here; other tests hold their results to float64.
 
 Shapes: T rows of a batch, those of the base first, then one run of rows per segment (an adapter and a route). A site is
 n linears that share their input; R is the widest rank in a batch, k groups of t experts make a route. Sums are in fp32
@@ -23,9 +23,9 @@ from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The low-rank half of one site's delta for the rows of a batch: `h` (T, n, R), in the factors' type, goes from a
-    backend's `shrink_core` to its own expands, and to nobody else's. On base rows and beyond a row's own ranks it is
-    unwritten in a backend by address, and zero in the reference, whose expand multiplies whole matrices."""
+    """The low-rank half of one site's delta for the rows of a batch: `h` (T, n, R), in the factors' type or in fp32,
+    goes from a backend's `shrink_core` to its own expands, and to nobody else's. On base rows and beyond a row's own
+    ranks it is unwritten in a backend by address, and zero in the reference, whose expand multiplies whole matrices."""
 
     h: Tensor
     site: DeltaSite
@@ -67,7 +67,7 @@ class Core(Protocol):
 
 
 class ShrinkCore(Protocol):
-    """h_j = (x U_jᵀ) M_j for every row by its own adapter: x (T, d_in) -> h (T, n, R) in the factors' type.
+    """h_j = (x U_jᵀ) M_j for every row by its own adapter: x (T, d_in) -> h (T, n, R), of LowRank's type.
 
     cores (C, n, Rc, Rc), where a segment takes its own by Segments.core_rows, the identity if its core is constant;
     None: all are. An (r, r) core with r < Rc is the upper left block of its (Rc, Rc); the blocks beside it are zero. A

@@ -36,6 +36,7 @@ RULES = {
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
     "cli.train": f"{SHARED} models adapters trainer cli.train",
+    "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     "bench": f"{SHARED} llm adapters engine.environment",

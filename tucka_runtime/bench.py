@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,11 @@ def make_adapter(folder: Path, layout: BaseLayout, targets: list[str], rank: int
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds of a whole run, and of one decoding step in it, once every prompt is in."""
+    """Seconds of a whole run, and of one decoding step in it, once every prompt is in; CPU seconds of such a step."""
 
     total: float
     step: float
+    cpu: float = float("nan")
 
 
 def generate(llm: LLM, names: list[str | None], prompt: int, new: int, scope: str) -> Took:
@@ -108,6 +109,16 @@ def generate(llm: LLM, names: list[str | None], prompt: int, new: int, scope: st
     timings = [timing for answer in answers if (timing := answer.outputs[0].timing) is not None]
     decoding = max(t.finished for t in timings) - max(t.first_token for t in timings)
     return Took(total, decoding / max(new - 1, 1))
+
+
+def with_cpu(run: Callable[[int], Took], new: int) -> Took:
+    """A run of `new` tokens, and what its decoding steps cost the CPU beyond a run of one token. With one thread that
+    does not depend on what else the machine does; more spin while they wait, which counts."""
+    begin = time.process_time()
+    run(1)
+    first = time.process_time()
+    took = run(new)
+    return replace(took, cpu=(time.process_time() - first - (first - begin)) / max(new - 1, 1))
 
 
 @contextmanager
@@ -182,6 +193,7 @@ def main() -> int:
     parser.add_argument("--llama-3-8b", action="store_true", help="that shape instead of --layers and --hidden")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--kernels", default="auto", choices=KERNELS)
+    parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as many as a server takes)")
     parser.add_argument("--adapters", default="1,8", help="numbers of adapters, a case for each")
     parser.add_argument("--targets", default="q_proj,v_proj", help="adapted linears, by name")
     parser.add_argument("--rank", type=int, default=16)
@@ -200,6 +212,7 @@ def main() -> int:
 
     median = {name: statistics.median(t.total for t in own) for name, own in times.items()}
     steps = {name: statistics.median(t.step for t in own) for name, own in times.items()}
+    cpu = {name: statistics.median(t.cpu for t in own) for name, own in times.items()}
     base = median["base only"]
     ratios = {
         "base / floor": median["bare matrix products"] / base,
@@ -214,6 +227,7 @@ def main() -> int:
         "settings": vars(args),
         "tokens_per_second": {name: n * args.new / seconds for name, seconds in median.items()},
         "seconds_per_decoding_step": steps,
+        "cpu_seconds_per_decoding_step": cpu,
         "ratios": ratios,
     }
     if args.json:
@@ -223,7 +237,8 @@ def main() -> int:
     for name, seconds in median.items():
         spread = (max(t.total for t in times[name]) - min(t.total for t in times[name])) / seconds
         print(
-            f"{name:22} {n * args.new / seconds:9.1f} tok/s   {1000 * steps[name]:8.3f} ms/step   spread {spread:4.0%}"
+            f"{name:22} {n * args.new / seconds:9.1f} tok/s   {1000 * steps[name]:8.3f} ms/step   "
+            f"{1000 * cpu[name]:8.3f} CPU ms/step   spread {spread:4.0%}"
         )
     for name, ratio in ratios.items():
         print(f"{name:22} {ratio:9.2f}")
@@ -250,7 +265,7 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
         pass
 
     def run(own: list[str | None]) -> Callable[[], Took]:
-        return lambda: generate(llm, own, args.prompt, args.new, args.scope)
+        return lambda: with_cpu(lambda new: generate(llm, own, args.prompt, new, args.scope), args.new)
 
     cases: dict[str, Callable[[], Took]] = {
         "bare matrix products": lambda: floor(llm, n, args.prompt, args.new),

@@ -5,25 +5,37 @@ namespace tucka {
 
 // Keys of one step of the online softmax.
 constexpr int64_t kKeys = 64;
+// Values of one head that are added up before the next head's.
+constexpr int64_t kValues = 8;
 // Keys of one item of work of a decoding sequence. A split is the same whatever else is in the batch.
 constexpr int64_t kSplit = 512;
 // Rows of scores, of one KV head, of one item of work of a prompt, and the prompt's rows in an entry of `tiles`.
 constexpr int64_t kScoreRows = 128, kTile = 128;
 
-// A sequence's cache rows: where the keys (or values) of one KV head and some tokens lie.
+// Where the keys (or values) of some tokens lie, from their first head on.
+template <class T>
+struct Rows {
+  const T* cache;
+  const int64_t* offsets;
+  const T* operator[](int64_t i) const { return cache + offsets[i]; }
+};
+
+// A sequence's context in the caches.
 template <class T>
 struct Context {
   const T *k, *v;
   const int32_t* blocks;
   int64_t block_size, row, d;
 
-  // Pointers to the head's keys and values of the tokens first..first + count.
-  void find(int64_t head, int64_t first, int64_t count, const T** keys, const T** values) const {
+  // Where the tokens first..first + count begin in either cache.
+  void find(int64_t first, int64_t count, int64_t* offsets) const {
+    int64_t block = first / block_size, within = first % block_size;
     for (int64_t i = 0; i < count; i++) {
-      const int64_t token = first + i;
-      const int64_t at = (blocks[token / block_size] * block_size + token % block_size) * row + head * d;
-      keys[i] = k + at;
-      values[i] = v + at;
+      offsets[i] = (blocks[block] * block_size + within) * row;
+      if (++within == block_size) {
+        within = 0;
+        block++;
+      }
     }
   }
 };
@@ -82,48 +94,55 @@ struct Softmax {
   }
 };
 
-// scores[g][i] = q_g · key_i for G queries, q fp32, four keys at a time.
+// scores[g][0..4] = q_g · key_n for G queries, q fp32, and four keys.
 template <int G, class T>
-inline void score(const float* q, const T* const* keys, int64_t count, int64_t d, float* scores) {
-  for (int64_t i = 0; i < count; i += 4) {
-    const T* key[4];
-    for (int n = 0; n < 4; n++) key[n] = keys[std::min(i + n, count - 1)];
-    Vec sums[G][4];
-    for (int g = 0; g < G; g++)
-      for (int n = 0; n < 4; n++) sums[g][n] = Vec(0.f);
-    steps(d, [&](int64_t at, int64_t some) {
-      Pair x[G];
-      for (int g = 0; g < G; g++) x[g] = load_step(q + g * d + at, some);
-      for (int n = 0; n < 4; n++) {
-        const Pair y = load_step(key[n] + at, some);
-        for (int g = 0; g < G; g++)
-          sums[g][n] = at::vec::fmadd(x[g].b, y.b, at::vec::fmadd(x[g].a, y.a, sums[g][n]));
-      }
-    });
-    for (int g = 0; g < G; g++) sum4(sums[g], scores + g * kKeys + i);
-  }
+inline void score(const float* q, const T* const* keys, int64_t d, float* scores) {
+  Vec sums[G][4];
+  for (int g = 0; g < G; g++)
+    for (int n = 0; n < 4; n++) sums[g][n] = Vec(0.f);
+  steps(d, [&](int64_t at, int64_t some) {
+    Pair x[G];
+    for (int g = 0; g < G; g++) x[g] = load_step(q + g * d + at, some);
+    for (int n = 0; n < 4; n++) {
+      const Pair y = load_step(keys[n] + at, some);
+      for (int g = 0; g < G; g++)
+        sums[g][n] = at::vec::fmadd(x[g].b, y.b, at::vec::fmadd(x[g].a, y.a, sums[g][n]));
+    }
+  });
+  for (int g = 0; g < G; g++) sum4(sums[g], scores + g * kKeys);
 }
 
-// One KV head's queries (group, D) over the keys first..end of a context.
+// The queries (heads · group, D) of the KV heads from `head` on over the keys first..end of a context. Tokens come
+// before heads, so that the caches are read in their own order, the one in which the hardware fetches lines ahead.
 template <class T>
-void attend(const Context<T>& context, const float* q, int64_t group, int64_t head, int64_t first, int64_t end,
-            Softmax softmax) {
-  const T *keys[kKeys], *values[kKeys];
-  float scores[2 * kKeys];
-  const int64_t d = context.d;
-  softmax.clear(group);
+void attend(const Context<T>& context, const float* q, int64_t group, int64_t head, int64_t heads, int64_t first,
+            int64_t end, Softmax softmax, float* scores) {
+  const int64_t d = context.d, m = heads * group;
+  const T *k = context.k + head * d, *v = context.v + head * d;
+  int64_t offsets[kKeys];
+  softmax.clear(m);
   for (int64_t i = first; i < end; i += kKeys) {
     const int64_t count = std::min(kKeys, end - i);
-    context.find(head, i, count, keys, values);
-    for (int64_t g = 0; g < group; g += 2) {
-      const int64_t rows = std::min<int64_t>(2, group - g);
-      if (rows == 2)
-        score<2>(q + g * d, keys, count, d, scores);
-      else
-        score<1>(q + g * d, keys, count, d, scores);
-      for (int64_t r = 0; r < rows; r++) softmax.weigh(g + r, scores + r * kKeys, count);
-      add_product(softmax.sums + g * d, d, scores, kKeys, values, rows, count, d);
+    context.find(i, count, offsets);
+    for (int64_t n = 0; n < count; n += 4) {
+      const T* keys[4];
+      for (int64_t j = 0; j < 4; j++) {
+        const int64_t at = offsets[std::min(n + j, count - 1)];
+        keys[j] = k + at;
+        for (int64_t c = 0; c < heads * d; c += 64 / sizeof(T)) __builtin_prefetch(v + at + c);  // needed next
+      }
+      for (int64_t h = 0; h < heads; h++) {
+        int64_t at = h * group;
+        for (; at + 2 <= (h + 1) * group; at += 2) score<2>(q + at * d, keys, d, scores + at * kKeys + n);
+        if (at < (h + 1) * group) score<1>(q + at * d, keys, d, scores + at * kKeys + n);
+        for (const T*& key : keys) key += d;
+      }
     }
+    for (int64_t r = 0; r < m; r++) softmax.weigh(r, scores + r * kKeys, count);
+    for (int64_t n = 0; n < count; n += kValues)
+      for (int64_t h = 0; h < heads; h++)
+        add_product(softmax.sums + h * group * d, d, scores + h * group * kKeys + n, kKeys,
+                    Rows<T>{v + h * d, offsets + n}, group, std::min(kValues, count - n), d);
   }
 }
 
@@ -190,23 +209,23 @@ struct Attend {
     deal(work.splits.size() * cuts, kSplit * span * g * d, [&](int64_t item) {
       const Split& split = work.splits[item / cuts];
       const int64_t row = meta.query_start[split.sequence], begin = item % cuts * span;
-      const Context<T> own = context(split.sequence);
-      float* room = scratch(2 * g * d + 2 * g);
-      const Softmax softmax{room + 2 * g * d, room + 2 * g * d + g, room + g * d, d};
-      for (int64_t head = begin; head < std::min(begin + span, kv_heads); head++) {
-        queries(row, head * g, g, room);
-        attend(own, room, g, head, split.first, split.end, softmax);
-        for (int64_t r = 0; r < g; r++) {
-          const int64_t at = head * g + r;
-          if (split.part < 0) {
-            softmax.write(r, out + (row * heads + at) * d);
-            continue;
-          }
-          float* part = parts.data() + (split.part * heads + at) * stride;
-          part[0] = softmax.top[r];
-          part[1] = softmax.mass[r];
-          std::memcpy(part + 2, softmax.sums + r * d, d * sizeof(float));
+      const int64_t own = std::min(span, kv_heads - begin), m = own * g;
+      if (own <= 0) return;
+      float* room = scratch(m * (2 * d + 2 + kKeys));
+      const Softmax softmax{room + 2 * m * d, room + 2 * m * d + m, room + m * d, d};
+      queries(row, begin * g, m, room);
+      attend(context(split.sequence), room, g, begin, own, split.first, split.end, softmax,
+             room + m * (2 * d + 2));
+      for (int64_t r = 0; r < m; r++) {
+        const int64_t head = begin * g + r;
+        if (split.part < 0) {
+          softmax.write(r, out + (row * heads + head) * d);
+          continue;
         }
+        float* part = parts.data() + (split.part * heads + head) * stride;
+        part[0] = softmax.top[r];
+        part[1] = softmax.mass[r];
+        std::memcpy(part + 2, softmax.sums + r * d, d * sizeof(float));
       }
     });
     deal(work.merges.size() * heads, 4 * d, [&](int64_t item) {
@@ -255,11 +274,12 @@ struct Attend {
     for (int64_t r = 0; r < rows; r++) queries(row + r, head * g, g, queried + r * g * d);
     Softmax softmax{top, mass, sums, d};
     softmax.clear(m);
-    const T *keys[kKeys], *values[kKeys];
+    int64_t offsets[kKeys];
+    const Rows<T> keys{own.k + head * d, offsets}, values{own.v + head * d, offsets};
     const int64_t last = position + rows;
     for (int64_t i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
       const int64_t some = std::min(kKeys, last - i);
-      own.find(head, i, some, keys, values);
+      own.find(i, some, offsets);
       for (int64_t n = 0; n < some; n++) {
         to_float(keys[n], key, d);
         for (int64_t c = 0; c < d; c++) turned[c * kKeys + n] = key[c];

@@ -1,10 +1,11 @@
 """Builds the native kernels: `python -m tucka_runtime.kernels.native.build`, with a C++ compiler and torch at hand.
 
-One shared library for each of a machine's instruction sets goes into `built/` beside the sources; `library.load` takes
-what the CPU at hand can run. deploy/install.sh and the Dockerfile run this after the installation, for torch, whose
-headers and libraries it needs, is not there while a wheel is built.
+One shared library goes into `built/` beside the sources, for the CPU at hand; with `--all` one for each instruction set
+that a machine of this kind may have, for images that move. deploy/install.sh and the Dockerfile run this after the
+installation, for torch, whose headers and libraries it needs, is not there while a wheel is built.
 """
 
+import argparse
 import platform
 import subprocess
 import sys
@@ -15,9 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from tucka_runtime.kernels.native.library import FOLDER, path_of
-
-SOURCES = Path(__file__).parent
+from tucka_runtime.kernels.native.library import FOLDER, SOURCES, path_of
 
 # By torch's own names of what a CPU can do (`torch.backends.cpu.get_cpu_capability`), with the flags that it is built
 # with itself.
@@ -73,19 +72,26 @@ def build(capability: str, flags: tuple[str, ...]) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"the compiler failed for {capability}:\n{done.stderr}")
-        made.replace(path_of(capability))  # at once: a process may be loading it
+        for old in FOLDER.glob(f"tucka-{capability.lower()}-*.so"):
+            old.unlink()  # who has loaded it keeps it
+        made.replace(path_of(capability))
 
 
 def main() -> int:
-    """Builds all variants, or those named as arguments, as many at once as there are cores."""
-    wanted = {name: flags for name, flags in variants().items() if name in (sys.argv[1:] or variants())}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        try:
-            list(pool.map(build, wanted, wanted.values()))
-        except (OSError, RuntimeError) as e:
-            print(f"The native kernels could not be built; the reference ones will serve. {e}", file=sys.stderr)
-            return 1
-    print("built the native kernels for " + ", ".join(wanted))
+    parser = argparse.ArgumentParser(prog="python -m tucka_runtime.kernels.native.build", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="for every instruction set, not for this CPU's alone")
+    args = parser.parse_args()
+    own = torch.backends.cpu.get_cpu_capability()
+    known = variants()
+    wanted = known if args.all else {name: known[name] for name in [own if own in known else "DEFAULT"]}
+    missing = {name: flags for name, flags in wanted.items() if not path_of(name).is_file()}
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(build, missing, missing.values()))
+    except (OSError, RuntimeError) as e:
+        print(f"The native kernels could not be built: {e}", file=sys.stderr)
+        return 1
+    print("native kernels are there for " + ", ".join(wanted))
     return 0
 
 

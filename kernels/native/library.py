@@ -1,25 +1,35 @@
 """Where the built native kernels lie, and which of them this CPU can run."""
 
+import hashlib
 from functools import cache
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent / "built"
+SOURCES = Path(__file__).parent
+FOLDER = SOURCES / "built"
+
+
+@cache
+def _version() -> str:
+    """What a library fits: the sources that it was made of, and torch."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def path_of(capability: str) -> Path:
-    """The library for one of torch's CPU capabilities. It fits the version of torch that it was built with, alone."""
-    version = torch.__version__.split("+")[0]
-    return FOLDER / f"tucka-{version}-{capability.lower()}.so"
+    """The library for one of torch's CPU capabilities. One of other sources or another torch has another name, so that
+    it is never loaded."""
+    return FOLDER / f"tucka-{capability.lower()}-{_version()}.so"
 
 
 @cache
 def load() -> str | None:
-    """Loads the library for this CPU, once, and says which instructions it takes; None where there is none that can be
-    loaded. Then `torch.ops.tucka` has the ops."""
-    own = torch.backends.cpu.get_cpu_capability()
-    for capability in (own, "DEFAULT"):
+    """Loads the library for this CPU, once, and names the capability that it was built for; None where there is none
+    that can be loaded. From then on `torch.ops.tucka` has the ops."""
+    for capability in (torch.backends.cpu.get_cpu_capability(), "DEFAULT"):
         path = path_of(capability)
         if path.is_file():
             try:

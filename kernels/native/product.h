@@ -13,17 +13,17 @@ struct Strided {
   const T* operator[](int64_t k) const { return first + k * stride; }
 };
 
-// R rows of C, N steps wide from column `at` on; the last step of a row that is no whole one has `count` columns.
-template <int R, int N, class B>
+// R rows of C, N steps wide from column `at` on. WHOLE: else the one step has `count` columns.
+template <int R, int N, bool WHOLE, class B>
 inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
                       int64_t at, int64_t count) {
   Pair sums[R][N];
   for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) sums[r][n] = load_step(c + r * c_stride + at + n * kStep, count);
+    for (int n = 0; n < N; n++) sums[r][n] = load_step(c + r * c_stride + at + n * kStep, WHOLE ? kStep : count);
   for (int64_t k = 0; k < depth; k++) {
     const auto* row = b[k] + at;
     Pair wide[N];
-    for (int n = 0; n < N; n++) wide[n] = load_step(row + n * kStep, count);
+    for (int n = 0; n < N; n++) wide[n] = load_step(row + n * kStep, WHOLE ? kStep : count);
     for (int r = 0; r < R; r++) {
       const Vec x(a[r * a_stride + k]);
       for (int n = 0; n < N; n++) {
@@ -33,16 +33,16 @@ inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stri
     }
   }
   for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) store_step(c + r * c_stride + at + n * kStep, sums[r][n], count);
+    for (int n = 0; n < N; n++) store_step(c + r * c_stride + at + n * kStep, sums[r][n], WHOLE ? kStep : count);
 }
 
 template <int R, int N, class B>
 inline void add_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
                      int64_t width) {
   int64_t at = 0;
-  for (; at + N * kStep <= width; at += N * kStep) add_block<R, N>(c, c_stride, a, a_stride, b, depth, at, kStep);
-  for (; at + kStep <= width; at += kStep) add_block<R, 1>(c, c_stride, a, a_stride, b, depth, at, kStep);
-  if (at < width) add_block<R, 1>(c, c_stride, a, a_stride, b, depth, at, width - at);
+  for (; at + N * kStep <= width; at += N * kStep) add_block<R, N, true>(c, c_stride, a, a_stride, b, depth, at, kStep);
+  for (; at + kStep <= width; at += kStep) add_block<R, 1, true>(c, c_stride, a, a_stride, b, depth, at, kStep);
+  if (at < width) add_block<R, 1, false>(c, c_stride, a, a_stride, b, depth, at, width - at);
 }
 
 // c (rows, width) += a (rows, depth) b (depth, width), c and a fp32; b[k] is where row k of b begins. A row's sums do

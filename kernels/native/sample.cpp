@@ -119,34 +119,44 @@ inline int32_t bisect(int64_t low, int64_t high, const F& enough) {
 // Equal logits stay or go together. What top-k, top-p and min-p keep is all from some value on, found by bisection.
 void filter_row(const float* x, int64_t vocab, int64_t top_k, float top_p, float min_p, float* out) {
   std::vector<int32_t> keys(vocab);
-  std::vector<float> p(vocab);
   const float top = first_of_largest(x, vocab).value;
+  const Vec shift(top);
   for (int64_t i = 0; i < vocab; i++) keys[i] = key_of(x[i]);
-  steps(vocab, [&](int64_t i, int64_t count) {
-    const Pair v = load_step(x + i, count);
-    const Vec shift(top);
-    store_step(p.data() + i, Pair{(v.a - shift).exp(), (v.b - shift).exp()}, count);
-  });
   const int32_t ceiling = key_of(top);
   int32_t floor = key_of(-kInfinity);
   if (top_k < vocab) {
     floor = bisect(floor, ceiling, [&](int32_t key) {
-      int64_t above = 0;
+      int32_t above = 0;
       for (int64_t i = 0; i < vocab; i++) above += keys[i] > key;
       return above < top_k;
     });
   }
   if (top_p < 1) {
+    // Of what top-k left, for the bisection reads it some thirty times.
+    std::vector<int32_t> left;
+    std::vector<float> p;
+    for (int64_t i = 0; i < vocab; i++) {
+      if (keys[i] < floor) continue;
+      left.push_back(keys[i]);
+      p.push_back(x[i]);
+    }
+    const int64_t count = p.size();
+    steps(count, [&](int64_t i, int64_t some) {
+      const Pair v = load_step(p.data() + i, some);
+      store_step(p.data() + i, Pair{(v.a - shift).exp(), (v.b - shift).exp()}, some);
+    });
     auto mass = [&](int64_t key) {
       double total = 0;
-      for (int64_t i = 0; i < vocab; i++) total += keys[i] > key && keys[i] >= floor ? p[i] : 0.f;
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < count; i++) total += left[i] > key ? p[i] : 0.f;
       return total;
     };
     const double wanted = top_p * mass(static_cast<int64_t>(floor) - 1);
     floor = bisect(floor, ceiling, [&](int32_t key) { return mass(key) < wanted; });
   }
+  const float least = min_p > 0 ? top + std::log(min_p) : -kInfinity;
   for (int64_t i = 0; i < vocab; i++)
-    out[i] = (keys[i] >= floor && p[i] >= min_p) || x[i] == top ? x[i] : -kInfinity;
+    out[i] = (keys[i] >= floor && x[i] >= least) || x[i] == top ? x[i] : -kInfinity;
 }
 
 Tensor filter_logits(const Tensor& logits, const Tensor& top_k, const Tensor& top_p, const Tensor& min_p) {

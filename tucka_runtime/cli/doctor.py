@@ -37,14 +37,18 @@ def doctor() -> int:
     for extra, what in EXTRAS.items():
         state = "installed" if installed(extra) else f"not installed: {how_to_install(extra)}"
         print(f"extra         {extra}, for {what.used_by}: {state}")
-    print(f"will use      --device {'cuda' if cuda else 'cpu'}, {_kernels(cuda)} kernels")
+    print(f"will use      --device {'cuda' if cuda else 'cpu'}, kernels: {_kernels(cuda)}")
     embedded = (FOLDER / "base" / "config.json").is_file()
     print(f"default model {'embedded' if embedded else 'none: tucka serve needs --model DIR'}")
     return 0
 
 
 def _kernels(cuda: bool) -> str:
-    return "fused Triton" if cuda and _version("triton") != "not installed" else "reference (torch)"
+    import torch
+
+    from tucka_runtime.kernels import dispatch
+
+    return dispatch.describe(dispatch.best(torch.device("cuda" if cuda else "cpu")))
 
 
 def _version(package: str) -> str:
