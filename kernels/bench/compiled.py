@@ -18,13 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tucka_runtime.kernels.bench import ptx
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, blocks
 from tucka_runtime.kernels.fused import core, expand_residual, norm, shrink_core
 from tucka_runtime.kernels.fused.backend import OPS
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
-
-FUSED = Path(core.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class Compiled:
     shared: int
     products: str
     accesses: dict[str, dict[int, int]]
+    latencies: int | None
+    """Reads that wait for each other in a turn of its loop over tiles (ptx.latencies); None: it has no loop."""
 
 
 class _Device:
@@ -158,34 +159,11 @@ def _calls() -> list[tuple[str, Any]]:
 
 
 def _read(op: str, name: str, kernel: Any) -> Compiled:
-    ptx = kernel.asm["ptx"]
-    products = [p for p in ("wgmma", "mma.sync") if p in ptx]
+    text = kernel.asm["ptx"]
+    products = [p for p in ("wgmma", "mma.sync") if p in text]
     usage = _usage(kernel.asm["cubin"])
-    return Compiled(op, name, *usage, kernel.metadata.shared, "+".join(products), _accesses(ptx))
-
-
-def _accesses(ptx: str) -> dict[str, dict[int, int]]:
-    """Accesses of global memory by pointer, then by width. The line of the source that each is of stands before it."""
-    # Where the file lies is not believed: what is cached may have been compiled from another checkout of the source.
-    files = re.findall(r'\.file\s+(\d+) "[^"]*/([^"/]+)"', ptx)
-    lines = {
-        (number, str(line)): text
-        for number, name in files
-        if (path := FUSED / name).is_file()
-        for line, text in enumerate(path.read_text().splitlines(), 1)
-    }
-    found: dict[str, Counter[int]] = {}
-    name = ""
-    for instruction in ptx.splitlines():
-        if place := re.match(r"\s*\.loc\s+(\d+) (\d+) (\d+)", instruction):
-            source = lines.get((place[1], place[2]), "")
-            pointer = re.match(r"tl\.(?:load|store|atomic_add)\((\w+)", source[int(place[3]) - 1 :])
-            name = pointer[1] if pointer else name
-        elif plain := re.search(r"\b(?:ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.v([248]))?\.[bsuf](\d+)", instruction):
-            found.setdefault(name, Counter())[int(plain[2]) // 8 * int(plain[1] or 1)] += 1
-        elif copied := re.search(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x[0-9a-f]+|\d+)", instruction):
-            found.setdefault(name, Counter())[int(copied[1], 0)] += 1
-    return {name: dict(sorted(widths.items())) for name, widths in found.items()}
+    read = ptx.accesses(text), ptx.latencies(text)
+    return Compiled(op, name, *usage, kernel.metadata.shared, "+".join(products), *read)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -202,12 +180,14 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def table(found: list[Compiled]) -> str:
     """One line per kernel."""
-    head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}  {'products':16}"
+    head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}{'latencies':>11}  {'products':16}"
     lines = [head + "bytes per access: times"]
     for c in found:
         total: Counter[int] = Counter()
         for widths in c.accesses.values():
             total.update(widths)
+        waits = "-" if c.latencies is None else str(c.latencies)
         text = " ".join(f"{size}:{times}" for size, times in sorted(total.items()))
-        lines.append(f"{c.op:32}{c.kernel:14}{c.registers:10}{c.spilled:9}{c.shared:9}  {c.products:16}{text}")
+        usage = f"{c.registers:10}{c.spilled:9}{c.shared:9}{waits:>11}"
+        lines.append(f"{c.op:32}{c.kernel:14}{usage}  {c.products:16}{text}")
     return "\n".join(lines)

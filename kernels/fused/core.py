@@ -104,7 +104,7 @@ def mix_core(
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in range(0, p):
         w = tl.sum(s * tl.load(c + expert * p + j, mask=expert < t, other=0.0), 0)
-        # Slices start at multiples of 16 bytes (RoutePlan.build); see tiles.delta_block for where the hint stands.
+        # Slices start at multiples of 16 bytes (RoutePlan.build); see tiles.load_e for where the hint stands.
         slices = tl.multiple_of(g + j * r * r + entry, 4 * ALIGN)
         acc += w * tl.load(slices, mask=real, other=0.0)
     at = out + entry // r * out_r + entry % r

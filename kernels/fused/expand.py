@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.tiles import cdiv, delta_args, delta_block, delta_options, load_tile
+from tucka_runtime.kernels.fused.tiles import (
+    add_further,
+    cdiv,
+    delta_args,
+    delta_options,
+    find_borders,
+    load_e,
+    load_h,
+    load_rank,
+    load_tile,
+    multiply,
+)
 from tucka_runtime.kernels.ops import LowRank
 
 BLOCK_N = 64
@@ -50,42 +61,31 @@ def _expand(
     E_ALIGN: tl.constexpr,
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FURTHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     first, end, _, adapter = load_tile(tiles, tl.program_id(0))
     target = tl.program_id(2)
-    begin = tl.multiple_of(tl.load(borders + target), ALIGN)
-    stop = tl.multiple_of(tl.load(borders + target + 1), ALIGN)  # so that the mask does not split wide accesses
-    column = begin + tl.program_id(1) * BLOCK_N
-    if (adapter < 0) | (first >= end) | (column >= stop):
+    begin, width = find_borders(borders, target, ALIGN)
+    own = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if (adapter < 0) | (first >= end) | (tl.program_id(1) * BLOCK_N >= width):
         return
-    if tl.load(rank + adapter * n + target) == 0:
+    r, address = load_rank(e_ptr, rank, adapter, target, n)
+    if r == 0:
         return
+    a = load_h(h, first, end, adapter, target, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
     rows = first + tl.arange(0, BLOCK_M)
-    inside = rows < end
-    columns = column + tl.arange(0, BLOCK_N)
-    wanted = columns < stop
-    acc = delta_block(
-        h,
-        e_ptr,
-        rank,
-        borders,
-        rows,
-        inside,
-        adapter,
-        target,
-        columns,
-        wanted,
-        n,
-        width_h,
-        ALIGN,
-        E_ALIGN,
-        H_ALIGN,
-        BLOCK_R,
-    )
-    at = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
-    mask = inside[:, None] & wanted[None, :]
-    acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = y + rows[:, None].to(tl.int64) * y_stride + begin + own[None, :]
+    wanted = own < width
+    mask = (rows < end)[:, None] & wanted[None, :]
+    acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b = load_e(address, h, r, 0, own, width, wanted, E_ALIGN, BLOCK_R)
+    acc += multiply(a, b, r, 0, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    if FURTHER:
+        acc = add_further(
+            acc, h, address, first, end, adapter, target, r, own, width, wanted, n, width_h, E_ALIGN, H_ALIGN, BLOCK_M,
+            BLOCK_R,
+        )  # fmt: skip
     tl.store(at, acc.to(y.dtype.element_ty), mask=mask)

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from tucka_runtime.kernels.fused.tiles import (
     NO_DELTA,
+    add_further,
     cdiv,
     delta_args,
-    delta_block,
     delta_options,
+    find_borders,
     find_target,
+    load_e,
+    load_h,
+    load_rank,
     load_tile,
+    multiply,
     next_tile,
     tile_programs,
 )
@@ -123,6 +128,7 @@ def _qkv(
     E_ALIGN: tl.constexpr,
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FURTHER: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_ROPE: tl.constexpr,
@@ -135,94 +141,84 @@ def _qkv(
     column = head * D
     if HAS_DELTA:
         target = find_target(borders, column, n)
+        begin, width = find_borders(borders, target, ALIGN)
+        own_a, own_b = column - begin + i, column - begin + HALF + i
         first, end, _, adapter = load_tile(tiles, tile)
         while first < end:
+            after, first_after, end_after, adapter_after = next_tile(tiles, tile, num_tiles, PADDED)
+            r, address = load_rank(e_ptr, rank, adapter, target, n)
+            own_h = load_h(h, first, end, adapter, target, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < end
-            a, b = _load(qkv, rows, inside, column + i, in_a, in_b, stride, HALF)
-            a += delta_block(
-                h,
-                e_ptr,
-                rank,
-                borders,
-                rows,
-                inside,
-                adapter,
-                target,
-                column + i,
-                in_a,
-                n,
-                width_h,
-                ALIGN,
-                E_ALIGN,
-                H_ALIGN,
-                BLOCK_R,
-            )
-            b += delta_block(
-                h, e_ptr, rank, borders, rows, inside, adapter, target, column + HALF + i, in_b, n, width_h, ALIGN,
-                E_ALIGN, H_ALIGN, BLOCK_R,
-            )  # fmt: skip
+            y_a, y_b = _load(qkv, rows, inside, column + i, in_a, in_b, stride, HALF)
+            c, s, slot = _beside(cos, sin, slots, rows, inside, in_a, i, head, heads, kv_heads, angle_stride, HAS_ROPE)
+            e_a = load_e(address, h, r, 0, own_a, width, in_a, E_ALIGN, BLOCK_R)
+            e_b = load_e(address, h, r, 0, own_b, width, in_b, E_ALIGN, BLOCK_R)
+            zeros = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+            a = multiply(own_h, e_a, r, 0, zeros)
+            b = multiply(own_h, e_b, r, 0, zeros)
+            if FURTHER:
+                a = add_further(
+                    a, h, address, first, end, adapter, target, r, own_a, width, in_a, n, width_h, E_ALIGN, H_ALIGN,
+                    BLOCK_M, BLOCK_R,
+                )  # fmt: skip
+                b = add_further(
+                    b, h, address, first, end, adapter, target, r, own_b, width, in_b, n, width_h, E_ALIGN, H_ALIGN,
+                    BLOCK_M, BLOCK_R,
+                )  # fmt: skip
             _finish(
-                a, b, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm, eps,
-                heads, kv_heads, k_slot, k_head, v_slot, v_head, angle_stride, norm_stride, D, HALF, HAS_ROPE, HAS_NORM,
+                a + y_a.to(tl.float32), b + y_b.to(tl.float32), c, s, slot, rows, inside, in_a, in_b, i, head, q,
+                k_cache, v_cache, q_norm, k_norm, eps, heads, kv_heads, k_slot, k_head, v_slot, v_head, norm_stride, D,
+                HALF, HAS_ROPE, HAS_NORM,
             )  # fmt: skip
-            tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)
+            tile, first, end, adapter = after, first_after, end_after, adapter_after
     else:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < num_rows
         a, b = _load(qkv, rows, inside, column + i, in_a, in_b, stride, HALF)
+        c, s, slot = _beside(cos, sin, slots, rows, inside, in_a, i, head, heads, kv_heads, angle_stride, HAS_ROPE)
         _finish(
-            a, b, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm, eps,
-            heads, kv_heads, k_slot, k_head, v_slot, v_head, angle_stride, norm_stride, D, HALF, HAS_ROPE, HAS_NORM,
+            a.to(tl.float32), b.to(tl.float32), c, s, slot, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache,
+            q_norm, k_norm, eps, heads, kv_heads, k_slot, k_head, v_slot, v_head, norm_stride, D, HALF, HAS_ROPE,
+            HAS_NORM,
         )  # fmt: skip
+
+
+@triton.jit
+def _beside(
+    cos, sin, slots, rows, inside, in_a, i, head, heads, kv_heads, angle_stride, HAS_ROPE: tl.constexpr
+):  # fmt: skip
+    """The angles of a head's rows, and their slots where it is one of keys or values."""
+    if HAS_ROPE:
+        angle = rows[:, None].to(tl.int64) * angle_stride + i[None, :]
+        mask = tl.where(head < heads + kv_heads, inside, False)[:, None] & in_a[None, :]
+        c = tl.load(cos + angle, mask=mask, other=0.0)
+        s = tl.load(sin + angle, mask=mask, other=0.0)
+    else:
+        c, s = 0.0, 0.0
+    return c, s, tl.load(slots + rows, mask=tl.where(head >= heads, inside, False), other=-1)[:, None]
 
 
 @triton.jit
 def _load(qkv, rows, inside, columns, in_a, in_b, stride, HALF: tl.constexpr):
     at = qkv + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    a = tl.load(at, mask=inside[:, None] & in_a[None, :], other=0.0).to(tl.float32)
-    b = tl.load(at + HALF, mask=inside[:, None] & in_b[None, :], other=0.0).to(tl.float32)
+    a = tl.load(at, mask=inside[:, None] & in_a[None, :], other=0.0)
+    b = tl.load(at + HALF, mask=inside[:, None] & in_b[None, :], other=0.0)
     return a, b
 
 
 @triton.jit
 def _finish(
-    a,
-    b,
-    rows,
-    inside,
-    in_a,
-    in_b,
-    i,
-    head,
-    q,
-    k_cache,
-    v_cache,
-    slots,
-    cos,
-    sin,
-    q_norm,
-    k_norm,
-    eps,
-    heads,
-    kv_heads,
-    k_slot,
-    k_head,
-    v_slot,
-    v_head,
-    angle_stride,
-    norm_stride,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    HAS_ROPE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
+    a, b, c, s, slot, rows, inside, in_a, in_b, i, head, q, k_cache, v_cache, q_norm, k_norm, eps, heads, kv_heads,
+    k_slot, k_head, v_slot, v_head, norm_stride,
+    D: tl.constexpr, HALF: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
     """Head norm, rotary and the store of one head's halves."""
     row = rows[:, None].to(tl.int64)
     mask_a, mask_b = inside[:, None] & in_a[None, :], inside[:, None] & in_b[None, :]
     dtype = q.dtype.element_ty
-    if head < heads + kv_heads:
-        if HAS_NORM:
+    if HAS_NORM:  # noqa: SIM102 (the first is decided when this is compiled)
+        if head < heads + kv_heads:
             scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
             weight = q_norm
             if head >= heads:
@@ -230,17 +226,16 @@ def _finish(
             weight_at = weight + row * norm_stride + i[None, :]
             a *= scale * tl.load(weight_at, mask=mask_a, other=0.0).to(tl.float32)
             b *= scale * tl.load(weight_at + HALF, mask=mask_b, other=0.0).to(tl.float32)
-        if HAS_ROPE:
-            angle = row * angle_stride + i[None, :]
-            c = tl.load(cos + angle, mask=mask_a, other=0.0).to(tl.float32)
-            s = tl.load(sin + angle, mask=mask_a, other=0.0).to(tl.float32)
-            a, b = a * c - b * s, b * c + a * s
+    if HAS_ROPE:  # not within the branch: into that the compiler would move the reading of the angles
+        turned_a = a * c.to(tl.float32) - b * s.to(tl.float32)
+        turned_b = b * c.to(tl.float32) + a * s.to(tl.float32)
+        a = tl.where(head < heads + kv_heads, turned_a, a)
+        b = tl.where(head < heads + kv_heads, turned_b, b)
     if head < heads:
         out = q + (row * heads + head) * D + i[None, :]
         tl.store(out, a.to(dtype), mask=mask_a)
         tl.store(out + HALF, b.to(dtype), mask=mask_b)
     else:
-        slot = tl.load(slots + rows, mask=inside, other=-1)[:, None]
         real = slot >= 0
         if head < heads + kv_heads:
             out = k_cache + slot * k_slot + (head - heads) * k_head + i[None, :]

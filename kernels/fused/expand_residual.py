@@ -14,14 +14,19 @@ from torch import Tensor
 from tucka_runtime.kernels.fused.expand import BLOCK_N
 from tucka_runtime.kernels.fused.norm import add_norm, norm
 from tucka_runtime.kernels.fused.tiles import (
+    add_further,
     arrive,
     cdiv,
     counters,
     delta_args,
-    delta_block,
     delta_options,
+    find_borders,
     find_target,
+    load_e,
+    load_h,
+    load_rank,
     load_tile,
+    multiply,
     next_tile,
     tile_programs,
 )
@@ -169,6 +174,7 @@ def _add(
     E_ALIGN: tl.constexpr,
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FURTHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PADDED: tl.constexpr,
@@ -185,32 +191,27 @@ def _add(
     columns = column + tl.arange(0, BLOCK_N)
     wanted = columns < width
     target = find_target(borders, column, n)
+    begin, own_width = find_borders(borders, target, ALIGN)
+    own = columns - begin
     first, end, _, adapter = load_tile(tiles, tile)
     while first < end:
+        after, first_after, end_after, adapter_after = next_tile(tiles, tile, num_tiles, PADDED)
+        r, address = load_rank(e_ptr, rank, adapter, target, n)
+        a = load_h(h, first, end, adapter, target, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
         rows = first + tl.arange(0, BLOCK_M)
-        inside = rows < end
-        acc = delta_block(
-            h,
-            e_ptr,
-            rank,
-            borders,
-            rows,
-            inside,
-            adapter,
-            target,
-            columns,
-            wanted,
-            n,
-            width_h,
-            ALIGN,
-            E_ALIGN,
-            H_ALIGN,
-            BLOCK_R,
-        )
-        mask = inside[:, None] & wanted[None, :]
+        mask = (rows < end)[:, None] & wanted[None, :]
         row = rows[:, None].to(tl.int64)
-        acc += tl.load(y + row * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += tl.load(residual + row * residual_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        own_y = tl.load(y + row * y_stride + columns[None, :], mask=mask, other=0.0)
+        before = tl.load(residual + row * residual_stride + columns[None, :], mask=mask, other=0.0)
+        b = load_e(address, h, r, 0, own, own_width, wanted, E_ALIGN, BLOCK_R)
+        acc = multiply(a, b, r, 0, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if FURTHER:
+            acc = add_further(
+                acc, h, address, first, end, adapter, target, r, own, own_width, wanted, n, width_h, E_ALIGN, H_ALIGN,
+                BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+        acc += own_y.to(tl.float32)
+        acc += before.to(tl.float32)
         tl.store(total + row * width + columns[None, :], acc.to(total.dtype.element_ty), mask=mask)
         if ONE_LAUNCH:
             last = arrive(counter + tile, tl.num_programs(1))
@@ -218,7 +219,7 @@ def _add(
                 _normalise(
                     total, out, weight, bias, eps, first, end, BLOCK_M, D, BLOCK, STEP, ROW_STAGES, STEP_STAGES, CENTRE
                 )
-        tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)
+        tile, first, end, adapter = after, first_after, end_after, adapter_after
 
 
 @triton.jit

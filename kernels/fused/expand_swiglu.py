@@ -10,12 +10,17 @@ from torch import Tensor
 
 from tucka_runtime.kernels.fused.tiles import (
     NO_DELTA,
+    add_further,
     cdiv,
     delta_args,
-    delta_block,
     delta_options,
+    find_borders,
     find_target,
+    load_e,
+    load_h,
+    load_rank,
     load_tile,
+    multiply,
     next_tile,
     tile_programs,
 )
@@ -80,6 +85,7 @@ def _swiglu(
     E_ALIGN: tl.constexpr,
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FURTHER: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,61 +96,49 @@ def _swiglu(
     tile = tl.program_id(0)
     if HAS_DELTA:
         other = find_target(borders, f, n)
+        begin_gate, width_gate = find_borders(borders, 0, ALIGN)
+        begin_up, width_up = find_borders(borders, other, ALIGN)
+        own_gate, own_up = columns - begin_gate, columns + (f - begin_up)
         first, end, _, adapter = load_tile(tiles, tile)
         while first < end:
+            after, first_after, end_after, adapter_after = next_tile(tiles, tile, num_tiles, PADDED)
+            r_gate, at_gate = load_rank(e_ptr, rank, adapter, 0, n)
+            r_up, at_up = load_rank(e_ptr, rank, adapter, other, n)
+            h_gate = load_h(h, first, end, adapter, 0, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
+            h_up = load_h(h, first, end, adapter, other, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < end
-            gate, up = _load(gate_up, rows, inside, columns, wanted, f, stride)
-            gate += delta_block(
-                h,
-                e_ptr,
-                rank,
-                borders,
-                rows,
-                inside,
-                adapter,
-                0,
-                columns,
-                wanted,
-                n,
-                width_h,
-                ALIGN,
-                E_ALIGN,
-                H_ALIGN,
-                BLOCK_R,
-            )
-            up += delta_block(
-                h,
-                e_ptr,
-                rank,
-                borders,
-                rows,
-                inside,
-                adapter,
-                other,
-                columns + f,
-                wanted,
-                n,
-                width_h,
-                ALIGN,
-                E_ALIGN,
-                H_ALIGN,
-                BLOCK_R,
-            )
+            gate_y, up_y = _load(gate_up, rows, inside, columns, wanted, f, stride)
+            e_gate = load_e(at_gate, h, r_gate, 0, own_gate, width_gate, wanted, E_ALIGN, BLOCK_R)
+            e_up = load_e(at_up, h, r_up, 0, own_up, width_up, wanted, E_ALIGN, BLOCK_R)
+            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            gate = multiply(h_gate, e_gate, r_gate, 0, zeros)
+            up = multiply(h_up, e_up, r_up, 0, zeros)
+            if FURTHER:
+                gate = add_further(
+                    gate, h, at_gate, first, end, adapter, 0, r_gate, own_gate, width_gate, wanted, n, width_h, E_ALIGN,
+                    H_ALIGN, BLOCK_M, BLOCK_R,
+                )  # fmt: skip
+                up = add_further(
+                    up, h, at_up, first, end, adapter, other, r_up, own_up, width_up, wanted, n, width_h, E_ALIGN,
+                    H_ALIGN, BLOCK_M, BLOCK_R,
+                )  # fmt: skip
+            gate += gate_y.to(tl.float32)
+            up += up_y.to(tl.float32)
             _store(out, gate, up, rows, inside, columns, wanted, f)
-            tile, first, end, adapter = next_tile(tiles, tile, num_tiles, PADDED)
+            tile, first, end, adapter = after, first_after, end_after, adapter_after
     else:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < num_rows
         gate, up = _load(gate_up, rows, inside, columns, wanted, f, stride)
-        _store(out, gate, up, rows, inside, columns, wanted, f)
+        _store(out, gate.to(tl.float32), up.to(tl.float32), rows, inside, columns, wanted, f)
 
 
 @triton.jit
 def _load(gate_up, rows, inside, columns, wanted, f, stride):
     mask = inside[:, None] & wanted[None, :]
     at = gate_up + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32), tl.load(at + f, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + f, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -145,17 +145,17 @@ def _shrink(
 ):
     tile, split = tl.program_id(0), tl.program_id(2)
     first, end, core, adapter = load_tile(tiles, tile)
-    if (adapter < 0) | (first >= end):
+    if (core < 0) | (first >= end):
         return
     lane = tl.arange(0, CHUNKS * 16)
     chunk = tl.program_id(1) * CHUNKS + lane // 16
     target = chunk % n
     i = chunk // n * 16 + lane % 16
     live = i < tl.load(rank + adapter * n + target)
+    # Asked for with the rank, not after it.
+    address = tl.load(u_ptr + adapter * n + target)
     if tl.max(live.to(tl.int32), 0) == 0:
         return
-    # Factors start at multiples of 16 bytes (DeltaSite.build); see tiles.delta_block.
-    address = tl.multiple_of(tl.load(u_ptr + adapter * n + target), 16)
     u = address.to(tl.pointer_type(x.dtype.element_ty)) + i.to(tl.int64) * d_in
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < end
@@ -207,7 +207,7 @@ def _finish(
 ):
     """The second launch: grid (tiles, targets, chunks of h)."""
     first, end, core, adapter = load_tile(tiles, tl.program_id(0))
-    if (adapter < 0) | (first >= end):
+    if (core < 0) | (first >= end):
         return
     target, out = tl.program_id(1), tl.program_id(2) * 16
     r = tl.load(rank + adapter * n + target)

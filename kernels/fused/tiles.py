@@ -59,7 +59,8 @@ def load_tile(tiles, index):
 @triton.jit
 def next_tile(tiles, index, num_tiles, PADDED: tl.constexpr):
     """The same of the tile after `index` that is this program's; no rows if there is none, as in tables that are not
-    padded: told so, the compiler makes no loop (of which a prompt's would need a third more registers)."""
+    padded: told so, the compiler makes no loop (of which a prompt's would need a third more registers). It is asked for
+    before a tile is done, so that its row is there afterwards."""
     index += tl.num_programs(0)
     if PADDED:
         at, real = tiles + index * 4, index < num_tiles
@@ -99,54 +100,73 @@ def find_target(borders, column, n):
     return target
 
 
-@triton.jit
-def delta_block(
-    h,
-    e_ptr,
-    rank,
-    borders,
-    rows,
-    inside,
-    adapter,
-    target,
-    columns,
-    wanted,
-    n,
-    width_h,
-    ALIGN: tl.constexpr,
-    E_ALIGN: tl.constexpr,
-    H_ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) fp32 of h_j E_j: the delta of the rows of one tile at columns of the packed output.
+# A delta is read in an order that lets reads overlap: rank and address, and beside them what a program needs of a tile
+# in any case (h, what the delta is added to); then E; and only then the products. Each kernel is written out that way.
 
-    columns (BLOCK_N,) and the mask `wanted` lie within one target. A tile of the base (adapter -1) has rank 0: no loop.
-    """
-    at = adapter * n + target
-    r = tl.load(rank + at, mask=adapter >= 0, other=0)
-    e = tl.load(e_ptr + at, mask=adapter >= 0, other=0).to(tl.pointer_type(h.dtype.element_ty))
+
+@triton.jit
+def find_borders(borders, target, ALIGN: tl.constexpr):
+    """The first column of a target, and its width."""
     begin = tl.multiple_of(tl.load(borders + target), ALIGN)
-    width = tl.multiple_of(tl.load(borders + target + 1) - begin, ALIGN)
-    own = columns - begin
-    width_h = width_h // H_ALIGN * H_ALIGN  # which says so to the compiler: a hint on an argument is lost in a call
-    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for c in range(0, r, BLOCK_R):
-        i = c + tl.arange(0, BLOCK_R)
-        h_at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + i[None, :]
-        # Factors start at multiples of 16 bytes (DeltaSite.build sees to it). The hint stands on the computed pointers:
-        # one on the loaded address is lost where that becomes a pointer, and E is read two bytes at a time.
-        e_at = tl.multiple_of(e + i[:, None].to(tl.int64) * width + own[None, :], (1, E_ALIGN))
-        # h is read as wide as it lies, and chosen from: a mask of r would split the reads into single elements.
-        a = tl.load(h_at, mask=inside[:, None] & (i < width_h)[None, :], other=0.0)
-        a = tl.where((i < r)[None, :], a, 0.0)
-        b = tl.load(e_at, mask=(i < r)[:, None] & wanted[None, :], other=0.0)
-        acc = dot(a, b, acc)
+    return begin, tl.multiple_of(tl.load(borders + target + 1) - begin, ALIGN)
+
+
+@triton.jit
+def load_rank(e_ptr, rank, adapter, target, n):
+    """The rank of an adapter at a target, and the address of its E: 0 for the base's (adapter -1)."""
+    at = adapter * n + target
+    return tl.load(rank + at, mask=adapter >= 0, other=0), tl.load(e_ptr + at, mask=adapter >= 0, other=0)
+
+
+@triton.jit
+def load_h(h, first, end, adapter, target, c, n, width_h, H: tl.constexpr, M: tl.constexpr, R: tl.constexpr):
+    """(M, R) of h at the rows of one tile and ranks from c on; beyond the adapter's own there is anything.
+
+    h is read as wide as it lies, and `multiply` chooses: a mask of the rank would split the reads into single elements.
+    """
+    rows = first + tl.arange(0, M)
+    end = tl.where(adapter >= 0, end, first)  # nothing of the base's
+    i = c + tl.arange(0, R)
+    width_h = width_h // H * H  # which says so to the compiler: a hint on an argument is lost in a call
+    h_at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + i[None, :]
+    return tl.load(h_at, mask=(rows < end)[:, None] & (i < width_h)[None, :], other=0.0)
+
+
+@triton.jit
+def load_e(address, like, r, c, own, width, wanted, ALIGN: tl.constexpr, R: tl.constexpr):
+    """(R, BLOCK_N) of E at ranks from c on, in `like`'s type; its columns `own` (BLOCK_N,), of `width`, are `wanted`.
+
+    Factors start at multiples of 16 bytes (DeltaSite.build sees to it). The hint stands on the computed pointers: on
+    the loaded address it is lost where that becomes a pointer, and E is read two bytes at a time.
+    """
+    i = c + tl.arange(0, R)
+    e = address.to(tl.pointer_type(like.dtype.element_ty))
+    e_at = tl.multiple_of(e + i[:, None].to(tl.int64) * width + own[None, :], (1, ALIGN))
+    return tl.load(e_at, mask=(i < r)[:, None] & wanted[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(a, b, r, c, acc):
+    """acc + h E over the ranks that `load_h` and `load_e` brought, from c on."""
+    i = c + tl.arange(0, a.shape[1])
+    return dot(tl.where((i < r)[None, :], a, 0.0), b, acc)
+
+
+@triton.jit
+def add_further(
+    acc, h, address, first, end, adapter, target, r, own, width, wanted, n, width_h,
+    E: tl.constexpr, H: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """acc and the product over the ranks from R on, where an adapter has so many."""
+    for c in range(R, r, R):
+        a = load_h(h, first, end, adapter, target, c, n, width_h, H, M, R)
+        acc = multiply(a, load_e(address, h, r, c, own, width, wanted, E, R), r, c, acc)
     return acc
 
 
 def rank_block(max_rank: int) -> int:
-    """Rank rows of E that `delta_block` has in flight at once: all of them up to 64, for a read's latency is most of
-    its time. What is over an adapter's own rank is masked: not read, and its product is a tensor core's few zeros.
+    """Rank rows of E that are in flight at once: all of them up to 64, for a read's latency is most of its time. What
+    is over an adapter's own rank is masked: not read, and its product is a tensor core's few zeros.
     """
     return max(CHUNK, min(64, power_of_2(max_rank)))
 
@@ -171,6 +191,7 @@ def delta_options(low_rank: LowRank, start: int) -> dict[str, int]:
         "E_ALIGN": math.gcd(16, size * math.gcd(start, *low_rank.site.columns)),
         "H_ALIGN": math.gcd(16, low_rank.plan.max_rank),
         "BLOCK_R": rank_block(low_rank.plan.max_rank),
+        "FURTHER": low_rank.plan.max_rank > rank_block(low_rank.plan.max_rank),
         "BLOCK_M": segments.tile_rows,
         "PADDED": segments.padded,
     }
@@ -180,7 +201,8 @@ NO_DELTA: dict[str, int] = {
     "ALIGN": 1,
     "E_ALIGN": 1,
     "H_ALIGN": 1,
-    "BLOCK_R": 16,
+    "BLOCK_R": CHUNK,
+    "FURTHER": False,
     "BLOCK_M": SMALL_TILE,
     "PADDED": False,
 }
