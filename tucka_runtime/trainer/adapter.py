@@ -1,11 +1,15 @@
 """Makes a trainable adapter on a base, and writes a trained one in the official layout."""
 
+import errno
 import hashlib
 import json
+import os
 import random
+import shutil
 import stat
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,9 @@ from typing import Any
 import numpy
 import peft
 import torch
+from safetensors import SafetensorError
 
+from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.model import routers
@@ -88,18 +94,49 @@ def trainable_parameters(model: Any) -> int:
 
 
 def write(model: Any, folder: Path, base_name: str, training: dict[str, Any]) -> None:
-    """Save the adapter with training.json beside it; only the base's bare name is recorded, never a local path."""
+    """Saves the adapter with training.json beside it; only the base's bare name is recorded, never a local path.
+
+    Files take their places when all of them are written: a disk that is full leaves what was there before. Raises
+    OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    config_path = folder / "adapter_config.json"
-    config = json.loads(config_path.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
-    # safetensors keeps its file to its owner; a server may be another user
-    (folder / "adapter_model.safetensors").chmod(stat.S_IMODE(config_path.stat().st_mode))
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as made:
+        try:
+            model.save_pretrained(made, save_embedding_layers=False)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        config_path, weights_path = Path(made) / CONFIG_NAME, Path(made) / WEIGHTS_NAME
+        config = json.loads(config_path.read_text())
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (Path(made) / TRAINING_NAME).write_text(json.dumps(training, indent=2) + "\n")
+        # safetensors keeps its file to its owner; a server may be another user
+        weights_path.chmod(stat.S_IMODE(config_path.stat().st_mode))
+        for name in (WEIGHTS_NAME, CONFIG_NAME, TRAINING_NAME):
+            os.replace(Path(made) / name, folder / name)
+
+
+def keep(write: Callable[[Path], None], folder: Path) -> Path:
+    """Writes a training's result into `folder`, or where that cannot be done (a full disk), somewhere else; returns
+    where it is. Raises ConfigError if no place takes it."""
+    try:
+        write(folder)
+        return folder
+    except OSError as error:
+        reason = error.strerror
+    for place in (folder.absolute().parent, Path(tempfile.gettempdir()), Path.home(), Path("/dev/shm")):
+        try:
+            made = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=place))
+        except OSError:
+            continue
+        try:
+            write(made)
+            return made
+        except OSError:
+            shutil.rmtree(made, ignore_errors=True)
+    raise ConfigError(f"{folder} could not be written ({reason}), nor could any other place: the training is lost.")
 
 
 def digest(data: bytes | Iterable[str]) -> str:
