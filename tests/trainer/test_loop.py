@@ -19,9 +19,9 @@ from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import base_model
 from tucka_runtime.trainer.adapter import AdapterSettings, attach, router_of, seed_all
 from tucka_runtime.trainer.data import encode
+from tucka_runtime.trainer.decode import decode_together
 from tucka_runtime.trainer.evaluate import evaluate
 from tucka_runtime.trainer.experiments.base import build_tokenizer
-from tucka_runtime.trainer.experiments.together import decode_together
 from tucka_runtime.trainer.loop import Loop, LoopConfig, learning_rate
 from tucka_runtime.trainer.model import set_route_scope
 from tucka_runtime.trainer.progress import Progress
@@ -150,7 +150,7 @@ def test_command_writes_an_adapter_that_loads(workplace, method, capsys):
     assert train(workplace, "--method", method, "--steps", "4") == 0
     out = workplace / "out"
     assert {p.name for p in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "training.json", "training.png",
+        "adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "training.json", "training.png",
     }  # fmt: skip
     training = json.loads((out / "training.json").read_text())
     assert training["data"]["train"] == 22 and training["data"]["held_out"] == 2

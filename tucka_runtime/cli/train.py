@@ -1,6 +1,7 @@
 """`tucka train`: records and a base model in, an adapter out."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tucka_runtime.cli.train_flags import add_arguments, command, complete
+from tucka_runtime.cli.train_flags import add_arguments, command, complete, of_run
 from tucka_runtime.embedded import FOLDER
 from tucka_runtime.errors import ConfigError, TuckaError
 
@@ -117,6 +118,7 @@ class _Job:
     """A loop that is ready to run, the identity of its base, and what is likely not meant."""
 
     loop: "Loop"
+    tokenizer: Any
     fingerprint: str
     warnings: list[str]
 
@@ -161,7 +163,7 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
     pad = tokenizer.ends[0]  # padding is masked: any token does
     loop = Loop(model, train, held, config, pad=pad, device=device, router=router_of(model), folder=args.out)
     warnings = preflight.warnings(settings, [sizes[name] for name in targets], len(train), len(held))
-    return _Job(loop, identity, warnings)
+    return _Job(loop, tokenizer, identity, warnings)
 
 
 def _train(args: argparse.Namespace, job: _Job) -> bool:
@@ -220,26 +222,31 @@ def _stopping(loop: "Loop") -> Iterator[None]:
 def _write(args: argparse.Namespace, folder: Path, settings: "AdapterSettings", job: _Job, seconds: float) -> None:
     """Measures what was trained and writes it. Raises ConfigError where no place takes it, or another than --out."""
     from tucka_runtime.trainer.adapter import keep, manifest, trainable_parameters, write
+    from tucka_runtime.trainer.decode import predictions
     from tucka_runtime.trainer.loop import CHECKPOINT
     from tucka_runtime.trainer.plot import figure
 
     loop = job.loop
-    result = loop.evaluate() if loop.held else None
+    result, alone = (loop.evaluate(), loop.evaluate_base()) if loop.held else (None, None)
     training = manifest(
-        settings, loop.config, loop.history, result, base_name=folder.name, base_fingerprint=job.fingerprint,
+        settings, loop.config, loop.history, result, alone, base_name=folder.name, base_fingerprint=job.fingerprint,
         data=_source(args.data, loop), parameters=trainable_parameters(loop.model), router=loop.router, seconds=seconds,
+        flags=of_run(args), warnings=job.warnings,
     )  # fmt: skip
-    if result:
-        _tell(result)
+    if result and alone:
+        _tell(result, alone)
     where = keep(lambda place: write(loop.model, place, folder.name, training), args.out)
     if where != args.out:
         raise ConfigError(f"{args.out} could not be written (is the disk full?): the adapter is in {where} instead.")
     (args.out / CHECKPOINT).unlink(missing_ok=True)  # what it was for is done
     try:
+        if loop.held:  # one at a time where a route is a batch's: nobody else is known to be served
+            rows = predictions(loop.model, loop.held, job.tokenizer, loop.pad, 1 if args.route_batch == "batch" else 16)
+            (args.out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         title = f"{args.method} · {args.data.name} · {len(loop.history.loss)} steps"
         figure(loop.history, result, args.out / "training.png", title)
     except OSError as error:
-        print(f"warning: training.png was not written: {error.strerror}.", file=sys.stderr)
+        print(f"warning: predictions and picture were not written: {error.strerror}.", file=sys.stderr)
     print(f"written to {args.out}")
 
 
@@ -250,8 +257,11 @@ def _source(path: Path, loop: "Loop") -> dict[str, Any]:
     return {"file": path.name, "sha256": digest(path.read_bytes()), **counts}
 
 
-def _tell(result: "Evaluation") -> None:
-    print(f"held out: loss {result.loss:.4f}, exact match {result.exact:.3f}")
+def _tell(result: "Evaluation", alone: "Evaluation") -> None:
+    print(
+        f"held out: loss {result.loss:.4f}, exact match {result.exact:.3f} "
+        f"(base: loss {alone.loss:.4f}, exact match {alone.exact:.3f})"
+    )
     for task, value in result.by_task.items():
         groups = f"   groups {result.groups[task]}" if result.groups else ""
         print(f"  {task:<16} {value:.3f}{groups}")

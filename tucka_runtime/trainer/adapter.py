@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
 import stat
@@ -11,14 +12,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy
 import peft
 import torch
+import transformers
 from safetensors import SafetensorError
 
+from tucka_runtime import __version__
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.config import TuckAConfig
@@ -151,6 +155,7 @@ def manifest(
     loop: Any,
     history: Any,
     result: Any,
+    base_result: Any,
     *,
     base_name: str,
     base_fingerprint: str,
@@ -158,8 +163,11 @@ def manifest(
     parameters: int,
     router: Any,
     seconds: float,
+    flags: dict[str, Any],
+    warnings: list[str],
 ) -> dict[str, Any]:
-    """training.json: enough to make the adapter again and to know what it can do."""
+    """training.json: enough to make the adapter again and to know what it can do. `flags` are the command's, as its
+    --config file would have them."""
     out: dict[str, Any] = {
         "made_by": "tucka train",
         "method": settings.method,
@@ -173,7 +181,15 @@ def manifest(
         "stopped_early": history.stopped_early,
         "final_loss": round(history.loss[-1], 5) if history.loss else None,
         "seconds": round(seconds, 1),
-    }
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "flags": flags,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "tucka": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "peft": peft.__version__,
+        },
+        "warnings": warnings,
+    }  # fmt: skip
     if router is not None:
         out["route"] = "batch" if loop.route_batch == "batch" else "request"
         out["routing"] = router.statistics()
@@ -182,6 +198,7 @@ def manifest(
             "loss": round(result.loss, 5),
             "exact_match": round(result.exact, 4),
             "by_task": {task: round(v, 4) for task, v in result.by_task.items()},
+            "base": {"loss": round(base_result.loss, 5), "exact_match": round(base_result.exact, 4)},
         }
         if result.groups:
             out["eval"]["groups_by_task"] = result.groups

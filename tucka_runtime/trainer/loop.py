@@ -176,6 +176,11 @@ class Loop:
         by_task_size = 64
         return evaluate(self.model, self.held, self.pad, self.device, by_task_size, self.router)
 
+    def evaluate_base(self) -> Evaluation:
+        """The same held-out figures of the base alone."""
+        with self.model.disable_adapter():
+            return evaluate(self.model, self.held, self.pad, self.device)
+
     def _evaluate(self) -> None:
         result = self.evaluate()
         if self.progress:

@@ -9,7 +9,9 @@ from tucka_runtime.trainer.evaluate import Evaluation
 
 SECONDS_BETWEEN_LINES = 60
 COLLAPSED = 0.98
-"""A router is called collapsed when one group takes this share of the routes."""
+"""A router is called collapsed when one group takes this share of the routes in the last quarter of a training that has
+at least FEW_STEPS: before, its centroids have hardly moved."""
+FEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def mean_load(loads: list[list[int]], turn: int) -> list[float]:
 def collapsed(loads: list[list[int]], turn: int) -> str | None:
     """In a sentence, whether the last quarter of a training sent nearly everything to one expert group."""
     last = mean_load(loads[-max(turn, len(loads) // 4) :], turn)
-    if len(last) < 2 or max(last) < COLLAPSED:
+    if len(loads) < FEW_STEPS or len(last) < 2 or max(last) < COLLAPSED:
         return None
     return (
         f"the router has collapsed: group {last.index(max(last))} took {max(last):.0%} of the routes in the last "
