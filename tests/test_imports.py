@@ -35,7 +35,7 @@ RULES = {
     "server": f"{SHARED} engine.client adapters.registry server",
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
-    "cli.train": f"{SHARED} models adapters trainer cli.train",
+    "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",

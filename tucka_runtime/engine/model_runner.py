@@ -42,11 +42,6 @@ CPU_MEMORY_SHARE = 0.25
 GPU_MEMORY_SHARE = 0.85
 SCORED_ROWS = 256  # prompt rows whose logits exist at once
 
-NARROW = 512
-"""Models whose hidden states are narrower get one thread: more only take the cores from the API process. Two against
-one, `python -m tucka_runtime.bench`, base only: d 128 1796 and 2056 tok/s, d 256 1208 and 1136, d 512 588 and 452; with
-`tucka loadtest --rate 4` on the embedded default (d 128) a token takes 14.3 and 6.5 ms. On 2 cores."""
-
 
 @dataclass(frozen=True, slots=True)
 class Stages:
@@ -122,7 +117,7 @@ class ModelRunner:
         except dispatch.BackendUnavailableError as e:
             raise ModelLoadError(str(e)) from e
         pretrained, arch = read_config(folder)
-        torch.set_num_threads(config.num_threads or _threads(arch))
+        torch.set_num_threads(config.num_threads or machine.threads(arch.hidden, torch.get_num_threads()))
         weights, self.dtype = load_weights(folder, arch, config.dtype, self.device)
         self.arch = arch
         max_len = _max_len(config, pretrained, arch)
@@ -376,11 +371,6 @@ class ModelRunner:
         logits = routed.router.centroids @ (part.total / part.count)
         groups, weights = self.ops.select(logits[None], routed.router.t)
         return Route(int(groups[0]), tuple(weights[0].tolist()))
-
-
-def _threads(arch: Architecture) -> int:
-    """As many as torch would take, but no more than the process's share of the machine's cores."""
-    return 1 if arch.hidden < NARROW else min(torch.get_num_threads(), machine.cores().count)
 
 
 def _device(name: str) -> str:

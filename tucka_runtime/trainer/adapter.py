@@ -1,19 +1,29 @@
 """Makes a trainable adapter on a base, and writes a trained one in the official layout."""
 
+import errno
 import hashlib
 import json
+import os
+import platform
 import random
+import shutil
 import stat
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy
 import peft
 import torch
+import transformers
+from safetensors import SafetensorError
 
+from tucka_runtime import __version__
+from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.model import routers
@@ -88,18 +98,49 @@ def trainable_parameters(model: Any) -> int:
 
 
 def write(model: Any, folder: Path, base_name: str, training: dict[str, Any]) -> None:
-    """Save the adapter with training.json beside it; only the base's bare name is recorded, never a local path."""
+    """Saves the adapter with training.json beside it; only the base's bare name is recorded, never a local path.
+
+    Files take their places when all of them are written: a disk that is full leaves what was there before. Raises
+    OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    config_path = folder / "adapter_config.json"
-    config = json.loads(config_path.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
-    # safetensors keeps its file to its owner; a server may be another user
-    (folder / "adapter_model.safetensors").chmod(stat.S_IMODE(config_path.stat().st_mode))
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as made:
+        try:
+            model.save_pretrained(made, save_embedding_layers=False)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        config_path, weights_path = Path(made) / CONFIG_NAME, Path(made) / WEIGHTS_NAME
+        config = json.loads(config_path.read_text())
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (Path(made) / TRAINING_NAME).write_text(json.dumps(training, indent=2) + "\n")
+        # safetensors keeps its file to its owner; a server may be another user
+        weights_path.chmod(stat.S_IMODE(config_path.stat().st_mode))
+        for name in (WEIGHTS_NAME, CONFIG_NAME, TRAINING_NAME):
+            os.replace(Path(made) / name, folder / name)
+
+
+def keep(write: Callable[[Path], None], folder: Path) -> Path:
+    """Writes a training's result into `folder`, or where that cannot be done (a full disk), somewhere else; returns
+    where it is. Raises ConfigError if no place takes it."""
+    try:
+        write(folder)
+        return folder
+    except OSError as error:
+        reason = error.strerror
+    for place in (folder.absolute().parent, Path(tempfile.gettempdir()), Path.home(), Path("/dev/shm")):
+        try:
+            made = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=place))
+        except OSError:
+            continue
+        try:
+            write(made)
+            return made
+        except OSError:
+            shutil.rmtree(made, ignore_errors=True)
+    raise ConfigError(f"{folder} could not be written ({reason}), nor could any other place: the training is lost.")
 
 
 def digest(data: bytes | Iterable[str]) -> str:
@@ -114,6 +155,7 @@ def manifest(
     loop: Any,
     history: Any,
     result: Any,
+    base_result: Any,
     *,
     base_name: str,
     base_fingerprint: str,
@@ -121,8 +163,11 @@ def manifest(
     parameters: int,
     router: Any,
     seconds: float,
+    flags: dict[str, Any],
+    warnings: list[str],
 ) -> dict[str, Any]:
-    """training.json: enough to make the adapter again and to know what it can do."""
+    """training.json: enough to make the adapter again and to know what it can do. `flags` are the command's, as its
+    --config file would have them."""
     out: dict[str, Any] = {
         "made_by": "tucka train",
         "method": settings.method,
@@ -136,7 +181,15 @@ def manifest(
         "stopped_early": history.stopped_early,
         "final_loss": round(history.loss[-1], 5) if history.loss else None,
         "seconds": round(seconds, 1),
-    }
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "flags": flags,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "tucka": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "peft": peft.__version__,
+        },
+        "warnings": warnings,
+    }  # fmt: skip
     if router is not None:
         out["route"] = "batch" if loop.route_batch == "batch" else "request"
         out["routing"] = router.statistics()
@@ -145,6 +198,7 @@ def manifest(
             "loss": round(result.loss, 5),
             "exact_match": round(result.exact, 4),
             "by_task": {task: round(v, 4) for task, v in result.by_task.items()},
+            "base": {"loss": round(base_result.loss, 5), "exact_match": round(base_result.exact, 4)},
         }
         if result.groups:
             out["eval"]["groups_by_task"] = result.groups

@@ -33,6 +33,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def load_skeleton(folder: Path) -> Any:
+    """The folder's model without its weights: its modules' names and sizes. Raises ConfigError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
+
+
 def load_model(folder: Path, dtype: str, where: Any) -> Any:
     """Raises ConfigError when the folder's model cannot be loaded."""
     from transformers import AutoModelForCausalLM

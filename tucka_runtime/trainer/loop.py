@@ -1,11 +1,9 @@
 """The training loop: accumulation, warm-up and cosine, evaluation, early stop, checkpoints that resume bit for bit."""
 
 import hashlib
+import io
 import json
 import math
-import os
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from tucka_runtime.adapters.files import write_file
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.data import Example, collate, epoch
 from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
 from tucka_runtime.trainer.model import set_route_scope
+from tucka_runtime.trainer.progress import Progress, Step
+
+CHECKPOINT = "checkpoint.pt"
 
 # What --route-batch means: which scopes the steps of a run take in turn.
 ROUTES = {"batch": ("batch",), "per-sample": ("request",), "mixed": ("request", "decode", "batch")}
@@ -77,8 +79,7 @@ class Loop:
 
     def __init__(
         self, model: Any, train: list[Example], held: list[Example], config: LoopConfig, *, pad: int,
-        device: torch.device, router: Any = None, folder: Path | None = None,
-        progress: Callable[[int, float, list[int]], None] | None = None,
+        device: torch.device, router: Any = None, folder: Path | None = None, progress: Progress | None = None,
     ):  # fmt: skip
         self.model, self.train, self.held, self.config = model, train, held, config
         self.pad, self.device, self.router, self.folder, self.progress = pad, device, router, folder, progress
@@ -88,30 +89,44 @@ class Loop:
         )
         self.history = History()
         self.step = 0
+        self.stopping = False  # set from outside: the run ends after the step that it is in
         self.best: dict[str, torch.Tensor] | None = None
         self._epoch: tuple[int, list[list[Example]]] = (-1, [])
 
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.steps or self.history.stopped_early
+
     def run(self) -> History:
-        """Train to the last step or the early stop; afterwards the model holds the best evaluated weights."""
+        """Trains to the last step or the early stop; afterwards the model holds the best evaluated weights. A run that
+        is stopping ends sooner, and the model holds what a checkpoint is to have."""
         self.model.train()
-        started = time.monotonic()
-        while self.step < self.config.steps and not self.history.stopped_early:
-            loss, load = self._optimise()
+        while not self.finished and not self.stopping:
+            loss, load, tokens = self._optimise()
             self.history.loss.append(loss)
             self.history.load.append(load)
             self.step += 1
             if self.progress:
-                self.progress(self.step, loss, load)
+                self.progress.step(Step(self.step, loss, load, tokens))
             every = self.config.eval_every
             if self.held and every and (self.step % every == 0 or self.step == self.config.steps):
-                self._evaluate(time.monotonic() - started)
-            if self.folder and self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
-                self.save(self.folder / "checkpoint.pt")
-        if self.best is not None:
+                self._evaluate()
+            every = self.config.checkpoint_every
+            if self.folder and every and self.step % every == 0 and not self.finished:
+                self._checkpoint(self.folder)
+        if self.finished and self.best is not None:
             with torch.no_grad():
                 for name, p in self.parameters:
                     p.copy_(self.best[name])
         return self.history
+
+    def _checkpoint(self, folder: Path) -> None:
+        """A disk that is full ends no training: the checkpoint before stays, and the next one may fit."""
+        try:
+            self.save(folder)
+        except OSError as error:
+            if self.progress:
+                self.progress.warn(f"no checkpoint was written at step {self.step}: {error.strerror}.")
 
     def _micro_batch(self, index: int) -> list[Example]:
         by_task = self.config.route_batch == "batch"
@@ -123,8 +138,9 @@ class Loop:
             self._epoch = (number, epoch(self.train, self.config.batch_size, self.config.seed, number, by_task))
         return self._epoch[1][at]
 
-    def _optimise(self) -> tuple[float, list[int]]:
-        """One optimiser step; the loss is the mean over all its completion tokens, however they fall into batches."""
+    def _optimise(self) -> tuple[float, list[int], int]:
+        """One optimiser step: its loss, the mean over all its completion tokens however they fall into batches; the
+        groups' load; the tokens without padding."""
         c = self.config
         if self.router is not None:
             scopes = ROUTES[c.route_batch]
@@ -151,7 +167,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         load = [] if self.router is None else (self.router.counts - before).tolist()
-        return total, load
+        return total, load, sum(int(mask.sum()) for _, mask, _ in batches)
 
     def evaluate(self) -> Evaluation:
         """Held-out figures under the scope that serving would take."""
@@ -160,8 +176,15 @@ class Loop:
         by_task_size = 64
         return evaluate(self.model, self.held, self.pad, self.device, by_task_size, self.router)
 
-    def _evaluate(self, seconds: float) -> None:
+    def evaluate_base(self) -> Evaluation:
+        """The same held-out figures of the base alone."""
+        with self.model.disable_adapter():
+            return evaluate(self.model, self.held, self.pad, self.device)
+
+    def _evaluate(self) -> None:
         result = self.evaluate()
+        if self.progress:
+            self.progress.evaluated(self.step, result)
         h = self.history
         h.evals.append({"step": self.step, "loss": result.loss, "exact": result.exact})
         if result.loss < h.best:
@@ -177,30 +200,34 @@ class Loop:
         adapter = self.model.peft_config["default"].to_dict()
         del adapter["base_model_name_or_path"]  # the same base may lie elsewhere
         frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
-        return asdict(self.config) | {
+        numbers = asdict(self.config)
+        del numbers["checkpoint_every"]  # changes nothing of what is computed
+        return numbers | {
             "adapter": json.dumps(adapter, default=sorted, sort_keys=True), "dtype": sorted(frozen),
             "data": hashlib.sha256(repr(self.train).encode()).hexdigest(),
         }  # fmt: skip
 
-    def save(self, path: Path) -> None:
-        """Write everything a resumed run needs to continue as if never stopped; the old file stays until the end."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def save(self, folder: Path) -> None:
+        """Writes everything that a resumed run needs to continue as if never stopped; the old file stays until the end.
+
+        Raises OSError.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
         state = {
             "config": self._settings, "step": self.step, "history": asdict(self.history),
             "parameters": {n: p.detach() for n, p in self.parameters}, "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(), "best": self.best,
             "router": self.router.state_dict() if self.router is not None else None,
         }  # fmt: skip
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_file(folder, CHECKPOINT, buffer.getvalue())
 
-    def resume(self, path: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ."""
-        state = torch.load(path, weights_only=True, map_location=self.device)
-        settings = self._settings
-        if state["config"] != settings:
-            changed = [k for k, v in settings.items() if state["config"].get(k) != v]
+        state = torch.load(folder / CHECKPOINT, weights_only=True, map_location=self.device)
+        changed = [k for k, v in self._settings.items() if state["config"].get(k) != v]
+        if changed:
             raise ConfigError(
                 f"The checkpoint was made with other settings ({', '.join(changed)}): it cannot continue bit for bit. "
                 "Use the same settings, or start anew: --overwrite instead of --resume."

@@ -1,0 +1,265 @@
+"""`tucka train` before its first step and after its last: what is refused early, and that nothing trained is lost."""
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.training import make_workplace, train
+from tucka_runtime.cli import train as cli
+from tucka_runtime.trainer import adapter, base_model, loop, preflight
+from tucka_runtime.trainer.progress import Progress, Step
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    return make_workplace(tmp_path)
+
+
+class FakeAdmin(HTTPServer):
+    """The routes that publishing uses. `refusal` is what a load answers; without one an empty folder is refused."""
+
+    def __init__(self) -> None:
+        self.loaded: list[dict[str, Any]] = []
+        self.names = ["taken"]
+        self.keys: set[str | None] = set()
+        self.refusal: tuple[int, str] | None = None
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"127.0.0.1:{self.server_port}/v1"  # as people write it for OpenAI's clients
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeAdmin
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/adapters"
+        self._answer(200, {"data": [{"id": name} for name in self.server.names]})
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/load_lora_adapter"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.add(self.headers["Authorization"])
+        if self.server.refusal:
+            self._answer(self.server.refusal[0], {"error": {"message": self.server.refusal[1]}})
+        elif not (Path(body["lora_path"]) / "adapter_config.json").exists():
+            self._answer(400, {"error": {"message": "the adapter has no adapter_config.json."}})
+        else:
+            self.server.loaded.append(body)
+            self._answer(200, {})
+
+    def _answer(self, status: int, body: dict[str, Any]) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def admin() -> Iterator[FakeAdmin]:
+    server = FakeAdmin()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--r", "513"), "`r` must be an integer from 1 to 512"),
+        (("--k", "64", "--t", "8"), "exceeds 256"),
+        (("--alpha", "1e7"), "`alpha` must be a number"),
+        (("--target-modules", "q_proj", "query"), "no linear layer query. It has down_proj, gate_proj, k_proj"),
+        (("--max-length", "9999"), "more than the base's context of"),
+        (("--max-length", "1"), "at least 2"),
+        (("--num-threads", "0"), "--num-threads must be at least 1"),
+        (("--resume", "--overwrite"), "give one of the two"),
+        (("--publish", "127.0.0.1:9"), "No answer from http://127.0.0.1:9"),
+    ],
+)
+def test_refused_before_the_base_is_loaded(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str], words: str
+) -> None:
+    monkeypatch.setattr(base_model, "load_model", None)
+    assert train(workplace, *flags) == 2
+    assert words in capsys.readouterr().err
+    assert not (workplace / "out").exists()
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_first_step(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20 + 4 * 5000))
+    assert train(workplace, "--steps", "1") == 2
+    assert "--checkpoint-every 0" in capsys.readouterr().err
+    assert train(workplace, "--steps", "1", "--checkpoint-every", "0") == 0  # the weights alone fit
+
+
+def test_publish_checks_first_and_loads_at_last(
+    workplace: Path, admin: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUCKA_CLIENT_KEY", "k")
+    publish = ("--steps", "1", "--overwrite", "--publish", admin.url)
+    assert train(workplace, *publish) == 0
+    assert admin.loaded == [
+        {"lora_name": "out", "lora_path": str((workplace / "out").resolve()), "load_inplace": False}
+    ]
+    assert admin.keys == {"Bearer k"}
+    assert train(workplace, *publish, "--name", "taken", "--replace") == 0
+    assert admin.loaded[-1]["load_inplace"]
+    with monkeypatch.context() as patch:
+        patch.setattr(base_model, "load_model", None)
+        assert train(workplace, *publish, "--name", "taken") == 2
+        assert "--replace" in capsys.readouterr().err
+        admin.refusal = (400, "the adapter's path names no folder below an allowed root.")
+        assert train(workplace, *publish) == 2
+        assert "below an allowed root" in capsys.readouterr().err
+
+
+def test_a_failed_publish_prints_the_command_that_does_it(
+    workplace: Path, admin: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Progress, step: Step) -> None:
+        admin.refusal = (409, "An adapter of that name is loaded. Load it with `load_inplace: true`.")
+
+    monkeypatch.setattr(Progress, "step", full)
+    assert train(workplace, "--steps", "1", "--publish", admin.url, "--api-key", "secret") == 2
+    said = capsys.readouterr().err
+    command = f"tucka adapters load out {workplace.resolve()}/out --url {admin.url} --replace"
+    assert said.endswith(f"To publish it, with the same --api-key: {command}\n")
+    assert "secret" not in said
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("--steps", "5", "--checkpoint-every", "0")
+    assert train(workplace, *steps) == 0
+    whole = (workplace / "out/adapter_model.safetensors").read_bytes()
+    step = Progress.step
+
+    def press(self: Progress, at: Step) -> None:
+        step(self, at)
+        if at.number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", press)
+        assert train(workplace, *steps, "--overwrite") == 130
+    said = capsys.readouterr().out
+    assert "stopped after step 2 of 5" in said
+    words = shlex.split(said.splitlines()[-1])
+    assert words[:2] == ["tucka", "train"] and "--overwrite" not in words
+    assert train(workplace, *words[2:]) == 0
+    assert (workplace / "out/adapter_model.safetensors").read_bytes() == whole
+    assert not (workplace / "out/checkpoint.pt").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(self: Progress, at: Step) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "step", press)
+    with pytest.raises(KeyboardInterrupt):
+        train(workplace, "--steps", "3", "--checkpoint-every", "0")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (workplace / "out").exists()
+
+
+def test_a_full_disk_keeps_the_weights_somewhere(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = adapter.write
+
+    def full(model: Any, folder: Path, *rest: Any) -> None:
+        if folder == workplace / "out":
+            raise FULL
+        write(model, folder, *rest)
+
+    monkeypatch.setattr(adapter, "write", full)
+    monkeypatch.setattr(loop, "write_file", lambda *_: (_ for _ in ()).throw(FULL))
+    assert train(workplace, "--steps", "3") == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint was written at step 1: No space left on device" in said
+    elsewhere = Path(said.rpartition("the adapter is in ")[2].removesuffix(" instead.\n"))
+    assert elsewhere.parent == workplace
+    assert {"adapter_model.safetensors", "adapter_config.json", "training.json"} <= set(os.listdir(elsewhere))
+
+
+def test_the_settings_of_a_file_are_those_of_flags(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workplace / "run.yaml"
+    file.write_text("steps: 2\nlr: 2e-3\nr: 2\ntarget-modules: [q_proj, v_proj]\nmethod: lora\ncheckpoint_every: 0\n")
+    assert train(workplace, "--config", str(file)) == 0
+    config = json.loads((workplace / "out/adapter_config.json").read_text())
+    assert config["r"] == 4  # a flag wins
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    for text, words in (
+        ("rank: 3", "no flag of tucka train: rank"),
+        ("r: high", "r in the configuration file must be a int"),
+        ("method: full", "one of tucka, lora"),
+        ("[1]", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+    ):
+        file.write_text(text)
+        assert train(workplace, "--config", str(file)) == 2
+        assert words in capsys.readouterr().err
+    assert yaml.safe_load("lr: 2e-3") == {"lr": "2e-3"}  # why text is taken where a number is wanted
+
+
+def test_training_json_makes_the_adapter_again(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(workplace, "--steps", "3", "--lr", "5e-3", "--seed", "7", "--k", "2") == 0
+    weights = (workplace / "out/adapter_model.safetensors").read_bytes()
+    training = json.loads((workplace / "out/training.json").read_text())
+    assert set(training["versions"]) == {"tucka", "python", "torch", "transformers", "peft"}
+    assert training["date"].endswith("+00:00") and training["threads"] == 1
+    assert set(training["eval"]["base"]) == {"loss", "exact_match"}
+    paths = {name: str(workplace / training["flags"][name]) for name in ("model", "data")}
+    file = workplace / "run.yaml"
+    file.write_text(yaml.safe_dump(training["flags"] | paths))
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    assert cli.run(parser.parse_args(["--config", str(file), "--out", str(workplace / "again")])) == 0
+    assert (workplace / "again/adapter_model.safetensors").read_bytes() == weights
+    assert "(base: loss " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--method", "lora"), ("--route-batch", "per-sample")])
+def test_predictions_are_what_exact_match_counts(workplace: Path, flags: tuple[str, ...]) -> None:
+    """Decoded one token after the other, against teacher forcing."""
+    more = ("--steps", "30", "--lr", "1e-2", "--eval-fraction", "0.4", "--target-modules", "all-linear")
+    assert train(workplace, *more, *flags) == 0
+    rows = [json.loads(line) for line in (workplace / "out/predictions.jsonl").read_text().splitlines()]
+    training = json.loads((workplace / "out/training.json").read_text())
+    assert len(rows) == training["data"]["held_out"] == 10
+    assert all((row["said"] == row["expected"]) == row["right"] for row in rows)
+    assert sum(row["right"] for row in rows) / len(rows) == training["eval"]["exact_match"] > 0
+    assert rows[0]["prompt"].endswith(":")
+
+
+def test_what_is_likely_not_meant_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert train(workplace, "--steps", "1", "--r", "33") == 0
+    said = capsys.readouterr().err
+    training = json.loads((workplace / "out/training.json").read_text())
+    for words in ("--r 33 is above the width", "a single record", "nothing is held out"):
+        assert words in said
+        assert any(words in warning for warning in training["warnings"])

@@ -1,0 +1,173 @@
+"""The flags of `tucka train`: each is also a key of its --config file, and a run can be told in them again."""
+
+import argparse
+import contextlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tucka_runtime.client import KEY_VARIABLES
+from tucka_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting. `said` is the default in words, where the value itself does not say it; `kind` is the type of a
+    value whose default is None; `of_run` is false for what changes nothing of the adapter."""
+
+    name: str
+    default: bool | int | float | str | list[str] | None
+    help: str
+    said: str | None = None
+    kind: type = str
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+    of_run: bool = True
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def type(self) -> type:
+        return self.kind if self.default is None or isinstance(self.default, list) else type(self.default)
+
+
+REQUIRED = "none: it must be given, here or in --config"
+FLAGS = (
+    Flag("model", None, "folder of the base model", "the embedded one", Path, metavar="DIR"),
+    Flag("data", None, "records to train on", REQUIRED, Path, metavar="FILE"),
+    Flag("out", None, "folder of the adapter", REQUIRED, Path, metavar="DIR", of_run=False),
+    Flag("eval_data", None, "held-out records", "a share of --data", Path, metavar="FILE"),
+    Flag("eval_fraction", 0.1, "share of --data that is held out"),
+    Flag(
+        "max_length", None, "longest record in tokens; longer ones are refused",
+        "1024, or the base's context if that is shorter", int,
+    ),
+    Flag("method", "tucka", "kind of adapter", choices=("tucka", "lora")),
+    Flag("r", 8, "rank"),
+    Flag("k", 4, "expert groups"),
+    Flag("t", 2, "experts in a group"),
+    Flag("p", 2, "slices of the core that a group shares"),
+    Flag("alpha", None, "scale of the change; lora_alpha for LoRA", "64; LoRA: twice --r", float),
+    Flag("target_modules", ["all-linear"], "layers to adapt, or all-linear", "all-linear", metavar="NAME"),
+    Flag("centroids", "data", "set them from the first batch, or draw them", choices=("data", "kaiming")),
+    Flag("ec_perturb_scale", 1.0, "noise around the first batch's mean"),
+    Flag("balance", 0.0, "step of the load-balancing bias; 0 is off", metavar="GAMMA"),
+    Flag("route_batch", "mixed", "which tokens share a route", choices=("batch", "per-sample", "mixed")),
+    Flag("epochs", 3.0, "passes over the data"),
+    Flag("steps", None, "optimiser steps", "what --epochs makes", int),
+    Flag("batch_size", 32, "records in a batch"),
+    Flag("accumulate", 1, "batches in one optimiser step"),
+    Flag("lr", 2e-3, "highest learning rate"),
+    Flag("warmup", 0.05, "share of the steps in which the learning rate rises"),
+    Flag("weight_decay", 0.0, "AdamW's weight decay"),
+    Flag("eval_every", None, "steps between evaluations", "ten in all", int, metavar="STEPS"),
+    Flag("patience", 0, "stop after so many evaluations without a better loss; 0 is never", metavar="EVALS"),
+    Flag(
+        "checkpoint_every", None, "write what --resume needs every so many steps; 0 is never", "ten in all", int,
+        metavar="STEPS",
+    ),
+    Flag("resume", False, "continue from the checkpoint in --out", "off", of_run=False),
+    Flag("overwrite", False, "replace the adapter or checkpoint in --out", "refuse", of_run=False),
+    Flag(
+        "dtype", "auto", "type of the base; auto is the stored one, on a CPU float32",
+        choices=("auto", "float32", "bfloat16"),
+    ),
+    Flag("device", "auto", "auto is a GPU where there is one", choices=("auto", "cpu", "cuda")),
+    Flag("num_threads", None, "CPU threads", "the server's rule: all cores; one for models narrower than 512", int),
+    Flag("seed", 0, "of initialisation, order and held-out share"),
+    Flag(
+        "publish", None, "load the adapter into this running server afterwards", "no server", metavar="URL",
+        of_run=False,
+    ),
+    Flag("name", None, "name to publish under", "the name of --out", of_run=False),
+    Flag("replace", False, "publish in place of other content of that name", "refuse", of_run=False),
+    Flag("api_key", None, "key for --publish", " or ".join(KEY_VARIABLES), of_run=False),
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags; what is not given stays out of the namespace until `complete`. Imports nothing heavy."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these flags (default: none)")
+    for flag in FLAGS:
+        said = flag.said or flag.default
+        text = f"{flag.help} (default: {said})".replace("%", "%%")
+        if isinstance(flag.default, bool):
+            parser.add_argument(flag.option, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(
+                flag.option, type=flag.type, default=argparse.SUPPRESS, choices=flag.choices, metavar=flag.metavar,
+                nargs="+" if isinstance(flag.default, list) else None, help=text,
+            )  # fmt: skip
+
+
+def complete(given: argparse.Namespace) -> argparse.Namespace:
+    """What was given, else what the --config file says, else the default. Raises ConfigError for the file."""
+    file = _read(given.config) if given.config else {}
+    args = argparse.Namespace(**{f.name: getattr(given, f.name, file.get(f.name, f.default)) for f in FLAGS})
+    for name in ("data", "out"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name} is missing: give it here or in the --config file.")
+    if args.resume and args.overwrite:
+        raise ConfigError("--resume continues what is in --out, and --overwrite replaces it: give one of the two.")
+    return args
+
+
+def of_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes the adapter, as a --config file would say it. Of paths the names alone: the folders above them are
+    nobody's business."""
+    values = {flag.name: getattr(args, flag.name) for flag in FLAGS if flag.of_run}
+    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def command(args: argparse.Namespace, **instead: bool) -> str:
+    """The command line of these settings, `instead` replacing some. A key is not shown."""
+    words = ["tucka", "train"]
+    for flag in FLAGS:
+        value = instead.get(flag.name, getattr(args, flag.name))
+        if value == flag.default or flag.name == "api_key":
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [flag.option, *map(str, values)]
+    return shlex.join(words)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a --config file, of the types that the flags have. Raises ConfigError."""
+    try:
+        table = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"The configuration file {path} is not valid YAML.") from None
+    if not isinstance(table, dict):
+        raise ConfigError(f"The configuration file {path} must be a mapping of flags to values, as `lr: 0.002`.")
+    known = {flag.name: flag for flag in FLAGS}
+    values = {str(name).replace("-", "_"): value for name, value in table.items()}
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"{path} names what is no flag of tucka train: {', '.join(unknown)}. See tucka train --help.")
+    return {name: _converted(known[name], value) for name, value in values.items() if value is not None}
+
+
+def _converted(flag: Flag, value: Any) -> Any:
+    wanted = flag.type
+    if isinstance(flag.default, list):
+        names = value if isinstance(value, list) else [value]
+        if names and all(isinstance(name, str) for name in names):
+            return names
+        raise ConfigError(f"{flag.name} in the configuration file must be a name or a list of names.")
+    if wanted is float and isinstance(value, str):  # YAML reads 2e-3, without a point, as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, str if wanted is Path else wanted) or (wanted is int and isinstance(value, bool)):
+        raise ConfigError(f"{flag.name} in the configuration file must be a {wanted.__name__.lower()}.")
+    if flag.choices and value not in flag.choices:
+        raise ConfigError(f"{flag.name} in the configuration file must be one of {', '.join(flag.choices)}.")
+    return Path(str(value)) if wanted is Path else value
