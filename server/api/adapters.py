@@ -37,7 +37,7 @@ async def get_adapter(request: Request) -> Response:
 async def post_adapter(request: Request) -> Response:
     """201 with the card when it was loaded, 200 when the name had this content already."""
     service: Service = request.app.state.service
-    body = parse(LoadAdapterBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(LoadAdapterBody, await read_json(request))
     pinned = fields.pinned_route(body.pinned)
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
         adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
@@ -55,7 +55,7 @@ async def delete_adapter(request: Request) -> Response:
 
 async def load_lora_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
-    body = parse(LoadLoraBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(LoadLoraBody, await read_json(request))
     with _params(name="lora_name", path="lora_path"):
         await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -64,7 +64,7 @@ async def load_lora_adapter(request: Request) -> Response:
 async def unload_lora_adapter(request: Request) -> Response:
     """200, as vLLM's, also when requests that use it go on."""
     service: Service = request.app.state.service
-    body = parse(UnloadLoraBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(UnloadLoraBody, await read_json(request))
     with _params(name="lora_name"):
         await service.adapters.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -138,7 +138,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
 
     async def handle(http: HTTPRequest) -> Response:
         service: Service = http.app.state.service
-        body = parse(kind.body_type, await read_json(http, service.config.max_body_bytes))
+        body = parse(kind.body_type, await read_json(http))
         include_usage = fields.include_usage(bool(body.stream), body.stream_options)
         lease = service.resolve(body.model)
         try:

@@ -43,7 +43,7 @@ async def metrics(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of rendered messages."""
     service: Service = request.app.state.service
-    body = parse(TokenizeBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(TokenizeBody, await read_json(request))
     _check_model(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
@@ -67,7 +67,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
-    body = parse(DetokenizeBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(DetokenizeBody, await read_json(request))
     _check_model(service, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from tucka_runtime.errors import InvalidRequestError, TuckaError
+from tucka_runtime.errors import InvalidRequestError, OverloadedError, TuckaError
 
 RETRY_AFTER_SECONDS = {429: 1, 503: 5}
 
@@ -60,11 +60,32 @@ class BodyTooLargeError(InvalidRequestError):
     code = "request_too_large"
 
 
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is compressed."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
 class HeadersTooLargeError(InvalidRequestError):
     """Too many headers, or too long ones."""
 
     status = 431
     code = "headers_too_large"
+
+
+class UnsupportedCodingError(InvalidRequestError):
+    """The body has a transfer coding other than `chunked`."""
+
+    status = 501
+    code = "unsupported_transfer_coding"
+
+
+class UnsupportedVersionError(InvalidRequestError):
+    """The request is of another HTTP than 1.x."""
+
+    status = 505
+    code = "unsupported_http_version"
 
 
 def envelope(error: TuckaError) -> dict[str, Any]:
@@ -81,6 +102,11 @@ def reason(error: BaseException) -> str:
 def internal_error(request_id: str) -> TuckaError:
     """What a client learns of an exception that nobody expected: nothing but where to look."""
     return TuckaError(f"Something went wrong inside the server. The log has the details under request id {request_id}.")
+
+
+def crowded() -> OverloadedError:
+    """What those are told for whom there is no connection left."""
+    return OverloadedError("The server has too many connections open. Try again later.")
 
 
 def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> Response:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.support.servers import start_command
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.server import serve
+from tucka_runtime.server.http.server import bind
 
 BASE = str(GOLDEN / "bases" / "llama-tiny")
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
@@ -74,19 +76,31 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
 
     process, url = start_command(*arguments, log=tmp_path / "log2")
     assert httpx.post(url + "/v1/completions", json=ask, timeout=30).json()["choices"] == expected
+    whole = threading.Thread(
+        target=lambda: answers.append(httpx.post(url + "/v1/completions", json=long | {"stream": False}, timeout=30))
+    )
+    answers: list[httpx.Response] = []
     with httpx.stream("POST", url + "/v1/completions", json=long, timeout=30) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
+        whole.start()
+        time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
+        seen = [line for line in lines if line]
         assert process.wait(20) == 0
         assert time.monotonic() - began < 8
+    whole.join()
+    assert "engine_unavailable" in seen[-1], "a request that runs when it is to stop at once ends with an error"
+    assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "engine_unavailable"
+    assert "Traceback" not in (tmp_path / "log2").read_text()
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="Choose another"):
-        serve._bind(ServerConfig(port=taken.getsockname()[1]))
+        bind("127.0.0.1", taken.getsockname()[1])
 
 
 @pytest.mark.parametrize(
