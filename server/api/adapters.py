@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
@@ -13,6 +13,7 @@ from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, parse
 from tucka_runtime.server.api.models import adapter_card
+from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.adapters import LoadedAdapter
 from tucka_runtime.server.service.service import Service
@@ -20,7 +21,7 @@ from tucka_runtime.server.service.service import Service
 
 async def list_adapters(request: Request) -> Response:
     service: Service = request.app.state.service
-    return JSONResponse(
+    return JSONAnswer(
         {"object": "list", "data": [adapter_card(service, adapter) for adapter in service.adapters.all()]}
     )
 
@@ -31,7 +32,7 @@ async def get_adapter(request: Request) -> Response:
     with _params(name="name"):
         adapter = service.adapters.get(request.path_params["name"])
     card = adapter_card(service, adapter)
-    return JSONResponse(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
+    return JSONAnswer(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
 
 
 async def post_adapter(request: Request) -> Response:
@@ -41,7 +42,7 @@ async def post_adapter(request: Request) -> Response:
     pinned = fields.pinned_route(body.pinned)
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
         adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
-    return JSONResponse(adapter_card(service, adapter), 201 if loaded else 200)
+    return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
 
 
 async def delete_adapter(request: Request) -> Response:
@@ -50,7 +51,7 @@ async def delete_adapter(request: Request) -> Response:
     name = request.path_params["name"]
     with _params(name="name"):
         in_use = await service.adapters.unload(name)
-    return JSONResponse({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
+    return JSONAnswer({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
 
 
 async def load_lora_adapter(request: Request) -> Response:

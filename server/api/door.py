@@ -1,6 +1,5 @@
 """The one handler and the one response writer of every route that generates. A door is a parser and a format."""
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -10,13 +9,14 @@ from logging import getLogger
 from typing import Any, ClassVar, Generic, TypeVar
 
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Request, RouteReport, SamplingParams
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import GenerationBody, parse, route_scope
 from tucka_runtime.server.api.logprobs import Labels
+from tucka_runtime.server.http.answers import JSONAnswer, encode_json
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.http.errors import envelope, internal_error, reason
 from tucka_runtime.server.http.stream import EventStream, until_disconnect
@@ -150,7 +150,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
             lease.release()
             raise
         if not body.stream:
-            return JSONResponse(await until_disconnect(http.receive, _whole(door, generation)))
+            return JSONAnswer(await until_disconnect(http.receive, _whole(door, generation)))
         frames = _frames(door, generation, include_usage, http)
         return EventStream(await until_disconnect(http.receive, anext(frames)), frames)
 
@@ -197,7 +197,7 @@ async def _frames(
 
 def event(chunk: dict[str, Any]) -> bytes:
     """One server-sent event without a name."""
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode_json(chunk) + b"\n\n"
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -4,31 +4,32 @@ import asyncio
 from importlib.metadata import version as installed
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody, parse
+from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
 
 async def health(request: Request) -> Response:
     """200 while this process answers at all."""
-    return JSONResponse({"status": "ok"})
+    return JSONAnswer({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
     """200 while requests can be served: the engine is up and every adapter is in. 503 otherwise."""
     service: Service = request.app.state.service
     if service.ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": "starting"}, 503, {"Retry-After": "1"})
+        return JSONAnswer({"status": "ready"})
+    return JSONAnswer({"status": "starting"}, 503, {"Retry-After": "1"})
 
 
 async def version(request: Request) -> Response:
-    return JSONResponse(
+    return JSONAnswer(
         {"version": __version__, "torch": installed("torch"), "transformers": installed("transformers")},
     )
 
@@ -54,7 +55,7 @@ async def tokenize(request: Request) -> Response:
         text = await service.render_chat(messages)
         (ids,) = await service.encode([text], body.add_special_tokens is True, "messages")
     tokenizer = service.text_tokenizer("prompt")
-    return JSONResponse(
+    return JSONAnswer(
         {
             "count": len(ids),
             "max_model_len": service.info.max_model_len,
@@ -71,7 +72,7 @@ async def detokenize(request: Request) -> Response:
     _check_model(service, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
-    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
+    return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
 
 
 def _check_model(service: Service, model: str | None) -> None:

@@ -5,10 +5,11 @@ Messages never contain what the client sent.
 
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tucka_runtime.errors import InvalidRequestError, OverloadedError, TuckaError
+from tucka_runtime.server.http.answers import JSONAnswer
 
 RETRY_AFTER_SECONDS = {429: 1, 503: 5}
 
@@ -116,7 +117,7 @@ def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> 
     return _ErrorResponse(error, headers)
 
 
-class _ErrorResponse(JSONResponse):
+class _ErrorResponse(JSONAnswer):
     """Leaves the error's reason in `state.error` for the access log."""
 
     def __init__(self, error: TuckaError, headers: dict[str, str]):
