@@ -49,8 +49,9 @@ class Door(ABC, Generic[B]):
         self.service, self.body, self.adapter = service, body, adapter
         self.labels = Labels(service.tokenizer, bool(body.return_tokens_as_token_ids))
         self._cache_salt = cache_salt
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"  # of the answer, and of the request in the engine
         self.head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": self.id,
             "object": self.chunk_name if body.stream else self.object_name,
             "created": int(time.time()),
             "model": body.model,
@@ -70,7 +71,7 @@ class Door(ABC, Generic[B]):
     def request(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int) -> Request:
         """The engine's request, built once. Raises InvalidRequestError for a route that the adapter does not have."""
         self.asked = Request(
-            id=uuid.uuid4().hex,
+            id=self.id,
             prompts=tuple(map(tuple, prompts)),
             sampling=sampling,
             n=n,
