@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tucka_runtime.adapters.registry import AdapterRegistry, check_name
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.embedded import with_embedded_default
+from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
 from tucka_runtime.server.api.app import create_app
@@ -198,11 +198,13 @@ def _greet(service: Service, listener: socket.socket) -> None:
     if not service.config.api_key and host not in ("127.0.0.1", "::1"):
         log.warning("anybody who reaches %s can use this server: set --api-key", url)
     key = "-H 'Authorization: Bearer '$KEY " if service.config.api_key else ""
-    model = names[0] if names else service.model_name
+    model, prompt = names[0] if names else service.model_name, "Hello"
+    if f"{EXAMPLE[0]}={FOLDER / 'adapters' / EXAMPLE[0]}" in service.config.adapter:
+        model, prompt = EXAMPLE
     if service.template:
-        path, ask = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+        path, ask = "chat/completions", f'"messages": [{{"role": "user", "content": "{prompt}"}}], "temperature": 0'
     else:
-        path, ask = "completions", '"prompt": "Hello"' if service.tokenizer else '"prompt": [1, 2, 3]'
+        path, ask = "completions", f'"prompt": "{prompt}"' if service.tokenizer else '"prompt": [1, 2, 3]'
     if service.config.log_format == "json":
         log.info("ready at %s", url)
     else:

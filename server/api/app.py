@@ -38,6 +38,7 @@ def create_app(service: Service) -> ASGIApp:
         ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
+        ("GET", "/", ops.root),
         ("GET", "/health", ops.health),
         ("GET", "/ping", ops.health),
         ("POST", "/ping", ops.health),

@@ -15,6 +15,24 @@ from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
 
+async def root(request: Request) -> Response:
+    """Says where to go: many a visitor's first request."""
+    service: Service = request.app.state.service
+    chat = "POST /v1/chat/completions" if service.template else "POST /v1/completions"
+    return JSONAnswer(
+        {
+            "message": f"This is TuckA runtime {__version__}. GET /v1/models lists what it serves; {chat} with one of "
+            "those as `model` answers. docs/api.md in its repository has the rest.",
+            "models": "/v1/models",
+            "chat": "/v1/chat/completions",
+            "completions": "/v1/completions",
+            "adapters": "/v1/adapters",
+            "ready": "/ready",
+            "metrics": "/metrics",
+        }
+    )
+
+
 async def health(request: Request) -> Response:
     """200 while this process answers at all."""
     return JSONAnswer({"status": "ok"})
