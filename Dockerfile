@@ -57,6 +57,6 @@ EXPOSE 8000
 VOLUME ["/models", "/adapters", "/state"]
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['TUCKA_PORT'] + '/ready', timeout=4)"]
+    CMD ["python3", "-m", "tucka_runtime.cli.healthcheck"]
 ENTRYPOINT ["tucka"]
 CMD ["serve"]

@@ -15,8 +15,6 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import uvicorn
-
 from tucka_runtime.children import python
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.messages import (
@@ -30,7 +28,7 @@ from tucka_runtime.messages import (
     Timing,
 )
 from tucka_runtime.server.api.app import create_app
-from tucka_runtime.server.http.connection import connection_class
+from tucka_runtime.server.http.server import HTTPServer, bind
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.service import Service
 
@@ -113,24 +111,15 @@ class Scraped:
             names,
             metrics,
         )
-        self.server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(service),
-                port=0,
-                http=connection_class(64),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-            )
-        )
+        self.listener = bind("127.0.0.1", 0)
+        self.server = HTTPServer(create_app(service), service.config, self.listener)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
 
     def __enter__(self) -> "Scraped":
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
+        port = self.listener.getsockname()[1]
         pipe = subprocess.PIPE
         self.client = subprocess.Popen(python("-c", CLIENT, str(port)), stdin=pipe, stdout=pipe, text=True)
         self.metrics.watch_engine(lambda: self.client.pid)

@@ -1,27 +1,22 @@
 """`tucka serve`: brings up engine, adapters and HTTP server, and takes them down again."""
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
-from collections.abc import Generator
 from pathlib import Path
-
-import uvicorn
+from typing import TypeVar
 
 from tucka_runtime.adapters.registry import AdapterRegistry, check_name
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.embedded import with_embedded_default
+from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
 from tucka_runtime.server.api.app import create_app
-from tucka_runtime.server.http.connection import connection_class
-from tucka_runtime.server.http.middleware import MAX_HEADER_BYTES
+from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_files, bind
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.chat_template import ChatTemplate
@@ -31,7 +26,10 @@ from tucka_runtime.tokenizer import Tokenizer
 
 log = logging.getLogger("tucka_runtime.server")
 
+T = TypeVar("T")
+
 STOP_ENGINE_SECONDS = 5
+LAST_WORDS_SECONDS = 2  # for writing what requests end with when the engine was stopped under them
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -70,20 +68,16 @@ def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) 
 
 
 async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
-    listener = _bind(config)
-    _raise_open_files(config.max_connections)
+    allow_open_files(config.max_connections)
+    listener = bind(config.host, config.port)
     engine = EngineClient(engine_config, config.log_format)
-    stopping = asyncio.Event()
-    server: _Server | None = None
+    stopping, at_once = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         if stopping.is_set():
             log.info("stopping at once")
-            if server is not None:
-                server.force_exit = True
+            at_once.set()
         stopping.set()
-        if server is not None:
-            server.should_exit = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,19 +86,17 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     service: Service | None = None
     try:
         starting = asyncio.ensure_future(_start(engine, engine_config, config, registry))
-        stop = asyncio.ensure_future(stopping.wait())
-        await asyncio.wait((starting, stop), return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
+        await _unless(stopping, starting)
         if not starting.done():
             starting.cancel()
             return 0
         service = starting.result()
-        server = _Server(_uvicorn_config(service))
-        listener.listen(config.max_connections)  # who reads that it is ready may connect
+        server = HTTPServer(create_app(service), config, listener)
+        listener.listen(BACKLOG)  # who reads that it is ready may connect
         _greet(service, listener)
         gc.collect()
         gc.freeze()  # imported modules stay: no collection walks them again
-        await _serve_until_stopped(server, listener, engine, stopping, config.shutdown_timeout)
+        await _serve_until_stopped(server, engine, stopping, at_once, config.shutdown_timeout)
         return 0
     finally:
         await engine.stop(0 if service is None else STOP_ENGINE_SECONDS)  # one that still loads does not listen
@@ -160,67 +152,31 @@ def _first_adapters(config: ServerConfig) -> dict[str, Path]:
 
 
 async def _serve_until_stopped(
-    server: "_Server", listener: socket.socket, engine: EngineClient, stopping: asyncio.Event, timeout: int
+    server: HTTPServer, engine: EngineClient, stopping: asyncio.Event, at_once: asyncio.Event, timeout: int
 ) -> None:
-    """Serves; once told to stop lets running requests finish for `timeout` seconds, then ends them with an error."""
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    stop = asyncio.ensure_future(stopping.wait())
-    await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
+    """Serves; once told to stop lets running requests finish for `timeout` seconds or until `at_once`, then ends them
+    with an error: the engine's end is theirs."""
+    serving = asyncio.ensure_future(server.serve())
+    await _unless(stopping, serving)
     if not serving.done():
         log.info("stopping: running requests get up to %d s (once more to stop at once)", timeout)
-        await asyncio.wait((serving,), timeout=timeout)
+        server.should_exit = True
+        await _unless(at_once, serving, timeout)
     if not serving.done():
-        await engine.stop(STOP_ENGINE_SECONDS)
+        await engine.stop(0 if at_once.is_set() else STOP_ENGINE_SECONDS)
+        await asyncio.wait((serving,), timeout=LAST_WORDS_SECONDS)
+    if not serving.done():
+        server.drop_connections()
+        await asyncio.wait((serving,), timeout=LAST_WORDS_SECONDS)
+        server.force_exit = True  # what is left then is cancelled with the loop
     await serving
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server without its own signal handlers: they would end the process with the signal's status."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-def _uvicorn_config(service: Service) -> uvicorn.Config:
-    config = service.config
-    return uvicorn.Config(
-        create_app(service),
-        http=connection_class(config.max_connections),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=config.shutdown_timeout + STOP_ENGINE_SECONDS,
-    )
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    """The port is taken at once, but connections are accepted only when the model is loaded."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # With its protocol named, asyncio turns Nagle's algorithm off on every connection; it held events back for 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. Choose another --host or --port."
-        ) from None
-    return listener
-
-
-def _raise_open_files(max_connections: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_connections + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+async def _unless(event: asyncio.Event, work: "asyncio.Future[T]", timeout: float | None = None) -> None:
+    """Waits for `work`, but no longer than until `event`, nor than `timeout` seconds."""
+    happening = asyncio.ensure_future(event.wait())
+    await asyncio.wait((work, happening), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    happening.cancel()
 
 
 def _greet(service: Service, listener: socket.socket) -> None:
@@ -245,11 +201,13 @@ def _greet(service: Service, listener: socket.socket) -> None:
     if not service.config.api_key and host not in ("127.0.0.1", "::1"):
         log.warning("anybody who reaches %s can use this server: set --api-key", url)
     key = "-H 'Authorization: Bearer '$KEY " if service.config.api_key else ""
-    model = names[0] if names else service.model_name
+    model, prompt = names[0] if names else service.model_name, "Hello"
+    if f"{EXAMPLE[0]}={FOLDER / 'adapters' / EXAMPLE[0]}" in service.config.adapter:
+        model, prompt = EXAMPLE
     if service.template:
-        path, ask = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+        path, ask = "chat/completions", f'"messages": [{{"role": "user", "content": "{prompt}"}}], "temperature": 0'
     else:
-        path, ask = "completions", '"prompt": "Hello"' if service.tokenizer else '"prompt": [1, 2, 3]'
+        path, ask = "completions", f'"prompt": "{prompt}"' if service.tokenizer else '"prompt": [1, 2, 3]'
     if service.config.log_format == "json":
         log.info("ready at %s", url)
     else:

@@ -89,7 +89,10 @@ class ServerConfig:
     max_body_bytes: int = _setting(16 * 2**20, "largest request body")
     max_logprobs: int = _setting(20, "most alternatives a request may ask log-probabilities of")
     max_n: int = _setting(64, "most sequences (prompts x n) in one request")
-    max_connections: int = _setting(1024, "most connections open at once")
+    max_connections: int = _setting(1024, "most connections with a request at work; 64 more are for probes and admins")
+    keep_alive_timeout: int = _setting(
+        75, "seconds that an idle connection is kept: longer than a load balancer in front keeps it, which is often 60"
+    )
     shutdown_timeout: int = _setting(30, "seconds that running requests get to finish when the server stops")
     vllm_metrics: bool = _setting(True, "show vLLM's metric names as well, which routers and dashboards read")
     log_format: str = _setting("text", "how log lines look", choices=LOG_FORMATS)
@@ -100,7 +103,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("max_body_bytes", "max_n", "max_connections"):
+        for name in ("max_body_bytes", "max_n", "max_connections", "keep_alive_timeout"):
             _check_at_least(self, name, 1)
         if not 0 <= self.port <= 65535:
             raise ConfigError("port must be between 0 and 65535; 0 takes a free one")

@@ -7,6 +7,8 @@ from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "default"
+EXAMPLE = ("formats", "2024-03-05")
+"""An embedded adapter, and a prompt whose answer (`5 March 2024`) shows that it is at work."""
 
 
 def with_embedded_default(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
@@ -13,6 +13,7 @@ from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, parse
 from tucka_runtime.server.api.models import adapter_card
+from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.adapters import LoadedAdapter
 from tucka_runtime.server.service.service import Service
@@ -20,7 +21,7 @@ from tucka_runtime.server.service.service import Service
 
 async def list_adapters(request: Request) -> Response:
     service: Service = request.app.state.service
-    return JSONResponse(
+    return JSONAnswer(
         {"object": "list", "data": [adapter_card(service, adapter) for adapter in service.adapters.all()]}
     )
 
@@ -31,17 +32,17 @@ async def get_adapter(request: Request) -> Response:
     with _params(name="name"):
         adapter = service.adapters.get(request.path_params["name"])
     card = adapter_card(service, adapter)
-    return JSONResponse(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
+    return JSONAnswer(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
 
 
 async def post_adapter(request: Request) -> Response:
     """201 with the card when it was loaded, 200 when the name had this content already."""
     service: Service = request.app.state.service
-    body = parse(LoadAdapterBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(LoadAdapterBody, await read_json(request))
     pinned = fields.pinned_route(body.pinned)
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
         adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
-    return JSONResponse(adapter_card(service, adapter), 201 if loaded else 200)
+    return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
 
 
 async def delete_adapter(request: Request) -> Response:
@@ -50,12 +51,12 @@ async def delete_adapter(request: Request) -> Response:
     name = request.path_params["name"]
     with _params(name="name"):
         in_use = await service.adapters.unload(name)
-    return JSONResponse({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
+    return JSONAnswer({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
 
 
 async def load_lora_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
-    body = parse(LoadLoraBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(LoadLoraBody, await read_json(request))
     with _params(name="lora_name", path="lora_path"):
         await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -64,7 +65,7 @@ async def load_lora_adapter(request: Request) -> Response:
 async def unload_lora_adapter(request: Request) -> Response:
     """200, as vLLM's, also when requests that use it go on."""
     service: Service = request.app.state.service
-    body = parse(UnloadLoraBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(UnloadLoraBody, await read_json(request))
     with _params(name="lora_name"):
         await service.adapters.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -1,10 +1,13 @@
 """The FastAPI application: which path leads where."""
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Scope
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
@@ -13,6 +16,7 @@ from tucka_runtime.server.api.chat import Chat
 from tucka_runtime.server.api.completions import Completion
 from tucka_runtime.server.api.door import Endpoint, generating
 from tucka_runtime.server.api.models import get_model, list_models
+from tucka_runtime.server.http.body import read
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
 from tucka_runtime.server.http.keys import Auth
 from tucka_runtime.server.http.middleware import RequestScope
@@ -34,6 +38,7 @@ def create_app(service: Service) -> ASGIApp:
         ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
+        ("GET", "/", ops.root),
         ("GET", "/health", ops.health),
         ("GET", "/ping", ops.health),
         ("POST", "/ping", ops.health),
@@ -43,22 +48,32 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/tokenize", ops.tokenize),
         ("POST", "/detokenize", ops.detokenize),
     ):
-        app.router.add_route(path, _noting(path, endpoint), methods=[method])
+        app.router.add_route(path, _with_body(endpoint, service.config.max_body_bytes), methods=[method])
     app.add_exception_handler(TuckaError, _tucka_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     config = service.config
-    return RequestScope(Auth(app, config.api_key, config.admin_key), service.metrics.answered)
+    return RequestScope(Auth(app, config.api_key, config.admin_key), service.metrics.answered, _templates(app))
 
 
-def _noting(path: str, endpoint: Endpoint) -> Endpoint:
-    """The endpoint, leaving the route's template for log and metrics: the path itself is the client's to choose."""
+def _with_body(endpoint: Endpoint, limit: int) -> Endpoint:
+    """The endpoint, entered when the request has arrived whole."""
 
-    async def noting(request: Request) -> Response:
-        request.state.route = path
+    async def enter(request: Request) -> Response:
+        await read(request, limit)
         return await endpoint(request)
 
-    return noting
+    return enter
+
+
+def _templates(app: FastAPI) -> Callable[[Scope], str | None]:
+    """Finds the route's template for log and metrics: the path itself is the client's to choose."""
+    routes = [route for route in app.router.routes if isinstance(route, Route)]
+
+    def find(scope: Scope) -> str | None:
+        return next((route.path for route in routes if route.matches(scope)[0] is not Match.NONE), None)
+
+    return find
 
 
 async def _tucka_error(request: Request, error: Exception) -> Response:
@@ -75,4 +90,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
+    """Starlette calls it for whatever has no handler, and raises that again: RequestScope logs it."""
+    if isinstance(error, ClientDisconnect):
+        raise error
     return error_response(internal_error(request.state.request_id))

@@ -1,6 +1,5 @@
 """The one handler and the one response writer of every route that generates. A door is a parser and a format."""
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -10,13 +9,14 @@ from logging import getLogger
 from typing import Any, ClassVar, Generic, TypeVar
 
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Request, RouteReport, SamplingParams
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import GenerationBody, parse, route_scope
 from tucka_runtime.server.api.logprobs import Labels
+from tucka_runtime.server.http.answers import JSONAnswer, encode_json
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.http.errors import envelope, internal_error, reason
 from tucka_runtime.server.http.stream import EventStream, until_disconnect
@@ -50,8 +50,9 @@ class Door(ABC, Generic[B]):
         self.service, self.body, self.adapter = service, body, adapter
         self.labels = Labels(service.tokenizer, bool(body.return_tokens_as_token_ids))
         self._cache_salt = cache_salt
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"  # of the answer, and of the request in the engine
         self.head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": self.id,
             "object": self.chunk_name if body.stream else self.object_name,
             "created": int(time.time()),
             "model": body.model,
@@ -71,7 +72,7 @@ class Door(ABC, Generic[B]):
     def request(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int) -> Request:
         """The engine's request, built once. Raises InvalidRequestError for a route that the adapter does not have."""
         self.asked = Request(
-            id=uuid.uuid4().hex,
+            id=self.id,
             prompts=tuple(map(tuple, prompts)),
             sampling=stopping(sampling, self.service.tokenizer),
             n=n,
@@ -139,7 +140,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
 
     async def handle(http: HTTPRequest) -> Response:
         service: Service = http.app.state.service
-        body = parse(kind.body_type, await read_json(http, service.config.max_body_bytes))
+        body = parse(kind.body_type, await read_json(http))
         include_usage = fields.include_usage(bool(body.stream), body.stream_options)
         lease = service.resolve(body.model)
         try:
@@ -151,7 +152,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
             lease.release()
             raise
         if not body.stream:
-            return JSONResponse(await until_disconnect(http.receive, _whole(door, generation)))
+            return JSONAnswer(await until_disconnect(http.receive, _whole(door, generation)))
         frames = _frames(door, generation, include_usage, http)
         return EventStream(await until_disconnect(http.receive, anext(frames)), frames)
 
@@ -198,7 +199,7 @@ async def _frames(
 
 def event(chunk: dict[str, Any]) -> bytes:
     """One server-sent event without a name."""
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode_json(chunk) + b"\n\n"
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.service.adapters import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
@@ -12,15 +13,15 @@ from tucka_runtime.server.service.service import Service
 async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
     cards = [base_card(service), *(adapter_card(service, adapter) for adapter in service.adapters.all())]
-    return JSONResponse({"object": "list", "data": cards})
+    return JSONAnswer({"object": "list", "data": cards})
 
 
 async def get_model(request: Request) -> Response:
     service: Service = request.app.state.service
     name = request.path_params["name"]
     if name == service.model_name:
-        return JSONResponse(base_card(service))
-    return JSONResponse(adapter_card(service, service.adapters.get(name)))
+        return JSONAnswer(base_card(service))
+    return JSONAnswer(adapter_card(service, service.adapters.get(name)))
 
 
 def base_card(service: Service) -> dict[str, Any]:

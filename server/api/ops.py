@@ -4,31 +4,50 @@ import asyncio
 from importlib.metadata import version as installed
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody, parse
+from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
 
+async def root(request: Request) -> Response:
+    """Says where to go: many a visitor's first request."""
+    service: Service = request.app.state.service
+    chat = "POST /v1/chat/completions" if service.template else "POST /v1/completions"
+    return JSONAnswer(
+        {
+            "message": f"This is TuckA runtime {__version__}. GET /v1/models lists what it serves; {chat} with one of "
+            "those as `model` answers. docs/api.md in its repository has the rest.",
+            "models": "/v1/models",
+            "chat": "/v1/chat/completions",
+            "completions": "/v1/completions",
+            "adapters": "/v1/adapters",
+            "ready": "/ready",
+            "metrics": "/metrics",
+        }
+    )
+
+
 async def health(request: Request) -> Response:
     """200 while this process answers at all."""
-    return JSONResponse({"status": "ok"})
+    return JSONAnswer({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
     """200 while requests can be served: the engine is up and every adapter is in. 503 otherwise."""
     service: Service = request.app.state.service
     if service.ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": "starting"}, 503, {"Retry-After": "1"})
+        return JSONAnswer({"status": "ready"})
+    return JSONAnswer({"status": "starting"}, 503, {"Retry-After": "1"})
 
 
 async def version(request: Request) -> Response:
-    return JSONResponse(
+    return JSONAnswer(
         {"version": __version__, "torch": installed("torch"), "transformers": installed("transformers")},
     )
 
@@ -43,7 +62,7 @@ async def metrics(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of rendered messages."""
     service: Service = request.app.state.service
-    body = parse(TokenizeBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(TokenizeBody, await read_json(request))
     _check_model(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
@@ -55,7 +74,7 @@ async def tokenize(request: Request) -> Response:
         text = await service.render_chat(messages)
         (ids,) = await service.encode([text], body.add_special_tokens is True, "messages")
     tokenizer = service.text_tokenizer("prompt")
-    return JSONResponse(
+    return JSONAnswer(
         {
             "count": len(ids),
             "max_model_len": service.info.max_model_len,
@@ -68,11 +87,11 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
-    body = parse(DetokenizeBody, await read_json(request, service.config.max_body_bytes))
+    body = parse(DetokenizeBody, await read_json(request))
     _check_model(service, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
-    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
+    return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
 
 
 def _check_model(service: Service, model: str | None) -> None:

@@ -7,17 +7,29 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.http.errors import BodyTooLargeError
+from tucka_runtime.server.http.errors import BodyTooLargeError, UnsupportedMediaTypeError
 
 MAX_DEPTH = 64
 MAX_ITEMS = 1_000_000  # by commas and opening brackets, those within strings included
 MAX_DIGITS = 20  # of an integer: 2^64 has 20
 _PARSE_ASIDE_BYTES = 64 * 2**10  # larger bodies are parsed off the event loop
+_GZIP = b"\x1f\x8b"
 
 
-async def read_json(request: Request, limit: int) -> dict[str, Any]:
-    """The body's JSON object. Raises InvalidRequestError, BodyTooLargeError, ClientDisconnect."""
-    raw = await _read(request, limit)
+async def read(request: Request, limit: int) -> None:
+    """Leaves the body in `state.body`. Every request is read to its end before anything is done: what turns out
+    malformed or cut off there has done nothing.
+
+    Raises InvalidRequestError, BodyTooLargeError, UnsupportedMediaTypeError, ClientDisconnect.
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise _compressed()
+    request.state.body = await _read(request, limit)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of a body that has been read. Raises InvalidRequestError, UnsupportedMediaTypeError."""
+    raw: bytearray = request.state.body
     if len(raw) <= _PARSE_ASIDE_BYTES:
         return parse_json(raw)
     return await asyncio.to_thread(parse_json, raw)
@@ -27,12 +39,14 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
     """Strict: no duplicate keys, no NaN or Infinity, no lone surrogates, limited depth, digits and items."""
     if not raw:
         raise InvalidRequestError("The body is empty. Send a JSON object.")
+    if raw.startswith(_GZIP):
+        raise _compressed()
     if raw.count(b",") + raw.count(b"[") > MAX_ITEMS:
         raise InvalidRequestError(
             f"The body has more than {MAX_ITEMS} commas and brackets, too many to be read. Send fewer or shorter lists."
         )
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # a byte order mark says nothing, but some editors and shells write one
     except UnicodeDecodeError:
         raise InvalidRequestError("The body is not valid UTF-8. Encode the JSON as UTF-8.") from None
     try:
@@ -61,6 +75,8 @@ async def _read(request: Request, limit: int) -> bytearray:
     total = 0
     while True:
         message = await request.receive()
+        if fault := request.scope["state"].get("fault"):  # the connection's: what came is malformed, or stopped coming
+            raise fault
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         chunk = message.get("body", b"")
@@ -136,6 +152,10 @@ def _refuse_constant(name: str) -> None:
 
 def _too_deep() -> InvalidRequestError:
     return InvalidRequestError(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _compressed() -> UnsupportedMediaTypeError:
+    return UnsupportedMediaTypeError("The body is compressed. Send it as it is, without Content-Encoding.")
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

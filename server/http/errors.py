@@ -5,10 +5,11 @@ Messages never contain what the client sent.
 
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tucka_runtime.errors import InvalidRequestError, TuckaError
+from tucka_runtime.errors import InvalidRequestError, OverloadedError, TuckaError
+from tucka_runtime.server.http.answers import JSONAnswer
 
 RETRY_AFTER_SECONDS = {429: 1, 503: 5}
 
@@ -60,11 +61,32 @@ class BodyTooLargeError(InvalidRequestError):
     code = "request_too_large"
 
 
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is compressed."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
 class HeadersTooLargeError(InvalidRequestError):
     """Too many headers, or too long ones."""
 
     status = 431
     code = "headers_too_large"
+
+
+class UnsupportedCodingError(InvalidRequestError):
+    """The body has a transfer coding other than `chunked`."""
+
+    status = 501
+    code = "unsupported_transfer_coding"
+
+
+class UnsupportedVersionError(InvalidRequestError):
+    """The request is of another HTTP than 1.x."""
+
+    status = 505
+    code = "unsupported_http_version"
 
 
 def envelope(error: TuckaError) -> dict[str, Any]:
@@ -83,6 +105,11 @@ def internal_error(request_id: str) -> TuckaError:
     return TuckaError(f"Something went wrong inside the server. The log has the details under request id {request_id}.")
 
 
+def crowded() -> OverloadedError:
+    """What those are told for whom there is no connection left."""
+    return OverloadedError("The server has too many connections open. Try again later.")
+
+
 def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
     if error.status in RETRY_AFTER_SECONDS:
@@ -90,7 +117,7 @@ def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> 
     return _ErrorResponse(error, headers)
 
 
-class _ErrorResponse(JSONResponse):
+class _ErrorResponse(JSONAnswer):
     """Leaves the error's reason in `state.error` for the access log."""
 
     def __init__(self, error: TuckaError, headers: dict[str, str]):

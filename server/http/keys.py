@@ -66,5 +66,11 @@ def _matches(given: bytes, keys: list[bytes]) -> bool:
     return found
 
 
+def may_use_reserve(path: str) -> bool:
+    """Whether requests for this path are served when all connections are taken: what tells how the server is, and what
+    could relieve it."""
+    return path in PROBES or path == "/metrics" or _is_admin_path(path)
+
+
 def _is_admin_path(path: str) -> bool:
     return any(path == admin or path.startswith(admin + "/") for admin in _ADMIN_PATHS)

@@ -1,5 +1,6 @@
 """What happens to every request: an id, a limit on its headers, one log line, one metric, and a last resort."""
 
+import asyncio
 import logging
 import re
 import time
@@ -10,9 +11,10 @@ from urllib.parse import quote
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tucka_runtime.errors import EngineDeadError, TuckaError
 from tucka_runtime.logs import fields
-from tucka_runtime.server.http.errors import HeadersTooLargeError, error_response, internal_error
-from tucka_runtime.server.http.keys import PROBES
+from tucka_runtime.server.http.errors import HeadersTooLargeError, crowded, error_response, internal_error
+from tucka_runtime.server.http.keys import PROBES, may_use_reserve
 
 log = logging.getLogger("tucka_runtime.server.access")
 
@@ -26,10 +28,12 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 class RequestScope:
     """The outermost layer. Every answer gets `x-request-id`: the client's own if it is well-formed, else a new one."""
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None]):
-        """`count` is told of every answer's route, method and status code."""
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None], route_of: Callable[[Scope], str | None]):
+        """`count` is told of every answer's route, method and status code; `route_of` gives the template of the route
+        that a request is for, whoever answers it, and None for a path that leads nowhere."""
         self._app = app
         self._count = count
+        self._route_of = route_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,24 +53,25 @@ class RequestScope:
             await send(message)
 
         try:
-            if _too_large(scope):
-                error = HeadersTooLargeError(
-                    f"More than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them. Send fewer."
-                )
-                await error_response(error, {"Connection": "close"})(scope, receive, send_with_id)
+            if (refusal := _refusal(scope)) is not None:
+                await error_response(refusal, {"Connection": "close"})(scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499  # nobody is there to see it; it is for the log
+        except asyncio.CancelledError:  # by the server's end alone, which waits for no request any longer
+            if not status:
+                error = EngineDeadError("The server is stopping. Try again later.")
+                await error_response(error)(scope, receive, send_with_id)
         except Exception:  # the last resort: no request may take the server down or see a traceback
             log.exception("request %s failed", request_id)
-            if not status:
+            if not status:  # an exception within a route has been answered there
                 await error_response(internal_error(request_id))(scope, receive, send_with_id)
         finally:
             self._note(scope, status, request_id, time.monotonic() - started)
 
     def _note(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
-        route, error = scope["state"].get("route", "unmatched"), scope["state"].get("error")
+        route, error = self._route_of(scope) or "unmatched", scope["state"].get("error")
         path = quote(scope["path"])[:SHOWN_PATH] if route == "unmatched" else None
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._count(route, method, str(status))
@@ -101,7 +106,14 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def _too_large(scope: Scope) -> bool:
+def _refusal(scope: Scope) -> TuckaError | None:
+    """Why a request is not even looked at."""
     headers = scope["headers"]
     size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
-    return len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES
+    if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        return HeadersTooLargeError(
+            f"More than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them. Send fewer."
+        )
+    if scope["state"].get("crowded") and not may_use_reserve(scope["path"]):
+        return crowded()
+    return None

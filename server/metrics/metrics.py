@@ -171,7 +171,7 @@ class Metrics:
     # What happens to requests. `model` is the registered name.
 
     def admitted(self, model: str, prompt_tokens: int, sequences: int) -> None:
-        """A request was taken on; every one of its sequences ends in `finished`."""
+        """A request was sent to the engine; every one of its sequences ends in `finished`."""
         self._inc("prompt_tokens", prompt_tokens)
         self._observe("request_prompt_tokens", prompt_tokens)
         self._in_flight[model] += sequences

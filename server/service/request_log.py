@@ -70,7 +70,12 @@ class SequenceRecord:
 
 
 class RequestLog:
-    """Begins when the engine has taken the request on, ends with `close`, whatever happens in between."""
+    """Begins when the request has been sent to the engine, which may still reject it; ends with `close`, whatever
+    happens in between. What is refused before (429, 503, every 400) has none.
+
+    Of each output the generation tells, in this order: `output` when it came, `sent` when the client has it, `finished`
+    where it was the sequence's last. The metrics hear of each at once, trace and log line of all at the end.
+    """
 
     def __init__(self, request: Request, adapter: LoadedAdapter | None, origin: Origin, sinks: Sinks):
         self.request, self.adapter, self.origin = request, adapter, origin
@@ -146,7 +151,7 @@ class RequestLog:
             "queue_seconds": max((t.scheduled - t.arrived for t in timings), default=None),
             "prefill_seconds": max((t.first_token - t.scheduled for t in timings if t.first_token), default=None),
             "first_token_seconds": first - self.origin.received if first else None,
-            "decode_seconds": max((s.last - s.first for s in self.sequences), default=0.0),
+            "decode_seconds": max((s.last - s.first for s in self.sequences if s.first), default=None),
             "seconds": self.ended - self.origin.received,
         }
         log.info(
@@ -160,6 +165,7 @@ class RequestLog:
             extra=fields(
                 event="request",
                 request_id=self.origin.request_id,
+                id=self.request.id,
                 operation=self.origin.operation,
                 model=self.model,
                 adapter=self.adapter.key.name if self.adapter else None,

@@ -101,6 +101,7 @@ def _attributes(record: RequestLog) -> dict[str, Any]:
         "gen_ai.provider.name": "tucka",
         "gen_ai.request.model": record.model,
         "gen_ai.response.model": record.model,
+        "gen_ai.response.id": record.request.id,
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,

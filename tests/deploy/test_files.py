@@ -15,6 +15,7 @@ import yaml
 
 from tests.support import ROOT
 from tests.support.monitoring import DEPLOY
+from tucka_runtime.cli import healthcheck
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.extras import EXTRAS
 
@@ -54,8 +55,24 @@ def test_the_image_is_not_roots_and_stops_by_draining(steps: list[tuple[str, str
     last = dict(steps)
     assert last["USER"] == "tucka" and last["STOPSIGNAL"] == "SIGTERM"
     assert json.loads(last["ENTRYPOINT"]) + json.loads(last["CMD"]) == ["tucka", "serve"]
-    assert "/ready" in last["HEALTHCHECK"]
+    assert last["HEALTHCHECK"].endswith('CMD ["python3", "-m", "tucka_runtime.cli.healthcheck"]')
     assert json.loads(last["VOLUME"]) == ["/models", "/adapters", "/state"]
+
+
+def test_its_health_check_follows_the_servers_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUCKA_PORT", "8000")
+    monkeypatch.setenv("TUCKA_HOST", "0.0.0.0")
+    (tmp_path / "file.yaml").write_text("port: 7000")
+    for command, address in (
+        ("python3 /opt/tucka/bin/tucka serve", "127.0.0.1:8000"),
+        ("/sbin/docker-init -- tucka serve --model /m --port 9000", "127.0.0.1:9000"),
+        ("tucka serve --port=9001 --host 10.0.0.1", "10.0.0.1:9001"),
+        ("tucka serve --host :: --no-such-flag 1", "[::1]:8000"),
+        ("sleep 5", "127.0.0.1:8000"),
+    ):
+        assert healthcheck.url(command.split()) == f"http://{address}/ready"
+    monkeypatch.delenv("TUCKA_PORT")
+    assert healthcheck.url(f"tucka serve --config {tmp_path}/file.yaml".split()) == "http://127.0.0.1:7000/ready"
 
 
 def test_its_environment_names_real_settings(steps: list[tuple[str, str]]) -> None:
@@ -75,6 +92,20 @@ def test_the_extras_are_named_where_one_looks_for_them() -> None:
     assert extras <= set(re.findall(r"\w+", " ".join(comment)))
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         assert "tucka-runtime[" not in page.read_text(), f"{page.name}: there is no such package in a registry"
+
+
+def test_the_readmes_python_runs_after_its_install() -> None:
+    """What its examples import is a dependency of the package, or has its `pip install` above them."""
+    text = (ROOT / "README.md").read_text()
+    needed = {
+        name
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        for name in re.findall(r"^(?:from|import) (\w+)", block, re.MULTILINE)
+    }
+    installed = {name for line in re.findall(r"pip install ([\w ]+)", text) for name in line.split()}
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert "openai" in needed
+    assert needed <= installed | {re.split(r"\W", name)[0] for name in dependencies} | {"tucka_runtime"}
 
 
 @pytest.fixture(scope="module")

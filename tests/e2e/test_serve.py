@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from tests.support.servers import start_command
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.server import serve
+from tucka_runtime.server.http.server import bind
 
 BASE = str(GOLDEN / "bases" / "llama-tiny")
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
@@ -74,19 +78,47 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
 
     process, url = start_command(*arguments, log=tmp_path / "log2")
     assert httpx.post(url + "/v1/completions", json=ask, timeout=30).json()["choices"] == expected
+    whole = threading.Thread(
+        target=lambda: answers.append(httpx.post(url + "/v1/completions", json=long | {"stream": False}, timeout=30))
+    )
+    answers: list[httpx.Response] = []
     with httpx.stream("POST", url + "/v1/completions", json=long, timeout=30) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
+        whole.start()
+        time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
+        seen = [line for line in lines if line]
         assert process.wait(20) == 0
         assert time.monotonic() - began < 8
+    whole.join()
+    assert "engine_unavailable" in seen[-1], "a request that runs when it is to stop at once ends with an error"
+    assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "engine_unavailable"
+    assert "Traceback" not in (tmp_path / "log2").read_text()
+
+
+def test_what_it_says_to_try_shows_an_adapter_and_its_root_says_where_to_go(tmp_path: Path) -> None:
+    process, url = start_command("--shutdown-timeout", "1", log=tmp_path / "log")
+    try:
+        (command,) = re.findall(r"^  (curl .*)$", (tmp_path / "log").read_text(), re.MULTILINE)
+        words = shlex.split(command)
+        headers = {"Content-Type": "application/json"}
+        assert words[0] == "curl" and words[2:5] == ["-H", "Content-Type: application/json", "-d"]
+        answer = httpx.post(words[1], content=words[5], headers=headers, timeout=30).json()
+        assert answer["choices"][0]["message"]["content"] == "5 March 2024"
+        found = httpx.get(url + "/").json()
+        assert httpx.get(url + found["models"]).status_code == 200 and "/v1/chat/completions" in found["message"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="Choose another"):
-        serve._bind(ServerConfig(port=taken.getsockname()[1]))
+        bind("127.0.0.1", taken.getsockname()[1])
 
 
 @pytest.mark.parametrize(

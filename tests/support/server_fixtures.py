@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from tests.support import GOLDEN
 from tests.support.fake_engine import FakeEngine
@@ -19,7 +18,7 @@ from tests.support.servers import Server, make_base, start_command
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.server.api.app import create_app
-from tucka_runtime.server.http.connection import connection_class
+from tucka_runtime.server.http.server import HTTPServer, bind
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.service import Service
@@ -65,7 +64,7 @@ StartFake = Callable[..., Server]
 
 @pytest.fixture
 def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
-    running: list[tuple[uvicorn.Server, threading.Thread, AdapterRegistry]] = []
+    running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry]] = []
 
     def start(with_tokenizer: bool = True, **settings: object) -> Server:
         config = ServerConfig(port=0, adapter_root=(str(GOLDEN),), **settings)  # type: ignore[arg-type]
@@ -83,24 +82,16 @@ def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
             adapters,
             metrics,  # type: ignore[arg-type]
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(service),
-                port=0,
-                http=connection_class(config.max_connections),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        listener = bind(config.host, config.port)
+        server = HTTPServer(create_app(service), config, listener)
+        server.config.timeout_graceful_shutdown = 1
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         running.append((server, thread, registry))
-        port = server.servers[0].sockets[0].getsockname()[1]
+        port = listener.getsockname()[1]
         return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop)
 
     yield start

@@ -1,0 +1,110 @@
+"""uvicorn as this server runs it: its socket, its settings, its connections, and how it ends."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import resource
+import socket
+import time
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from tucka_runtime.config import ServerConfig
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.server.http.connection import RESERVE, Connection, connection_class
+from tucka_runtime.server.http.middleware import MAX_HEADER_BYTES
+
+log = logging.getLogger(__name__)
+
+OTHER_FILES = 256  # open files of the process that are no connections: adapters' files, pipes, libraries
+BACKLOG = 1024  # connections that the kernel keeps until they are accepted
+COMPLAINT_SECONDS = 60.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class HTTPServer(uvicorn.Server):
+    """Serves `app` on `listener`. Signals are somebody else's: uvicorn's own handlers would end the process with the
+    signal's status."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, listener: socket.socket):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=connection_class(config.max_connections),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                # asyncio accepts so many at once, and fails as often when files run out; `startup` sets the queue.
+                backlog=1,
+                h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
+                timeout_keep_alive=config.keep_alive_timeout,
+            )
+        )
+        self._listener = listener
+        self._quiet_until = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_error)
+        await super().startup([self._listener])
+        self._listener.listen(BACKLOG)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    def drop_connections(self) -> None:
+        """Ends what has not ended by itself."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.transport.abort()
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio tries to accept again every second when files or memory have run out: that is said once a minute."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + COMPLAINT_SECONDS
+            log.error(
+                "new connections cannot be accepted: %s. Lower --max-connections or raise the limit (ulimit -n, "
+                "LimitNOFILE=). (said at most once a minute)",
+                error.strerror,
+            )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The port is taken at once, but connections are accepted only when somebody listens. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With its protocol named, asyncio turns Nagle's algorithm off on every connection; it held events back for 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port."
+        ) from None
+    return listener
+
+
+def allow_open_files(max_connections: int) -> None:
+    """Raises the limit of open files to what so many connections need. Raises ConfigError where that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + RESERVE + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ConfigError(
+            f"--max-connections {max_connections} needs {wanted} open files, and this process may have {hard}. Raise "
+            f"that limit (ulimit -n {wanted}; LimitNOFILE= in systemd; --ulimit nofile={wanted} for a container), or "
+            f"choose --max-connections {max(hard - RESERVE - OTHER_FILES, 1)} or fewer."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
