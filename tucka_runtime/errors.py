@@ -10,7 +10,8 @@ TuckaError
 │   ├── InvalidAdapterError     400  the adapter's files are wrong
 │   ├── BaseModelMismatchError  400  the adapter was made for another base
 │   ├── AdapterConflictError    409  the name is taken by other content
-│   └── AdapterCapacityError    503  every slot is in use; try again later
+│   └── AdapterCapacityError    503  every slot is taken; unload one first
+├── StorageError           503  the state folder's disk refuses, or a copy in it is damaged
 ├── OverloadedError        429  the queue is full; try again later
 └── EngineDeadError        503  the engine process is down or restarting
 
@@ -102,11 +103,19 @@ class AdapterConflictError(AdapterError):
 
 
 class AdapterCapacityError(AdapterError):
-    """There is no room for another adapter while all loaded ones are in use."""
+    """Every slot is taken, also by what was unloaded and still answers requests. Nothing is ever pushed out."""
 
     status = 503
     type = "server_error"
     code = "adapter_capacity"
+
+
+class StorageError(TuckaError):
+    """The server's own copies of adapters cannot be written, or are damaged or gone."""
+
+    status = 503
+    type = "server_error"
+    code = "storage_unavailable"
 
 
 class OverloadedError(TuckaError):

@@ -12,7 +12,7 @@ from tucka_runtime.logs import fields
 from tucka_runtime.messages import FinishReason, Request, SequenceOutput, Timing
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.service.adapters import LoadedAdapter
+from tucka_runtime.server.service.leases import LoadedAdapter
 
 if TYPE_CHECKING:
     from tucka_runtime.server.service.traces import Traces

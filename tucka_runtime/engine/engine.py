@@ -289,18 +289,20 @@ class Engine:
         return out
 
     def prepare_adapter(
-        self, key: AdapterKey, folder: Path, pinned: Route | None = None
+        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
     ) -> tuple[FoldedAdapter, AdapterInfo]:
-        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError."""
+        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError, and
+        StorageError if its content is not `blob`."""
         begin = time.monotonic()
-        adapter = read_adapter(folder, self.layout)
+        self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
+        adapter = read_adapter(folder, self.layout, blob)
         checked = time.monotonic()
         folded = self.runner.fold(key, adapter, pinned)
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
         return folded, describe(folded, adapter, pinned, seconds)
 
     def add_adapter(self, folded: FoldedAdapter) -> None:
-        """Makes a prepared adapter known to new requests. Raises AdapterCapacityError."""
+        """Makes a prepared adapter known to new requests. Raises AdapterCapacityError, AdapterConflictError."""
         self.adapters.add(folded)
 
     def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
