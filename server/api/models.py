@@ -60,6 +60,7 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
             "target_modules": list(info.target_modules),
             "num_modules": info.num_modules,
             "bytes": info.bytes,
+            "overflows": service.metrics.adapters.overflows(adapter.key.name),
             "pinned": {"group": adapter.pinned.group, "weights": adapter.pinned.weights} if adapter.pinned else None,
         },
     }

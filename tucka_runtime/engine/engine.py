@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from tucka_runtime.adapters.format import read_adapter
@@ -192,7 +193,7 @@ class Engine:
         routes = {
             (chunk.seq.adapter, chunk.seq.key if result.segment is None else result.segment): result.route
             for chunk, result in results
-            if result.route is not None and chunk.seq.adapter is not None
+            if result.route is not None and chunk.seq.adapter is not None and all(map(isfinite, result.route.weights))
         }
         return outputs, StepStats(
             schedule=step.schedule,
@@ -222,7 +223,7 @@ class Engine:
         self.scheduler.computed(chunk)
         self._note_route(chunk, result.route)
         self._note_scores(chunk, result.prompt_logprobs)
-        return self._advance(seq, result) if chunk.last else None
+        return self._advance(seq, result) if chunk.last or result.error is not None else None
 
     def _note_route(self, chunk: ScheduledChunk, route: Route | None) -> None:
         seq = chunk.seq
