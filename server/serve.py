@@ -104,6 +104,8 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
             await service.template.stop()
         if service is not None and service.traces is not None:
             await asyncio.to_thread(service.traces.close)
+        if service is not None:
+            service.adapters.close()
         registry.close()
         listener.close()
 

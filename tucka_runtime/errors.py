@@ -10,7 +10,9 @@ TuckaError
 │   ├── InvalidAdapterError     400  the adapter's files are wrong
 │   ├── BaseModelMismatchError  400  the adapter was made for another base
 │   ├── AdapterConflictError    409  the name is taken by other content
-│   └── AdapterCapacityError    503  every slot is in use; try again later
+│   └── AdapterCapacityError    503  every slot is taken; unload one first
+├── StorageError           503  the state folder's disk refuses, or a copy in it is damaged
+├── NonFiniteError         500  a forward pass overflowed: no token can be chosen
 ├── OverloadedError        429  the queue is full; try again later
 └── EngineDeadError        503  the engine process is down or restarting
 
@@ -102,11 +104,41 @@ class AdapterConflictError(AdapterError):
 
 
 class AdapterCapacityError(AdapterError):
-    """There is no room for another adapter while all loaded ones are in use."""
+    """Every slot is taken, also by what was unloaded and still answers requests. Nothing is ever pushed out."""
 
     status = 503
     type = "server_error"
     code = "adapter_capacity"
+
+
+class StorageError(TuckaError):
+    """The server's own copies of adapters cannot be written, or are damaged or gone."""
+
+    status = 503
+    type = "server_error"
+    code = "storage_unavailable"
+
+
+class NonFiniteError(TuckaError):
+    """The forward pass brought NaN or infinity where a token should be chosen: finite weights overflow on the way."""
+
+    code = "non_finite_logits"
+
+    def __init__(self, message: str, param: str | None = "model"):
+        super().__init__(message, param)
+
+    @classmethod
+    def of(cls, adapter: bool) -> "NonFiniteError":
+        """`adapter`: an adapter was in it, not the base alone."""
+        if adapter:
+            return cls(
+                "The adapter's weights overflow in this model's forward pass, so no token can be chosen. Use an "
+                "earlier checkpoint of it, or one that was trained with a smaller learning rate or alpha."
+            )
+        return cls(
+            "This model's forward pass overflowed, so no token can be chosen. Serve it with --dtype float32, or "
+            "bfloat16."
+        )
 
 
 class OverloadedError(TuckaError):

@@ -268,12 +268,14 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Is answered by `AdapterLoaded` or `AdapterRefused` with the same `call`."""
+    """Is answered by `AdapterLoaded` or `AdapterRefused` with the same `call`. `blob` is what the folder's content must
+    be (files.blob_name)."""
 
     call: int
     key: AdapterKey
     folder: Path
     pinned: Route | None
+    blob: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
@@ -15,7 +14,7 @@ from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, Unloa
 from tucka_runtime.server.api.models import adapter_card
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.body import read_json
-from tucka_runtime.server.service.adapters import LoadedAdapter
+from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
 
@@ -74,9 +73,8 @@ async def unload_lora_adapter(request: Request) -> Response:
 async def _load(
     service: Service, name: str, path: str, inplace: bool, pinned: Route | None
 ) -> tuple[LoadedAdapter, bool]:
-    with service.adapters.noting_failure(name):
-        source = resolve_source(path, [Path(root) for root in service.config.adapter_root])
-        return await service.adapters.load(name, source, inplace, pinned)
+    roots = [Path(root) for root in service.config.adapter_root]
+    return await service.adapters.load_from(name, path, roots, inplace, pinned)
 
 
 @contextmanager

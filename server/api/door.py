@@ -20,8 +20,8 @@ from tucka_runtime.server.http.answers import JSONAnswer, encode_json
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.http.errors import envelope, internal_error, reason
 from tucka_runtime.server.http.stream import EventStream, until_disconnect
-from tucka_runtime.server.service.adapters import LoadedAdapter
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation, Usage
+from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.request_log import Origin
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.text import stopping

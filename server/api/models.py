@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tucka_runtime.server.http.answers import JSONAnswer
-from tucka_runtime.server.service.adapters import LoadedAdapter
+from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
 
@@ -61,6 +61,7 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
             "target_modules": list(info.target_modules),
             "num_modules": info.num_modules,
             "bytes": info.bytes,
+            "overflows": service.metrics.adapters.overflows(adapter.key.name),
             "pinned": {"group": adapter.pinned.group, "weights": adapter.pinned.weights} if adapter.pinned else None,
         },
     }

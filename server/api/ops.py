@@ -39,11 +39,13 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 while requests can be served: the engine is up and every adapter is in. 503 otherwise."""
+    """200 while requests can be served: the engine is up and every adapter that was promised is in. 503 otherwise."""
     service: Service = request.app.state.service
-    if service.ready:
-        return JSONAnswer({"status": "ready"})
-    return JSONAnswer({"status": "starting"}, 503, {"Retry-After": "1"})
+    if not service.ready:
+        return JSONAnswer({"status": "starting"}, 503, {"Retry-After": "1"})
+    if lost := service.adapters.lost:
+        return JSONAnswer({"status": "adapters lost", "lost": lost}, 503, {"Retry-After": "1"})
+    return JSONAnswer({"status": "ready"})
 
 
 async def version(request: Request) -> Response:
@@ -55,7 +57,7 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     engine = service.engine
-    text = service.metrics.render(service.ready, engine.restarts, engine.info, __version__)
+    text = service.metrics.render(service.ready, engine.restarts, engine.info, __version__, service.adapters.lost)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

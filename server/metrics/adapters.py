@@ -19,6 +19,7 @@ RECENT = 1024  # selections after which one counts half in the load balance
 _FAMILIES = (
     ("requests_total", "counter", "sequences finished, by finish reason"),
     ("errors_total", "counter", "requests that ended with an error"),
+    ("overflows_total", "counter", "requests that ended because its content overflows in the forward pass"),
     ("prompt_tokens_total", "counter", "prompt tokens of admitted requests"),
     ("generation_tokens_total", "counter", "tokens generated"),
     ("time_to_first_token_seconds", "histogram", "request's first bytes to first token sent"),
@@ -97,6 +98,16 @@ class AdapterMetrics:
             row.errors += failed
             self._changed(name)
 
+    def overflowed(self, name: str) -> None:
+        """A request ended because the forward pass brought no finite logits."""
+        if (row := self._rows.get(name)) is not None:
+            row.overflows += 1
+            self._changed(name)
+
+    def overflows(self, name: str) -> int:
+        """Requests that ended so."""
+        return self._rows[name].overflows if name in self._rows else 0
+
     def routed(self, key: AdapterKey, route: Route) -> None:
         """One forward pass of one segment. A generation that was replaced meanwhile is not counted."""
         row = self._rows.get(key.name)
@@ -162,6 +173,7 @@ class _Row:
         self.label = label("model", name)
         self.requests: dict[FinishReason, int] = {}
         self.errors = 0
+        self.overflows = 0
         self.prompt_tokens = 0
         self.generated = 0
         self.route_changes = 0
@@ -197,6 +209,7 @@ class _Row:
         own = (
             reasons.encode(),
             _line("errors_total", label, self.errors).encode(),
+            _line("overflows_total", label, self.overflows).encode(),
             _line("prompt_tokens_total", label, self.prompt_tokens).encode(),
             _line("generation_tokens_total", label, self.generated).encode(),
             _observed(self.ttft),

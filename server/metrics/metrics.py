@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
-from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, TuckaError
+from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, StorageError, TuckaError
 from tucka_runtime.messages import AdapterInfo, EngineInfo, EngineLoad, FinishReason, StepStats, Timing
 from tucka_runtime.server.metrics.adapters import AdapterMetrics
 from tucka_runtime.server.metrics.exposition import Family, Histogram, Value
@@ -84,6 +84,7 @@ SPECS = (
     _gauge("kv_blocks", "KV blocks there are"),
     _counter("preemptions", "sequences set back to make room"),
     _gauge("adapters_loaded", "adapters loaded"),
+    _gauge("adapters_lost", "adapters that were loaded, not unloaded, and cannot be brought back"),
     _gauge("adapter_slots", "adapters that can be loaded"),
     _histogram("load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"),
     _counter("load_failures", "loads refused or failed, by the error's code", "code"),
@@ -92,6 +93,7 @@ LOAD_ERRORS: tuple[type[TuckaError], ...] = (
     *AdapterError.__subclasses__(),
     EngineDeadError,
     InvalidRequestError,
+    StorageError,
     TuckaError,
 )
 
@@ -245,7 +247,9 @@ class Metrics:
         self._inc("preemptions", new if new >= 0 else load.preemptions)
         self._preemptions = load.preemptions
 
-    def render(self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "") -> bytes:
+    def render(
+        self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "", lost: int = 0
+    ) -> bytes:
         """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
         what it never gave back shows."""
         held = self._load if up else None
@@ -262,6 +266,7 @@ class Metrics:
         self._inc("engine_restarts", restarts - self._restarts)
         self._restarts = restarts
         self._set("adapters_loaded", len(self.adapters))
+        self._set("adapters_lost", lost)
         self._set("adapter_slots", self._max_adapters)
         if info is not None:
             self._set("engine_info", 1, version, info.model_type, info.dtype, info.device, info.kernels)

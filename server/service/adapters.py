@@ -8,77 +8,73 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name
+from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
+from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
+    AdapterCapacityError,
     AdapterConflictError,
     BaseModelMismatchError,
     EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
+    StorageError,
     TuckaError,
 )
 from tucka_runtime.logs import fields
-from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
+from tucka_runtime.messages import AdapterInfo, Route
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """What a name stands for. `created` is in seconds since the epoch, `pinned` the route it was loaded with."""
-
-    key: AdapterKey
-    digest: str
-    folder: Path
-    pinned: Route | None
-    info: AdapterInfo
-    created: int
-    source: str
-
-
-class Lease:
-    """One use of an adapter by one request, or of the base (`adapter` None), from when its name is resolved until
-    `release`."""
-
-    def __init__(self, names: "AdapterNames | None" = None, adapter: LoadedAdapter | None = None):
-        self.adapter = adapter
-        self._names = names
-        if names is not None and adapter is not None:
-            names.hold(adapter.key)
-
-    def release(self) -> None:
-        """Ends the lease. It is harmless when it is over already."""
-        names, self._names = self._names, None
-        if names is not None and self.adapter is not None:
-            names.release(self.adapter.key)
+COPIES = 2  # adapters that are looked for and copied at once: each takes a core while it is hashed
 
 
 class AdapterNames:
-    """Loads, replaces and unloads adapters by name. `base_name` is taken by the base model."""
+    """Loads, replaces and unloads adapters by name. `base_name` is taken by the base model.
+
+    Disks are waited for in two pools of threads of its own, one for copies and one for the registry's small writes: the
+    event loop's pool, which prompts are tokenised in, never is.
+    """
 
     def __init__(self, engine: EngineClient, registry: AdapterRegistry, base_name: str, metrics: Metrics):
         self._engine = engine
         self._registry = registry
         self._base_name = base_name
         self._metrics = metrics
+        self._leases = Leases(engine)
         self._loaded: dict[str, LoadedAdapter] = {}
+        self._lost: dict[str, RegistryEntry] = {}
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         self._generation = 0
-        self._in_use: Counter[AdapterKey] = Counter()
-        self._retiring: set[AdapterKey] = set()
+        self._copies = ThreadPoolExecutor(COPIES, "adapter-copies")
+        self._books = ThreadPoolExecutor(1, "adapter-books")
         self.ready = False
 
+    @property
+    def lost(self) -> int:
+        """How many names that were promised (loaded once, and never unloaded) have no adapter: neither their copy nor
+        their source could be read when the engine was started anew."""
+        return len(self._lost)
+
     def get(self, name: str) -> LoadedAdapter:
-        """What the name stands for now. Raises ModelNotFoundError."""
+        """What the name stands for now. Raises ModelNotFoundError, and StorageError where its adapter was lost."""
+        if name in self._lost:
+            raise StorageError(
+                "The adapter of that name was lost: neither the server's copy of it nor the folder it was loaded from "
+                "can be read any more. Load it again, or unload it.",
+                "model",
+            )
         if name not in self._loaded:
             raise ModelNotFoundError(
                 "No base model or adapter of that name is loaded. GET /v1/models lists those that are.", "model"
@@ -87,6 +83,18 @@ class AdapterNames:
 
     def all(self) -> list[LoadedAdapter]:
         return list(self._loaded.values())
+
+    async def load_from(
+        self, name: str, path: str, roots: Sequence[Path], inplace: bool, pinned: Route | None
+    ) -> tuple[LoadedAdapter, bool]:
+        """`load` of what a client calls `path`, which must be below one of `roots`. A load that fails is counted by its
+        code and leaves a line in the log."""
+        try:
+            source = await self._run(self._copies, resolve_source, path, roots)
+            return await self.load(name, source, inplace, pinned)
+        except Exception as error:
+            self._failed(name, error)
+            raise
 
     async def load(
         self, name: str, source: Path, inplace: bool = False, pinned: Route | None = None, durable: bool = True
@@ -102,11 +110,13 @@ class AdapterNames:
             raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
         async with self._lock(name):
             begin = time.monotonic()
-            stored = await asyncio.to_thread(self._registry.ingest, source)
+            stored = await self._run(self._copies, self._registry.ingest, source)
             copied = time.monotonic() - begin
             try:
                 old = self._loaded.get(name)
-                if old is not None and (old.folder, old.pinned) == (stored.folder, pinned):
+                if old is not None and (old.entry.blob, old.pinned) == (stored.blob, pinned):
+                    if durable:  # it may have been loaded by a flag, which a restart forgets
+                        await self._run(self._books, self._registry.put, old.entry)
                     return old, False
                 if old is not None and not inplace:
                     raise AdapterConflictError(
@@ -115,19 +125,14 @@ class AdapterNames:
                         "name",
                     )
                 self._check_engine()
-                return await self._switch(name, stored, pinned, str(source), durable, copied), True
+                self._generation += 1
+                entry = RegistryEntry(
+                    name, stored.digest, stored.blob, self._generation, str(source), pinned, self._fingerprint
+                )
+                return await self._switch(entry, durable, copied), True
             finally:
                 self._registry.release(stored)
                 await self._collect()
-
-    @contextmanager
-    def noting_failure(self, name: str) -> Iterator[None]:
-        """A load that fails in here is counted by its code and leaves a line in the log."""
-        try:
-            yield
-        except Exception as error:
-            self._failed(name, error)
-            raise
 
     async def unload(self, name: str) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
@@ -135,126 +140,129 @@ class AdapterNames:
         if name == self._base_name:
             raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
         async with self._lock(name):
-            old = self.get(name)
+            entry = self._lost[name] if name in self._lost else self.get(name).entry
             self._check_engine()
-            del self._loaded[name]
-            self._metrics.adapter_unloaded(name)
-            in_use = self._retire(old.key)
-            await asyncio.to_thread(self._registry.remove, name)
+            await self._run(self._books, self._registry.remove, name)
+            in_use = name in self._loaded and self._leases.retire(entry.key)
+            self._forget(name)
+            self._lost.pop(name, None)
             await self._collect()
             log.info(
                 "adapter %s is unloaded%s",
                 name,
                 ": running requests go on" if in_use else "",
-                extra=fields(event="adapter_unloaded", adapter=name, digest=old.digest, generation=old.key.generation),
+                extra=fields(event="adapter_unloaded", adapter=name, digest=entry.digest, generation=entry.generation),
             )
             return in_use
 
     async def restore(self, base_fingerprint: str) -> None:
-        """Loads what the registry remembers. What does not fit this base or cannot be loaded is left out and logged."""
+        """Loads what the registry remembers, in the generations that it had. What belongs to another base is left out
+        and logged; what cannot be loaded is lost (`lost`)."""
         for entry in self._registry.names():
-            if entry.base_fingerprint != base_fingerprint:
-                self._failed(entry.name, BaseModelMismatchError("it was loaded beside another base model."))
-                continue
             self._generation = max(self._generation, entry.generation)
-            try:
-                await self._switch(
-                    entry.name,
-                    StoredAdapter(entry.digest, self._registry.folder(entry.blob)),
-                    entry.pinned_route,
-                    entry.source,
-                    durable=True,
-                )
-            except TuckaError as error:
-                self._failed(entry.name, error)
+            if entry.base_fingerprint == base_fingerprint:
+                self._lost[entry.name] = entry  # until it is here: `reload` finds it if the engine dies meanwhile
+                with contextlib.suppress(EngineDeadError):
+                    await self._bring_back(entry)
+            else:
+                self._failed(entry.name, BaseModelMismatchError("it was loaded beside another base model."))
 
     async def reload(self) -> None:
-        """Brings every name into a fresh engine process. One that cannot be loaded is dropped, and logged.
+        """Brings every name into a fresh engine process. One that cannot be loaded is lost (`lost`).
 
         Raises EngineDeadError if that process dies too.
         """
         self.ready = False
-        for name in {*self._loaded, *self._locks}:  # also those whose load was nearly done when the engine died
+        for name in {*self._loaded, *self._lost, *self._locks}:  # also those that were being loaded as the engine died
             async with self._lock(name):
-                old = self._loaded.get(name)
-                if old is None:
-                    continue
-                try:
-                    info = await self._engine.load_adapter(old.key, old.folder, old.pinned)
-                    self._loaded[name] = replace(old, info=info)
-                    self._metrics.adapter_loaded(info, info.load_seconds)
-                except EngineDeadError:
-                    raise
-                except TuckaError as error:
-                    self._failed(name, error)
-                    del self._loaded[name]
-                    self._metrics.adapter_unloaded(name)
+                if name in self._loaded:
+                    await self._bring_back(self._loaded[name].entry)
+                elif name in self._lost:
+                    await self._bring_back(self._lost[name])
         self.ready = True
 
-    def lease(self, name: str) -> "Lease":
-        """Holds what the name stands for now: it is unloaded only when the lease is over. Raises ModelNotFoundError."""
-        return Lease(self, self.get(name))
+    def lease(self, name: str) -> Lease:
+        """Holds what the name stands for now: it is unloaded only when the lease is over. Raises what `get` does."""
+        return Lease(self._leases, self.get(name))
 
-    def hold(self, key: AdapterKey) -> None:
-        """Lease's half."""
-        self._in_use[key] += 1
+    def close(self) -> None:
+        """Waits for no copy that has not begun."""
+        for pool in (self._copies, self._books):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def release(self, key: AdapterKey) -> None:
-        """Lease's other half. The last one sends away what was unloaded or replaced meanwhile."""
-        self._in_use[key] -= 1
-        if self._in_use[key] <= 0:
-            del self._in_use[key]
-            if key in self._retiring:
-                self._retiring.discard(key)
-                self._send_away(key)
+    @property
+    def _fingerprint(self) -> str:
+        return self._engine.info.fingerprint if self._engine.info else ""
 
-    def _retire(self, key: AdapterKey) -> bool:
-        """Unloads a generation that no name stands for any more, as soon as nothing uses it; whether something does."""
-        if self._in_use[key] > 0:
-            self._retiring.add(key)
-            return True
-        self._send_away(key)
-        return False
+    async def _load(self, entry: RegistryEntry) -> AdapterInfo:
+        folder = self._registry.folder(entry.blob)
+        return await self._engine.load_adapter(entry.key, folder, entry.pinned_route, entry.blob)
 
-    def _send_away(self, key: AdapterKey) -> None:
-        """An engine that is down has nothing to unload."""
-        with contextlib.suppress(EngineDeadError):
-            self._engine.unload_adapter(key)
+    async def _bring_back(self, entry: RegistryEntry) -> None:
+        """Loads what a name stands for from the server's copy. Where that is damaged or gone, it is copied once more
+        from where it came, if that still has the same content; else the name is lost. Raises EngineDeadError."""
+        name = entry.name
+        try:
+            try:
+                info = await self._load(entry)
+            except (EngineDeadError, AdapterCapacityError):
+                raise
+            except TuckaError:
+                if not await self._run(self._copies, self._copy_again, entry):
+                    raise
+                info = await self._load(entry)
+        except EngineDeadError:
+            raise
+        except TuckaError as error:
+            self._failed(name, error)
+            self._forget(name)
+            self._lost[name] = entry
+            return
+        self._lost.pop(name, None)
+        created = self._loaded[name].created if name in self._loaded else int(time.time())
+        self._loaded[name] = LoadedAdapter(entry, info, created)
+        self._metrics.adapter_loaded(info, info.load_seconds)
 
-    async def _switch(
-        self,
-        name: str,
-        stored: StoredAdapter,
-        pinned: Route | None,
-        source: str,
-        durable: bool,
-        copied: float = 0.0,
-    ) -> LoadedAdapter:
-        """`copied`: seconds that it took to check and copy the files."""
-        self._generation += 1
-        key = AdapterKey(name, self._generation)
-        fingerprint = self._engine.info.fingerprint if self._engine.info else ""
-        begin = time.monotonic()
-        info = await self._engine.load_adapter(key, stored.folder, pinned)
+    def _copy_again(self, entry: RegistryEntry) -> bool:
+        """Whether the adapter's source gave its copy once more. The copy stays because the name keeps it."""
+        try:
+            stored = self._registry.ingest(Path(entry.source))
+        except TuckaError:
+            return False
+        self._registry.release(stored)
+        if stored.blob == entry.blob:
+            log.warning("the server's copy of adapter %s was damaged or gone; it is copied again", entry.name)
+        return stored.blob == entry.blob
+
+    def _forget(self, name: str) -> None:
+        if self._loaded.pop(name, None) is not None:
+            self._metrics.adapter_unloaded(name)
+
+    async def _switch(self, entry: RegistryEntry, durable: bool, copied: float) -> LoadedAdapter:
+        """The disk first: whoever was told that a name stands for something finds it there after a restart. `copied`:
+        seconds that it took to check and copy the files."""
+        name, begin = entry.name, time.monotonic()
+        info = await self._load(entry)
         waited = max(time.monotonic() - begin - sum(info.load_seconds.values()), 0.0)
         if durable:
             try:
-                await asyncio.to_thread(self._registry.put, name, stored, key.generation, source, pinned, fingerprint)
-            except OSError:
-                self._retire(key)
+                await self._run(self._books, self._registry.put, entry)
+            except TuckaError:
+                self._leases.retire(entry.key)
                 raise
         old = self._loaded.get(name)
-        self._loaded[name] = LoadedAdapter(key, stored.digest, stored.folder, pinned, info, int(time.time()), source)
+        self._loaded[name] = LoadedAdapter(entry, info, int(time.time()))
+        self._lost.pop(name, None)
         self._metrics.adapter_loaded(info, {"copy": copied, **info.load_seconds, "wait": waited})
         if old is not None:
-            self._retire(old.key)
+            self._leases.retire(old.key)
         log.info(
             "adapter %s is loaded: %s, digest %s, generation %d",
             name,
             info.kind,
-            stored.digest[:12],
-            key.generation,
-            extra=fields(event="adapter_loaded", adapter=name, digest=stored.digest, generation=key.generation),
+            entry.digest[:12],
+            entry.generation,
+            extra=fields(event="adapter_loaded", adapter=name, digest=entry.digest, generation=entry.generation),
         )
         return self._loaded[name]
 
@@ -278,10 +286,14 @@ class AdapterNames:
             raise EngineDeadError("The engine is restarting. Try again later.")
 
     async def _collect(self) -> None:
+        keep = {adapter.entry.blob for adapter in self._loaded.values()} | {lost.blob for lost in self._lost.values()}
         try:
-            await asyncio.to_thread(self._registry.collect, {a.folder.name for a in self._loaded.values()})
+            await self._run(self._books, self._registry.collect, keep)
         except OSError as error:
             log.error("copies of adapters that no name uses cannot be deleted: %s", error.strerror)
+
+    async def _run(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
     @asynccontextmanager
     async def _lock(self, name: str) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tucka_runtime.errors import EngineDeadError
 from tucka_runtime.messages import FinishReason, Request, RouteReport, SequenceOutput, TokenLogprob
-from tucka_runtime.server.service.adapters import Lease
+from tucka_runtime.server.service.leases import Lease
 from tucka_runtime.server.service.request_log import Origin, RequestLog
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.stops import stop_table

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HTTPRequest
 
+from tucka_runtime.errors import NonFiniteError
 from tucka_runtime.logs import fields
 from tucka_runtime.messages import FinishReason, Request, SequenceOutput, Timing
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.service.adapters import LoadedAdapter
+from tucka_runtime.server.service.leases import LoadedAdapter
 
 if TYPE_CHECKING:
     from tucka_runtime.server.service.traces import Traces
@@ -139,6 +140,8 @@ class RequestLog:
             for sequence in unfinished:
                 sequence.reason = reason
             self._metrics.finished(self.model, reason, len(unfinished))
+        if isinstance(self.error, NonFiniteError):
+            self._metrics.adapters.overflowed(self.model)
         self._metrics.closed(self.model, self.ended - self.origin.received, self.generated, self.error is not None)
         self.trace_id = self._traces.record(self) if self._traces is not None else self.origin.trace_id
         self._log()

@@ -9,8 +9,9 @@ from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, RouteScope
 from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.service.adapters import AdapterNames, Lease, LoadedAdapter
+from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.leases import Lease, LoadedAdapter
 from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer, unshielded

@@ -1,8 +1,10 @@
 """Names and copies survive crashes; paths and names that mean harm are refused."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,11 +18,12 @@ from hypothesis import strategies as st
 
 from tests.support import ROOT
 from tests.support.adapter_files import put, tucka_config, tucka_tensors
+from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.adapters.format import read_adapter
-from tucka_runtime.adapters.registry import AdapterRegistry, StoredAdapter, check_name
+from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
 from tucka_runtime.adapters.sources import resolve_source
-from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError
+from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError, StorageError
 from tucka_runtime.messages import Route
 
 CHILD = ROOT / "tests" / "support" / "registry_child.py"
@@ -35,6 +38,12 @@ def source(tmp_path, base) -> Path:
 def registry(tmp_path):
     with AdapterRegistry(tmp_path / "state") as registry:
         yield registry
+
+
+def entry(
+    name: str, stored: StoredAdapter, generation: int = 1, source: str = "x", pinned: Route | None = None, base="f"
+) -> RegistryEntry:
+    return RegistryEntry(name, stored.digest, stored.blob, generation, source, pinned, base)
 
 
 # --- copies ---
@@ -67,7 +76,7 @@ def test_entries_of_before_there_were_blobs(tmp_path, source):
     root = tmp_path / "state"
     with AdapterRegistry(root) as registry:
         stored = registry.ingest(source)
-        registry.put("a", stored, 1, "x", None, "f")
+        registry.put(entry("a", stored, 1, "x", None, "f"))
         before = registry.names()
     table = json.loads((root / "registry.json").read_text())
     del table["adapters"][0]["blob"]
@@ -115,7 +124,7 @@ def test_a_failed_ingest_leaves_nothing(registry, source, tmp_path, name, how):
 
 
 def test_weights_cut_off_while_they_are_copied(registry, source, monkeypatch):
-    monkeypatch.setattr("tucka_runtime.adapters.registry.COPY_BYTES", 64)
+    monkeypatch.setattr("tucka_runtime.adapters.blobs.COPY_BYTES", 64)
     real = os.fstat
 
     def cut(fd):
@@ -131,7 +140,7 @@ def test_weights_cut_off_while_they_are_copied(registry, source, monkeypatch):
 
 def test_collect_keeps_what_is_named_or_asked_for(registry, tmp_path, base):
     stored = [registry.ingest(put(tmp_path / str(i), tucka_config(alpha=i), tucka_tensors(base))) for i in range(3)]
-    registry.put("a", stored[0], 1, "x", None, "f")
+    registry.put(entry("a", stored[0], 1, "x", None, "f"))
     registry.collect()
     assert all(item.folder.exists() for item in stored), "not before they are released"
     for item in stored:
@@ -150,10 +159,10 @@ def test_names_come_back(tmp_path, source):
     root = tmp_path / "state"
     with AdapterRegistry(root) as registry:
         stored = registry.ingest(source)
-        registry.put("a", stored, 1, "somewhere/\udc80", None, "f")
-        registry.put("b", stored, 2, "é", Route(1, (0.5, 0.25)), "f")
-        registry.put("a", stored, 3, "there", Route(0, (0.3,)), "g")
-        registry.put("c", stored, 4, "there", None, "g")
+        registry.put(entry("a", stored, 1, "somewhere/\udc80", None, "f"))
+        registry.put(entry("b", stored, 2, "é", Route(1, (0.5, 0.25)), "f"))
+        registry.put(entry("a", stored, 3, "there", Route(0, (0.3,)), "g"))
+        registry.put(entry("c", stored, 4, "there", None, "g"))
         registry.remove("c")
         registry.remove("never")
         before = registry.names()
@@ -167,23 +176,120 @@ def test_names_come_back(tmp_path, source):
 
 
 def test_put_needs_the_content(registry):
-    with pytest.raises(ValueError, match="before ingest"):
-        registry.put("a", StoredAdapter("0" * 64, registry.folder("0" * 64)), 1, "x", None, "f")
+    with pytest.raises(StorageError, match="gone"):
+        registry.put(entry("a", StoredAdapter("0" * 64, registry.folder("0" * 64))))
 
 
 def test_a_full_disk_changes_nothing(registry, source, monkeypatch):
     stored = registry.ingest(source)
-    registry.put("a", stored, 1, "x", None, "f")
+    registry.put(entry("a", stored, 1, "x", None, "f"))
     before = registry.names()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="space"):
-        registry.put("b", stored, 2, "x", None, "f")
+    with pytest.raises(StorageError, match="No space left on device"):
+        registry.put(entry("b", stored, 2, "x", None, "f"))
     assert registry.names() == before
     assert not [name for name in os.listdir(registry.root) if name.startswith(".")]
+
+
+def fill_disk(monkeypatch) -> None:
+    """From now on nothing that is written reaches the disk."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_what_is_here_already_needs_no_room(registry, source, tmp_path, base, monkeypatch):
+    stored = registry.ingest(source)
+    fill_disk(monkeypatch)
+    assert registry.ingest(source) == stored
+    other = put(tmp_path / "other", tucka_config(alpha=3), tucka_tensors(base))
+    with pytest.raises(StorageError, match="No space left on device"):
+        registry.ingest(other)
+    assert os.listdir(stored.folder.parent) == [stored.blob]
+
+
+def test_a_full_disk_gives_room_back(registry, source, monkeypatch):
+    stored = registry.ingest(source)
+    registry.release(stored)
+    fill_disk(monkeypatch)
+    monkeypatch.setattr(os, "mkdir", os.fsync)
+    registry.collect()
+    assert os.listdir(stored.folder.parent) == []
+
+
+@pytest.mark.parametrize("file", [CONFIG_NAME, WEIGHTS_NAME, TRAINING_NAME])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_copy_is_found_and_replaced(registry, source, base, file, how):
+    (source / TRAINING_NAME).write_text('{"route": "batch"}')
+    stored = registry.ingest(source)
+    copy = stored.folder / file
+    whole = copy.read_bytes()
+    if how == "gone":
+        copy.unlink()
+    else:  # the last byte of JSON is a bracket: one bit makes it something else
+        copy.write_bytes(whole[:-1] if how == "cut" else whole[:-1] + bytes([whole[-1] ^ 4]))
+    with pytest.raises((StorageError, InvalidAdapterError)):
+        read_adapter(stored.folder, base, stored.blob)
+    assert registry.ingest(source) == stored
+    assert copy.read_bytes() == whole
+    assert read_adapter(stored.folder, base, stored.blob).digest == stored.digest
+    assert os.listdir(stored.folder.parent) == [stored.blob]
+
+
+def test_a_flipped_bit_of_a_weight_is_a_fault_of_the_disk(registry, source, base):
+    stored = registry.ingest(source)
+    weights = stored.folder / WEIGHTS_NAME
+    data = bytearray(weights.read_bytes())
+    data[-4] ^= 1  # the lowest bit of a float
+    weights.write_bytes(data)
+    read_adapter(stored.folder, base)  # it is an adapter, but another one
+    with pytest.raises(StorageError, match="damaged"):
+        read_adapter(stored.folder, base, stored.blob)
+
+
+@pytest.mark.parametrize("temporary", [False, True])
+def test_a_root_that_a_cleaner_removed_is_made_again(tmp_path, source, base, monkeypatch, temporary):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    root = tmp_path / "state"
+    with AdapterRegistry(None if temporary else root) as registry:
+        stored = registry.ingest(source)
+        registry.put(entry("a", stored))
+        shutil.rmtree(registry.root)
+        with pytest.raises(StorageError, match="gone"):
+            registry.put(entry("b", stored))
+        assert [known.name for known in registry.names()] == ["a"]
+        again = registry.ingest(source)
+        registry.put(entry("b", again, 2))
+        assert again.blob == stored.blob and registry.folder(stored.blob) == again.folder
+        assert read_adapter(again.folder, base, again.blob).digest == stored.digest
+        if temporary:
+            assert registry.root.stat().st_mode & 0o077 == 0
+        else:
+            with pytest.raises(ConfigError, match="in use by another server"):
+                AdapterRegistry(root)
+    if not temporary:
+        with AdapterRegistry(root) as registry:
+            assert [known.name for known in registry.names()] == ["a", "b"]
+
+
+def test_a_root_that_another_server_made_again_is_left_to_it(tmp_path, source):
+    root = tmp_path / "state"
+    with AdapterRegistry(root) as registry:
+        shutil.rmtree(root)
+        with AdapterRegistry(root), pytest.raises(StorageError, match="another server"):
+            registry.ingest(source)
+
+
+def test_no_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"TMPDIR.*--state-dir"):
+        AdapterRegistry(None)
 
 
 def test_a_temporary_root_goes(source):
@@ -227,6 +333,49 @@ def test_a_registry_that_cannot_be_read_is_said(tmp_path, text):
     for _ in range(2):  # the lock is not kept
         with pytest.raises(ConfigError, match=r"registry\.json"):
             AdapterRegistry(tmp_path)
+
+
+GOOD_ENTRY = {
+    "name": "a",
+    "digest": "0" * 64,
+    "blob": "0" * 64,
+    "generation": 1,
+    "source": "x",
+    "pinned_route": None,
+    "base_fingerprint": "f",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generation": None},
+        {"generation": "1"},
+        {"generation": -1},
+        {"name": 5},
+        {"name": "a b"},
+        {"digest": "1" * 64},
+        {"blob": "../../etc"},
+        {"source": None},
+        {"pinned_route": 3},
+        {"pinned_route": {"group": 0, "weights": [None]}},
+        {"base_fingerprint": None},
+    ],
+)
+def test_every_field_of_an_entry_is_checked(tmp_path, changes):
+    (tmp_path / "registry.json").write_text(json.dumps({"version": 1, "adapters": [GOOD_ENTRY | changes]}))
+    with pytest.raises(ConfigError, match=r"registry\.json"):
+        AdapterRegistry(tmp_path)
+
+
+def test_what_newer_versions_add_is_left_out_and_newer_formats_are_named(tmp_path):
+    file = tmp_path / "registry.json"
+    file.write_text(json.dumps({"version": 1, "more": 1, "adapters": [GOOD_ENTRY | {"newer": {"x": 1}}]}))
+    with AdapterRegistry(tmp_path) as registry:
+        assert [known.name for known in registry.names()] == ["a"]
+    file.write_text(json.dumps({"version": 2, "adapters": {}}))
+    with pytest.raises(ConfigError, match="newer version"):
+        AdapterRegistry(tmp_path)
 
 
 def test_root_that_cannot_be_used(tmp_path):

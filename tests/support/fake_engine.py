@@ -57,7 +57,9 @@ class FakeEngine:
         self.requests.append(request)
         return FakeStream(self, request)
 
-    async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
+    async def load_adapter(
+        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
+    ) -> AdapterInfo:
         if self.load_error is not None:
             raise self.load_error
         if not (folder / "adapter_model.safetensors").is_file():

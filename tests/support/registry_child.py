@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from tucka_runtime.adapters import files, registry
+from tucka_runtime.adapters import blobs, files, registry
 
 
 def crash_at(count: int) -> None:
@@ -38,7 +38,7 @@ def crash_at(count: int) -> None:
 
     for name in ("fsync", "replace", "rename", "mkdir", "open", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
-    for module in (files, registry):
+    for module in (blobs, files, registry):
         module.open = lambda path, mode: TornFile(path, mode.replace("b", ""))  # type: ignore[attr-defined]
 
 
@@ -49,7 +49,7 @@ if len(sys.argv) > 3:
 for generation in itertools.count(1):
     source = sources[generation % len(sources)]
     stored = adapters.ingest(source)
-    adapters.put("name", stored, generation, "here", None, "base")
+    adapters.put(registry.RegistryEntry("name", stored.digest, stored.blob, generation, "here", None, "base"))
     print("put", generation, stored.digest, flush=True)
     adapters.release(stored)
     adapters.collect()

@@ -67,7 +67,7 @@ def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
     running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry]] = []
 
     def start(with_tokenizer: bool = True, **settings: object) -> Server:
-        config = ServerConfig(port=0, adapter_root=(str(GOLDEN),), **settings)  # type: ignore[arg-type]
+        config = ServerConfig(**{"port": 0, "adapter_root": (str(GOLDEN),)} | settings)  # type: ignore[arg-type]
         engine, metrics = FakeEngine(), Metrics()
         registry = AdapterRegistry(tmp_path / f"state{len(running)}")
         adapters = AdapterNames(engine, registry, "base", metrics)  # type: ignore[arg-type]

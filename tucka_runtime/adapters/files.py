@@ -18,7 +18,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from tucka_runtime.errors import InvalidAdapterError
+from tucka_runtime.errors import InvalidAdapterError, StorageError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,12 +37,18 @@ def start_digest(config: bytes | bytearray, weights_size: int) -> "hashlib._Hash
     return hashlib.sha256(len(config).to_bytes(8, "little") + config + weights_size.to_bytes(8, "little"))
 
 
+def blob_name(digest: str, training: bytes | bytearray | None) -> str:
+    """What a copy is kept under: the digest of config and weights and, where there is one, of training.json."""
+    return digest if training is None else f"{digest}-{hashlib.sha256(training).hexdigest()[:16]}"
+
+
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
     """A descriptor of the adapter's folder. Raises InvalidAdapterError if it is none."""
     try:
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, ValueError):  # ValueError: a NUL in the path
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        _check_own_fault(error)
         raise InvalidAdapterError(
             "the adapter's folder does not exist or cannot be opened. Give the folder that holds adapter_config.json."
         ) from None
@@ -61,6 +67,7 @@ def open_file(folder_fd: int, name: str, limit: int) -> Iterator[tuple[BufferedI
     except FileNotFoundError:
         raise InvalidAdapterError(_why_missing(folder_fd, name)) from None
     except OSError as error:
+        _check_own_fault(error)
         if error.errno == errno.ELOOP:
             raise InvalidAdapterError(
                 f"the adapter's {name} is a symbolic link, which is never followed. Copy the files themselves "
@@ -78,9 +85,15 @@ def open_file(folder_fd: int, name: str, limit: int) -> Iterator[tuple[BufferedI
 
 
 def read_exactly(file: BufferedIOBase, size: int, name: str) -> bytearray:
-    """The next `size` bytes. Raises InvalidAdapterError if the file ends before."""
+    """The next `size` bytes. Raises InvalidAdapterError if the file ends before, or its disk does not give them."""
     data = bytearray(size)
-    if file.readinto(data) != size:
+    try:
+        read = file.readinto(data)
+    except OSError as error:
+        raise InvalidAdapterError(
+            f"the adapter's {name} cannot be read ({error.strerror}). Copy it again, or mend its disk."
+        ) from error
+    if read != size:
         raise InvalidAdapterError(f"the adapter's {name} is truncated, or was changed while it was read.")
     return data
 
@@ -149,13 +162,25 @@ def strict_json(data: bytes | bytearray) -> Any:
     return value
 
 
+def _check_own_fault(error: Exception) -> None:
+    """Raises StorageError where it is not the file that cannot be opened but this process that can open none."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise StorageError(
+            f"The server cannot open files: {error.strerror}. Raise its limit, and try again."
+        ) from error
+
+
 def _why_missing(folder_fd: int, name: str) -> str:
-    if name == WEIGHTS_NAME and any(entry.endswith(_PICKLED) for entry in os.listdir(folder_fd)):
+    try:
+        entries = os.listdir(folder_fd)
+    except OSError:  # a network mount that is gone
+        entries = []
+    if name == WEIGHTS_NAME and any(entry.endswith(_PICKLED) for entry in entries):
         return (
             f"the adapter has no {WEIGHTS_NAME}, only pickled weights, which are never opened because they can run "
             "code. Save it again with safe_serialization=True."
         )
-    if name == CONFIG_NAME and any(_is_file(folder_fd, f"{entry}/{name}") for entry in os.listdir(folder_fd)):
+    if name == CONFIG_NAME and any(_is_file(folder_fd, f"{entry}/{name}") for entry in entries):
         return (
             f"the adapter's folder has no {name}, but subfolders with one: PEFT writes a subfolder for each adapter "
             "that is not named `default`. Give the subfolder of the one to load."

@@ -29,6 +29,7 @@ from tucka_runtime.adapters.files import (
     CONFIG_NAME,
     MAX_WEIGHTS_BYTES,
     WEIGHTS_NAME,
+    blob_name,
     open_file,
     open_folder,
     read_config,
@@ -47,7 +48,7 @@ from tucka_runtime.adapters.manifest import (
 )
 from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
-from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
+from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
 
 __all__ = [
     "Adapter",
@@ -107,15 +108,17 @@ class Adapter:
         return "tucka" if isinstance(self.config, TuckASpec) else "lora"
 
 
-def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
-    """The adapter in `folder`, checked against the base it is to run on.
+def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Adapter:
+    """The adapter in `folder`, checked against the base it is to run on and, where its `blob` is given, against that.
 
-    Raises InvalidAdapterError (malformed, unsafe, not supported) or BaseModelMismatchError (made for another base).
+    Raises InvalidAdapterError (malformed, unsafe, not supported), BaseModelMismatchError (made for another base) or
+    StorageError (not the content that `blob` names: the copy was damaged).
     """
     with open_folder(folder) as folder_fd:
         config_bytes = read_config(folder_fd)
         config = parse_config(config_bytes)
-        training = _parse_training(read_training(folder_fd))
+        training_bytes = read_training(folder_fd)
+        training = _parse_training(training_bytes)
         if training and training.get("base_fingerprint") not in (None, base.fingerprint):
             raise BaseModelMismatchError(
                 "the adapter was trained on other base weights: the fingerprint in its training.json differs from "
@@ -136,6 +139,10 @@ def read_adapter(folder: Path, base: BaseLayout) -> Adapter:
                 name.removeprefix(PREFIX): _checked(name, tensor)
                 for name, tensor in read_tensors(file, entries, digest)
             }
+    if blob is not None and blob_name(digest.hexdigest(), training_bytes) != blob:
+        raise StorageError(
+            "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
+        )
     saved = {name: tensor for name, tensor in tensors.items() if name in base.parameters}
     modules: dict[str, TuckAModule | LoRAModule]
     if isinstance(config, LoRASpec):

@@ -8,61 +8,38 @@ After a crash at any moment the same names come back with the same content. Stan
 """
 
 import fcntl
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from io import BufferedIOBase
+from dataclasses import asdict, dataclass, fields
+from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tucka_runtime.adapters.files import (
-    CONFIG_NAME,
-    MAX_WEIGHTS_BYTES,
-    TRAINING_NAME,
-    WEIGHTS_NAME,
-    open_file,
-    open_folder,
-    read_config,
-    read_exactly,
-    read_training,
-    start_digest,
-    strict_json,
-    sync_folder,
-    write_file,
-)
-from tucka_runtime.errors import ConfigError, InvalidRequestError
-from tucka_runtime.messages import Route
+from tucka_runtime.adapters.blobs import TEMPORARY, Blobs, StoredAdapter, delete
+from tucka_runtime.adapters.files import strict_json, write_file
+from tucka_runtime.errors import ConfigError, InvalidRequestError, StorageError
+from tucka_runtime.messages import AdapterKey, Route
 
-COPY_BYTES = 2**20  # memory taken while an adapter of any size is copied
+log = logging.getLogger(__name__)
 
 _REGISTRY = "registry.json"
-_TEMPORARY = ".tmp-"
 _TEMPORARY_ROOT = "tucka-"
 _IS_TEMPORARY = b"temporary"
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """A private copy of an adapter's files. `digest` is `Adapter.digest`, of config and weights.
-
-    The folder's name, the blob, tells apart what differs in training.json alone: that decides scope and base.
-    """
-
-    digest: str
-    folder: Path
+_BLOB = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
+_VERSION = 1
 
 
 @dataclass(frozen=True)
 class RegistryEntry:
-    """What a name stands for. `source` is where it was loaded from, for people to read; it is not opened again."""
+    """What a name stands for. `source` is where it was loaded from: for people to read, and to copy it again from there
+    where the private copy is lost."""
 
     name: str
     digest: str
@@ -72,44 +49,41 @@ class RegistryEntry:
     pinned_route: Route | None
     base_fingerprint: str
 
+    @property
+    def key(self) -> AdapterKey:
+        return AdapterKey(self.name, self.generation)
+
 
 class AdapterRegistry:
     """Names and private copies below `root` (None: a temporary folder that goes when this is closed). Thread-safe.
 
-    Raises ConfigError if another process uses the root, or if what is in it cannot be read.
+    Raises ConfigError if another process uses the root, or if what is in it cannot be read. What the disk refuses later
+    is a StorageError, and has changed nothing.
     """
 
     def __init__(self, root: Path | None):
         self._temporary = root is None
-        if root is None:
-            _remove_leftovers()
-            root = Path(tempfile.mkdtemp(prefix=_TEMPORARY_ROOT))
-        self.root = root
-        self._blobs = self.root / "blobs"
         try:
-            self._blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock_file = open(self.root / "lock", "wb")  # noqa: SIM115 (held until close)
+            self.root = _make_temporary_root() if root is None else root
+            self._blobs = Blobs(self.root / "blobs")
+            self._blobs.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_file = self._take_lock()
         except OSError as error:
+            what = "the temporary folder (TMPDIR)" if root is None else "the state folder"
             raise ConfigError(
-                f"the state folder cannot be written ({error.strerror}). Give another one, or mend it."
+                f"{what} cannot be written ({error.strerror}). Make room there or mend it, or give another one with "
+                "--state-dir."
             ) from None
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
+        except StorageError:
             raise ConfigError("the state folder is in use by another server. Give each server its own.") from None
-        if self._temporary:  # said only while the lock is held: where it says so and is free, the owner is gone
-            self._lock_file.write(_IS_TEMPORARY)
-            self._lock_file.flush()
         self._mutex = threading.Lock()
-        self._held: Counter[Path] = Counter()
         try:
             self._entries = self._load()
         except ConfigError:
             self._lock_file.close()
             raise
-        for leftover in (*self._blobs.glob(f"{_TEMPORARY}*"), *self.root.glob(f".{_REGISTRY}.*")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in (*self._blobs.folder.glob(f"{TEMPORARY}*"), *self.root.glob(f".{_REGISTRY}.*")):
+            delete(leftover)
 
     def __enter__(self) -> Self:
         return self
@@ -126,63 +100,43 @@ class AdapterRegistry:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def ingest(self, source: Path) -> StoredAdapter:
-        """Copy the adapter's files out of `source`; content that is here already is left as it is. Stays until
+        """Copy the adapter's files out of `source`; whole content that is here already is left as it is. Stays until
         `release`.
 
         Only the three known files are copied. Their content is not judged: `read_adapter` on the copy does that.
-        Raises InvalidAdapterError if one is missing, no regular file, or too large; OSError if the disk refuses.
+        Raises InvalidAdapterError if one is missing, no regular file, or too large; StorageError.
         """
-        partial = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._blobs))
         try:
-            with open_folder(source) as folder_fd:
-                config = read_config(folder_fd)
-                training = read_training(folder_fd)
-                with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
-                    digest = _copy_weights(file, size, config, partial / WEIGHTS_NAME)
-            write_file(partial, CONFIG_NAME, config)
-            if training is not None:
-                write_file(partial, TRAINING_NAME, training)
-            blob = digest if training is None else f"{digest}-{hashlib.sha256(training).hexdigest()[:16]}"
-            folder = self.folder(blob)
             with self._mutex:
-                self._held[folder] += 1
-                if not folder.exists():
-                    partial.rename(folder)
-                    sync_folder(self._blobs)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return StoredAdapter(digest, folder)
+                self._mend()
+            return self._blobs.copy(source)
+        except OSError as error:
+            if (stored := self._blobs.find(source)) is None:  # what is here already needs no room
+                raise _refusal(error) from error
+            return stored
 
     def release(self, stored: StoredAdapter) -> None:
         """Once for every `ingest`: from now on `collect` may delete it."""
-        with self._mutex:
-            self._held -= Counter([stored.folder])
+        self._blobs.release(stored)
 
     def folder(self, blob: str) -> Path:
         """Where the content of that name is kept, if it is."""
-        return self._blobs / blob
+        return self._blobs.folder / blob
 
-    def put(
-        self,
-        name: str,
-        stored: StoredAdapter,
-        generation: int,
-        source: str,
-        pinned_route: Route | None,
-        base_fingerprint: str,
-    ) -> None:
-        """Let `name` stand for ingested content from now on; durable when this returns. Raises OSError."""
-        blob = stored.folder.name
-        entry = RegistryEntry(name, stored.digest, blob, generation, source, pinned_route, base_fingerprint)
+    def put(self, entry: RegistryEntry) -> None:
+        """Let a name stand for ingested content from now on; durable when this returns. Raises StorageError."""
         with self._mutex:
-            if not stored.folder.is_dir():
-                raise ValueError("put() before ingest(): the content is not here")
-            self._save({**self._entries, name: entry})
+            if self._entries.get(entry.name) == entry:
+                return
+            if not self.folder(entry.blob).is_dir():
+                raise StorageError("The server's copy of the adapter is gone from its state folder. Load it again.")
+            self._save({**self._entries, entry.name: entry})
 
     def remove(self, name: str) -> None:
-        """Forget a name; durable when this returns. Its content stays until `collect`. Raises OSError."""
+        """Forget a name; durable when this returns. Its content stays until `collect`. Raises StorageError."""
         with self._mutex:
-            self._save({key: entry for key, entry in self._entries.items() if key != name})
+            if name in self._entries:
+                self._save({key: entry for key, entry in self._entries.items() if key != name})
 
     def names(self) -> list[RegistryEntry]:
         """Every name, in the order they were first put."""
@@ -190,32 +144,86 @@ class AdapterRegistry:
             return list(self._entries.values())
 
     def collect(self, keep: Collection[str] = ()) -> None:
-        """Delete the copies that no name refers to, but those in `keep` and those not yet released."""
-        with self._mutex:
-            used = {entry.blob for entry in self._entries.values()} | {held.name for held in self._held} | set(keep)
-            for folder in self._blobs.iterdir():
-                if folder.name not in used and not folder.name.startswith(_TEMPORARY):
-                    # out of the way first: a half-deleted folder must never stand under a digest
-                    doomed = folder.rename(self._blobs / f"{_TEMPORARY}{folder.name}")
-                    shutil.rmtree(doomed)
+        """Delete the copies that no name refers to, but those in `keep` and those not yet released. Raises OSError."""
+        self._blobs.collect({entry.blob for entry in self.names()} | set(keep))
+
+    def _take_lock(self) -> BufferedWriter:
+        """Raises OSError, and StorageError where another server has it."""
+        lock_file = open(self.root / "lock", "ab")  # noqa: SIM115 (held until close)
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._temporary:  # said only while the lock is held: where it says so and is free, the owner is gone
+                lock_file.write(_IS_TEMPORARY)
+                lock_file.flush()
+        except BlockingIOError:
+            lock_file.close()
+            raise StorageError("The state folder was removed, and another server uses it now.") from None
+        except OSError:
+            lock_file.close()
+            raise
+        return lock_file
+
+    def _mend(self) -> None:
+        """Puts back what was removed of the root since it was opened (cleaners of temporary folders do that): folders,
+        lock and names. Raises OSError, and StorageError where another server has the root by now."""
+        if not self._holds_root():
+            if self._temporary:  # by now anybody may have made a folder of the old name
+                self.root = _make_temporary_root()
+                self._blobs.folder = self.root / "blobs"
+            self._blobs.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock_file = self._take_lock()
+            self._lock_file.close()
+            self._lock_file = lock_file
+            log.error("the folder of adapters' copies was removed while the server ran; it is made again")
+        self._blobs.folder.mkdir(mode=0o700, exist_ok=True)
+        if self._entries and not (self.root / _REGISTRY).exists():
+            self._write(self._entries)
+
+    def _holds_root(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.root / "lock"), os.fstat(self._lock_file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def _save(self, entries: dict[str, RegistryEntry]) -> None:
-        table = {"version": 1, "adapters": [asdict(entry) for entry in entries.values()]}
+        try:
+            self._mend()
+            self._write(entries)
+        except OSError as error:
+            raise _refusal(error) from error
+        self._entries = entries
+
+    def _write(self, entries: dict[str, RegistryEntry]) -> None:
+        table = {"version": _VERSION, "adapters": [asdict(entry) for entry in entries.values()]}
         text = json.dumps(table, indent=2, ensure_ascii=False)
         write_file(self.root, _REGISTRY, text.encode("utf-8", "replace"))  # a source may be a path that is no UTF-8
-        self._entries = entries
 
     def _load(self) -> dict[str, RegistryEntry]:
         try:
             table = strict_json((self.root / _REGISTRY).read_bytes())
+            if isinstance(table, dict) and type(version := table.get("version")) is int and version > _VERSION:
+                raise ConfigError(
+                    f"{_REGISTRY} in the state folder was written by a newer version of this server (its format is "
+                    f"{version}, this one reads {_VERSION}). Start that version, or give another --state-dir."
+                )
             entries = [_entry(item) for item in table["adapters"]]
+            if len({entry.name for entry in entries}) < len(entries):
+                raise ValueError("it has a name twice")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidRequestError) as error:
+            why = f": {error}" if isinstance(error, ValueError) else ""
             raise ConfigError(
-                f"{_REGISTRY} in the state folder cannot be read. Restore it, or remove it to start without adapters."
+                f"{_REGISTRY} in the state folder cannot be read{why}. Restore it, or remove it to start without "
+                "adapters."
             ) from None
         return {entry.name: entry for entry in entries}
+
+
+def _make_temporary_root() -> Path:
+    """Raises OSError."""
+    _remove_leftovers()
+    return Path(tempfile.mkdtemp(prefix=_TEMPORARY_ROOT))
 
 
 def _remove_leftovers() -> None:
@@ -241,21 +249,27 @@ def check_name(name: str) -> None:
         )
 
 
-def _copy_weights(source: BufferedIOBase, size: int, config: bytes | bytearray, target: Path) -> str:
-    """Copy `size` bytes, durably; the digest of the adapter they make with `config`."""
-    digest = start_digest(config, size)
-    with open(target, "xb") as copy:
-        while size:
-            chunk = read_exactly(source, min(size, COPY_BYTES), WEIGHTS_NAME)
-            digest.update(chunk)
-            copy.write(chunk)
-            size -= len(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
-    return digest.hexdigest()
-
-
 def _entry(item: dict[str, Any]) -> RegistryEntry:
-    pinned = item["pinned_route"]
-    route = None if pinned is None else Route(pinned["group"], tuple(pinned["weights"]))
-    return RegistryEntry(**{"blob": item["digest"], **item, "pinned_route": route})  # the first versions had no blob
+    """An entry as it stands in the file; what later versions of the same format add is left out. Raises ValueError,
+    KeyError, TypeError or InvalidRequestError if it is none."""
+    item = {"blob": item["digest"], **item}  # the first versions had no blob
+    known = {f.name: item[f.name] for f in fields(RegistryEntry)}
+    if not all(isinstance(known[name], str) for name in ("name", "digest", "blob", "source", "base_fingerprint")):
+        raise ValueError("a text of an entry is none")
+    check_name(known["name"])
+    if not _BLOB.fullmatch(known["blob"]) or known["blob"][:64] != known["digest"]:
+        raise ValueError("a `blob` is not the name of a copy")
+    if type(known["generation"]) is not int or known["generation"] < 0:
+        raise ValueError("a `generation` is not a natural number")
+    if (pinned := known["pinned_route"]) is not None:
+        if type(pinned["group"]) is not int or not all(type(weight) in (int, float) for weight in pinned["weights"]):
+            raise ValueError("a `pinned_route` is not a group and its weights")
+        known["pinned_route"] = Route(pinned["group"], tuple(pinned["weights"]))
+    return RegistryEntry(**known)
+
+
+def _refusal(error: OSError) -> StorageError:
+    return StorageError(
+        f"The folder of the server's copies of adapters (--state-dir, else a temporary one) cannot be written: "
+        f"{error.strerror}. Nothing was changed. Make room there or mend it, then send this again."
+    )

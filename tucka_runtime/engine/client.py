@@ -268,10 +268,13 @@ class EngineClient:
         if stream.request_id in self._streams:
             self._send(Abort(stream.request_id, index))
 
-    async def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:
-        """Loads an adapter beside what runs. Raises AdapterError, or EngineDeadError."""
+    async def load_adapter(
+        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
+    ) -> AdapterInfo:
+        """Loads the adapter in `folder`, whose content must be `blob`, beside what runs. Raises AdapterError,
+        StorageError if the content is another, or EngineDeadError."""
         call = next(self._numbers)
-        self._send(LoadAdapter(call, key, folder, pinned))
+        self._send(LoadAdapter(call, key, folder, pinned, blob))
         self._calls[call] = asyncio.get_running_loop().create_future()
         return await self._calls[call]
 

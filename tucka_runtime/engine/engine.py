@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from tucka_runtime.adapters.format import read_adapter
@@ -192,7 +193,7 @@ class Engine:
         routes = {
             (chunk.seq.adapter, chunk.seq.key if result.segment is None else result.segment): result.route
             for chunk, result in results
-            if result.route is not None and chunk.seq.adapter is not None
+            if result.route is not None and chunk.seq.adapter is not None and all(map(isfinite, result.route.weights))
         }
         return outputs, StepStats(
             schedule=step.schedule,
@@ -222,7 +223,7 @@ class Engine:
         self.scheduler.computed(chunk)
         self._note_route(chunk, result.route)
         self._note_scores(chunk, result.prompt_logprobs)
-        return self._advance(seq, result) if chunk.last else None
+        return self._advance(seq, result) if chunk.last or result.error is not None else None
 
     def _note_route(self, chunk: ScheduledChunk, route: Route | None) -> None:
         seq = chunk.seq
@@ -289,18 +290,20 @@ class Engine:
         return out
 
     def prepare_adapter(
-        self, key: AdapterKey, folder: Path, pinned: Route | None = None
+        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
     ) -> tuple[FoldedAdapter, AdapterInfo]:
-        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError."""
+        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError, and
+        StorageError if its content is not `blob`."""
         begin = time.monotonic()
-        adapter = read_adapter(folder, self.layout)
+        self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
+        adapter = read_adapter(folder, self.layout, blob)
         checked = time.monotonic()
         folded = self.runner.fold(key, adapter, pinned)
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
         return folded, describe(folded, adapter, pinned, seconds)
 
     def add_adapter(self, folded: FoldedAdapter) -> None:
-        """Makes a prepared adapter known to new requests. Raises AdapterCapacityError."""
+        """Makes a prepared adapter known to new requests. Raises AdapterCapacityError, AdapterConflictError."""
         self.adapters.add(folded)
 
     def load_adapter(self, key: AdapterKey, folder: Path, pinned: Route | None = None) -> AdapterInfo:

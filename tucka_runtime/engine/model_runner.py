@@ -1,6 +1,7 @@
 """The device: model, KV tensors, one forward pass per step."""
 
 import logging
+import math
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
@@ -23,10 +24,10 @@ from tucka_runtime.engine.adapters.store import AdapterStore
 from tucka_runtime.engine.batch import Batch, Chosen, row_order
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
-from tucka_runtime.engine.sampler import Choice, Sampler, logprobs
+from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, TuckaError
+from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, NonFiniteError, TuckaError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route, RouteScope, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
@@ -298,7 +299,7 @@ class ModelRunner:
         bucket.run()
         computed = time.monotonic()
         seqs = [chunk.seq for chunk in chunks]
-        choice = Choice(bucket.tokens[: len(seqs)])
+        choice = Choice(bucket.tokens[: len(seqs)], finite_rows(bucket.logits[: len(seqs)]))
         if not all(map(self.sampler.plain, seqs)):
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
         tokens = self.chosen.keep(choice.tokens, seqs)
@@ -326,6 +327,8 @@ class ModelRunner:
         counted = time.monotonic() - begin - waited
         for i, scores in launched.scores.items():
             results[i].prompt_logprobs = scores
+            if any(math.isnan(entry.logprob) for entry in scores):
+                results[i].error = NonFiniteError.of(launched.chunks[i].seq.adapter is not None)
         routes = dict(item for part in launched.routes for item in part.items())
         for chunk, segment, result in zip(launched.chunks, launched.segment_of, results, strict=True):
             if segment is not None:
@@ -343,8 +346,10 @@ class ModelRunner:
             return
         tokens, seqs = launched.tokens.tolist(), launched.due_sequences
         entries = self.sampler.entries(launched.choice, tokens, seqs)
-        for i, seq, token, entry in zip(launched.due, seqs, tokens, entries, strict=True):
-            results[i].token, results[i].logprob, results[i].error = token, entry, self.sampler.failure(seq)
+        finite = launched.choice.finite.tolist()
+        for i, seq, token, entry, ok in zip(launched.due, seqs, tokens, entries, finite, strict=True):
+            results[i].token, results[i].logprob = token, entry
+            results[i].error = self.sampler.failure(seq) if ok else NonFiniteError.of(seq.adapter is not None)
 
     def _score(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         """Log-probabilities of the prompt tokens that this pass's rows predict, by chunk."""

@@ -165,7 +165,7 @@ def _load(engine: "Engine", loads: "queue.SimpleQueue[LoadAdapter]", inbox: _Inb
     while True:
         load = loads.get()
         try:
-            inbox.put(_Prepared(load.call, *engine.prepare_adapter(load.key, load.folder, load.pinned)))
+            inbox.put(_Prepared(load.call, *engine.prepare_adapter(load.key, load.folder, load.pinned, load.blob)))
         except TuckaError as error:
             inbox.put(AdapterRefused(load.call, error))
         except Exception:

@@ -21,9 +21,11 @@ GREEDY_BELOW = 1e-5  # temperatures under this would overflow fp32 logits; they 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Tokens (N,) int64 on the device, and the logits `raw` of the rows `wants` that asked for log-probabilities."""
+    """Tokens (N,) int64 on the device, whether each row's logits were `finite` (N,) bool, on its way to the host, and
+    the logits `raw` of the rows `wants` that asked for log-probabilities."""
 
     tokens: Tensor
+    finite: Tensor
     wants: list[int] = field(default_factory=list)
     raw: Tensor | None = None
 
@@ -66,6 +68,7 @@ class Sampler:
 
         Log-probabilities are the model's own: before bias, penalties and temperature.
         """
+        finite = finite_rows(logits)
         wants = [i for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
         raw = logits[wants].clone() if wants else None
         for i, seq in enumerate(seqs):
@@ -76,7 +79,7 @@ class Sampler:
             chosen = self.ops.sample(logits, *place(draws(seqs), self.device))
         else:
             chosen = logits.argmax(dim=-1)
-        return Choice(chosen, wants, raw)
+        return Choice(chosen, finite, wants, raw)
 
     def entries(self, choice: Choice, tokens: Rows[int], seqs: Rows[Sequence]) -> list[TokenLogprob | None]:
         """The log-probabilities that were asked for, once the chosen `tokens` are known."""
@@ -140,6 +143,12 @@ class Sampler:
 
 def _filtered(p: SamplingParams) -> bool:
     return bool(p.top_k or p.top_p < 1 or p.min_p > 0)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Whether all logits of a row (N, vocab) are finite: (N,) bool, on its way to the host. A sum is one only if
+    they are."""
+    return logits.sum(dim=-1).isfinite().to("cpu", non_blocking=True, copy=True)
 
 
 def temperature(seq: Sequence) -> float:

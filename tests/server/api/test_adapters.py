@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import GOLDEN
 from tests.support.servers import Server
@@ -205,3 +207,32 @@ def test_the_command(live: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--interval", "0.1", "--once", *url]) == 0
     assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1
     assert "Is the server running" in capsys.readouterr().err
+
+
+def test_row_50_weights_that_overflow(live: Server, roots: Path, name: str) -> None:
+    """Finite as they are, the residual becomes infinite and the logits NaN: its requests end, and nobody else's change."""
+    base = load_file(GOLDEN / "bases" / "llama-tiny" / "model.safetensors")
+    path, (d_out, d_in) = "model.layers.0.self_attn.o_proj", base["model.layers.0.self_attn.o_proj.weight"].shape
+    folder = roots / name
+    folder.mkdir()
+    prefix = f"base_model.model.{path}"
+    huge = {f"{prefix}.lora_A.weight": torch.full((2, d_in), 1e30), f"{prefix}.lora_B.weight": torch.ones(d_out, 2)}
+    huge[f"{prefix}.lora_B.weight"] *= 1e30
+    save_file(huge, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [path]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    card = live.post("/v1/adapters", {"name": name, "path": str(folder)}).raise_for_status().json()
+    assert card["tucka"]["overflows"] == 0
+    expected = text(live, "one")
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(text, live, "one") for _ in range(6)]
+        asked: list[dict] = [{}, {"logprobs": 2}, {"temperature": 1, "seed": 1}, {"top_p": 0.5, "temperature": 1}]
+        asked += [{"echo": True, "logprobs": 0, "max_tokens": 0}, {"stream": True}, {"logit_bias": {"70": 5}}]
+        for fields in asked:
+            answer = complete(live, name, **fields)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (500, "non_finite_logits", "model"), fields
+            assert "overflow" in error["message"]
+    assert {other.result() for other in others} == {expected}
+    assert live.get(f"/v1/models/{name}").json()["tucka"]["overflows"] == len(asked)
+    assert f'tucka_adapter_overflows_total{{model="{name}"}} {len(asked)}' in live.get("/metrics").text

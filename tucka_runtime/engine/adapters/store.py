@@ -49,15 +49,18 @@ class AdapterStore:
         """How many sequences hold each adapter that any holds."""
         return {key: entry.leases for key, entry in self.loaded.items() if entry.leases}
 
-    def reserve(self) -> None:
-        """Raises AdapterCapacityError if no further adapter fits."""
+    def check_room(self) -> None:
+        """Raises AdapterCapacityError if no further adapter fits: nothing is ever pushed out."""
         if len(self.loaded) >= self.capacity:
             raise AdapterCapacityError(
-                f"All {self.capacity} adapter slots are taken. Unload one, or raise --max-loaded-adapters."
+                f"All {self.capacity} adapter slots are taken, also by what was unloaded and still answers requests. "
+                "Unload one, or raise --max-loaded-adapters. To replace an adapter takes a free slot too: the old one "
+                "serves until the new one is in."
             )
 
     def add(self, folded: FoldedAdapter) -> None:
-        self.reserve()
+        """Raises AdapterCapacityError, AdapterConflictError."""
+        self.check_room()
         if folded.key in self.loaded:
             raise AdapterConflictError("This generation of the adapter is loaded already.")
         if self.table is not None:
