@@ -36,7 +36,7 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     engine = service.engine
-    text = service.metrics.render(service.ready, engine.restarts, engine.info, __version__)
+    text = service.metrics.render(service.ready, engine.restarts, engine.info, __version__, engine.silence)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
