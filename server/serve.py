@@ -113,7 +113,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
 async def _start(
     engine: EngineClient, engine_config: EngineConfig, config: ServerConfig, registry: AdapterRegistry
 ) -> Service:
-    """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError."""
+    """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, TuckaError."""
     folder = Path(engine_config.model or "")
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
@@ -125,6 +125,7 @@ async def _start(
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        await template.warm_up()
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload

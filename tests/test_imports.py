@@ -23,7 +23,7 @@ RULES = {
     SHARED: SHARED,
     "models": f"{SHARED} models",
     "adapters": f"{SHARED} models adapters",
-    "engine.client": f"{SHARED} engine.client",
+    "engine.client engine.child engine.output_stream": f"{SHARED} engine.client engine.child engine.output_stream",
     "engine.scheduler engine.block_manager engine.sequence engine.pace": f"{SHARED} engine.scheduler "
     "engine.block_manager engine.sequence engine.pace",
     "engine": f"{SHARED} models adapters kernels engine",
@@ -43,7 +43,9 @@ RULES = {
 }
 
 # Neither these nor anything that they import may name torch.
-NO_TORCH = f"{SHARED} engine.client engine.scheduler engine.block_manager engine.sequence engine.pace server loadtest"
+CLIENT = "engine.client engine.child engine.output_stream"
+POLICY = "engine.scheduler engine.block_manager engine.sequence engine.pace"
+NO_TORCH = f"{SHARED} {CLIENT} {POLICY} server loadtest"
 
 
 def modules() -> dict[str, Path]:

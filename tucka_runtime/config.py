@@ -47,13 +47,26 @@ class EngineConfig:
     num_threads: int | None = _setting(
         None, "CPU threads for the engine (default: all cores; one for models narrower than 512)"
     )
+    engine_timeout: int = _setting(
+        30,
+        "seconds without a sign of life, beyond the longest step seen, until a hanging engine is killed and restarted",
+    )
+    engine_start_timeout: int = _setting(600, "seconds that the engine may take to load the model")
     seed: int = _setting(
         0, "seed of the generator that requests without a seed draw theirs from: runs repeat, requests differ"
     )
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "block_size", "max_loaded_adapters"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_queue",
+            "block_size",
+            "max_loaded_adapters",
+            "engine_timeout",
+            "engine_start_timeout",
+        ):
             _check_at_least(self, name, 1)
         if self.decode_stretch and self.decode_stretch <= 1:
             raise ConfigError(f"decode_stretch must be over 1, or 0 for no limit, not {self.decode_stretch}.")

@@ -152,7 +152,8 @@ class Finish:
 
 @dataclass(slots=True)
 class SequenceOutput:
-    """What one step brought for one sequence. The one that has a `finish` is the last, and there always is one.
+    """What one step brought for one sequence. The one that has a `finish` is the last. It comes for every sequence that
+    is not aborted with its whole request, as long as the engine lives.
 
     `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
     first. `timing` comes with the first token and with the finish.
@@ -228,6 +229,11 @@ class StepStats:
     adapters: tuple[AdapterKey, ...]
     routes: tuple[tuple[AdapterKey, Route], ...]
 
+    @property
+    def seconds(self) -> float:
+        """All of the step."""
+        return self.schedule + self.batch + self.route + self.forward + self.sample + self.output
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
@@ -293,9 +299,10 @@ ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | Stop
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The model is loaded: requests may come."""
+    """The model is loaded: requests may come. `longest_step`: seconds that a step took which was as large as any."""
 
     info: EngineInfo
+    longest_step: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,14 +321,16 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """The engine has run out of work; `load` should be nothing, but it is the engine that says so."""
+    """The engine has no work. Comes when it has run out of it, and once a second from then on: a sign of life. `load`
+    should be nothing, but it is the engine that says so."""
 
     load: EngineLoad
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """The last outputs of sequences that were aborted one by one."""
+class SequencesAborted:
+    """The last outputs of sequences that were aborted one by one (the API's process has found a stop string in each). A
+    whole request that is aborted gets none: nobody reads them."""
 
     outputs: list[SequenceOutput]
 
@@ -346,4 +355,4 @@ class AdapterRefused:
     error: TuckaError
 
 
-FromEngine = Started | NotStarted | StepDone | Idle | Ended | Rejected | AdapterLoaded | AdapterRefused
+FromEngine = Started | NotStarted | StepDone | Idle | SequencesAborted | Rejected | AdapterLoaded | AdapterRefused

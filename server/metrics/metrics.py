@@ -72,6 +72,7 @@ SPECS = (
     _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device", "kernels"),
     _gauge("engine_threads", "CPU threads of the engine"),
     _gauge("engine_up", "1 while the engine process serves"),
+    _gauge("engine_silence_seconds", "since the engine's last step, or sign of life without work"),
     _counter("engine_restarts", "engine processes started after the first"),
     _counter("steps", "forward passes"),
     _counter("step_seconds", "time the engine spent, by stage", "stage"),
@@ -229,12 +230,9 @@ class Metrics:
         self._load = load
         self._active = {key.name for key in stats.adapters} if load.running else set()
         self._inc("steps")
-        duration = 0.0
         for stage in STAGES:
-            seconds = getattr(stats, stage)
-            duration += seconds
-            self._inc("step_seconds", max(seconds, 0.0), stage)
-        self._observe("step_duration_seconds", duration)
+            self._inc("step_seconds", max(getattr(stats, stage), 0.0), stage)
+        self._observe("step_duration_seconds", stats.seconds)
         self._inc("step_tokens", stats.prefill_tokens, "prefill")
         self._inc("step_tokens", stats.decode_tokens, "decode")
         self._observe("batch_tokens", stats.prefill_tokens + stats.decode_tokens)
@@ -248,7 +246,13 @@ class Metrics:
         self._preemptions = load.preemptions
 
     def render(
-        self, up: bool = True, restarts: int = 0, info: EngineInfo | None = None, version: str = "", lost: int = 0
+        self,
+        up: bool = True,
+        restarts: int = 0,
+        info: EngineInfo | None = None,
+        version: str = "",
+        silence: float = 0.0,
+        lost: int = 0,
     ) -> bytes:
         """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
         what it never gave back shows."""
@@ -263,6 +267,7 @@ class Metrics:
         self._set("kv_blocks_used", used)
         self._set("kv_blocks", blocks)
         self._set("engine_up", up)
+        self._set("engine_silence_seconds", silence)
         self._inc("engine_restarts", restarts - self._restarts)
         self._restarts = restarts
         self._set("adapters_loaded", len(self.adapters))

@@ -54,6 +54,12 @@ class ChatTemplate:
         said = f': "{reason}"' if reason and len(reason) < 200 and reason in self._template else ""
         raise InvalidRequestError(f"The model's chat template refused these messages{said}.", "messages")
 
+    async def warm_up(self) -> None:
+        """Starts the child and has it compile the template, so that no request waits for it: it takes a second or two.
+        Raises TuckaError where it cannot be started."""
+        with contextlib.suppress(InvalidRequestError):  # this template wants another conversation
+            await self.render([{"role": "user", "content": "Hello"}])
+
     async def stop(self) -> int | None:
         """Ends the child, if there is one, and returns its status. The next rendering starts another."""
         child, self._child = self._child, None

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from tucka_runtime.errors import EngineDeadError
 from tucka_runtime.messages import FinishReason, Request, RouteReport, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.leases import Lease
 from tucka_runtime.server.service.request_log import Origin, RequestLog
@@ -79,12 +78,10 @@ class Generation:
         try:
             async for output in self._stream:
                 text = self._texts[output.index]
-                if text.finished:
+                if text.finished:  # by a stop string: what still comes, at last its "abort", is nobody's
                     continue
                 if output.finish is not None and output.finish.error is not None:
                     raise output.finish.error
-                if output.finish is not None and output.finish.reason is FinishReason.ABORT:
-                    raise EngineDeadError("The request was ended by the server before it was finished. Try again.")
                 delta = text.push(output)
                 if text.finished and output.finish is None:  # a stop string: the engine does not know of those
                     self._stream.end(output.index)

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import pytest
 
 from tests.support.driving import GREEDY, Answer, ask, build, prompt, run, save_lora, save_model, save_tucka
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine import child as engine_child
 from tucka_runtime.engine import client as engine_client
-from tucka_runtime.engine.client import EngineClient, OutputStream
+from tucka_runtime.engine.client import EngineClient
+from tucka_runtime.engine.output_stream import OutputStream
 from tucka_runtime.errors import (
     AdapterCapacityError,
     AdapterConflictError,
@@ -37,7 +40,7 @@ PATIENCE = 60  # seconds for what takes one or two on an idle machine
 
 
 class Watched(EngineClient):
-    """Says when it has noticed that its process is gone, and counts the ones it starts."""
+    """Says when it has noticed that its process is gone or hangs, and remembers the ones it started."""
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
@@ -45,14 +48,13 @@ class Watched(EngineClient):
         self.spawned: list[int] = []
 
     async def _spawn(self) -> Any:
-        starting = asyncio.ensure_future(super()._spawn())
-        await asyncio.sleep(0)  # the process is started before the first await
+        info = await super()._spawn()
         assert self.pid is not None
         self.spawned.append(self.pid)
-        return await starting
+        return info
 
-    def _died(self, channel: Any) -> None:
-        super()._died(channel)
+    def _lost(self, why: str) -> None:
+        super()._lost(why)
         self.noticed.set()
 
 
@@ -286,7 +288,7 @@ def test_the_queue_is_bounded(client: Watched, loop: asyncio.Runner):
     loop.run(patiently(main()))
 
 
-def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Runner):
+def test_abort_frees_pages(client: Watched, loop: asyncio.Runner):
     async def main() -> None:
         steps: list[tuple[StepStats, EngineLoad]] = []
         idle: list[EngineLoad | None] = []
@@ -294,16 +296,13 @@ def test_abort_frees_pages_and_wakes_who_waits(client: Watched, loop: asyncio.Ru
         streams = [client.submit(ask(prompt(100, i), id=f"long{i}", sampling=LONG)) for i in range(3)]
         await asyncio.gather(*map(first, streams))
         assert steps[-1][1].blocks_used >= 3 * 6
-        # A request that the engine has not seen a step of, awaited by another task.
-        late = client.submit(ask(prompt(100), id="late", sampling=LONG))
-        waiter = asyncio.create_task(leftovers(late))
-        await asyncio.sleep(0)
+        idle.clear()  # an engine without work says so every second
+        late = client.submit(ask(prompt(100), id="late", sampling=LONG))  # the engine has not seen a step of it
         for stream in (*streams, late):
             stream.abort()
             stream.abort()
             assert stream.unfinished == 0
-        await waiter
-        await asyncio.gather(*map(leftovers, streams))
+        await asyncio.gather(*map(leftovers, (*streams, late)))
         assert client.in_flight == 0
         while not idle:
             await asyncio.sleep(0.01)
@@ -377,6 +376,111 @@ def test_kill_9_ends_every_stream_and_it_comes_back(
     assert answer.token_ids == alone.token_ids
 
 
+async def frozen(client: Watched) -> None:
+    """Stops the process; returns when the client has noticed."""
+    client.noticed.clear()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    await client.noticed.wait()
+
+
+def impatient(client: Watched, monkeypatch: pytest.MonkeyPatch, seconds: int = 1) -> None:
+    monkeypatch.setattr(engine_client, "FIRST_RESTART_DELAY", 0.01)
+    monkeypatch.setattr(client, "config", replace(client.config, engine_timeout=seconds))
+    monkeypatch.setattr(client, "_longest_step", 0.0)
+
+
+def test_row_48_an_engine_that_hangs_is_killed_and_comes_back(
+    client: Watched, loop: asyncio.Runner, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped in the middle of requests; the next test stops one without work."""
+    impatient(client, monkeypatch)
+
+    async def bring_back() -> None:
+        await client.load_adapter(TUCKA, folder / "tucka")
+
+    async def main() -> None:
+        client.spawned.clear()
+        await bring_back()
+        client.on_restart = bring_back
+        old = client.pid
+        streams = [client.submit(ask(prompt(9, i), id=f"r{i}", sampling=LONG, adapter=TUCKA)) for i in range(2)]
+        await asyncio.gather(*map(first, streams))
+        await frozen(client)
+        for stream in streams:
+            with pytest.raises(EngineDeadError, match="did not answer for"):
+                await leftovers(stream)
+        assert not client.ready
+        assert client._restart is not None
+        await client._restart
+        assert client.ready and len(client.spawned) == 1 and client.pid != old
+        with pytest.raises(ProcessLookupError):
+            os.kill(old or 0, 0)
+        await collect(client.submit(ask(prompt(4), id="again", sampling=SHORT, adapter=TUCKA)))
+
+    loop.run(patiently(main()))
+
+
+def test_nothing_blocks_while_the_engine_hangs(client: Watched, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch):
+    """Clients come and go, far more than a socket holds; their number among what is unsent is bounded."""
+    impatient(client, monkeypatch, 3)
+
+    async def main() -> None:
+        refused = 0
+        noticing = asyncio.create_task(frozen(client))
+        await asyncio.sleep(0)
+        for i in range(500):
+            begin = time.monotonic()
+            try:
+                client.submit(ask(prompt(2000, i), id=f"r{i}", sampling=LONG)).abort()
+            except OverloadedError:
+                refused += 1
+            assert time.monotonic() - begin < 1
+            await asyncio.sleep(0)
+        assert refused > 300
+        assert client._child is not None and client._child.unsent < 300
+        await noticing
+        assert client._restart is not None
+        await client._restart
+
+    loop.run(patiently(main()))
+
+
+def test_work_and_idleness_are_not_mistaken_for_hanging(
+    client: Watched, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor is this process's own standing still, in which it hears nothing."""
+    impatient(client, monkeypatch, 2)
+
+    async def main() -> None:
+        pid = client.pid
+        await asyncio.sleep(2.5)
+        time.sleep(3)
+        busy = client.submit(ask(prompt(9), id="busy", sampling=LONG))
+        begin = time.monotonic()
+        async for _ in busy:
+            if time.monotonic() - begin > 2.5:
+                break
+        assert client.pid == pid and client.ready and client.silence < 2
+
+    loop.run(patiently(main()))
+
+
+def test_starting_has_a_limit(loop: asyncio.Runner, config: EngineConfig, monkeypatch: pytest.MonkeyPatch):
+    """A process that neither loads nor dies."""
+    monkeypatch.setattr(engine_child, "python", lambda *arguments: ["sleep", "600"])
+
+    async def main() -> None:
+        client = Watched(replace(config, engine_start_timeout=1))
+        with pytest.raises(EngineDeadError, match="--engine-start-timeout"):
+            await client.start()
+        await client.stop(PATIENCE)
+        assert client._last is not None
+        assert client._last._process.returncode == -signal.SIGKILL
+
+    loop.run(patiently(main()))
+
+
 def test_a_model_that_cannot_be_loaded_is_not_tried_again(loop: asyncio.Runner, config: EngineConfig, tmp_path: Path):
     async def main() -> None:
         client = Watched(replace(config, model=str(tmp_path)))
@@ -403,8 +507,8 @@ def test_stop_ends_the_process_and_the_streams(loop: asyncio.Runner, config: Eng
         await client.stop(PATIENCE)
         with pytest.raises(EngineDeadError):
             await leftovers(stream)
-        assert client._process is not None
-        assert client._process.returncode == 0
+        assert client._last is not None
+        assert client._last._process.returncode == 0
         await client.noticed.wait()
         assert client._restart is None
         assert not client.ready
@@ -430,13 +534,16 @@ asyncio.run(main())
 """
 
 
-def test_it_does_not_outlive_its_parent(folder: Path):
-    """The parent is killed in the middle of a request."""
+@pytest.mark.parametrize("stopped", [False, True])
+def test_it_does_not_outlive_its_parent(folder: Path, stopped: bool):
+    """The parent is killed in the middle of a request, and where the engine hangs as well."""
     command = [sys.executable, "-P", "-c", PARENT, str(folder / "model")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = os.pidfd_open(int(parent.stdout.readline()))
         try:
+            if stopped:
+                signal.pidfd_send_signal(child, signal.SIGSTOP)
             parent.kill()
             ended, _, _ = select.select([child], [], [], PATIENCE)
             if not ended:
@@ -477,7 +584,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(
 
     async def main() -> list[int]:
         client.noticed.clear()
-        monkeypatch.setattr(engine_client.subprocess, "Popen", popen)
+        monkeypatch.setattr(engine_child.subprocess, "Popen", popen)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
         await client.noticed.wait()

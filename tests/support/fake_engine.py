@@ -33,6 +33,7 @@ class FakeEngine:
         self.info = EngineInfo("llama", VOCAB, 256, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2)
         self.ready = True
         self.restarts = 0
+        self.silence = 0.0
         self.on_step = self.on_idle = None
         self.on_restart = None
         self.seconds_per_token = 0.0

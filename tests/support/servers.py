@@ -89,6 +89,14 @@ def start_command(*arguments: str, log: Path) -> tuple[subprocess.Popen[bytes], 
     raise RuntimeError(f"the server did not start:\n{log.read_text()}")
 
 
+def engine_of(server: int) -> int:
+    """The process id of the engine of a server."""
+    for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+        if b"tucka_runtime.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    raise LookupError("the server has no engine")
+
+
 ASK = {"prompt": "hello", "max_tokens": 3, "temperature": 0}
 
 

@@ -1,22 +1,18 @@
-"""The engine as the API process sees it: its process is started, spoken to, and started again when it dies; then every
-stream in flight raises EngineDeadError.
+"""The engine as the API process sees it: its process is started, spoken to, and started again when it dies or hangs;
+then every stream in flight raises EngineDeadError.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import os
-import socket
-import subprocess
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from multiprocessing.connection import Connection
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tucka_runtime.children import python
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.child import END_SECONDS, EngineChild
+from tucka_runtime.engine.output_stream import OutputStream
 from tucka_runtime.errors import EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
 from tucka_runtime.messages import (
     Abort,
@@ -24,7 +20,6 @@ from tucka_runtime.messages import (
     AdapterKey,
     AdapterLoaded,
     AdapterRefused,
-    Ended,
     EngineInfo,
     EngineLoad,
     FromEngine,
@@ -35,6 +30,7 @@ from tucka_runtime.messages import (
     Request,
     Route,
     SequenceOutput,
+    SequencesAborted,
     Start,
     Started,
     StepDone,
@@ -50,46 +46,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_RESTART_DELAY, LONGEST_RESTART_DELAY = 0.5, 30.0  # seconds; doubled with every failure in a row
-
-
-class OutputStream(AsyncIterator[SequenceOutput]):
-    """The outputs of one request, sequences interleaved; ends when each has had its finish reason.
-
-    Raises EngineDeadError if the engine dies, and the engine's error if it refused the request.
-    """
-
-    def __init__(self, client: "EngineClient", request: Request):
-        self._client = client
-        self._queue: asyncio.Queue[SequenceOutput | TuckaError | None] = asyncio.Queue()  # None: aborted
-        self.request_id = request.id
-        self.unfinished = request.num_sequences
-
-    async def __anext__(self) -> SequenceOutput:
-        if not self.unfinished and self._queue.empty():
-            raise StopAsyncIteration
-        item = await self._queue.get()
-        if item is None:
-            raise StopAsyncIteration
-        if isinstance(item, TuckaError):
-            raise item
-        return item
-
-    def put(self, item: SequenceOutput | TuckaError) -> None:
-        if isinstance(item, TuckaError) or item.finish is not None:
-            self.unfinished = 0 if isinstance(item, TuckaError) else self.unfinished - 1
-        self._queue.put_nowait(item)
-
-    def end(self, index: int) -> None:
-        """Ends one sequence in the engine, whose last output then says "abort"; the others go on."""
-        self._client.end(self, index)
-
-    def abort(self) -> None:
-        """Ends what is left of the request in the engine; the stream is over, also for who waits on it. Harmless when
-        it already is."""
-        self._client.forget(self)
-        if self.unfinished:
-            self.unfinished = 0
-            self._queue.put_nowait(None)
+BURST = 256  # messages beyond a full queue's that may wait for the writing thread
+AGAIN = "It is being restarted; try again in a moment."
+WATCH_SECONDS = 0.5  # between two looks at when the engine last spoke
 
 
 class EngineClient:
@@ -113,8 +72,11 @@ class EngineClient:
         self._streams: dict[str, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._numbers = itertools.count()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Connection | None = None
+        self._child: EngineChild | None = None  # None while there is none that can be spoken to
+        self._last: EngineChild | None = None  # the last one there was
+        self._heard = time.monotonic()
+        self._longest_step = 0.0
+        self._watching: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
         self._stopping = False
         self._restart: asyncio.Task[None] | None = None
@@ -126,7 +88,12 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._last.pid if self._last else None
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the engine's last sign of life: the outcome of a step, or once a second without work."""
+        return max(time.monotonic() - self._heard, 0.0)
 
     async def start(self) -> EngineInfo:
         """Starts the process and waits for the model. Raises ModelLoadError, or EngineDeadError if it dies of else."""
@@ -136,43 +103,53 @@ class EngineClient:
 
     def _open(self) -> None:
         """Takes requests from now on. Raises EngineDeadError if the process has died since it said it was ready."""
-        if self._channel is None:
+        if self._child is None:
             raise EngineDeadError("The engine stopped as soon as it had started; see its log above.")
         self.ready = True
 
     async def _spawn(self) -> EngineInfo:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                python("-m", "tucka_runtime.engine.process", str(theirs.fileno()), str(os.getpid())),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self._channel = Connection(ours.detach())
-        self._channel.send(Start(self.config, self._log_format))
-        loop = asyncio.get_running_loop()
-        self._started = loop.create_future()
-        threading.Thread(
-            target=self._listen, args=(self._channel, self._process, loop), name="engine-channel", daemon=True
-        ).start()
-        self.info = await self._started
+        if self._last is not None:
+            await self._last.ended(END_SECONDS)  # what it held may be needed
+        self._child = self._last = child = EngineChild(self._receive, self._died)
+        self._heard = time.monotonic()
+        self._started = asyncio.get_running_loop().create_future()
+        child.send(Start(self.config, self._log_format))
+        limit = self.config.engine_start_timeout
+        try:
+            async with asyncio.timeout(limit):
+                self.info = await self._started
+        except TimeoutError:
+            child.kill()
+            raise EngineDeadError(
+                f"The engine did not load the model within {limit} s (--engine-start-timeout). Give it longer, or see "
+                "what holds it up: its log is above."
+            ) from None
+        self._watching = asyncio.get_running_loop().create_task(self._watch(child))
         return self.info
 
-    def _listen(self, channel: Connection, process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEventLoop) -> None:
-        """The thread that reads the channel until it ends."""
-        try:
-            while True:
-                loop.call_soon_threadsafe(self._receive, channel.recv())
-        except (EOFError, OSError):
-            process.wait()
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._died, channel)
-        except RuntimeError:  # the loop is gone: the server has stopped
-            pass
+    async def _watch(self, child: EngineChild) -> None:
+        """Notices when the process hangs: one that lives speaks with every step, and once a second without work."""
+        while child is self._child:
+            before = time.monotonic()
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            # Time in which this process itself stood still, so that it could hear nothing, does not count.
+            self._heard = min(self._heard + (now - before - WATCH_SECONDS), now)
+            if child is self._child and self.silence > self.config.engine_timeout + self._longest_step:
+                why = f"The engine did not answer for {self.silence:.0f} s."
+                logger.error(
+                    "%s It is killed. Its longest step took %.1f s (--engine-timeout)", why, self._longest_step
+                )
+                child.kill()
+                self._lost(why)
 
-    def _receive(self, message: FromEngine) -> None:
+    def _receive(self, child: EngineChild, message: FromEngine) -> None:
+        if child is not self._child:
+            return  # it was given up before
+        self._heard = time.monotonic()
         match message:
             case StepDone(outputs, stats, load):
+                self._longest_step = max(self._longest_step, stats.seconds)
                 for output in outputs:
                     self._deliver(output.request_id, output)
                 if self.on_step is not None:
@@ -180,7 +157,7 @@ class EngineClient:
             case Idle(load):
                 if self.on_idle is not None:
                     self.on_idle(load)
-            case Ended(outputs):
+            case SequencesAborted(outputs):
                 for output in outputs:
                     self._deliver(output.request_id, output)
             case Rejected(request_id, error):
@@ -189,7 +166,8 @@ class EngineClient:
                 _settle(self._calls.pop(call), info)
             case AdapterRefused(call, error):
                 _settle(self._calls.pop(call), error)
-            case Started(started):
+            case Started(started, longest_step):
+                self._longest_step = max(self._longest_step, longest_step)
                 _settle(self._started, started)
             case NotStarted(error):
                 _settle(self._started, error)
@@ -201,25 +179,28 @@ class EngineClient:
             if not stream.unfinished:
                 del self._streams[request_id]
 
-    def _died(self, channel: Connection) -> None:
-        if channel is not self._channel:
-            return
+    def _died(self, child: EngineChild, status: int | None) -> None:
+        if child is not self._child:
+            return  # it was given up before
+        if self.ready:
+            logger.error("the engine process ended with status %s", status)
+        self._lost("The engine stopped.")
+
+    def _lost(self, why: str) -> None:
+        """Ends all that waits for the process, and has another one started if it served."""
         served, self.ready = self.ready, False
-        channel.close()
-        self._channel = None
+        self._child = None
         if self.on_idle is not None:
             self.on_idle(None)
-        error = EngineDeadError("The engine stopped. It is being restarted; try again in a moment.")
+        error = EngineDeadError(f"{why} {AGAIN}")
         for request_id in list(self._streams):
             self._deliver(request_id, error)
         for future in self._calls.values():
-            if not future.done():
-                future.set_exception(error)
+            _settle(future, error)
         self._calls.clear()
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError("The engine stopped while it was starting; see its log above."))
         elif served and not self._stopping:  # else `start` failed, or `_revive` is at work and finds out
-            logger.error("the engine process ended with status %s", self._process and self._process.returncode)
             self._restart = asyncio.get_running_loop().create_task(self._revive())
 
     async def _revive(self) -> None:
@@ -249,9 +230,10 @@ class EngineClient:
                 "at once (--max-num-seqs plus --max-queue). Ask for fewer.",
                 "n",
             )
-        if not self.ready:
-            raise EngineDeadError("The engine is not running. It is being restarted; try again in a moment.")
-        if self.in_flight + request.num_sequences > room:
+        if self._child is None or not self.ready:
+            raise EngineDeadError(f"The engine is not running. {AGAIN}")
+        # Clients that leave make room in the queue, but not among what an engine that hangs has not read.
+        if self.in_flight + request.num_sequences > room or self._child.unsent >= room + BURST:
             raise OverloadedError("The queue is full. Try again later.")
         stream = OutputStream(self, request)
         self._streams[request.id] = stream
@@ -280,31 +262,26 @@ class EngineClient:
 
     def unload_adapter(self, key: AdapterKey) -> None:
         """Requests that were submitted before go on, and the last one's end frees the memory."""
-        if self._channel is not None:
+        if self._child is not None:
             self._send(UnloadAdapter(key))
 
     def _send(self, message: ToEngine) -> None:
-        """The reader thread finds out if the process is gone: then its streams end with an error."""
-        if self._channel is None:
-            raise EngineDeadError("The engine is not running. It is being restarted; try again in a moment.")
-        with contextlib.suppress(OSError):
-            self._channel.send(message)
+        """Never waits. Where the process is about to be found dead, the streams and calls end with an error."""
+        if self._child is None:
+            raise EngineDeadError(f"The engine is not running. {AGAIN}")
+        self._child.send(message)
 
     async def stop(self, timeout: float) -> None:
         """Ends the process: politely, after `timeout` seconds by force."""
         self._stopping, self.ready = True, False
         if self._restart is not None:
             self._restart.cancel()
-        process = self._process
-        if process is None:
-            return
-        if self._channel is not None:
+        if self._child is not None:
             self._send(Stop())
-        try:
-            await asyncio.to_thread(process.wait, timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            await asyncio.to_thread(process.wait)
+        if self._last is not None and not await self._last.ended(timeout):
+            self._last.kill()
+            if not await self._last.ended(END_SECONDS):
+                logger.error("the engine process %d could not be ended", self._last.pid)
 
 
 def _settle(future: "asyncio.Future[T] | None", result: "T | TuckaError") -> None:

@@ -35,7 +35,7 @@ from tucka_runtime.messages import (
 )
 
 REHEARSED = "warm-up"
-"""Id of the requests that only compile kernels."""
+"""Id of the requests that only compile and time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +94,28 @@ class Engine:
                 return True
         return False
 
+    def time_longest_step(self) -> float:
+        """Runs a prompt that fills a step, so that no request pays for what is made at its first use. Returns the
+        seconds that its longest step took."""
+        seconds = self._run_prompt(self.scheduler.max_tokens, None)
+        self.blocks.forget_all()
+        return seconds
+
     def _rehearse(self, adapter: AdapterKey | None) -> None:
         """Runs prompts of lengths that between them take every kernel that prompts take."""
+        for length in (32, SMALL_BATCH + 1, self.scheduler.max_tokens):
+            self._run_prompt(length, adapter)
+
+    def _run_prompt(self, length: int, adapter: AdapterKey | None) -> float:
+        """Runs a prompt, cut to the context, and two tokens. Returns the seconds of the longest step."""
         sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
-        longest = min(self.info.max_model_len - 2, self.scheduler.max_tokens)
-        for length in sorted({min(length, longest) for length in (32, SMALL_BATCH + 1, longest)}):
-            self.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
-            while self.busy:
-                self.step()
+        length = min(length, self.info.max_model_len - sampling.max_tokens)
+        self.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
+        seconds = 0.0
+        while self.busy:
+            _, stats = self.step()
+            seconds = max(seconds, stats.seconds if stats is not None else 0.0)
+        return seconds
 
     @property
     def busy(self) -> bool:
@@ -156,9 +170,8 @@ class Engine:
         ]
 
     def step(self) -> tuple[list[SequenceOutput], StepStats | None]:
-        """One forward pass for everything that fits. With `overlap` the following one is launched before the outcome of
-        this one is looked at. No figures where there was nothing to do."""
-        begin = time.monotonic()
+        """One forward pass for everything that fits, its outputs and its figures. With `overlap` the following one is
+        launched before the outcome of this one is looked at. No figures where nothing could be scheduled."""
         step = self.in_flight or self._launch()
         self.in_flight = None
         if step is None:
@@ -166,7 +179,7 @@ class Engine:
         if self.overlap and not step.launched.settles:
             self.in_flight = self._launch()
         outputs, stats = self._collect(step)
-        self.pace.note(time.monotonic() - begin, stats.prefill_tokens, stats.decode_tokens)
+        self.pace.note(stats.seconds, stats.prefill_tokens, stats.decode_tokens)
         return outputs, stats
 
     def _launch(self) -> _InFlight | None:

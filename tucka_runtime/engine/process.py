@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -26,11 +27,11 @@ from tucka_runtime.messages import (
     AdapterInfo,
     AdapterLoaded,
     AdapterRefused,
-    Ended,
     Idle,
     LoadAdapter,
     NotStarted,
     Rejected,
+    SequencesAborted,
     Start,
     Started,
     StepDone,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0  # without work for so long, the engine checks its books once
+IDLE_SECONDS = 1.0  # between two signs of life without work; after the first such wait the engine checks its books
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,10 @@ class _Closed:
     """From the reading thread to the step loop: the parent is gone."""
 
 
-_Inbox = queue.SimpleQueue[ToEngine | _Prepared | AdapterRefused | _Closed]
+_Message = ToEngine | _Prepared | AdapterRefused | _Closed
+_Inbox = queue.SimpleQueue[_Message]
+"""All that the step loop learns from others, in order. Nobody else works on the engine, and after the start nobody else
+writes to the channel: the loader's refusals come here too, to be sent on."""
 
 
 def main() -> None:
@@ -78,10 +82,11 @@ def main() -> None:
 
     try:
         engine = Engine(start.config)
+        longest_step = engine.time_longest_step()
     except ModelLoadError as error:
         channel.send(NotStarted(error))
         return
-    channel.send(Started(engine.info))
+    channel.send(Started(engine.info, longest_step))
     gc.collect()
     gc.freeze()  # what was imported and loaded stays: no collection walks it again between two tokens
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -96,17 +101,8 @@ def serve(engine: "Engine", channel: Connection) -> None:
     loads: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     threading.Thread(target=_load, args=(engine, loads, inbox), daemon=True).start()
-    checked = told = False
     while True:
-        while True:
-            if not engine.busy and not told:
-                channel.send(Idle(engine.load))
-            told = not engine.busy
-            try:
-                message = inbox.get(block=not (engine.busy or engine.prepare()), timeout=IDLE_SECONDS)
-            except queue.Empty:
-                break
-            checked = False
+        for message in _received(engine, channel, inbox):
             if isinstance(message, Stop):
                 return
             if isinstance(message, LoadAdapter):
@@ -117,9 +113,30 @@ def serve(engine: "Engine", channel: Connection) -> None:
             outputs, stats = engine.step()
             if stats is not None:
                 channel.send(StepDone(outputs, stats, engine.load))
-        elif not checked:
-            engine.check_integrity()
-            checked = True
+
+
+def _received(engine: "Engine", channel: Connection, inbox: _Inbox) -> Iterator[_Message]:
+    """All that has come; an engine without work waits for the first."""
+    if not engine.busy:
+        yield _idle(engine, channel, inbox)
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield inbox.get_nowait()
+
+
+def _idle(engine: "Engine", channel: Connection, inbox: _Inbox) -> _Message:
+    """Waits for the next message. Until it comes, prepares what loaded adapters will need, says once a second that the
+    process lives, and checks the books once."""
+    checked = False
+    while True:
+        channel.send(Idle(engine.load))
+        preparing = engine.prepare()
+        try:
+            return inbox.get(block=not preparing, timeout=IDLE_SECONDS)
+        except queue.Empty:
+            if not preparing and not checked:
+                engine.check_integrity()
+                checked = True
 
 
 def _handle(
@@ -136,7 +153,7 @@ def _handle(
         case Abort(request_id, index):
             ended = engine.abort(request_id, index)
             if index is not None and ended:
-                channel.send(Ended(ended))
+                channel.send(SequencesAborted(ended))
         case _Prepared(call, folded, info):
             try:
                 engine.add_adapter(folded)

@@ -210,7 +210,7 @@ def test_the_command(live: Server, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_row_50_weights_that_overflow(live: Server, roots: Path, name: str) -> None:
-    """Finite as they are, the residual becomes infinite and the logits NaN: its requests end, and nobody else's change."""
+    """Finite as they are, the residual becomes infinite and the logits NaN: its requests end, nobody else's change."""
     base = load_file(GOLDEN / "bases" / "llama-tiny" / "model.safetensors")
     path, (d_out, d_in) = "model.layers.0.self_attn.o_proj", base["model.layers.0.self_attn.o_proj.weight"].shape
     folder = roots / name

@@ -92,6 +92,19 @@ def test_row_47_a_file_in_the_working_directory_is_never_imported(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("template", [GOOD, "{{ raise_exception('not you') }}"])
+def test_a_template_that_is_warm_has_its_child(template: str) -> None:
+    async def run() -> None:
+        made = ChatTemplate(template, {"bos_token": ""})
+        try:
+            await made.warm_up()
+            assert made._child is not None and made._child.returncode is None
+        finally:
+            await made.stop()
+
+    asyncio.run(run())
+
+
 def test_a_child_that_was_killed_is_replaced_and_nobody_notices() -> None:
     """Killed while nobody needs it, and in the middle of a rendering."""
 
