@@ -2,17 +2,19 @@
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
-from tucka_runtime.server.api import ops
+from tucka_runtime.server.api import openapi, ops
 from tucka_runtime.server.api.chat import Chat
 from tucka_runtime.server.api.completions import Completion
 from tucka_runtime.server.api.door import Endpoint, generating
 from tucka_runtime.server.api.models import get_model, list_models
+from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
 from tucka_runtime.server.http.keys import Auth
 from tucka_runtime.server.http.middleware import RequestScope
@@ -23,7 +25,7 @@ def create_app(service: Service) -> ASGIApp:
     """Request id and log outermost, then the keys, then the routes."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for method, path, endpoint in (
+    routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/v1/completions", generating(Completion)),
         ("POST", "/v1/chat/completions", generating(Chat)),
         ("GET", "/v1/models", list_models),
@@ -42,13 +44,32 @@ def create_app(service: Service) -> ASGIApp:
         ("GET", "/metrics", ops.metrics),
         ("POST", "/tokenize", ops.tokenize),
         ("POST", "/detokenize", ops.detokenize),
-    ):
+    ]
+    config = service.config
+    if config.docs:
+        routes += [("GET", "/openapi.json", openapi.openapi), ("GET", "/docs", openapi.docs)]
+        app.state.openapi = openapi.document([(method, path) for method, path, _ in routes])
+    for method, path, endpoint in routes:
         app.router.add_route(path, _noting(path, endpoint), methods=[method])
     app.add_exception_handler(TuckaError, _tucka_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    config = service.config
-    return RequestScope(Auth(app, config.api_key, config.admin_key), service.metrics.answered)
+    return RequestScope(
+        _cors(Auth(app, config.api_key, config.admin_key), config.cors_origin), service.metrics.answered
+    )
+
+
+def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """Outside the keys: a browser's preflight carries none. Cookies are nobody's here, so none are allowed."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", IGNORED_HEADER, "retry-after"),
+    )
 
 
 def _noting(path: str, endpoint: Endpoint) -> Endpoint:
@@ -56,7 +77,10 @@ def _noting(path: str, endpoint: Endpoint) -> Endpoint:
 
     async def noting(request: Request) -> Response:
         request.state.route = path
-        return await endpoint(request)
+        response = await endpoint(request)
+        if ignored := getattr(request.state, "ignored", None):
+            response.headers[IGNORED_HEADER] = shown(ignored)
+        return response
 
     return noting
 
