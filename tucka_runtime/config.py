@@ -99,6 +99,13 @@ class ServerConfig:
     admin_key: tuple[str, ...] = _setting(
         (), "key that adapter management must carry; repeatable (default: same as --api-key)", secret=True
     )
+    strict: bool = _setting(False, "refuse fields that are unknown or without effect, instead of naming them")
+    cors_origin: tuple[str, ...] = _setting(
+        (),
+        "origin whose pages may call the server from a browser, or *; repeatable (default: none)",
+        metavar="ORIGIN",
+    )
+    docs: bool = _setting(True, "answer /openapi.json and /docs")
     max_body_bytes: int = _setting(16 * 2**20, "largest request body")
     max_logprobs: int = _setting(20, "most alternatives a request may ask log-probabilities of")
     max_n: int = _setting(64, "most sequences (prompts x n) in one request")
@@ -127,6 +134,9 @@ class ServerConfig:
                 raise ConfigError(f"{name} holds an empty key, which anybody could send. Give a key, or leave it out.")
         if self.admin_key and not self.api_key:
             raise ConfigError("admin_key is set but api_key is not: inference would be open. Set both, or neither.")
+        for origin in self.cors_origin:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError("cors_origin must be an origin, as https://app.example.org (no path), or *")
         if self.otlp_traces_endpoint is not None and not re.match(r"https?://[^/\s]", self.otlp_traces_endpoint):
             raise ConfigError("otlp_traces_endpoint must be a whole URL, as http://127.0.0.1:4318/v1/traces")
 

@@ -10,10 +10,10 @@ from starlette.responses import PlainTextResponse, Response
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, parse
+from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody
 from tucka_runtime.server.api.models import adapter_card
+from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer
-from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
@@ -37,7 +37,7 @@ async def get_adapter(request: Request) -> Response:
 async def post_adapter(request: Request) -> Response:
     """201 with the card when it was loaded, 200 when the name had this content already."""
     service: Service = request.app.state.service
-    body = parse(LoadAdapterBody, await read_json(request))
+    body = await read_body(request, LoadAdapterBody)
     pinned = fields.pinned_route(body.pinned)
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
         adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
@@ -55,7 +55,7 @@ async def delete_adapter(request: Request) -> Response:
 
 async def load_lora_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
-    body = parse(LoadLoraBody, await read_json(request))
+    body = await read_body(request, LoadLoraBody)
     with _params(name="lora_name", path="lora_path"):
         await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -64,7 +64,7 @@ async def load_lora_adapter(request: Request) -> Response:
 async def unload_lora_adapter(request: Request) -> Response:
     """200, as vLLM's, also when requests that use it go on."""
     service: Service = request.app.state.service
-    body = parse(UnloadLoraBody, await read_json(request))
+    body = await read_body(request, UnloadLoraBody)
     with _params(name="lora_name"):
         await service.adapters.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

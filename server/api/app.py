@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -11,11 +12,12 @@ from starlette.types import ASGIApp, Scope
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
-from tucka_runtime.server.api import ops
+from tucka_runtime.server.api import openapi, ops
 from tucka_runtime.server.api.chat import Chat
 from tucka_runtime.server.api.completions import Completion
 from tucka_runtime.server.api.door import Endpoint, generating
 from tucka_runtime.server.api.models import get_model, list_models
+from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
 from tucka_runtime.server.http.body import read
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
 from tucka_runtime.server.http.keys import Auth
@@ -27,7 +29,7 @@ def create_app(service: Service) -> ASGIApp:
     """Request id and log outermost, then the keys, then the routes."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for method, path, endpoint in (
+    routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/v1/completions", generating(Completion)),
         ("POST", "/v1/chat/completions", generating(Chat)),
         ("GET", "/v1/models", list_models),
@@ -47,13 +49,31 @@ def create_app(service: Service) -> ASGIApp:
         ("GET", "/metrics", ops.metrics),
         ("POST", "/tokenize", ops.tokenize),
         ("POST", "/detokenize", ops.detokenize),
-    ):
-        app.router.add_route(path, _with_body(endpoint, service.config.max_body_bytes), methods=[method])
+    ]
+    config = service.config
+    if config.docs:
+        routes += [("GET", "/openapi.json", openapi.openapi), ("GET", "/docs", openapi.docs)]
+        app.state.openapi = openapi.document([(method, path) for method, path, _ in routes])
+    for method, path, endpoint in routes:
+        app.router.add_route(path, _with_body(endpoint, config.max_body_bytes), methods=[method])
     app.add_exception_handler(TuckaError, _tucka_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    config = service.config
-    return RequestScope(Auth(app, config.api_key, config.admin_key), service.metrics.answered, _templates(app))
+    keyed = Auth(app, config.api_key, config.admin_key)
+    return RequestScope(_cors(keyed, config.cors_origin), service.metrics.answered, _templates(app))
+
+
+def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """Outside the keys: a browser's preflight carries none. Cookies are nobody's here, so none are allowed."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", IGNORED_HEADER, "retry-after"),
+    )
 
 
 def _with_body(endpoint: Endpoint, limit: int) -> Endpoint:
@@ -61,7 +81,10 @@ def _with_body(endpoint: Endpoint, limit: int) -> Endpoint:
 
     async def enter(request: Request) -> Response:
         await read(request, limit)
-        return await endpoint(request)
+        response = await endpoint(request)
+        if ignored := getattr(request.state, "ignored", None):
+            response.headers[IGNORED_HEADER] = shown(ignored)
+        return response
 
     return enter
 

@@ -24,10 +24,9 @@ class Chat(Door[ChatBody]):
 
     async def ask(self) -> Request:
         body, service = self.body, self.service
-        messages = fields.messages(body.messages)
         n = num_sequences(body, 1, service.config)
         logprobs = self._logprobs()
-        self._prompt = await service.render_chat([message.for_template() for message in messages])
+        self._prompt = await service.render_chat(fields.for_template(body.messages))
         (ids,) = await service.encode([self._prompt], body.add_special_tokens is True, "messages")
         if not ids:
             raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", "messages")
@@ -39,7 +38,7 @@ class Chat(Door[ChatBody]):
 
     def _logprobs(self) -> int | None:
         body = self.body
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise InvalidRequestError("`top_logprobs` is only allowed with `logprobs: true`.", "top_logprobs")
         if not body.logprobs:
             return None

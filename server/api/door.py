@@ -12,12 +12,12 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.messages import Request, RouteReport, SamplingParams
+from tucka_runtime.messages import Request, RouteReport, RouteScope, SamplingParams
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import GenerationBody, parse, route_scope
+from tucka_runtime.server.api.bodies import GenerationBody
 from tucka_runtime.server.api.logprobs import Labels
+from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer, encode_json
-from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.http.errors import envelope, internal_error, reason
 from tucka_runtime.server.http.stream import EventStream, until_disconnect
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation, Usage
@@ -77,7 +77,7 @@ class Door(ABC, Generic[B]):
             sampling=stopping(sampling, self.service.tokenizer),
             n=n,
             adapter=self.adapter.key if self.adapter else None,
-            route_scope=self.service.scope(self.adapter, route_scope(self.body.route)),
+            route_scope=self.service.scope(self.adapter, RouteScope(self.body.route) if self.body.route else None),
             cache_salt=self._cache_salt,
         )
         return self.asked
@@ -140,7 +140,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
 
     async def handle(http: HTTPRequest) -> Response:
         service: Service = http.app.state.service
-        body = parse(kind.body_type, await read_json(http))
+        body = await read_body(http, kind.body_type)
         include_usage = fields.include_usage(bool(body.stream), body.stream_options)
         lease = service.resolve(body.model)
         try:

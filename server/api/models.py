@@ -19,6 +19,8 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request) -> Response:
     service: Service = request.app.state.service
     name = request.path_params["name"]
+    if not name:  # /v1/models/, as some clients have it
+        return await list_models(request)
     if name == service.model_name:
         return JSONAnswer(base_card(service))
     return JSONAnswer(adapter_card(service, service.adapters.get(name)))

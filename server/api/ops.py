@@ -9,9 +9,9 @@ from starlette.responses import Response
 from tucka_runtime import __version__
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody, parse
+from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody
+from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer
-from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
 
@@ -66,16 +66,16 @@ async def metrics(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of rendered messages."""
     service: Service = request.app.state.service
-    body = parse(TokenizeBody, await read_json(request))
+    body = await read_body(request, TokenizeBody)
     _check_model(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
-    if body.prompt is not None:
+    if body.messages is None:
+        assert body.prompt is not None
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
         (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
     else:
-        messages = [message.for_template() for message in fields.messages(body.messages)]
-        text = await service.render_chat(messages)
+        text = await service.render_chat(fields.for_template(body.messages))
         (ids,) = await service.encode([text], body.add_special_tokens is True, "messages")
     tokenizer = service.text_tokenizer("prompt")
     return JSONAnswer(
@@ -91,7 +91,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
-    body = parse(DetokenizeBody, await read_json(request))
+    body = await read_body(request, DetokenizeBody)
     _check_model(service, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")

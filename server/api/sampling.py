@@ -20,11 +20,12 @@ def sampling_params(
         raise InvalidRequestError(
             "`min_tokens` is larger than `max_tokens`, or than what the context leaves.", "min_tokens"
         )
+    greedy = body.top_p == 0  # the smallest set of tokens is the likeliest alone
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
+        temperature=0.0 if greedy else _or(body.temperature, 1.0),
+        top_p=1.0 if greedy else _or(body.top_p, 1.0),
         top_k=min(max(body.top_k or 0, 0), info.vocab_size),
         min_p=_or(body.min_p, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from tests.support import ROOT
 from tucka_runtime import errors
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.server.api import app
+from tucka_runtime.server.api import app, reading
 from tucka_runtime.server.api import bodies as protocol
 from tucka_runtime.server.http import errors as http_errors
 from tucka_runtime.server.http import keys as auth
@@ -53,8 +53,9 @@ def test_every_route_is_named_with_its_key() -> None:
 
 def test_every_field_of_a_generation_is_named() -> None:
     named = names("Completions and chat") - {"finish_reason", "stop_reason", "usage", "cached_tokens", "route"}
-    declared = set(protocol.CompletionBody.model_fields) | set(protocol.ChatBody.model_fields)
-    assert named == declared - {"route"} and "| `route` |" in section("Completions and chat")
+    kinds = (protocol.CompletionBody, protocol.ChatBody)
+    acted_upon = {name for kind in kinds for name in kind.model_fields.keys() - kind.ignored}
+    assert named == acted_upon - {"route"} and "| `route` |" in section("Completions and chat")
 
 
 def test_every_other_field_is_named() -> None:
@@ -63,13 +64,15 @@ def test_every_other_field_is_named() -> None:
         "Tokenizer": (protocol.TokenizeBody, protocol.DetokenizeBody),
     }.items():
         for body in bodies:
-            for name in body.model_fields:
+            for name in body.model_fields.keys() - protocol.TemplateFields.ignored:
                 assert f"`{name}`" in section(title), name
 
 
-def test_every_field_that_is_not_supported_is_named() -> None:
-    assert names("Fields that are not supported") == {*protocol._WITHOUT_EFFECT, *protocol._NEUTRAL}
-    assert all(f"`{name}`" in section("Fields that are not supported") for name in protocol._ELSEWHERE)
+def test_every_field_without_effect_is_named() -> None:
+    elsewhere = reading._ELSEWHERE.keys()
+    assert names("Fields without effect") == (protocol.CompletionBody.ignored | protocol.ChatBody.ignored) - elsewhere
+    text = section("Fields without effect")
+    assert all(f"`{name}`" in text for name in elsewhere | protocol.Echoed.ignored - {"audio", "function_call"})
 
 
 def test_every_error_code_is_named_with_its_status() -> None:
@@ -85,4 +88,4 @@ def test_every_error_code_is_named_with_its_status() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = {"--" + field.name.replace("_", "-") for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
-    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known
+    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known | {"--no-docs"}

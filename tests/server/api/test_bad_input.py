@@ -117,7 +117,7 @@ def test_row_1_malformed_bodies(live: Server, path: str, content: bytes) -> None
     ("field", "value"),
     [
         ("n", True), ("n", "3"), ("n", 3.0), ("n", 0), ("n", []), ("temperature", "1"), ("temperature", True),
-        ("temperature", -1), ("temperature", 1e300), ("top_p", 0), ("top_p", 1.1), ("top_k", 1.5), ("min_p", 2),
+        ("temperature", -1), ("temperature", 1e300), ("top_p", -0.1), ("top_p", 1.1), ("top_k", 1.5), ("min_p", 2),
         ("max_tokens", "4"), ("max_tokens", True), ("max_tokens", 4.0), ("stream", "true"), ("stream", 1),
         ("echo", 1), ("seed", "a"), ("seed", 2**63), ("presence_penalty", 3), ("frequency_penalty", -3),
         ("repetition_penalty", 0), ("ignore_eos", 0), ("min_tokens", -1), ("min_tokens", 5),
@@ -310,7 +310,6 @@ def test_row_9_slow_clients(live: Server) -> None:
         ("/v1/completions", body(stop=[1] * 100_000)),
         ("/v1/completions", body(stop_token_ids=["x"] * 100_000)),
         ("/v1/completions", body(logit_bias={f"{SECRET}{i}": 1 for i in range(20_000)})),
-        ("/v1/completions", body() | {f"{SECRET}-{i} ": 1 for i in range(20_000)}),
         ("/v1/chat/completions", chat(messages=[{"role": SECRET}] * 20_000)),
         ("/v1/chat/completions", chat(messages=[{"role": "user", "content": [{"type": SECRET}] * 20_000}])),
         ("/detokenize", {"tokens": ["x"] * 100_000}),
@@ -372,7 +371,7 @@ def test_row_14_top_logprobs_without_logprobs(live: Server) -> None:
     check(live.post("/v1/chat/completions", chat(top_logprobs=2)), 400)
 
 
-@pytest.mark.parametrize("stop", [["x"] * 100_000, "", [""], ["a", ""], "x" * 1_000_000, ["x" * 1025], 5, {"a": 1}])
+@pytest.mark.parametrize("stop", [["x"] * 100_000, [""], ["a", ""], "x" * 1_000_000, ["x" * 1025], 5, {"a": 1}])
 def test_row_15_stops(live: Server, stop: object) -> None:
     assert check(live.post("/v1/completions", body(stop=stop)), 400)["param"] == "stop"
 
@@ -408,7 +407,7 @@ def test_row_17_empty_and_mixed_prompts(live: Server, prompt: object) -> None:
     [
         [], None, "hi", {}, [None], ["hi"], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": 5, "content": "x"}],
         [{"role": "user", "content": None}], [{"role": "user", "content": 5}], [{"role": SECRET, "content": "x"}],
-        [{"role": "user", "content": "x", SECRET: 1}], [{"role": "tool", "content": "x"}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}], [{"role": "tool", "content": "x"}],
         [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], [{"role": ["user"], "content": "x"}],
         [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}],
     ],
@@ -421,10 +420,11 @@ def test_row_17_messages(live: Server, messages: object) -> None:
     ("field", "value"),
     [
         ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"a": 1}), ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"), ("guided_regex", "(a+)+$"),
+        ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("guided_regex", "(a+)+$"),
         ("guided_json", {}), ("structured_outputs", {"regex": "a"}), ("functions", [{}]), ("modalities", ["audio"]),
-        ("audio", {}), ("reasoning_effort", "low"), ("store", True), ("prediction", {}), ("service_tier", "flex"),
-        ("logits_processors", ["os.system"]), ("no_such_field", 1),
+        ("audio", {"voice": "x"}), ("reasoning_effort", 1), ("store", "yes"), ("prediction", {}),
+        ("service_tier", "flex"),        ("logits_processors", ["os.system"]), ("use_beam_search", True),
+        ("lora_path", "one"), ("echo", True),
     ],
 )  # fmt: skip
 def test_rows_18_20_fields_that_are_not_supported(live: Server, field: str, value: object) -> None:
@@ -435,9 +435,8 @@ def test_rows_18_20_fields_that_are_not_supported(live: Server, field: str, valu
     "value",
     [
         "json", {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": "{}"}}, {"type": "json_object", "x": 1},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": "{}"}}, {"type": 5}, {},
         {"type": "json_schema", "json_schema": {"schema": {"type": SECRET}}},
-        {"type": "json_schema", "json_schema": {"schema": {}, "regex": "a"}},
         {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1:1/x"}}},
         {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
         {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}},
@@ -482,7 +481,7 @@ def test_unknown_models_and_paths(live: Server) -> None:
     check(live.get(f"/v1/{SECRET}"), 404, "not_found")
     check(live.get("/v1/completions"), 405, "method_not_allowed")
     check(live.post("/health", {}), 405, "method_not_allowed")
-    check(live.get("/v1/models/"), 404)
+    assert live.get("/v1/models/").json() == live.get("/v1/models").json()
 
 
 def test_not_http_at_all(live: Server) -> None:

@@ -1,0 +1,123 @@
+"""From a request to its typed body, leaving in `state.ignored` what was taken without being acted upon."""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.bodies import Body, Echoed, ForeignPart
+from tucka_runtime.server.http.body import read_json
+from tucka_runtime.server.service.service import Service
+
+IGNORED_HEADER = "x-tucka-ignored"
+SHOWN = 32  # names in that header
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+# Fields of other servers for what has another name here.
+_ELSEWHERE = dict.fromkeys(("adapter_id", "lora_path"), "Name the adapter in `model`.")
+
+# What pydantic's messages would repeat of the input, or say of its own inside.
+_SENTENCES = {
+    "role": "A message's `role` must be system, developer, user or assistant",
+    "content": "A message's `content` must be a string or a list of text parts: images, audio, video and files are not "
+    "supported",
+    "prompt": "It must be a non-empty string, a list of such strings, a list of token ids, or a list of such lists",
+    "messages": "It must be a non-empty list of objects, each with `role` and `content`",
+    "stop": "It must be a string or a list of at most 16 strings, of 1 to 1024 characters each",
+    "response_format": 'It must be {"type": "text"}, {"type": "json_object"} or '
+    '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}',
+}
+
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(http: Request, kind: type[B]) -> B:
+    """The request's body as `kind`. Raises InvalidRequestError, BodyTooLargeError, ClientDisconnect."""
+    service: Service = http.app.state.service
+    body = parse(kind, await read_json(http))
+    ignored = sorted(set(ignored_names(body)))
+    if ignored and service.config.strict:
+        raise InvalidRequestError(
+            f"{shown(ignored)}: unknown, or without effect on this server, which was started with --strict. "
+            "Leave it out.",
+            ignored[0] if ignored[0] != "?" else None,
+        )
+    http.state.ignored = ignored
+    return body
+
+
+def parse(kind: type[B], body: dict[str, Any]) -> B:
+    """The body as `kind`. Raises InvalidRequestError naming the first field that is wrong."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _error(kind, error) from None
+
+
+def ignored_names(body: Body, place: str = "") -> Iterator[str]:
+    """The fields that were sent and have no effect, at every level: `user`, `tools`, and with their places those
+    inside; `?` for one whose name is not printable. A null is as if the field were not there."""
+    for name, value in (body.model_extra or {}).items():
+        if value is not None:
+            yield place + name if _NAME.fullmatch(name) else "?"
+    for name in body.model_fields_set & type(body).model_fields.keys():
+        value = getattr(body, name)
+        if value is None:
+            continue
+        if name in body.ignored:
+            yield place + name
+        for item in value if isinstance(value, list) else (value,):
+            if not isinstance(item, Body):
+                break
+            yield from ignored_names(item, f"{place}{name}.")
+
+
+def shown(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _error(kind: type[Body], error: ValidationError) -> InvalidRequestError:
+    """Of the faults found the deepest: where a field may be of several types that is the one which fits best."""
+    found = max(
+        error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"])
+    )
+    param = str(found["loc"][0])
+    if param in kind.ignored:
+        elsewhere = _ELSEWHERE.get(param, "Leave the field out.")
+        return InvalidRequestError(f"`{param}`: what it asks for is not supported by this server. {elsewhere}", param)
+    if found["type"] == "missing" and len(found["loc"]) == 1:
+        return InvalidRequestError(f"The field `{param}` is required.", param)
+    if param == "model" and found["type"] == "string_too_short":
+        return InvalidRequestError("`model` is empty. GET /v1/models lists what it can be.", param)
+    place, names = _place(found["loc"])
+    if found["type"].startswith("union_tag") and names[-1] == "messages":
+        names.append("role")
+    if len(names) > 1 and names[-1] in _NESTED_IGNORED:
+        return InvalidRequestError(f"`{place}`: what it asks for is not supported by this server.", param)
+    return InvalidRequestError(f"`{place}`: {_SENTENCES.get(names[-1], found['msg'])}.", param)
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """Where a fault is, as `messages[3].content`, and the names on the way. Left out are the parts that pydantic adds
+    for the type that it tried (after a list's index it is the item's), and keys of the client's own choosing."""
+    place, names = str(loc[0]), [str(loc[0])]
+    for before, part in pairwise(loc):
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif isinstance(before, str) and part in _DECLARED and part != names[-1]:
+            place, names = f"{place}.{part}", [*names, part]
+    return place, names
+
+
+def _subclasses(kind: type[Body]) -> Iterator[type[Body]]:
+    for sub in kind.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+_DECLARED = {name for kind in _subclasses(Body) for name in kind.model_fields} | {"schema"}
+_NESTED_IGNORED = Echoed.ignored | ForeignPart.ignored | {"include_obfuscation"}
