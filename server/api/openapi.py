@@ -14,10 +14,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.server.api import bodies
+from tucka_runtime.server.http.answers import JSONAnswer
 
 BODIES: dict[str, type[bodies.Body]] = {
     "/v1/completions": bodies.CompletionBody,
@@ -52,7 +53,7 @@ def document(routes: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 async def openapi(request: Request) -> Response:
-    return JSONResponse(request.app.state.openapi)
+    return JSONAnswer(request.app.state.openapi)
 
 
 async def docs(request: Request) -> Response:

@@ -190,7 +190,7 @@ def test_a_token_beyond_the_models_vocabulary_is_refused(server: Server) -> None
 
 def test_the_number_of_prompts_is_checked_before_they_are_read(start_fake) -> None:
     server = start_fake(max_n=2)
-    answer = server.post("/v1/completions", ASK | {"prompt": [[5], [6], ["not read"]]})
+    answer = server.post("/v1/completions", ASK | {"prompt": [[5], [6], [10**9]]})
     assert answer.status_code == 400 and "more than 2 prompts" in answer.json()["error"]["message"]
 
 
