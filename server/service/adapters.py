@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+NAMES_SHOWN = 8  # in an error about a name: at most 1 KiB
 COPIES = 2  # adapters that are looked for and copied at once: each takes a core while it is hashed
 
 
@@ -76,8 +77,11 @@ class AdapterNames:
                 "model",
             )
         if name not in self._loaded:
+            names = [self._base_name, *self._loaded]
+            known = ", ".join(names[:NAMES_SHOWN]) + (" and others" if len(names) > NAMES_SHOWN else "")
             raise ModelNotFoundError(
-                "No base model or adapter of that name is loaded. GET /v1/models lists those that are.", "model"
+                f"No base model or adapter of that name is loaded. There are {known}. GET /v1/models lists them all.",
+                "model",
             )
         return self._loaded[name]
 

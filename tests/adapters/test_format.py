@@ -803,3 +803,30 @@ def test_modules_are_what_the_engine_expects(tmp_path, base: BaseLayout):
     for module in adapter.modules.values():
         assert isinstance(module, TuckAModule)
         assert (module.g.shape, module.c.shape, module.u.shape) == ((K, P, R, R), (T, P), (6, R))
+
+
+def test_tensors_with_an_adapters_name_in_theirs(tmp_path, base):
+    tensors = {name.replace(".weight", ".default.weight"): value for name, value in lora_tensors(base).items()}
+    with pytest.raises(InvalidAdapterError, match=r"save_pretrained.*lora_A\.default"):
+        read_adapter(put(tmp_path, lora_config(), tensors), base)
+
+
+def test_what_zero_3_leaves_is_not_blamed_on_the_base(tmp_path, base):
+    with pytest.raises(InvalidAdapterError, match=r"no tensors.*ZeRO-3"):
+        read_adapter(put(tmp_path / "none", lora_config(), {}), base)
+    empty = {name: value[:0] for name, value in lora_tensors(base).items()}
+    with pytest.raises(InvalidAdapterError, match=r"a tensor is empty.*ZeRO-3"):
+        read_adapter(put(tmp_path / "empty", lora_config(), empty), base)
+
+
+def test_another_kind_is_said_before_what_is_in_it(tmp_path, base):
+    config = lora_config(peft_type="LOHA", auto_mapping={"base_model_class": "X"})
+    with pytest.raises(InvalidAdapterError, match="`peft_type` is LOHA, not TUCKA or LORA"):
+        read_adapter(put(tmp_path, config, lora_tensors(base)), base)
+
+
+def test_errors_about_modules_list_those_that_exist(tmp_path, base):
+    with pytest.raises(BaseModelMismatchError, match=r"linears are called .*`q_proj`"):
+        read_adapter(put(tmp_path / "a", lora_config(target_modules=["c_attn"]), lora_tensors(base)), base)
+    with pytest.raises(BaseModelMismatchError, match=r"are called .*`lm_head`"):
+        read_adapter(put(tmp_path / "b", lora_config(modules_to_save=["score"]), lora_tensors(base)), base)

@@ -527,7 +527,7 @@ def test_hosts_are_refused_before_the_disk_is_touched(monkeypatch):
 
 
 def test_no_roots_no_paths(source):
-    with pytest.raises(InvalidAdapterError, match="--adapter-root"):
+    with pytest.raises(InvalidAdapterError, match="started without an --adapter-root"):
         resolve_source(str(source), [])
 
 

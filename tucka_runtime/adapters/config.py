@@ -126,20 +126,21 @@ def parse_config(data: bytes | bytearray) -> AdapterSpec:
         raise _invalid(f"it cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise _invalid("it is not a JSON object")
+    peft_type = table.pop("peft_type", None)
+    if peft_type not in ("TUCKA", "LORA"):  # first of all: what else its configuration says is for another kind
+        kind = f"{peft_type}, " if isinstance(peft_type, str) and re.fullmatch("[A-Z0-9_]{1,32}", peft_type) else ""
+        raise _invalid(f"`peft_type` is {kind}not TUCKA or LORA; other kinds of adapters are not supported")
     for name in _CODE_FIELDS:
         if table.pop(name, None) is not None:
             raise _invalid(
                 f"`{name}` is set. Adapters bring no code: set it to null (PEFT fills `auto_mapping` in when an "
                 "adapter is made without a `task_type`; it is not needed here)"
             )
-    peft_type = table.pop("peft_type", None)
     if peft_type == "TUCKA":
         return _parse(table, TuckASpec, required=("r", "k", "t", "p", "alpha", "target_modules"))
-    if peft_type == "LORA":
-        for name in _INERT_LORA_FIELDS:
-            table.pop(name, None)
-        return _parse(table, LoRASpec, required=("r", "lora_alpha", "target_modules"))
-    raise _invalid("`peft_type` is not TUCKA or LORA; other kinds of adapters are not supported")
+    for name in _INERT_LORA_FIELDS:
+        table.pop(name, None)
+    return _parse(table, LoRASpec, required=("r", "lora_alpha", "target_modules"))
 
 
 def config_as_dict(config: AdapterSpec) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
 
 PREFIX = "base_model.model."
 
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]\.\w+\.weight|tucka_(g|c|u|ec)\.\w+)$", re.ASCII)
+"""How a tensor is called inside a model that PEFT has put an adapter into: with the adapter's name."""
+
 NAMES_SHOWN = 3  # tensor names in one error message
 
 
@@ -57,7 +60,8 @@ def find_targets(config: AdapterSpec, base: BaseLayout) -> list[str]:
             )
     if not targets:
         raise BaseModelMismatchError(
-            "no module of this base model matches the adapter's `target_modules`. It was made for another base."
+            "no module of this base model matches the adapter's `target_modules`. It was made for another base: this "
+            f"one's linears are called {_last_names(linears)}."
         )
     return targets
 
@@ -88,7 +92,8 @@ def _expected_saved(config: AdapterSpec, targets: list[str], base: BaseLayout) -
         if not names:
             raise BaseModelMismatchError(
                 "an entry of the adapter's `modules_to_save` matches no module of this base model. It was made for "
-                "another base, or for another task than text generation."
+                "another base, or for another task than text generation: this one's are called "
+                f"{_last_names(name.rpartition('.')[0] for name in base.parameters)}."
             )
         for name in names:
             shape = base.parameters[name]
@@ -130,6 +135,16 @@ def check_names(names: Set[str], expected: Set[str], targets: list[str], base: B
     """Raise BaseModelMismatchError for whole modules missing or foreign, InvalidAdapterError for single tensors."""
     extra = sorted(names - expected)
     missing = sorted(expected - names)
+    if not names:
+        raise InvalidAdapterError(
+            "the adapter's weights file has no tensors. DeepSpeed's ZeRO-3 leaves it so where every process holds a "
+            "part: save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the checkpoint."
+        )
+    if named := sorted(name for name in extra if _ADAPTER_NAME.search(name)):
+        raise InvalidAdapterError(
+            f"the adapter's tensors have an adapter's name in theirs ({_some(named)}), as in a model's own state_dict. "
+            "Save it with PEFT's save_pretrained, which leaves the name out (`default.` in lora_A.default.weight)."
+        )
     foreign = [name for name in extra if _adapted_path(name) not in (None, *base.linears)]
     if foreign:
         raise BaseModelMismatchError(
@@ -187,6 +202,11 @@ def check_shapes(entries: Mapping[str, Entry], expected: Mapping[str, Expected])
                 f"{message} on this base model, and has another. It was made for another base."
             )
         raise InvalidAdapterError(f"{message} by its configuration, and has another. Save it again.")
+
+
+def _last_names(paths: Iterable[str]) -> str:
+    """What modules are called inside their layers, each once."""
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -86,7 +86,12 @@ def _entry(value: Any) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _invalid(f"a tensor's dtype is not one of {', '.join(DTYPES)}. Save the adapter in one of them")
-    if not _naturals(shape) or not 0 < len(shape) <= MAX_DIMS or 0 in shape:
+    if _naturals(shape) and 0 in shape:
+        raise _invalid(
+            "a tensor is empty (its shape has a 0). DeepSpeed's ZeRO-3 leaves it so: save "
+            "with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the checkpoint"
+        )
+    if not _naturals(shape) or not 0 < len(shape) <= MAX_DIMS:
         raise _invalid(f"a tensor's shape is not 1 to {MAX_DIMS} positive integers")
     if not _naturals(offsets) or len(offsets) != 2:
         raise _invalid("a tensor's data_offsets are not two natural numbers")

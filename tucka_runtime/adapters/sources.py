@@ -22,6 +22,11 @@ def resolve_source(path: str, roots: Sequence[Path]) -> Path:
             "the adapter's path looks like a URL or a network address. Adapters are loaded from local folders only: "
             "download it first."
         )
+    if not roots:
+        raise InvalidAdapterError(
+            "the server was started without an --adapter-root, so no adapter can be loaded by a request. Start it with "
+            "--adapter-root and the folder that they lie in."
+        )
     if ".." in path.split("/"):
         raise InvalidAdapterError("the adapter's path has a `..` part. Give the folder's own path.")
     for root in roots:
