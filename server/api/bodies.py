@@ -5,68 +5,27 @@ such fields and those of the classes marked `without_effect`, is named to the cl
 stop at their first fault, so that a million invalid items cost one short error.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1024
-MAX_STOP_TOKEN_IDS = 128
-MAX_LOGIT_BIAS = 1024
-MAX_EXPERTS = 4096  # weights of a pinned route
-
-
-class Body(BaseModel):
-    """`ignored` are the declared fields that change nothing about an answer, whatever value they are allowed."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
-
-    ignored: ClassVar[frozenset[str]] = frozenset()
-
-    def __init_subclass__(cls, without_effect: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, without_effect: bool = False, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        bases = [base for base in cls.__bases__ if issubclass(base, Body)]
-        inherited = frozenset[str]().union(*(base.ignored for base in bases))
-        known = {name for base in bases for name in base.model_fields}
-        cls.ignored = inherited | (cls.model_fields.keys() - known) if without_effect else inherited
-
-
-def _at_most(size: int) -> Callable[[Any], Any]:
-    """Pydantic checks every item of an object before it counts them, and makes an error of each."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > size:
-            raise PydanticCustomError("too_long", "It has more entries than this server takes")
-        return value
-
-    return check
-
-
-NonEmpty = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
-Prompts = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
-StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
-LogitBias = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(_at_most(MAX_LOGIT_BIAS)),
-    Field(max_length=MAX_LOGIT_BIAS),
-]
-EmptyList = Annotated[list[Any], Field(max_length=0)]
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
-Nothing = EmptyList | EmptyObject | Literal[False, ""] | None
-"""What a field holds that a client spells out without asking for anything."""
-Off = Literal[False] | None
-On = Literal[True] | None
-
+from tucka_runtime.server.api.values import (
+    MAX_EXPERTS,
+    MAX_STOP_CHARS,
+    Body,
+    EmptyList,
+    EmptyObject,
+    LogitBias,
+    NonEmpty,
+    Nothing,
+    Off,
+    On,
+    Prompts,
+    Stops,
+    StopTokenIds,
+    Texts,
+    TokenIds,
+)
 
 # What a conversation is made of.
 
@@ -164,6 +123,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Off = None
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Request, RouteReport, RouteScope, SamplingParams
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import GenerationBody
+from tucka_runtime.server.api.bodies import GenerationBody, StreamOptions
 from tucka_runtime.server.api.logprobs import Labels
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer, encode_json
@@ -88,11 +88,15 @@ class Door(ABC, Generic[B]):
     def choice(self, delta: ChoiceDelta, chunk: bool) -> dict[str, Any]:
         """A choice as JSON: of a chunk what is new, else all of it."""
 
-    def chunks(self, delta: ChoiceDelta, include_usage: bool) -> Iterator[bytes]:
-        yield event({**self.head, "choices": [self.choice(delta, True)], **({"usage": None} if include_usage else {})})
+    def chunks(self, delta: ChoiceDelta, usage: Usage, options: StreamOptions) -> Iterator[bytes]:
+        """`usage` is what was used so far."""
+        chunk = {**self.head, "choices": [self.choice(delta, True)]}
+        if options.include_usage:
+            chunk["usage"] = usage_json(usage) if options.continuous_usage_stats else None
+        yield event(chunk)
 
-    def ending(self, usage: Usage, include_usage: bool) -> Iterator[bytes]:
-        if include_usage:
+    def ending(self, usage: Usage, options: StreamOptions) -> Iterator[bytes]:
+        if options.include_usage:
             yield event({**self.head, "choices": [], "usage": usage_json(usage)})
         yield b"data: [DONE]\n\n"
 
@@ -141,7 +145,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
     async def handle(http: HTTPRequest) -> Response:
         service: Service = http.app.state.service
         body = await read_body(http, kind.body_type)
-        include_usage = fields.include_usage(bool(body.stream), body.stream_options)
+        options = fields.stream_options(bool(body.stream), body.stream_options)
         lease = service.resolve(body.model)
         try:
             door = kind(service, body, lease.adapter, http.state.cache_salt)
@@ -153,7 +157,7 @@ def generating(kind: type[Door[Any]]) -> Endpoint:
             raise
         if not body.stream:
             return JSONAnswer(await until_disconnect(http.receive, _whole(door, generation)))
-        frames = _frames(door, generation, include_usage, http)
+        frames = _frames(door, generation, options, http)
         return EventStream(await until_disconnect(http.receive, anext(frames)), frames)
 
     return handle
@@ -171,7 +175,7 @@ async def _whole(door: Door[Any], generation: Generation) -> dict[str, Any]:
 
 
 async def _frames(
-    door: Door[Any], generation: Generation, include_usage: bool, http: HTTPRequest
+    door: Door[Any], generation: Generation, options: StreamOptions, http: HTTPRequest
 ) -> AsyncGenerator[bytes, None]:
     """A failure before the first frame is raised: it still has a status code of its own."""
     begun = False
@@ -179,10 +183,10 @@ async def _frames(
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 if delta.shows:
-                    for frame in door.chunks(delta, include_usage):
+                    for frame in door.chunks(delta, generation.usage, options):
                         begun = True
                         yield frame
-        for frame in door.ending(generation.usage, include_usage):
+        for frame in door.ending(generation.usage, options):
             yield frame
     except TuckaError as error:
         if not begun:

@@ -80,12 +80,12 @@ def response_format(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | No
     return schema
 
 
-def include_usage(stream: bool, options: StreamOptions | None) -> bool:
+def stream_options(stream: bool, options: StreamOptions | None) -> StreamOptions:
     if options is None:
-        return False
+        return StreamOptions()
     if not stream:
         raise InvalidRequestError("`stream_options` is only allowed with `stream: true`.", "stream_options")
-    return bool(options.include_usage)
+    return options
 
 
 def pinned_route(value: PinnedRoute | None) -> Route | None:

@@ -18,9 +18,10 @@ from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.server.api import bodies
+from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.answers import JSONAnswer
 
-BODIES: dict[str, type[bodies.Body]] = {
+BODIES: dict[str, type[Body]] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
     "/v1/adapters": bodies.LoadAdapterBody,

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.bodies import Body, Echoed, ForeignPart
+from tucka_runtime.server.api.bodies import Echoed, ForeignPart
+from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
@@ -39,7 +40,7 @@ async def read_body(http: Request, kind: type[B]) -> B:
     """The request's body as `kind`. Raises InvalidRequestError, BodyTooLargeError, ClientDisconnect."""
     service: Service = http.app.state.service
     body = parse(kind, await read_json(http))
-    ignored = sorted(set(ignored_names(body)))
+    ignored = sorted(ignored_names(body))
     if ignored and service.config.strict:
         raise InvalidRequestError(
             f"{shown(ignored)}: unknown, or without effect on this server, which was started with --strict. "
@@ -58,22 +59,29 @@ def parse(kind: type[B], body: dict[str, Any]) -> B:
         raise _error(kind, error) from None
 
 
-def ignored_names(body: Body, place: str = "") -> Iterator[str]:
+def ignored_names(body: Body) -> set[str]:
     """The fields that were sent and have no effect, at every level: `user`, `tools`, and with their places those
     inside; `?` for one whose name is not printable. A null is as if the field were not there."""
-    for name, value in (body.model_extra or {}).items():
-        if value is not None:
-            yield place + name if _NAME.fullmatch(name) else "?"
-    for name in body.model_fields_set & type(body).model_fields.keys():
+    found: set[str] = set()
+    _note_ignored(body, "", found)
+    return found
+
+
+def _note_ignored(body: Body, place: str, found: set[str]) -> None:
+    """Looks at nothing but what was sent, by pydantic's slots: a conversation has many messages."""
+    kind, sent = type(body), body.__pydantic_fields_set__
+    if extra := body.__pydantic_extra__:
+        for name, value in extra.items():
+            if value is not None:
+                found.add(place + name if _NAME.fullmatch(name) else "?")
+    if not kind.ignored.isdisjoint(sent):
+        found.update(place + name for name in kind.ignored & sent if getattr(body, name) is not None)
+    for name in kind.nested:
         value = getattr(body, name)
-        if value is None:
+        if value is None or isinstance(value, str):
             continue
-        if name in body.ignored:
-            yield place + name
         for item in value if isinstance(value, list) else (value,):
-            if not isinstance(item, Body):
-                break
-            yield from ignored_names(item, f"{place}{name}.")
+            _note_ignored(item, f"{place}{name}.", found)
 
 
 def shown(names: list[str]) -> str:

@@ -51,6 +51,17 @@ def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI, model: st
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_every_chunk_has_the_usage_so_far(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    ask = {"model": "one", "prompt": "Hello", "max_tokens": 6, "temperature": 0, "stream": True}
+    used = [chunk.usage for chunk in client.completions.create(**ask, stream_options=options)]
+    assert all(usage.prompt_tokens == 5 for usage in used)
+    counts = [usage.completion_tokens for usage in used]
+    assert counts == sorted(counts) and counts[0] < counts[-1] == 6
+    alone = client.completions.create(**ask, stream_options={"continuous_usage_stats": True})
+    assert all(chunk.usage is None for chunk in alone)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_answers_of_a_schema(client: openai.OpenAI, model: str) -> None:
     """Whatever a random model would rather say; streamed or not."""

@@ -1,0 +1,72 @@
+"""What the bodies are made of: the strict model that all of them are, and the types of values that several have."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_EXPERTS = 4096  # weights of a pinned route
+
+
+class Body(BaseModel):
+    """`ignored` are the declared fields that change nothing about an answer, whatever value they are allowed; `nested`
+    those that hold other bodies."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    nested: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, without_effect: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, without_effect: bool = False, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        bases = [base for base in cls.__bases__ if issubclass(base, Body)]
+        inherited = frozenset[str]().union(*(base.ignored for base in bases))
+        known = {name for base in bases for name in base.model_fields}
+        cls.ignored = inherited | (cls.model_fields.keys() - known) if without_effect else inherited
+        cls.nested = frozenset(name for name, field in cls.model_fields.items() if _holds_bodies(field.annotation))
+
+
+def _holds_bodies(annotation: Any) -> bool:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return issubclass(annotation, Body)
+    return any(_holds_bodies(part) for part in get_args(annotation))
+
+
+def _at_most(size: int) -> Callable[[Any], Any]:
+    """Pydantic checks every item of an object before it counts them, and makes an error of each."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > size:
+            raise PydanticCustomError("too_long", "It has more entries than this server takes")
+        return value
+
+    return check
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(_at_most(MAX_LOGIT_BIAS)),
+    Field(max_length=MAX_LOGIT_BIAS),
+]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
+Nothing = EmptyList | EmptyObject | Literal[False, ""] | None
+"""What a field holds that a client spells out without asking for anything."""
+Off = Literal[False] | None
+On = Literal[True] | None
