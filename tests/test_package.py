@@ -35,7 +35,8 @@ def test_wheel_has_one_top_level_package(tmp_path):
             ("tucka_runtime", ROOT / "tucka_runtime"),
             *((f"tucka_runtime/{name}", ROOT / name) for name in ("kernels", "server", "loadtest")),
         )
-        for path in folder.rglob("*.py")
+        for pattern in ("*.py", "*.cpp", "*.h")
+        for path in folder.rglob(pattern)
     }
     assert sources <= set(names), sources - set(names)
-    assert not any("tests" in name or name.endswith(".pyc") for name in names)
+    assert not any("tests" in name or name.endswith((".pyc", ".so")) for name in names)
