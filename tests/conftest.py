@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 
 from tucka_runtime.kernels.native import library
 
-pytest_plugins = ["tests.support.server_fixtures"]
+# The kernels' tests run where there is no server: a GPU machine with torch, triton, transformers and safetensors alone.
+pytest_plugins = ["tests.support.server_fixtures"] if importlib.util.find_spec("uvicorn") else []
 
 # Triton reads this when it is first imported, which transformers does: so it is set here, before any test module.
 if not torch.cuda.is_available():

@@ -2,9 +2,11 @@
 
 `tucka serve` serves them over HTTP; `LLM` is the same engine in this process, offline. `kernels/`, `server/` and
 `loadtest/` of the repository are installed as `tucka_runtime.kernels`, `.server` and `.loadtest`: a top-level package
-named `kernels` would break Hugging Face's package of that name.
+named `kernels` would break Hugging Face's package of that name. In a checkout that is not installed they are found
+where they lie.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tucka_runtime.errors import AdapterError, ConfigError, InvalidRequestError, ModelLoadError, TuckaError
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from tucka_runtime.llm import LLM
 
 __version__ = "0.1.0"
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "LLM",

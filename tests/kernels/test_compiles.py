@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tucka_runtime.kernels.bench import ptx
+
 EXPANDS = ("_expand", "_qkv", "_swiglu", "_add")
 
 
@@ -51,6 +53,44 @@ def test_slices_of_cores_are_read_in_16_bytes(report: list[dict[str, object]]) -
     for kernel in ("_shrink", "_finish"):
         for widths in accesses(report, kernel, "cores"):
             assert min(map(int, widths)) >= 4
+
+
+@pytest.mark.parametrize(
+    ("op", "most"),
+    [
+        # The rank and the address; E of one half; E of the other. The tile's row was read while the last was done.
+        ("expand_swiglu (graph)", 3),
+        ("expand_qkv_rope_kv (graph)", 3),
+        # Rank and address; E; the counter; and the loops of a tile's last program, which normalises.
+        ("expand_residual (graph)", 7),
+    ],
+)
+def test_reads_of_a_tile_overlap(report: list[dict[str, object]], op: str, most: int) -> None:
+    """They were 7, 12 and 10 where each was asked for when the one before had come."""
+    waits = [entry["latencies"] for entry in report if entry["op"] == op]
+    assert waits and waits[0] == most
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        ("add.s32 %r4, %r3, 1;", 0),
+        ("st.shared.b32 [ %r9 + 0 ], %r3;", 1),
+        ("@%p1 ld.global.b64 { %rd2 }, [ %r3 + 0 ];\n    st.global.b64 [ %rd9 + 0 ], { %rd2 };", 2),
+    ],
+)
+def test_what_waits_for_what_is_counted(between: str, expected: int) -> None:
+    """Two reads at once are one latency; an address that was read, or a use that nothing may pass, another."""
+    loop = f"""
+$L__BB0_1:
+    ld.global.b32 {{ %r1 }}, [ %rd1 + 0 ];
+    ld.global.b32 {{ %r2 }}, [ %rd1 + 4 ];
+    add.s32 %r3, %r1, %r2;
+    {between}
+    bra.uni $L__BB0_1;
+"""
+    assert ptx.latencies(loop) == expected
+    assert ptx.latencies(loop.replace("bra.uni", "ret; //")) is None
 
 
 def accesses(report: list[dict[str, object]], kernel: str, pointer: str) -> list[dict[str, int]]:

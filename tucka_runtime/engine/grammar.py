@@ -1,17 +1,19 @@
 """Answers held to a JSON schema: which tokens may come next, found by llguidance.
 
 The schema becomes a grammar over the bytes of the tokenizer's tokens (json_schema.py); each sequence is followed with a
-matcher of its own.
+matcher of its own. llguidance is imported when the first schema comes: kernels and engine run on a machine that has
+torch, triton, transformers and safetensors alone.
 """
 
 from functools import cached_property
-
-from llguidance import LLMatcher, LLTokenizer
+from typing import TYPE_CHECKING
 
 from tucka_runtime.engine.sequence import Sequence
 from tucka_runtime.errors import InvalidRequestError, ModelLoadError, TuckaError
-from tucka_runtime.json_schema import LIMITS, grammar
 from tucka_runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 
 class Grammars:
@@ -25,8 +27,10 @@ class Grammars:
         """The errors that sequences end with whose grammar turned out to be too complex."""
 
     @cached_property
-    def tokens(self) -> LLTokenizer:
+    def tokens(self) -> "LLTokenizer":
         """The tokenizer as llguidance knows it. Made when it is first needed: a second for a large vocabulary."""
+        from llguidance import LLTokenizer
+
         if self.tokenizer is None:
             raise ModelLoadError("The base model has no tokenizer, so no JSON schema can be followed.")
         return LLTokenizer(self.tokenizer.serialised, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
@@ -46,6 +50,10 @@ class Grammars:
         assert seq.sampling.json_schema is not None
         entry = self.matchers.get(seq.key)
         if entry is None:
+            from llguidance import LLMatcher
+
+            from tucka_runtime.json_schema import LIMITS, grammar
+
             matcher = LLMatcher(self.tokens, grammar(seq.sampling.json_schema), log_level=0, limits=LIMITS)
             entry = matcher, seq.num_prompt
         matcher, known = entry
