@@ -1,6 +1,8 @@
 """Training data: what is learnt, what is refused with line and reason, batches that depend on the seed alone."""
 
+import gzip
 import json
+import sys
 
 import pytest
 
@@ -38,7 +40,11 @@ def test_only_the_completion_is_learnt(tmp_path):
         ("[1]", "must be a JSON object"),
         ({"prompt": "a"}, "'completion' must be a non-empty string"),
         ({"prompt": 3, "completion": "b"}, "'prompt' must be"),
-        ({"prompt": "a", "completion": "b", "weight": 1}, "unknown key 'weight'"),
+        ({"answer": "a"}, "it has no form that is known: prompt and completion, messages"),
+        ('{"prompt": "a", "completion": "\\ud83d"}', "half a surrogate pair"),
+        ('{"prompt": "a", "completion": "b", "task": "\\udc00"}', "half a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [1]}]}, "tool call"),
         ({"messages": []}, "at least two messages"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "must be the assistant's"),
         ({"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a role other than"),
@@ -103,3 +109,71 @@ def test_tasks_keep_held_out_prompts_apart():
         assert not {p for p, _, _ in train} & {p for p, _, _ in held}
         assert all(held_out(p) for p, _, _ in held)
         assert all(answer for _, answer, _ in train)
+
+
+PAIR = {"prompt": "ab", "completion": "c"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\r\n",
+        gzip.compress(json.dumps(PAIR).encode()),
+        b" [" + json.dumps(PAIR, indent=1).encode() + b"]\n",
+    ],
+    ids=["mark and CRLF", "gzip", "array"],
+)
+def test_files_as_people_have_them(tmp_path, content):
+    (tmp_path / "d").write_bytes(content)
+    assert load(tmp_path / "d", TOKENIZER, 64) == [encode(PAIR, TOKENIZER, 64)]
+
+
+def test_broken_gzip_and_parquet_without_pyarrow_are_said(tmp_path, monkeypatch):
+    (tmp_path / "d").write_bytes(gzip.compress(json.dumps(PAIR).encode() * 99)[:40])
+    with pytest.raises(DataError, match="not whole gzip data"):
+        load(tmp_path / "d", TOKENIZER, 64)
+    (tmp_path / "d").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        load(tmp_path / "d", TOKENIZER, 64)
+
+
+@pytest.mark.parametrize(
+    ("record", "same"),
+    [
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, chat("x", "y")),
+        ({"instruction": "x", "input": "", "output": "y"}, chat("x", "y")),
+        ({"instruction": "x", "input": "z", "output": "y"}, chat("x\n\nz", "y")),
+    ],
+)
+def test_forms_of_other_tools_are_conversations(record, same):
+    assert encode(record, TOKENIZER, 64) == encode(same, TOKENIZER, 64)
+
+
+def test_plain_text_is_learnt_but_for_its_first_token():
+    (text,) = [encode({"text": "abc"}, TOKENIZER, 64)]
+    assert TOKENIZER.decode(list(text.ids), False) == "abc<|end|>" and text.start == 1
+
+
+def test_every_turn_is_learnt_with_the_prompt_that_asks_for_it(tmp_path):
+    talk = {"messages": chat("a", "b")["messages"] + chat("c", "d")["messages"]}
+    path = write(tmp_path / "d", talk)
+    turns = load(path, TOKENIZER, 64)
+    assert [TOKENIZER.decode(list(e.ids), False) for e in turns] == [
+        "<|user|>a<|assistant|>b<|end|>", "<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>d<|end|>",
+    ]  # fmt: skip
+    assert [TOKENIZER.decode(list(e.ids[e.start :]), False) for e in turns] == ["b<|end|>", "d<|end|>"]
+    assert [e.ids for e in load(path, TOKENIZER, 64, "last")] == [turns[1].ids]
+    others = [encode(chat(f"p{i}", "x"), TOKENIZER, 64) for i in range(9)]
+    for seed in range(8):
+        train, held = split(turns + others, 0.3, seed)
+        assert sum(e in held for e in turns) in (0, 2) and len(train) + len(held) == 11
+
+
+def test_further_keys_are_named_once_and_refused_when_strict(tmp_path):
+    path = write(tmp_path / "d", *[PAIR | {"weight": 1, "id": str(i)} for i in range(20)])
+    said = []
+    assert len(load(path, TOKENIZER, 64, tell=said.append)) == 20
+    assert said == ["d: ignored keys: id, weight"]
+    with pytest.raises(DataError, match=r"line 1: unknown keys: id, weight \(--strict\)"):
+        load(path, TOKENIZER, 64, strict=True)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -139,9 +140,10 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
     targets = preflight.check_targets(settings, sizes)
     longest = preflight.longest_record(args.max_length, skeleton.config)
     identity, tokenizer = fingerprint(folder), load_tokenizer(folder)
-    train = data.load(args.data, tokenizer, longest)
+    tell = partial(print, file=sys.stderr)
+    train = data.load(args.data, tokenizer, longest, args.learn, args.strict, tell)
     if args.eval_data:
-        held = data.load(args.eval_data, tokenizer, longest)
+        held = data.load(args.eval_data, tokenizer, longest, args.learn, args.strict, tell)
     else:
         train, held = data.split(train, args.eval_fraction, args.seed)
     per_step = args.batch_size * args.accumulate

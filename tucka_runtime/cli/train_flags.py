@@ -48,6 +48,8 @@ FLAGS = (
         "max_length", None, "longest record in tokens; longer ones are refused",
         "1024, or the base's context if that is shorter", int,
     ),
+    Flag("learn", "all", "which of the assistant's turns are learnt", choices=("all", "last")),
+    Flag("strict", False, "refuse records with keys that are not known", "they are ignored"),
     Flag("method", "tucka", "kind of adapter", choices=("tucka", "lora")),
     Flag("r", 8, "rank"),
     Flag("k", 4, "expert groups"),

@@ -1,14 +1,13 @@
-"""Training data: JSONL records to token examples, checked line by line before anything trains.
+"""Training data: records to token examples, checked one by one before anything trains.
 
-A record is `{"prompt": str, "completion": str}` or `{"messages": [{"role", "content"}, ...]}` whose last message is the
-assistant's; either may carry `"task": str`, which names its sub-task (figures show it; under `batch`
-routes, a batch holds one sub-task).
+What a record may look like, and the files they stand in: `records`. A record's `task` names its sub-task (figures show
+it; under `batch` routes, a batch holds one sub-task).
 """
 
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,133 +15,125 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tucka_runtime.errors import TuckaError
 from tucka_runtime.tokenizer import Tokenizer
+from tucka_runtime.trainer.records import DataError, Record, normalise, read
 
-ROLES = ("system", "user", "assistant")
 SHOWN = 10  # bad lines listed in one error
-
-
-class DataError(TuckaError):
-    """The training data cannot be used; the message lists line numbers and reasons."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """ids of prompt and completion (with the end token) and where the completion starts."""
+    """ids of prompt and completion (with the end token) and where the completion starts.
+
+    `opening` are the ids of the conversation's first prompt, where this is a later turn of it: else none.
+    """
 
     ids: tuple[int, ...]
     start: int
     task: str
-
-
-def _text(record: dict[str, Any], key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{key!r} must be a non-empty string")
-    _check_whole(value)
-    return value
-
-
-def _check_whole(text: str) -> None:
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("a text holds half a surrogate pair: a character was cut in two where the file was written")
-
-
-def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
-    messages = record["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError("'messages' must be a list of at least two messages")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ValueError(f"message {i + 1} must be an object with exactly 'role' and 'content'")
-        if message["role"] not in ROLES:
-            raise ValueError(f"message {i + 1} has a role other than {', '.join(ROLES)}")
-        if not isinstance(message["content"], str) or not message["content"]:
-            raise ValueError(f"message {i + 1} needs a non-empty string as 'content'")
-        _check_whole(message["content"])
-    if messages[-1]["role"] != "assistant":
-        raise ValueError("the last message must be the assistant's: it is what is learnt")
-    return messages
+    opening: tuple[int, ...] = ()
 
 
 def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
-    """One record to an example, in the tokens that a request and its answer have where they are served.
+    """One record's last turn, in the tokens that a request and its answer have where they are served.
 
     Raises ValueError with the reason when it cannot be used, DataError when no other of its kind could be either.
     """
-    if not isinstance(record, dict):
-        raise ValueError("a record must be a JSON object")
-    chat = "messages" in record
-    unknown = set(record) - ({"messages", "task"} if chat else {"prompt", "completion", "task"})
-    if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r}; expected prompt and completion, or messages")
-    task = record.get("task", "all")
-    if not isinstance(task, str):
-        raise ValueError("'task' must be a string")
-    if chat:
-        if tokenizer.chat_template is None:
-            raise DataError(
-                "The records have 'messages', which need a chat template, and this base's tokenizer has none. Use "
-                "records with prompt/completion, or the base's chat version; nothing was trained."
-            )
-        messages = _messages(record)
-        prompt, completion = tokenizer.render(messages[:-1]), tokenizer.shield(messages[-1]["content"])
-    else:
-        prompt, completion = _text(record, "prompt"), _text(record, "completion")
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=not chat)
-    answer = tokenizer.encode_completion(prompt, completion, add_special_tokens=not chat)
-    ids = [*prompt_ids, *answer, tokenizer.ends[0]]
-    if not prompt_ids:
+    return encode_turns(normalise(record), tokenizer, max_length, "last")[-1]
+
+
+def encode_turns(record: Record, tokenizer: Tokenizer, max_length: int, learn: str) -> list[Example]:
+    """An example for each turn of the assistant that is learnt: "all", or the "last". Each has the prompt that a
+    request for that turn would have. Raises as `encode` does."""
+    if record.text:
+        ids = tokenizer.encode(record.text, add_special_tokens=True)
+        prefix = len(tokenizer.encode("", add_special_tokens=True))
+        # The first token is asked of nobody: it is the prompt where the tokenizer puts none before a text.
+        return [_example(ids[: max(prefix, 1)], ids[max(prefix, 1) :], record.task, tokenizer, max_length)]
+    if not record.messages:
+        return [_continued(record.prompt, record.completion, record.task, tokenizer, max_length, special=True)]
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "The records are conversations, which need a chat template, and this base's tokenizer has none. Use "
+            "records with prompt/completion, or the base's chat version; nothing was trained."
+        )
+    turns = [i for i, message in enumerate(record.messages) if message["role"] == "assistant" and i]
+    found: list[Example] = []
+    for i in turns if learn == "all" else turns[-1:]:
+        prompt, answer = tokenizer.render(record.messages[:i]), tokenizer.shield(record.messages[i]["content"])
+        example = _continued(prompt, answer, record.task, tokenizer, max_length, special=False)
+        opening = found[0].ids[: found[0].start] if found else ()
+        found.append(Example(example.ids, example.start, example.task, opening))
+    return found
+
+
+def _continued(
+    prompt: str, completion: str, task: str, tokenizer: Tokenizer, max_length: int, special: bool
+) -> Example:
+    ids = tokenizer.encode(prompt, add_special_tokens=special)
+    answer = tokenizer.encode_completion(prompt, completion, add_special_tokens=special)
+    return _example(ids, answer, task, tokenizer, max_length)
+
+
+def _example(prompt: list[int], completion: list[int], task: str, tokenizer: Tokenizer, max_length: int) -> Example:
+    ids = [*prompt, *completion, tokenizer.ends[0]]
+    if not prompt:
         raise ValueError("the prompt has no tokens")
     if len(ids) > max_length:
         raise ValueError(f"{len(ids)} tokens are more than the limit of {max_length}; shorten it or raise --max-length")
-    return Example(tuple(ids), len(prompt_ids), task)
+    return Example(tuple(ids), len(prompt), task)
 
 
-def encode_all(lines: Iterable[tuple[int, Any]], tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """(line number, record or its JSON text) pairs to examples. Raises DataError listing every bad line's reason."""
-    examples, bad = [], []
-    for number, line in lines:
+def encode_all(
+    found: Iterable[tuple[str, Any]], tokenizer: Tokenizer, max_length: int, learn: str, strict: bool
+) -> tuple[list[Example], list[str]]:
+    """(where, record or its JSON text) pairs to examples, and the keys that were ignored.
+
+    Raises DataError listing every bad record's reason; with `strict` a key that would be ignored is one.
+    """
+    examples, bad, ignored = [], [], set()
+    for where, line in found:
         try:
-            record = json.loads(line) if isinstance(line, str) else line
-            examples.append(encode(record, tokenizer, max_length))
+            record = normalise(json.loads(line) if isinstance(line, str) else line)
+            if strict and record.ignored:
+                raise ValueError(f"unknown keys: {_names(record.ignored)} (--strict)")
+            ignored |= record.ignored
+            examples += encode_turns(record, tokenizer, max_length, learn)
         except json.JSONDecodeError as error:
-            bad.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
+            bad.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            bad.append(f"{where}: nested too deeply")
         except ValueError as error:
-            bad.append(f"line {number}: {error}")
+            bad.append(f"{where}: {error}")
     if bad:
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DataError(f"{len(bad)} bad records; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more)
+    return examples, sorted(ignored)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(ascii(key)[1:-1] for key in sorted(keys))
+
+
+def load(
+    path: Path, tokenizer: Tokenizer, max_length: int, learn: str = "all", strict: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> list[Example]:  # fmt: skip
+    """Examples of a file; `tell` is told of keys that were ignored. Raises DataError as `read` and `encode_all` do."""
+    examples, ignored = encode_all(read(path), tokenizer, max_length, learn, strict)
+    if ignored and tell:
+        tell(f"{path.name}: ignored keys: {_names(ignored)}")
     return examples
-
-
-def load(path: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Examples of a JSONL file, with a byte order mark or not; blank lines are skipped.
-
-    Raises DataError for bad lines, bad UTF-8, or no records.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"line {line}: not UTF-8. Save the file as UTF-8; nothing was trained.") from error
-    except OSError as error:
-        raise DataError(f"The data file {path} cannot be read: {error.strerror}.") from error
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"The data file {path} holds no records: one JSON object a line is expected.")
-    return encode_all(lines, tokenizer, max_length)
 
 
 def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(training, evaluation): `fraction` of the distinct prompts, at least one where possible, is held out.
 
-    Equal prompts stay on one side, so that evaluation never sees a trained prompt.
+    Equal prompts stay on one side, and so do a conversation's turns, so that evaluation never sees a trained prompt.
     """
     by_prompt: dict[tuple[int, ...], list[Example]] = defaultdict(list)
     for example in examples:
-        by_prompt[example.ids[: example.start]].append(example)
+        by_prompt[example.opening or example.ids[: example.start]].append(example)
     prompts = sorted(by_prompt)
     random.Random(seed).shuffle(prompts)
     count = 0 if fraction == 0 or len(prompts) < 2 else max(1, round(fraction * len(prompts)))
