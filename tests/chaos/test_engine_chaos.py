@@ -13,5 +13,5 @@ def test_row_48_the_engine_is_killed_and_frozen_under_load(capsys: pytest.Captur
 
 
 def test_the_engines_memory_does_not_grow_with_every_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
-    """The default of 1,024 kept primitives grows by a third in this many requests."""
-    assert memory_slope.main(["--requests", "600", "--percent", "10"]) == 0, capsys.readouterr().out
+    """With the libraries' own 1,024 kept products it grows by a tenth in the last three quarters of so few."""
+    assert memory_slope.main(["--requests", "200", "--percent", "5"]) == 0, capsys.readouterr().out

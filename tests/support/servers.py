@@ -80,7 +80,7 @@ def start_command(*arguments: str, log: Path) -> tuple[subprocess.Popen[bytes], 
             stdout=file,
             env=environment,
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if found := re.search(r"ready at (http://[\w.]+:\d+)\b", log.read_text()):
             return process, found[1]
