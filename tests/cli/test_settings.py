@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from tucka_runtime import embedded
 from tucka_runtime.cli.main import main
@@ -12,6 +13,7 @@ from tucka_runtime.cli.settings import add_flags, read_settings, unknown_variabl
 from tucka_runtime.config import KERNELS, EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.dispatch import BACKENDS
 
 
@@ -172,6 +174,8 @@ def test_the_embedded_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert f"kernels: {dispatch.describe(dispatch.best(device))}" in shown
     for word in (
         "Python",
         "torch",
