@@ -4,6 +4,8 @@ import pytest
 
 from tests.chaos import engine_faults, memory_slope
 
+pytestmark = pytest.mark.timeout(900)  # seconds: a busy machine takes minutes for each engine that starts
+
 
 def test_row_48_the_engine_is_killed_and_frozen_under_load(capsys: pytest.CaptureFixture[str]) -> None:
     status = engine_faults.main(["--kills", "1", "--freezes", "1", "--clients", "4"])
