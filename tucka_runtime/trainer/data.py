@@ -91,7 +91,9 @@ def encode_all(
 
     Raises DataError listing every bad record's reason; with `strict` a key that would be ignored is one.
     """
-    examples, bad, ignored = [], [], set()
+    examples: list[Example] = []
+    bad: list[str] = []
+    ignored: set[str] = set()
     for where, line in found:
         try:
             record = normalise(json.loads(line) if isinstance(line, str) else line)
