@@ -14,7 +14,7 @@ from llguidance import LLParserLimits
 
 import tucka_runtime
 from tests.support.driving import GREEDY, ask, build, prompt, run, save_lora, save_model
-from tucka_runtime.engine import grammar
+from tucka_runtime import json_schema
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.json_schema import WHITESPACE, check
 from tucka_runtime.messages import AdapterKey, FinishReason, SamplingParams
@@ -131,7 +131,7 @@ def test_blanks_come_to_an_end(engine: Engine) -> None:
 
 def test_a_grammar_that_breaks_ends_its_sequence_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is lowered so that a pattern whose states double with every letter meets it soon."""
-    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(max_lexer_states=10))
+    monkeypatch.setattr(json_schema, "LIMITS", LLParserLimits(max_lexer_states=10))
     schema = {"type": "string", "pattern": "^(a|b)*a(a|b){20}c$"}
     (broken,), (other,) = run(
         engine,
