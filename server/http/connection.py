@@ -149,7 +149,11 @@ class Connection(H11Protocol):
             return
         self._disarm()
         self._deaf = True
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has reset the connection, and nobody has told yet
+            self.transport.abort()
+            return
         self.flow.resume_reading()
         self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 

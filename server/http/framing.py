@@ -9,7 +9,9 @@ from tucka_runtime.server.http.errors import HeadersTooLargeError, UnsupportedCo
 class Parser(h11.Connection):
     """A server's end of a connection. `fault` is what to answer once `next_event` has raised RemoteProtocolError."""
 
-    fault: TuckaError = InvalidRequestError("This is not a valid HTTP request.")
+    def __init__(self, our_role: type[h11.CLIENT] | type[h11.SERVER], max_incomplete_event_size: int):
+        super().__init__(our_role, max_incomplete_event_size)
+        self.fault: TuckaError = InvalidRequestError("This is not a valid HTTP request.")
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """h11's next event, its requests checked."""

@@ -49,6 +49,7 @@ class HTTPServer(uvicorn.Server):
         )
         self._listener = listener
         self._quiet_until = 0.0
+        logging.getLogger("uvicorn.error").addFilter(_OnceAMinute("Invalid HTTP request received."))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self._on_error)
@@ -77,6 +78,23 @@ class HTTPServer(uvicorn.Server):
                 "LimitNOFILE=). (said at most once a minute)",
                 error.strerror,
             )
+
+
+class _OnceAMinute(logging.Filter):
+    """Lets one message of a library pass once a minute: anybody can cause it with every packet."""
+
+    def __init__(self, message: str):
+        super().__init__()
+        self._message = message
+        self._quiet_until = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg != self._message:
+            return True
+        passes = time.monotonic() >= self._quiet_until
+        if passes:
+            self._quiet_until = time.monotonic() + COMPLAINT_SECONDS
+        return passes
 
 
 def bind(host: str, port: int) -> socket.socket:
