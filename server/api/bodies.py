@@ -110,7 +110,11 @@ class TextFormat(Body):
 
 
 class JsonObjectFormat(Body):
+    """Any object, or one of a schema: `value` is TGI's name for it, `schema` llama.cpp's and Together's."""
+
     type: Literal["json_object"]
+    value: dict[str, Any] | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class JsonSchemaFormat(Body):

@@ -67,12 +67,15 @@ def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
 
 
 def response_format(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> str | None:
-    """The JSON schema, as text, that the answer has to match: `json_object` is any object; None for plain text."""
+    """The JSON schema, as text, that the answer has to match: `json_object` without one is any object; None for plain
+    text."""
     if value is None or isinstance(value, TextFormat):
         return None
     if isinstance(value, JsonObjectFormat):
-        return '{"type": "object"}'
-    schema = json.dumps(value.json_schema.schema_)
+        own = value.schema_ if value.value is None else value.value
+        schema = json.dumps({"type": "object"} if own is None else own)
+    else:
+        schema = json.dumps(value.json_schema.schema_)
     if len(schema) > MAX_SCHEMA_CHARS:
         raise InvalidRequestError(f"The JSON schema has more than {MAX_SCHEMA_CHARS} characters.", "response_format")
     if reason := json_schema.check(schema):

@@ -78,9 +78,14 @@ def test_answers_of_a_schema(client: openai.OpenAI, model: str) -> None:
     jsonschema.validate(json.loads(answer.message.content), schema)
     chunks = client.chat.completions.create(**ask, response_format=form, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.message.content
-    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"const": [1]}}}
-    answer = client.completions.create(model=model, prompt="x", max_tokens=80, extra_body={"response_format": form})
-    assert json.loads(answer.choices[0].text) == [1]
+    one = {"const": [1]}
+    for form in (
+        {"type": "json_schema", "json_schema": {"name": "one", "schema": one}},
+        {"type": "json_object", "value": one},
+        {"type": "json_object", "schema": one},
+    ):
+        answer = client.completions.create(model=model, prompt="x", max_tokens=80, extra_body={"response_format": form})
+        assert json.loads(answer.choices[0].text) == [1]
 
 
 def test_models_differ(client: openai.OpenAI) -> None:
