@@ -110,7 +110,7 @@ class TextFormat(Body):
 
 
 class JsonObjectFormat(Body):
-    """Any object, or one of a schema: `value` is TGI's name for it, `schema` llama.cpp's and Together's."""
+    """Any object, or one of a schema: `value` is TGI's name for it, `schema` that of llama-server."""
 
     type: Literal["json_object"]
     value: dict[str, Any] | None = None
