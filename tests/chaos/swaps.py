@@ -1,0 +1,181 @@
+"""Adapters come and go beside streams that nobody may disturb: `python -m tests.chaos.swaps --swaps 1000`.
+
+Two phases against the embedded default, on its own port:
+
+- Swaps: streams of base and adapters run without end while one adapter's name changes between two contents, so many
+times
+  a second. Printed is the time between two tokens without and with it; right is a p99 of at most --ratio times.
+- Copies: so many loads of so many MiB at once, which are refused once they are copied, while text requests come one
+after
+  the other. Printed is their first token's time without and with it.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+
+from tests.support.servers import start_command
+from tucka_runtime.embedded import FOLDER
+
+STREAMS = ("base", "formats", "words", "sql")
+CONTENTS = (FOLDER / "adapters" / "triage", FOLDER / "adapters" / "words")
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--swaps", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=13, help="swaps a second (default: 13)")
+    parser.add_argument("--ratio", type=float, default=1.25, help="p99 between tokens, with against without, at most")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--loads", type=int, default=8, help="loads at once")
+    parser.add_argument("--mib", type=int, default=600, help="of each load")
+    return parser.parse_args(given)
+
+
+def summary(seconds: list[float]) -> str:
+    ranked = sorted(seconds)
+    half, most = statistics.median(ranked), ranked[int(0.99 * (len(ranked) - 1))]
+    return f"p50 {1e3 * half:7.1f} ms, p99 {1e3 * most:7.1f} ms, most {1e3 * ranked[-1]:7.1f} ms of {len(ranked)}"
+
+
+def p99(seconds: list[float]) -> float:
+    return sorted(seconds)[int(0.99 * (len(seconds) - 1))]
+
+
+class Streams:
+    """Clients that stream without end. `gaps` are the seconds between two events of a stream since it was emptied."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str, count: int):
+        self.client, self.url = client, url
+        self.gaps: list[float] = []
+        self.tasks = [asyncio.create_task(self._run(STREAMS[i % len(STREAMS)])) for i in range(count)]
+
+    async def _run(self, model: str) -> None:
+        body = {"model": model, "prompt": "2024-03-05 =>", "max_tokens": 64, "ignore_eos": True, "stream": True}
+        while True:
+            async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
+                assert answer.status_code == 200, await answer.aread()
+                last: float | None = None
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        now = time.monotonic()
+                        if last is not None:
+                            self.gaps.append(now - last)
+                        last = now
+
+    async def during(self, work: Callable[[], Awaitable[None]]) -> list[float]:
+        """The gaps while something goes on. Raises what a stream raised."""
+        self.gaps = []
+        await work()
+        for task in self.tasks:
+            if task.done():
+                task.result()
+        return self.gaps
+
+    async def stop(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+async def swap(client: httpx.AsyncClient, url: str, count: int, rate: float) -> float:
+    """Loads one name again and again with other content. Returns how many a second there were."""
+    begin = time.monotonic()
+    for i in range(count):
+        body = {"lora_name": "swapped", "lora_path": str(CONTENTS[i % 2]), "load_inplace": True}
+        answer = await client.post(f"{url}/v1/load_lora_adapter", json=body)
+        assert answer.status_code == 200, answer.text
+        await asyncio.sleep(max(0.0, begin + (i + 1) / rate - time.monotonic()))
+    return count / (time.monotonic() - begin)
+
+
+async def swaps(url: str, flags: argparse.Namespace) -> float:
+    """Prints the gaps without and with swaps. Returns the ratio of their p99."""
+    async with httpx.AsyncClient(timeout=120) as client:
+        streams = Streams(client, url, flags.streams)
+        await asyncio.sleep(2)
+        quiet = await streams.during(lambda: asyncio.sleep(min(30.0, max(2.0, flags.swaps / flags.rate))))
+        reached = 0.0
+
+        async def work() -> None:
+            nonlocal reached
+            reached = await swap(client, url, flags.swaps, flags.rate)
+
+        churned = await streams.during(work)
+        await streams.stop()
+    print(f"between tokens, no swaps           {summary(quiet)}")
+    print(f"between tokens, {reached:4.1f} swaps a second {summary(churned)}", flush=True)
+    return p99(churned) / p99(quiet)
+
+
+def bulky(folder: Path, mib: int) -> Path:
+    """An adapter of so many MiB that is none: a sparse file whose one tensor has a name that no base has."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    size = mib * 2**20
+    header = json.dumps({"base_model.model.x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    return folder
+
+
+async def first_tokens(client: httpx.AsyncClient, url: str, until: Callable[[], bool]) -> list[float]:
+    """Seconds to the first token of text requests, one after the other."""
+    body = {"model": "base", "prompt": "2024-03-05 =>", "max_tokens": 1}
+    took = []
+    while not until() or len(took) < 5:
+        begin = time.monotonic()
+        (await client.post(f"{url}/v1/completions", json=body)).raise_for_status()
+        took.append(time.monotonic() - begin)
+        await asyncio.sleep(0.02)
+    return took
+
+
+async def copies(url: str, folder: Path, flags: argparse.Namespace) -> float:
+    """Prints the first token's time without and with big loads. Returns the longest with them."""
+    names = [bulky(folder / f"bulky{i}", flags.mib) for i in range(flags.loads)]
+    async with httpx.AsyncClient(timeout=600) as client:
+        quiet = await first_tokens(client, url, lambda: True)
+
+        async def load(path: Path) -> int:
+            body = {"lora_name": path.name, "lora_path": str(path)}
+            return (await client.post(f"{url}/v1/load_lora_adapter", json=body)).status_code
+
+        loading = asyncio.gather(*(load(path) for path in names))
+        busy = await first_tokens(client, url, loading.done)
+        refused = await loading
+    assert set(refused) == {400}, refused
+    print(f"first token, no loads              {summary(quiet)}")
+    print(f"first token, {flags.loads} loads of {flags.mib} MiB    {summary(busy)}", flush=True)
+    return max(busy)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Returns 1 where streams were disturbed more than they may be."""
+    flags = arguments(given)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        roots = ("--adapter-root", str(FOLDER / "adapters"), "--adapter-root", name)
+        process, url = start_command(*roots, log=folder / "log")
+        try:
+            ratio = asyncio.run(swaps(url, flags))
+            longest = asyncio.run(copies(url, folder, flags))
+        finally:
+            process.terminate()
+            process.wait(60)
+    print(f"p99 between tokens: {ratio:.2f} times ({flags.ratio} are allowed); longest first token {longest:.2f} s")
+    return int(ratio > flags.ratio)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
