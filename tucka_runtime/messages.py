@@ -45,9 +45,10 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
-    `max_tokens` 0 scores the prompt and generates nothing. `json_schema` (as text) is what the answer has to match: it
-    ends when it does, whatever `min_tokens` and `ignore_eos` say. The stop strings `stop` and the two fields after it
-    are for who turns the tokens into text; the engine does not read them.
+    `allowed_token_ids`, if any, are the only ones that may be chosen. `max_tokens` 0 scores the prompt and generates
+    nothing. `json_schema` (as text) is what the answer has to match: it ends when it does, whatever `min_tokens` and
+    `ignore_eos` say. The stop strings `stop` and the two fields after it are for who turns the tokens into text; the
+    engine does not read them.
     """
 
     max_tokens: int = 16
@@ -60,6 +61,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

@@ -12,7 +12,9 @@ from pydantic import Field
 from tucka_runtime.server.api.values import (
     MAX_EXPERTS,
     MAX_STOP_CHARS,
+    AllowedTokenIds,
     Body,
+    CacheSalt,
     EmptyList,
     EmptyObject,
     LogitBias,
@@ -166,11 +168,9 @@ class Unsupported(Body, without_effect=True):
     no_stop_trim: Off = None
     return_hidden_states: Off = None
     priority: Annotated[int, Field(ge=0, le=0)] | None = None
-    allowed_token_ids: None = None
     bad_words: Nothing = None
     prompt_logprobs: None = None
     truncate_prompt_tokens: None = None
-    cache_salt: None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     prompt_embeds: Nothing = None
     audio: Nothing = None
@@ -209,6 +209,8 @@ class GenerationBody(WithoutEffect, Unsupported):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
+    allowed_token_ids: AllowedTokenIds | None = None
+    cache_salt: CacheSalt | None = None
     response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Stops | None = None

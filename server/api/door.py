@@ -78,7 +78,7 @@ class Door(ABC, Generic[B]):
             n=n,
             adapter=self.adapter.key if self.adapter else None,
             route_scope=self.service.scope(self.adapter, RouteScope(self.body.route) if self.body.route else None),
-            cache_salt=self._cache_salt,
+            cache_salt=self._cache_salt + (f"\0{self.body.cache_salt}" if self.body.cache_salt else ""),
         )
         return self.asked
 

@@ -53,6 +53,10 @@ def stop_token_ids(value: list[int] | None, vocab_size: int) -> tuple[int, ...]:
     return tuple(token_ids(value, vocab_size, "stop_token_ids")) if value else ()
 
 
+def allowed_token_ids(value: list[int] | None, vocab_size: int) -> tuple[int, ...]:
+    return tuple(token_ids(value, vocab_size, "allowed_token_ids")) if value else ()
+
+
 def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
     biases: dict[int, float] = {}
     for key, bias in (value or {}).items():

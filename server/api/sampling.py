@@ -32,6 +32,7 @@ def sampling_params(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
+        allowed_token_ids=_allowed(body, info, min_tokens),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
         ignore_eos=bool(body.ignore_eos),
@@ -42,6 +43,21 @@ def sampling_params(
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
+
+
+def _allowed(body: GenerationBody, info: EngineInfo, min_tokens: int) -> tuple[int, ...]:
+    """The only tokens that may be chosen. Raises InvalidRequestError where nothing could be."""
+    allowed = fields.allowed_token_ids(body.allowed_token_ids, info.vocab_size)
+    if not allowed:
+        return ()
+    if body.response_format is not None and body.response_format.type != "text":
+        raise InvalidRequestError("`allowed_token_ids` and `response_format` cannot be combined.", "allowed_token_ids")
+    ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else info.eos_token_ids)}
+    if min_tokens and ends.issuperset(allowed):
+        raise InvalidRequestError(
+            "`allowed_token_ids` has only tokens that end the answer, which `min_tokens` forbids.", "allowed_token_ids"
+        )
+    return allowed
 
 
 def num_sequences(body: GenerationBody, num_prompts: int, config: ServerConfig) -> int:

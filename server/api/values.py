@@ -10,6 +10,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_CACHE_SALT_CHARS = 256
 MAX_EXPERTS = 4096  # weights of a pinned route
 
 
@@ -59,6 +60,10 @@ Prompts = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+AllowedTokenIds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_LOGIT_BIAS, fail_fast=True)
+]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     BeforeValidator(_at_most(MAX_LOGIT_BIAS)),

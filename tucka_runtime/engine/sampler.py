@@ -60,7 +60,8 @@ class Sampler:
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        bound = p.json_schema is not None or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
+        held = p.json_schema is not None or p.allowed_token_ids
+        bound = held or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
         return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
 
     def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
@@ -103,6 +104,10 @@ class Sampler:
         if p.logit_bias:
             ids, biases = zip(*p.logit_bias, strict=True)
             row.index_add_(0, *place([torch.tensor(ids), torch.tensor(biases, dtype=row.dtype)], self.device))
+        if p.allowed_token_ids:
+            (ids_left,) = place([torch.tensor(p.allowed_token_ids)], self.device)
+            kept = row.index_select(0, ids_left)
+            row.fill_(float("-inf")).index_copy_(0, ids_left, kept)
         if p.json_schema is not None:
             allowed = torch.frombuffer(bytearray(self.grammars.allowed(seq)), dtype=torch.uint8)
             row.masked_fill_(place([allowed], self.device)[0] == 0, float("-inf"))

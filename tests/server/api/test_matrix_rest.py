@@ -143,8 +143,8 @@ def test_row_41_unknown_model_names(small: Small) -> None:
     assert len(small.mine.get("/metrics").text.splitlines()) - series < 10
 
 
-def cached(server: Server, model: str, prompt: list[int]) -> int:
-    answer = server.post("/v1/completions", ask(model, prompt, max_tokens=1)).json()
+def cached(server: Server, model: str, prompt: list[int], **fields: object) -> int:
+    answer = server.post("/v1/completions", ask(model, prompt, max_tokens=1, **fields)).json()
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
@@ -158,6 +158,9 @@ def test_row_42_a_prefix_is_never_reused_for_another_key(small: Small, slots: No
         assert cached(small.mine, model, prompt) == 96
         assert cached(small.other, model, prompt) == 0
         assert cached(small.other, model, prompt) == cached(small.mine, model, prompt) == 96
+    assert cached(small.mine, "one", prompt, cache_salt="a") == 0, "nor for another salt"
+    assert cached(small.mine, "one", prompt, cache_salt="b") == 0
+    assert cached(small.mine, "one", prompt, cache_salt="a") == 96
     pinned["pinned"] = {"group": 2, "weights": [0.5, 0.6, 0.4]}
     small.mine.post("/v1/adapters", pinned).raise_for_status()
     assert cached(small.mine, "one", prompt) == 0  # row 37: not for another generation either

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import jsonschema
 import openai
@@ -247,3 +248,28 @@ def test_probes_version_and_metrics(live: Server) -> None:
     assert 'tucka_http_requests_total{code="404",method="GET",route="unmatched"}' in text
     assert 'route="/v1/completions"' in text and "random" not in text
     assert "tucka_time_to_first_token_seconds_bucket" in text and "tucka_kv_blocks" in text
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_only_allowed_tokens_are_chosen(client: openai.OpenAI, model: str, temperature: int) -> None:
+    extra = {"allowed_token_ids": [70, 80, 81], "return_token_ids": True}
+    answer = client.completions.create(
+        model=model, prompt="Hello", max_tokens=20, temperature=temperature, extra_body=extra
+    ).choices[0]
+    assert set(answer.model_extra["token_ids"]) <= {70, 80, 81} and answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"allowed_token_ids": []},
+        {"allowed_token_ids": [10**6]},
+        {"allowed_token_ids": [70], "response_format": {"type": "json_object"}},
+        {"allowed_token_ids": [70], "stop_token_ids": [70], "min_tokens": 2},
+    ],
+)
+def test_allowed_tokens_that_leave_no_answer_are_refused(client: openai.OpenAI, extra: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="one", prompt="Hello", max_tokens=4, extra_body=extra)
+    assert refused.value.param == "allowed_token_ids"
