@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 RENDER_SECONDS = 5  # of processor time: what a conversation may take, however busy the machine is
 WAIT_SECONDS = 20  # of the clock: a child that has not answered by then is stopped, or gets no processor
 START_SECONDS = 60
+DYING_SECONDS = 2  # for a child whose pipe is closed
 _MAX_MEMORY = 2**30  # bytes the child may take on top of what it has when it starts
 _MAX_TEXT = 64 * 2**20
 
@@ -60,11 +61,18 @@ class ChatTemplate:
         with contextlib.suppress(InvalidRequestError):  # this template wants another conversation
             await self.render([{"role": "user", "content": "Hello"}])
 
-    async def stop(self) -> int | None:
-        """Ends the child, if there is one, and returns its status. The next rendering starts another."""
+    async def stop(self, patience: float = 0.0) -> int | None:
+        """Ends the child, if there is one, and returns its status. The next rendering starts another.
+
+        `patience` is how many seconds it has to end by itself. To kill one that is just dying loses its status: Popen
+        looks for that before it sends a signal, and asyncio's watcher then finds none.
+        """
         child, self._child = self._child, None
         if child is None:
             return None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                return await child.wait()
         with contextlib.suppress(ProcessLookupError):
             child.kill()
         return await child.wait()
@@ -79,7 +87,7 @@ class ChatTemplate:
                 async with asyncio.timeout(WAIT_SECONDS):
                     return await _ask(child, messages)
             except (EOFError, OSError) as error:  # a TimeoutError is an OSError
-                status = await self.stop()
+                status = await self.stop(0.0 if isinstance(error, TimeoutError) else DYING_SECONDS)
                 if status == -signal.SIGPROF:
                     raise InvalidRequestError(
                         f"The model's chat template did not render these messages within {RENDER_SECONDS} s of "

@@ -56,16 +56,17 @@ def test_row_19_templates_that_try_to_leave(template: str) -> None:
 
 
 def test_row_19_a_template_that_never_ends_is_ended_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
 
     async def run() -> str:
         made = ChatTemplate(GOOD, {"bos_token": ""})
         try:
             await made.render(MESSAGES)
-            began = time.monotonic()
-            with pytest.raises(InvalidRequestError, match="within"):
-                await made.render([{"role": "user", "content": "spin"}])
-            assert time.monotonic() - began < chat_template.WAIT_SECONDS
+            for _ in range(5):  # its status got lost now and then, where it was killed while it was dying
+                began = time.monotonic()
+                with pytest.raises(InvalidRequestError, match="within"):
+                    await made.render([{"role": "user", "content": "spin"}])
+                assert time.monotonic() - began < chat_template.WAIT_SECONDS
             return await made.render(MESSAGES)
         finally:
             await made.stop()
