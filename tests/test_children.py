@@ -1,19 +1,16 @@
 """Children of ours: how they are started, and that they end with their parent."""
 
 import ast
-import os
-import select
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.processes import check_ends_with_parent
 from tucka_runtime.children import python
 
 FOLDERS = ("tucka_runtime", "server", "loadtest", "kernels")
-PATIENCE = 30
 CHILD = "import sys, time; from tucka_runtime.children import end_with_parent; end_with_parent(int(sys.argv[1]))"
 PARENT = """
 import os, subprocess, sys, time
@@ -52,19 +49,7 @@ def test_every_child_is_started_by_the_one_helper() -> None:
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_child_ends_with_its_parent(stopped: bool) -> None:
     """Also a stopped one, which reads nothing and handles no signal."""
-    with subprocess.Popen(python("-c", PARENT, CHILD), stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = os.pidfd_open(int(parent.stdout.readline()))
-        try:
-            if stopped:
-                signal.pidfd_send_signal(child, signal.SIGSTOP)
-            parent.kill()
-            ended, _, _ = select.select([child], [], [], PATIENCE)
-            if not ended:
-                signal.pidfd_send_signal(child, signal.SIGKILL)
-            assert ended, "the child went on without its parent"
-        finally:
-            os.close(child)
+    check_ends_with_parent(python("-c", PARENT, CHILD), stopped)
 
 
 def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:

@@ -20,7 +20,7 @@ import yaml
 from tests.support.training import make_workplace, train
 from tucka_runtime.cli import train as cli
 from tucka_runtime.trainer import adapter, base_model, loop, preflight
-from tucka_runtime.trainer.progress import Progress, Step
+from tucka_runtime.trainer.progress import Step, TrainingProgress
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -138,10 +138,10 @@ def test_publish_checks_first_and_loads_at_last(
 def test_a_failed_publish_prints_the_command_that_does_it(
     workplace: Path, admin: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Progress, step: Step) -> None:
+    def full(self: TrainingProgress, step: Step) -> None:
         admin.refusal = (409, "An adapter of that name is loaded. Load it with `load_inplace: true`.")
 
-    monkeypatch.setattr(Progress, "step", full)
+    monkeypatch.setattr(TrainingProgress, "step", full)
     assert train(workplace, "--steps", "1", "--publish", admin.url, "--api-key", "secret") == 2
     said = capsys.readouterr().err
     command = f"tucka adapters load out {workplace.resolve()}/out --url {admin.url} --replace"
@@ -155,15 +155,15 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
     steps = ("--steps", "5", "--checkpoint-every", "0")
     assert train(workplace, *steps) == 0
     whole = (workplace / "out/adapter_model.safetensors").read_bytes()
-    step = Progress.step
+    step = TrainingProgress.step
 
-    def press(self: Progress, at: Step) -> None:
+    def press(self: TrainingProgress, at: Step) -> None:
         step(self, at)
         if at.number == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", press)
+        patch.setattr(TrainingProgress, "step", press)
         assert train(workplace, *steps, "--overwrite") == 130
     said = capsys.readouterr().out
     assert "stopped after step 2 of 5" in said
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
 
 
 def test_a_second_ctrl_c_ends_at_once(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def press(self: Progress, at: Step) -> None:
+    def press(self: TrainingProgress, at: Step) -> None:
         """Once, and once more when the first was seen: two that come together are one."""
         before = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_ends_at_once(workplace: Path, monkeypatch: pytest.Monke
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)  # which the interrupt ends
 
-    monkeypatch.setattr(Progress, "step", press)
+    monkeypatch.setattr(TrainingProgress, "step", press)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     try:
         with pytest.raises(KeyboardInterrupt):

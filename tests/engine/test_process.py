@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.driving import GREEDY, Answer, ask, build, prompt, run, save_lora, save_model, save_tucka
+from tests.support.processes import PATIENCE, check_ends_with_parent
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine import child as engine_child
 from tucka_runtime.engine import client as engine_client
@@ -36,7 +36,6 @@ TUCKA, LORA, PINNED = AdapterKey("tucka", 1), AdapterKey("lora", 1), AdapterKey(
 ROUTE = Route(1, (0.5, 0.625))
 LONG = replace(GREEDY, max_tokens=4000)  # longer than any test
 SHORT = replace(GREEDY, max_tokens=6, logprobs=2)
-PATIENCE = 60  # seconds for what takes one or two on an idle machine
 
 
 class Watched(EngineClient):
@@ -537,20 +536,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("stopped", [False, True])
 def test_it_does_not_outlive_its_parent(folder: Path, stopped: bool):
     """The parent is killed in the middle of a request, and where the engine hangs as well."""
-    command = [sys.executable, "-P", "-c", PARENT, str(folder / "model")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = os.pidfd_open(int(parent.stdout.readline()))
-        try:
-            if stopped:
-                signal.pidfd_send_signal(child, signal.SIGSTOP)
-            parent.kill()
-            ended, _, _ = select.select([child], [], [], PATIENCE)
-            if not ended:
-                signal.pidfd_send_signal(child, signal.SIGKILL)
-            assert ended, "the engine went on without its parent"
-        finally:
-            os.close(child)
+    check_ends_with_parent([sys.executable, "-P", "-c", PARENT, str(folder / "model")], stopped)
 
 
 def test_one_sequence_ends_and_its_siblings_go_on(client: Watched, loop: asyncio.Runner):

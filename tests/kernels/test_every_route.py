@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tests.support.delta_cases import LIMITS, relative
-from tests.support.route_cases import SPANS, caches, check_route, check_routes, filtered64, routed, shuffled
+from tests.support.route_cases import (
+    SPANS,
+    caches,
+    check_contexts_alone,
+    check_route,
+    check_routes,
+    filtered64,
+    routed,
+    shuffled,
+)
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
@@ -69,15 +78,7 @@ def test_attention_in_every_type(any_type: tuple[Ops, torch.dtype]) -> None:
 
 
 def test_a_context_does_not_depend_on_the_others(ops: Ops) -> None:
-    spans = [(1, 100), (1, 70)]
-    plan, slots_of, total = shuffled(spans, 16)
-    k, v = caches(slots_of, 16, 1, 8, torch.float32)
-    q = torch.randn(total, 2, 8)
-    both = ops.attention(q, k, v, plan, 0.3)
-    tables = [[s // 16 for s in own[::16]] for own in slots_of]
-    for i, (_, length) in enumerate(spans):
-        alone = type(plan).build([(0, 1, length)], [tables[i]], 16, torch.get_default_device())
-        assert torch.equal(ops.attention(q[i : i + 1], k, v, alone, 0.3)[0], both[i])
+    check_contexts_alone(ops.attention)
 
 
 @pytest.mark.parametrize("columns", [5, 300, 5000])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.delta_cases import relative
-from tests.support.route_cases import caches, shuffled
+from tests.support.route_cases import caches, check_contexts_alone, shuffled
 from tucka_runtime.kernels.fused import attention, sample
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
@@ -34,15 +34,7 @@ def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: py
 @pytest.mark.usefixtures("device")
 def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SPLIT", 32)
-    spans = [(1, 100), (1, 70)]
-    plan, slots_of, total = shuffled(spans, 16)
-    k, v = caches(slots_of, 16, 1, 8, torch.float32)
-    q = torch.randn(total, 2, 8)
-    both = attention.attention(q, k, v, plan, 0.3)
-    tables = [[s // 16 for s in own[::16]] for own in slots_of]
-    for i, (_, length) in enumerate(spans):
-        alone = type(plan).build([(0, 1, length)], [tables[i]], 16, torch.get_default_device())
-        assert torch.equal(attention.attention(q[i : i + 1], k, v, alone, 0.3)[0], both[i])
+    check_contexts_alone(attention.attention)
 
 
 @pytest.mark.usefixtures("device")

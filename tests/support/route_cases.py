@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from tests.support.delta_cases import relative
+from tucka_runtime.kernels.ops import Attention
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
@@ -96,3 +97,16 @@ def caches(slots_of: list[list[int]], block: int, kv_heads: int, d: int, dtype: 
     for cache in out:
         cache[used] = torch.randn(len(used), kv_heads, d).to(dtype)
     return out
+
+
+def check_contexts_alone(attention: Attention) -> None:
+    """What a decoding sequence attends to does not depend on what else is in the batch, bit for bit."""
+    spans = [(1, 100), (1, 70)]
+    plan, slots_of, total = shuffled(spans, 16)
+    k, v = caches(slots_of, 16, 1, 8, torch.float32)
+    q = torch.randn(total, 2, 8)
+    both = attention(q, k, v, plan, 0.3)
+    tables = [[s // 16 for s in own[::16]] for own in slots_of]
+    for i, (_, length) in enumerate(spans):
+        alone = type(plan).build([(0, 1, length)], [tables[i]], 16, torch.get_default_device())
+        assert torch.equal(attention(q[i : i + 1], k, v, alone, 0.3)[0], both[i])

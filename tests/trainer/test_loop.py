@@ -24,7 +24,7 @@ from tucka_runtime.trainer.evaluate import evaluate
 from tucka_runtime.trainer.experiments.base import build_tokenizer
 from tucka_runtime.trainer.loop import Loop, LoopConfig, learning_rate
 from tucka_runtime.trainer.model import set_route_scope
-from tucka_runtime.trainer.progress import Progress
+from tucka_runtime.trainer.progress import TrainingProgress
 
 TOKENIZER = build_tokenizer()
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_resume_continues_bit_for_bit(tmp_path):
     (tmp_path / "checkpoint.pt").unlink()
     interrupted = make(config, tmp_path)
 
-    class Killed(Progress):
+    class Killed(TrainingProgress):
         def step(self, step):
             if step.number == 7:
                 raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tucka_runtime.trainer.progress import Progress, Step, clock, collapsed, mean_load
+from tucka_runtime.trainer.progress import Step, TrainingProgress, clock, collapsed, mean_load
 
 TURN = [[8, 24], [100, 300], [0, 1]]  # a route a record, a token, a batch
 
@@ -26,7 +26,7 @@ def test_a_collapsed_router_is_said() -> None:
 
 
 def test_every_line_has_load_speed_and_time(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(60, 0, 3)
+    progress = TrainingProgress(60, 0, 3)
     for number in range(1, 61):
         progress.step(Step(number, 0.5, TURN[number % 3], 100))
     progress.close()

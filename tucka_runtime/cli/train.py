@@ -172,14 +172,14 @@ def _train(args: argparse.Namespace, job: _Job) -> bool:
     """Whether the training came to its end; where it was stopped, a checkpoint is kept and it is said how to go on."""
     from tucka_runtime.trainer.adapter import keep
     from tucka_runtime.trainer.loop import CHECKPOINT, ROUTES
-    from tucka_runtime.trainer.progress import Progress, collapsed
+    from tucka_runtime.trainer.progress import TrainingProgress, collapsed
 
     loop = job.loop
     if args.resume:
         loop.resume(args.out)
         print(f"continuing after step {loop.step}")
     turn = 1 if loop.router is None else len(ROUTES[loop.config.route_batch])
-    loop.progress = Progress(loop.config.steps, loop.step, turn)
+    loop.progress = TrainingProgress(loop.config.steps, loop.step, turn)
     for text in job.warnings:
         loop.progress.warn(text)
     try:

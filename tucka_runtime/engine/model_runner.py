@@ -1,6 +1,5 @@
 """The device: model, KV tensors, one forward pass per step."""
 
-import logging
 import math
 import time
 from collections.abc import Collection
@@ -24,6 +23,7 @@ from tucka_runtime.engine.adapters.store import AdapterStore
 from tucka_runtime.engine.batch import Batch, Chosen, row_order
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
+from tucka_runtime.engine.kv_cache import count_blocks, make_caches
 from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
@@ -34,13 +34,6 @@ from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 from tucka_runtime.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
-
-# Of what this process may still take, for the KV cache: the rest is for activations, adapters and other processes.
-CPU_MEMORY_SHARE = 0.25
-# Of what is free once the weights are loaded. The rest is for activations, graphs and adapters, of which 256 for all
-# seven linears of a Llama-3-8B at r 16 take 10.7 GB.
-GPU_MEMORY_SHARE = 0.85
 SCORED_ROWS = 256  # prompt rows whose logits exist at once
 
 
@@ -128,8 +121,8 @@ class ModelRunner:
         tokenizer = Tokenizer.load(folder)
         ends = tokenizer.ends if tokenizer else end_tokens(folder, None)
         self.block_size = config.block_size
-        self.num_blocks = self._num_blocks(config, max_len)
-        self.caches = self._make_caches()
+        self.num_blocks = count_blocks(config, arch, max_len, self.dtype, self.device)
+        self.caches = make_caches(arch, self.num_blocks * self.block_size, self.dtype, self.device)
         self.factor_dtype = torch.float32 if self.ops.fp32_factors else self.dtype
         self.adapters = AdapterStore(
             arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.by_address
@@ -166,35 +159,6 @@ class ModelRunner:
             kernels=self.ops.name,
             num_threads=torch.get_num_threads(),
         )
-
-    def _num_blocks(self, config: EngineConfig, max_len: int) -> int:
-        arch = self.arch
-        token_bytes = 2 * arch.num_layers * arch.kv_heads * arch.head_dim * self.dtype.itemsize
-        wanted = config.kv_cache_tokens
-        if wanted is None:
-            if self.on_gpu:
-                room = torch.cuda.mem_get_info(self.device)[0] * GPU_MEMORY_SHARE
-            else:
-                memory = machine.memory()
-                logger.info("memory: %.1f GiB left by %s", memory.available / 2**30, memory.limited_by)
-                room = memory.available * CPU_MEMORY_SHARE
-            # More than every sequence at full length can never be used.
-            wanted = min(int(room / token_bytes), config.max_num_seqs * (max_len + self.block_size))
-        if wanted < max_len:
-            raise ModelLoadError(
-                f"The KV cache holds {wanted} tokens, fewer than one sequence of {max_len} needs. "
-                "Lower --max-model-len, or raise --kv-cache-tokens."
-            )
-        return -(-wanted // self.block_size)
-
-    def _make_caches(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, (slots, KV heads, D)."""
-        shape = (self.num_blocks * self.block_size, self.arch.kv_heads, self.arch.head_dim)
-
-        def cache() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-        return [(cache(), cache()) for _ in range(self.arch.num_layers)]
 
     def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:
         """The adapter in the serving form, made beside the step loop: safe in another thread, and on a GPU on a stream

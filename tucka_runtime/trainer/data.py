@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.tokenizer import Tokenizer
-from tucka_runtime.trainer.records import DataError, Record, normalise, read
+from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, read
 
 SHOWN = 10  # bad lines listed in one error
 
@@ -42,7 +42,7 @@ def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
     return encode_turns(normalise(record), tokenizer, max_length, "last")[-1]
 
 
-def encode_turns(record: Record, tokenizer: Tokenizer, max_length: int, learn: str) -> list[Example]:
+def encode_turns(record: TrainingRecord, tokenizer: Tokenizer, max_length: int, learn: str) -> list[Example]:
     """An example for each turn of the assistant that is learnt: "all", or the "last". Each has the prompt that a
     request for that turn would have. Raises as `encode` does."""
     if record.text:

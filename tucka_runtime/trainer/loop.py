@@ -17,7 +17,7 @@ from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.data import Example, collate, epoch
 from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
 from tucka_runtime.trainer.model import set_route_scope
-from tucka_runtime.trainer.progress import Progress, Step
+from tucka_runtime.trainer.progress import Step, TrainingProgress
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -79,7 +79,7 @@ class Loop:
 
     def __init__(
         self, model: Any, train: list[Example], held: list[Example], config: LoopConfig, *, pad: int,
-        device: torch.device, router: Any = None, folder: Path | None = None, progress: Progress | None = None,
+        device: torch.device, router: Any = None, folder: Path | None = None, progress: TrainingProgress | None = None,
     ):  # fmt: skip
         self.model, self.train, self.held, self.config = model, train, held, config
         self.pad, self.device, self.router, self.folder, self.progress = pad, device, router, folder, progress

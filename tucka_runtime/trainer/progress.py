@@ -54,7 +54,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Progress:
+class TrainingProgress:
     """Says each step of a run of `steps`, of which `done` lie behind; the route scopes take turns of `turn` steps."""
 
     def __init__(self, steps: int, done: int, turn: int):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class DataError(TuckaError):
 
 
 @dataclass(frozen=True)
-class Record:
+class TrainingRecord:
     """One of: a text, a prompt with its completion, or a conversation that ends with the assistant. `ignored` are the
     keys that nothing was made of."""
 
@@ -51,7 +52,7 @@ def read(path: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def normalise(record: Any) -> Record:
+def normalise(record: Any) -> TrainingRecord:
     """Raises ValueError with the reason when the record is of no known form."""
     if not isinstance(record, dict):
         raise ValueError("a record must be a JSON object")
@@ -62,18 +63,18 @@ def normalise(record: Any) -> Record:
     check_whole(task)
     for key in ("messages", "conversations"):
         if key in record:
-            return Record(task, _others(record, key), messages=_messages(record[key], key))
+            return TrainingRecord(task, _others(record, key), messages=_messages(record[key], key))
     if "instruction" in record:
         given = record.get("input") or ""
         question = f"{_string(record, 'instruction')}\n\n{_string(record, 'input')}" if given else None
         asked = {"role": "user", "content": question or _string(record, "instruction")}
         answer = {"role": "assistant", "content": _string(record, "output")}
-        return Record(task, _others(record, "instruction", "input", "output"), messages=(asked, answer))
+        return TrainingRecord(task, _others(record, "instruction", "input", "output"), messages=(asked, answer))
     if "prompt" in record or "completion" in record:
         prompt, completion = _string(record, "prompt"), _string(record, "completion")
-        return Record(task, _others(record, "prompt", "completion"), prompt=prompt, completion=completion)
+        return TrainingRecord(task, _others(record, "prompt", "completion"), prompt=prompt, completion=completion)
     if "text" in record:
-        return Record(task, _others(record, "text"), text=_string(record, "text"))
+        return TrainingRecord(task, _others(record, "text"), text=_string(record, "text"))
     raise ValueError(f"it has no form that is known: {FORMS}")
 
 
@@ -94,10 +95,8 @@ def _text(data: bytes) -> str:
 def _lines(text: str) -> list[tuple[str, Any]]:
     """A JSON array's records, or the lines, which are read one by one so that a bad one does not hide the others."""
     if text.lstrip().startswith("["):
-        try:
+        with suppress(ValueError, RecursionError):  # else its lines, which are no records, say so
             return [(f"record {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError):
-            pass  # a line that is no record, which is said where it is encoded
     return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
