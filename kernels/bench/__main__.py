@@ -5,7 +5,6 @@ import importlib
 import json
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 import torch
 from triton.runtime.errors import OutOfResources
 
-from tucka_runtime.kernels.bench import chain, check, compiled, model
+from tucka_runtime.kernels.bench import chain, check, compiled, host, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.bench.timing import Timed, measure, table
 from tucka_runtime.kernels.dispatch import choose
@@ -29,6 +28,7 @@ Times every kernel at a Llama-3-8B's shape and says how near to the limit it is.
   python -m tucka_runtime.kernels.bench --json > bench.json   for docs/measurements/
   python -m tucka_runtime.kernels.bench --model               bytes and launches against the targets; no device needed
   python -m tucka_runtime.kernels.bench --compile             registers, spills, widths of accesses; no device needed
+  python -m tucka_runtime.kernels.bench --host                Python of a layer's launches; no device needed
 """
 
 COLUMNS = """\
@@ -91,6 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-tests", action="store_true", help="time ops whose tests have not been run")
     parser.add_argument("--model", action="store_true", help="print the model of bytes and launches, time nothing")
     parser.add_argument("--compile", action="store_true", help="print what the compiler makes of all, time nothing")
+    parser.add_argument("--host", action="store_true", help="print what a layer's launches cost the host")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of a large copy, for --model (4.3)")
     return parser.parse_args(arguments)
 
@@ -168,9 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(model.table(LLAMA3_8B, machine))
         return 0
+    if args.host:
+        layers = host.layers()
+        print(json.dumps({"host": [asdict(x) for x in layers]}) if args.json else host.table(layers))
+        return 0
     if args.compile:
-        # Triton 3.9 announces a new default of its own; what is compiled here is what a launch would compile.
-        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         found = compiled.compile_all()
         print(json.dumps({"compiled": [asdict(c) for c in found]}) if args.json else compiled.table(found))
         return 0

@@ -4,10 +4,14 @@ Registers, spilled bytes, shared memory, and how wide it reads and writes device
 when a kernel is slow, and a check that all of them compile. `--compile` prints it.
 """
 
+import math
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from tucka_runtime.kernels.bench import ptx
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, blocks
-from tucka_runtime.kernels.fused import core, expand_residual, norm, shrink_core
+from tucka_runtime.kernels.fused import core, expand_residual, launch, norm, shrink_core
 from tucka_runtime.kernels.fused.backend import OPS
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
@@ -40,6 +44,9 @@ class Compiled:
     accesses: dict[str, dict[int, int]]
     latencies: int | None
     """Reads that wait for each other in a turn of its loop over tiles (ptx.latencies); None: it has no loop."""
+    grid: tuple[int, ...]
+    waves: float
+    """Programs of the launch over those that an H200 holds at once."""
 
 
 class _Device:
@@ -63,25 +70,41 @@ def compile_all() -> list[Compiled]:
     """
     if not isinstance(norm._norm, JITFunction):
         raise RuntimeError("Triton's interpreter is on: unset TRITON_INTERPRET to compile.")
-    found: list[Compiled] = []
-    current = ""
-    run = JITFunction.run
-
-    def only_compile(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(_read(current, self.__name__, kernel))
-        return kernel
-
-    before = driver._active
-    driver.set_active(_Device())
-    JITFunction.run = only_compile
-    try:
-        for current, call in _calls():  # noqa: B007 (read by only_compile)
+    compiler = Compiler()
+    with without_device(compiler):
+        for compiler.op, call in _calls():
             call()
+    return compiler.found
+
+
+class Compiler(launch.Starter):
+    """Reads what is compiled where the device would start it."""
+
+    def __init__(self) -> None:
+        self.found: list[Compiled] = []
+        self.op = ""
+
+    def resident(self, compiled: Any) -> int:
+        """On a Hopper GPU."""
+        registers, _ = _usage(compiled.asm["cubin"])
+        return launch.HOPPER.resident(registers, compiled.metadata.shared, compiled.metadata.num_warps)
+
+    def start(self, compiled: Any, grid: launch.Grid, args: tuple[object, ...]) -> None:
+        """Notes what the compiler made of the kernel."""
+        self.found.append(_read(self.op, compiled, grid, math.prod(grid) / self.resident(compiled)))
+
+
+@contextmanager
+def without_device(starter: launch.Starter) -> Iterator[None]:
+    """Compiles for sm_90 what is launched meanwhile, and lets `starter` have it."""
+    before, real = driver._active, launch.starter
+    driver.set_active(_Device())
+    launch.starter = starter
+    try:
+        yield
     finally:
-        JITFunction.run = run
+        launch.starter = real
         driver._active = before
-    return found
 
 
 def _routes(ids: Tensor | None) -> RoutePlan:
@@ -158,14 +181,15 @@ def _calls() -> list[tuple[str, Any]]:
     return calls
 
 
-def _read(op: str, name: str, kernel: Any) -> Compiled:
+def _read(op: str, kernel: Any, grid: launch.Grid, waves: float) -> Compiled:
     text = kernel.asm["ptx"]
     products = [p for p in ("wgmma", "mma.sync") if p in text]
     usage = _usage(kernel.asm["cubin"])
     read = ptx.accesses(text), ptx.latencies(text)
-    return Compiled(op, name, *usage, kernel.metadata.shared, "+".join(products), *read)
+    return Compiled(op, kernel.name, *usage, kernel.metadata.shared, "+".join(products), *read, grid, waves)
 
 
+@cache
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of local memory, from the tool that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -180,14 +204,14 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def table(found: list[Compiled]) -> str:
     """One line per kernel."""
-    head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}{'latencies':>11}  {'products':16}"
-    lines = [head + "bytes per access: times"]
+    head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}{'latencies':>11}{'waves':>7}  "
+    lines = [head + f"{'products':16}bytes per access: times"]
     for c in found:
         total: Counter[int] = Counter()
         for widths in c.accesses.values():
             total.update(widths)
         waits = "-" if c.latencies is None else str(c.latencies)
         text = " ".join(f"{size}:{times}" for size, times in sorted(total.items()))
-        usage = f"{c.registers:10}{c.spilled:9}{c.shared:9}{waits:>11}"
+        usage = f"{c.registers:10}{c.spilled:9}{c.shared:9}{waits:>11}{c.waves:7.2f}"
         lines.append(f"{c.op:32}{c.kernel:14}{usage}  {c.products:16}{text}")
     return "\n".join(lines)

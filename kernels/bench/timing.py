@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
@@ -108,22 +107,15 @@ def launches(call: Call, device: torch.device) -> int | None:
     """Triton kernels that one call launches; None on a CPU, whose reference launches none."""
     if device.type != "cuda":
         return None
-    from triton.runtime.jit import JITFunction
+    from tucka_runtime.kernels.fused import launch
 
-    count = 0
-    run = JITFunction.run
-
-    def counting(self: Any, *args: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        return run(self, *args, **options)
-
-    JITFunction.run = counting
+    counting = launch.Counter()
+    real, launch.starter = launch.starter, counting
     try:
         call()
     finally:
-        JITFunction.run = run
-    return count
+        launch.starter = real
+    return counting.count
 
 
 def table(results: Sequence[Timed]) -> str:

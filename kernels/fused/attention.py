@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.tiles import arrive, cdiv, counters, dot
 from tucka_runtime.kernels.tables.blocks import TILE, AttentionMetadata
 from tucka_runtime.kernels.tables.segments import power_of_2
@@ -23,8 +24,6 @@ from tucka_runtime.kernels.tables.segments import power_of_2
 SPLIT = 512
 """Keys per split: at D 128 in bf16 256 KB to read, several times what a program's start costs; 64 contexts of 1k with 8
 KV heads make 1024 splits, eight per SM. Unmeasured."""
-MAX_PROGRAMS = 1056
-"""Programs of a decode: eight per SM of an H200 (132), of which registers let three run at a time. Unmeasured."""
 
 
 def prompt_blocks(d: int, size: int) -> tuple[int, int]:
@@ -49,7 +48,7 @@ def attention(
     """ops.Attention."""
     out = torch.empty_like(q)
     d, size = q.shape[2], q.element_size()
-    decode(q, k_cache, v_cache, out, metadata, scale, window, SPLIT, decode_block(d, size), MAX_PROGRAMS)
+    decode(q, k_cache, v_cache, out, metadata, scale, window, SPLIT, decode_block(d, size))
     prefill(q, k_cache, v_cache, out, metadata, scale, window, *prompt_blocks(d, size))
     return out
 
@@ -99,9 +98,9 @@ def decode(
     window: int | None,
     split: int,
     block_n: int,
-    most: int,
+    most: int | None = None,
 ) -> None:
-    """The sequences of one row, `metadata.singles`."""
+    """The sequences of one row, `metadata.singles`, by at most so many programs (as are resident at once)."""
     count, (heads, d), kv_heads = metadata.singles.shape[0], q.shape[1:], k_cache.shape[1]
     if not count:
         return
@@ -110,8 +109,9 @@ def decode(
     options["BLOCK_G"] = max(16, power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
     part_best, part_total = q.new_empty(2, count, splits, heads, dtype=torch.float32)
-    programs = min(count * splits, max(1, most // kv_heads))
-    _decode[(programs, kv_heads)](
+    launch(
+        _decode,
+        lambda resident: (min(count * splits, max(1, (most or resident) // kv_heads)), kv_heads),
         *args,
         part,
         part_best,
@@ -149,7 +149,9 @@ def prefill(
     group = power_of_2(q.shape[1] // k_cache.shape[1])
     block_m = max(block_m, group)
     rows = min(TILE, block_m // group)
-    _prefill[(metadata.tiles.shape[0], k_cache.shape[1], TILE // rows)](
+    launch(
+        _prefill,
+        (metadata.tiles.shape[0], k_cache.shape[1], TILE // rows),
         *args,
         metadata.tiles,
         **options,

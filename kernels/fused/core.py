@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.tiles import (
     COLUMNS,
     CORE,
@@ -35,7 +36,9 @@ SLICED = 32
 def core(plan: RoutePlan, out: Tensor) -> None:
     """ops.Core, for segments of any shapes in one launch."""
     limits = plan.limits
-    _core[(plan.records.shape[0], limits.modules, cdiv(limits.rank**2, BLOCK))](
+    launch(
+        _core,
+        (plan.records.shape[0], limits.modules, cdiv(limits.rank**2, BLOCK)),
         plan.records,
         plan.groups,
         plan.weights,
@@ -54,7 +57,9 @@ def slices(plan: RoutePlan, out: Slices) -> None:
     """out.address[row, slots[m]] = where G[m, group] lies, out.weight[row, slots[m], j] = Σ_i weights[i] C[m, i, j]:
     all that `core` reads, before r² entries are made of it.
     """
-    _slices[(plan.records.shape[0], cdiv(plan.limits.modules, SLICED))](
+    launch(
+        _slices,
+        (plan.records.shape[0], cdiv(plan.limits.modules, SLICED)),
         plan.records,
         plan.groups,
         plan.weights,

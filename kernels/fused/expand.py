@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.tiles import (
     add_further,
     cdiv,
@@ -39,8 +40,15 @@ def run(y: Tensor, low_rank: LowRank, block_n: int) -> Tensor:
     widest = max(b - a for a, b in pairwise(columns))
     grid = (low_rank.plan.segments.tiles.shape[0], cdiv(widest, block_n), len(columns) - 1)
     if grid[0]:
-        _expand[grid](
-            y, *delta_args(low_rank), y.stride(0), BLOCK_N=block_n, num_warps=4, **delta_options(low_rank, block_n)
+        launch(
+            _expand,
+            grid,
+            y,
+            *delta_args(low_rank),
+            y.stride(0),
+            BLOCK_N=block_n,
+            num_warps=4,
+            **delta_options(low_rank, block_n),
         )
     return y
 

@@ -2,13 +2,16 @@
 
 Contract: ops.ExpandQkvRopeKv. Grid (tiles, heads): a program has one head of a tile of rows as its two
 halves, so that rotary pairs lie in the same place of both. Values stay in fp32 from the product to the store. In a
-graph a program does several tiles, one after the other (tiles.tile_programs).
+graph a program does several tiles, one after the other (tiles.tile_grid).
 """
+
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import Grid, launch
 from tucka_runtime.kernels.fused.tiles import (
     NO_DELTA,
     add_further,
@@ -23,7 +26,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_tile,
     multiply,
     next_tile,
-    tile_programs,
+    tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_TILE, power_of_2
@@ -52,13 +55,15 @@ def expand_qkv_rope_kv(
     has_rope = cos is not None and sin is not None
     args: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)  # never read
     options = NO_DELTA
-    programs = cdiv(num_rows, SMALL_TILE)
+    grid: Grid | Callable[[int], Grid] = (cdiv(num_rows, SMALL_TILE), heads + 2 * kv_heads)
     if low_rank is not None:
         if any(c % d for c in low_rank.site.columns):
             raise ValueError(f"a head of {d} columns must lie within one target: {low_rank.site.columns}")
         args, options = delta_args(low_rank), delta_options(low_rank, d // 2 if d % 2 == 0 else 1)
-        programs = tile_programs(low_rank.plan.segments, heads + 2 * kv_heads)
-    _qkv[(programs, heads + 2 * kv_heads)](
+        grid = tile_grid(low_rank.plan.segments, heads + 2 * kv_heads)
+    launch(
+        _qkv,
+        grid,
         qkv,
         q,
         k_cache,

@@ -1,7 +1,7 @@
 """Delta of a block's last product, residual, and the next block's norm. Contract: ops.ExpandResidual.
 
 Without adapters one launch. With them a norm needs whole rows, but E is best read by many programs, grid (tiles, blocks
-of columns); in a graph a program does several tiles, one after the other (tiles.tile_programs). Decoding, the last
+of columns); in a graph a program does several tiles, one after the other (tiles.tile_grid). Decoding, the last
 program of a tile normalises the tile's rows: one launch still. Where tiles are so full that this takes longer than a
 launch, it is a second one; so it is in prompts, and there norm's own.
 """
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.expand import BLOCK_N
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.norm import add_norm, norm
 from tucka_runtime.kernels.fused.tiles import (
     add_further,
@@ -28,7 +29,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_tile,
     multiply,
     next_tile,
-    tile_programs,
+    tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, power_of_2
@@ -114,7 +115,7 @@ def run(
     total = add(y, low_rank, residual, block_n)
     if tiles.shape[0]:
         rows = low_rank.plan.segments.tile_rows
-        _finish[(tiles.shape[0], rows)](total, *tail, tiles, BLOCK_M=rows, num_warps=4, **how)
+        launch(_finish, (tiles.shape[0], rows), total, *tail, tiles, BLOCK_M=rows, num_warps=4, **how)
     return out, total
 
 
@@ -131,9 +132,10 @@ def _launch(
     if any(c % block_n for c in columns[1:-1]):
         raise ValueError(f"the borders of the targets, {columns}, must be multiples of {block_n}")
     blocks = cdiv(y.shape[1], block_n)
-    grid = (tile_programs(low_rank.plan.segments, blocks), blocks)
-    if grid[0]:
-        _add[grid](
+    if low_rank.plan.segments.tiles.shape[0]:
+        launch(
+            _add,
+            tile_grid(low_rank.plan.segments, blocks),
             y,
             residual,
             total,

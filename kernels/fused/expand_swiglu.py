@@ -1,13 +1,16 @@
 """Delta of the packed gate/up product, then SwiGLU, in one pass. Contract: ops.ExpandSwiglu.
 
 Grid (tiles, blocks of columns): a program adds both deltas to its block of gate and of up, and writes their product.
-In a graph it does so for several tiles, one after the other (tiles.tile_programs).
+In a graph it does so for several tiles, one after the other (tiles.tile_grid).
 """
+
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import Grid, launch
 from tucka_runtime.kernels.fused.tiles import (
     NO_DELTA,
     add_further,
@@ -22,7 +25,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_tile,
     multiply,
     next_tile,
-    tile_programs,
+    tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_TILE
@@ -45,13 +48,15 @@ def run(gate_up: Tensor, low_rank: LowRank | None, block_n: int) -> Tensor:
     blocks = cdiv(f, block_n)
     args: tuple[object, ...] = (out, out, out, out, out, 0, 0, 0)  # never read
     options = NO_DELTA
-    programs = cdiv(num_rows, SMALL_TILE)
+    grid: Grid | Callable[[int], Grid] = (cdiv(num_rows, SMALL_TILE), blocks)
     if low_rank is not None:
         if not set(low_rank.site.columns) <= {0, f, 2 * f}:
             raise ValueError(f"gate and up must be the targets, or one target together: {low_rank.site.columns}")
         args, options = delta_args(low_rank), delta_options(low_rank, block_n)
-        programs = tile_programs(low_rank.plan.segments, blocks)
-    _swiglu[(programs, blocks)](
+        grid = tile_grid(low_rank.plan.segments, blocks)
+    launch(
+        _swiglu,
+        grid,
         gate_up,
         out,
         *args,

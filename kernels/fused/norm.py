@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.tables.segments import power_of_2
 
 
@@ -37,7 +38,9 @@ def _launch(
     d = x.shape[-1]
     block = power_of_2(d)
     if x.shape[0]:
-        _norm[(x.shape[0],)](
+        launch(
+            _norm,
+            (x.shape[0],),
             x,
             x if y is None else y,
             total,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.tiles import COLUMNS, COUNT, EXPERTS, GROUPS, IDS, TABLE, cdiv
 from tucka_runtime.kernels.tables.routes import RoutePlan
 from tucka_runtime.kernels.tables.segments import power_of_2
@@ -32,9 +33,9 @@ def route_ids(plan: RoutePlan) -> None:
     k, t = power_of_2(limits.k), power_of_2(limits.t)
     sums = plan.weights.new_empty((count, parts, k * t) if parts > 1 else (1,))
     own = (plan.records, sums, plan.groups, plan.weights, plan.weights.stride(0), parts)
-    _bag[(count, parts)](*own, BLOCK_K=k, BLOCK_T=t, ROWS=ROWS, PART=PART, ONE=parts == 1, num_warps=1)
+    launch(_bag, (count, parts), *own, BLOCK_K=k, BLOCK_T=t, ROWS=ROWS, PART=PART, ONE=parts == 1, num_warps=1)
     if parts > 1:
-        _pick_bag[(count,)](*own, BLOCK_K=k, BLOCK_T=t, num_warps=1)
+        launch(_pick_bag, (count,), *own, BLOCK_K=k, BLOCK_T=t, num_warps=1)
 
 
 def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -42,9 +43,11 @@ def route_hidden(x: Tensor, centroids: Tensor, t: int) -> tuple[Tensor, Tensor]:
     (count, d), kt = x.shape, centroids.shape[0]
     parts = cdiv(count, PART)
     means = x.new_empty(parts, d, dtype=torch.float32)
-    _column_sums[(parts, cdiv(d, 64))](x, means, count, d, x.stride(0), BLOCK=64, ROWS=ROWS, PART=PART, num_warps=2)
+    launch(
+        _column_sums, (parts, cdiv(d, 64)), x, means, count, d, x.stride(0), BLOCK=64, ROWS=ROWS, PART=PART, num_warps=2
+    )
     sums = means.new_empty(1, 1, kt)
-    _project[(kt,)](means, centroids, sums, parts, d, BLOCK=min(1024, power_of_2(d)), num_warps=4)
+    launch(_project, (kt,), means, centroids, sums, parts, d, BLOCK=min(1024, power_of_2(d)), num_warps=4)
     return _choose(sums, torch.full((1,), count, dtype=torch.int64, device=x.device), t)
 
 
@@ -54,8 +57,19 @@ def _choose(sums: Tensor, counts: Tensor, t: int) -> tuple[Tensor, Tensor]:
     groups = torch.empty(segments, dtype=torch.int64, device=sums.device)
     weights = sums.new_empty(segments, t)
     blocks = {"BLOCK_K": power_of_2(kt // t), "BLOCK_T": power_of_2(t)}
-    _pick[(segments,)](
-        sums.contiguous(), groups, weights, parts, counts, counts.stride(0), kt // t, t, **blocks, num_warps=1
+    launch(
+        _pick,
+        (segments,),
+        sums.contiguous(),
+        groups,
+        weights,
+        parts,
+        counts,
+        counts.stride(0),
+        kt // t,
+        t,
+        **blocks,
+        num_warps=1,
     )
     return groups, weights
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.tiles import cdiv
 from tucka_runtime.kernels.tables.segments import power_of_2
 
@@ -23,7 +24,7 @@ def uniform(seed: Tensor, position: Tensor, columns: int) -> Tensor:
     out = torch.empty(seed.shape[0], columns, dtype=torch.float32, device=seed.device)
     block = min(BLOCK, power_of_2(columns))
     if out.numel():
-        _uniform[(seed.shape[0], cdiv(columns, block))](seed, position, out, columns, BLOCK=block)
+        launch(_uniform, (seed.shape[0], cdiv(columns, block)), seed, position, out, columns, BLOCK=block)
     return out
 
 
@@ -33,7 +34,9 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
     if rows:
-        _filter[(rows,)](logits, top_k, top_p, min_p, out, vocab, BLOCK=min(BLOCK, power_of_2(vocab)), num_warps=8)
+        launch(
+            _filter, (rows,), logits, top_k, top_p, min_p, out, vocab, BLOCK=min(BLOCK, power_of_2(vocab)), num_warps=8
+        )
     return out
 
 
@@ -47,10 +50,21 @@ def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) 
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
         block = min(BLOCK, power_of_2(vocab))
-        _best[(rows, spans)](
-            logits, temperature, seed, position, best, where, vocab, SPAN=SPAN, BLOCK=block, num_warps=8
+        launch(
+            _best,
+            (rows, spans),
+            logits,
+            temperature,
+            seed,
+            position,
+            best,
+            where,
+            vocab,
+            SPAN=SPAN,
+            BLOCK=block,
+            num_warps=8,
         )
-        _choose[(rows,)](best, where, out, spans, BLOCK=power_of_2(spans), num_warps=1)
+        launch(_choose, (rows,), best, where, out, spans, BLOCK=power_of_2(spans), num_warps=1)
     return out
 
 

@@ -12,12 +12,14 @@ Cores come made (`core.core`), or as the slices that they are linear in (`core.s
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import launch
 from tucka_runtime.kernels.fused.tiles import CHUNK, arrive, cdiv, counters, dot, load_tile
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.routes import Slices
@@ -40,6 +42,7 @@ class Config:
     stages: int
 
 
+@lru_cache(4096)
 def config(num_rows: int, d_in: int, rank: int) -> Config:
     """Chooses by shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the
     batch."""
@@ -91,7 +94,9 @@ def run(
         splits,
     )
     blocks = cdiv(n * rank_chunks, how.chunks)
-    _shrink[(num_tiles, blocks, splits)](
+    launch(
+        _shrink,
+        (num_tiles, blocks, splits),
         x,
         site.u_ptr,
         counters("shrink_core", num_tiles * n, x.device),
@@ -109,7 +114,7 @@ def run(
         num_stages=how.stages,
     )
     if not how.one_launch:
-        _finish[(num_tiles, n, rank_chunks)](*shared, BLOCK_M=segments.tile_rows, COMBINE=combine, num_warps=4)
+        launch(_finish, (num_tiles, n, rank_chunks), *shared, BLOCK_M=segments.tile_rows, COMBINE=combine, num_warps=4)
     return LowRank(h, site, plan)
 
 

@@ -8,13 +8,15 @@ Three rules hold in every kernel here. Offsets that may pass 2^31 elements are i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tucka_runtime.kernels.fused.launch import Grid
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables import routes
 from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, power_of_2
@@ -36,17 +38,14 @@ CHUNK = 16
 """Ranks go by chunks of this many: the least side of a tensor core's product. An adapter pays for ceil(r / 16)."""
 
 
-PROGRAMS = 1056
-"""Programs of a launch whose tiles a graph has fixed: eight per SM of an H200 (132). Unmeasured."""
-
-
-def tile_programs(segments: Segments, blocks: int) -> int:
-    """Programs along a grid's axis of tiles, `blocks` being those along the others: one per tile, unless the table has
-    room for as many tiles as rows. Then most would only find that theirs is empty, 14,336 programs for SwiGLU at 64
-    rows of a Llama-3-8B with one adapter, of which 896 have work; so few take tiles by turns (`next_tile`).
+def tile_grid(segments: Segments, blocks: int) -> Callable[[int], Grid]:
+    """The grid (programs along the tiles, `blocks`) of a kernel of whose programs so many are resident: one per tile,
+    unless the table has room for as many tiles as rows. Then most would only find that theirs is empty, 14,336 programs
+    for SwiGLU at 64 rows of a Llama-3-8B with one adapter, of which 896 have work. So as many as are resident at once,
+    and no more, take tiles by turns (`next_tile`): one that starts when the others end would double the time.
     """
     tiles = segments.tiles.shape[0]
-    return min(tiles, cdiv(PROGRAMS, blocks)) if segments.padded else tiles
+    return lambda resident: (min(tiles, max(1, resident // blocks)) if segments.padded else tiles, blocks)
 
 
 @triton.jit
@@ -185,15 +184,23 @@ def delta_args(low_rank: LowRank) -> tuple[object, ...]:
 
 def delta_options(low_rank: LowRank, start: int) -> dict[str, int]:
     """The constants of such a kernel, whose programs' columns start at multiples of `start`."""
-    segments, size = low_rank.plan.segments, low_rank.h.element_size()
+    segments = low_rank.plan.segments
+    size, rank = low_rank.h.element_size(), low_rank.plan.max_rank
+    return _delta_options(low_rank.site.columns, start, size, rank, segments.tile_rows, segments.padded)
+
+
+@lru_cache(256)
+def _delta_options(
+    columns: tuple[int, ...], start: int, size: int, rank: int, tile_rows: int, padded: bool
+) -> dict[str, int]:
     return {
-        "ALIGN": alignment(low_rank.site.columns),
-        "E_ALIGN": math.gcd(16, size * math.gcd(start, *low_rank.site.columns)),
-        "H_ALIGN": math.gcd(16, low_rank.plan.max_rank),
-        "BLOCK_R": rank_block(low_rank.plan.max_rank),
-        "FURTHER": low_rank.plan.max_rank > rank_block(low_rank.plan.max_rank),
-        "BLOCK_M": segments.tile_rows,
-        "PADDED": segments.padded,
+        "ALIGN": alignment(columns),
+        "E_ALIGN": math.gcd(16, size * math.gcd(start, *columns)),
+        "H_ALIGN": math.gcd(16, rank),
+        "BLOCK_R": rank_block(rank),
+        "FURTHER": rank > rank_block(rank),
+        "BLOCK_M": tile_rows,
+        "PADDED": padded,
     }
 
 

@@ -101,7 +101,7 @@ def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
         logits, tokens = bucket.logits.clone(), bucket.tokens.clone()
         chosen.copy_(before)
         bucket._step()
-        real = bucket.fields.on_device["length"] > 0
+        real = bucket.fields.on_device["seq_lens"] > 0
         assert torch.equal(bucket.logits[real], logits[real])
         assert torch.equal(bucket.tokens[real], tokens[real])
         replays += 1

@@ -72,6 +72,35 @@ def test_reads_of_a_tile_overlap(report: list[dict[str, object]], op: str, most:
 
 
 @pytest.mark.parametrize(
+    "op", ["expand_swiglu (graph)", "expand_qkv_rope_kv (graph)", "expand_residual (graph)", "attention (decode)"]
+)
+def test_programs_that_take_turns_are_all_resident(report: list[dict[str, object]], op: str) -> None:
+    """At 64 rows: most of the device is used, and none starts when the others end. They were 1.18 to 1.6 waves."""
+    waves = [entry["waves"] for entry in report if entry["op"] == op]
+    assert waves
+    for value in waves:
+        assert isinstance(value, float) and 0.8 < value <= 1
+
+
+@pytest.mark.parametrize(
+    ("op", "most"),
+    [
+        ("expand_swiglu (graph)", 64),
+        ("expand_residual (graph)", 64),
+        ("expand_qkv_rope_kv (graph)", 96),
+        ("shrink_core (graph)", 72),
+        ("attention (decode)", 168),
+    ],
+)
+def test_registers_leave_room_for_programs(report: list[dict[str, object]], op: str, most: int) -> None:
+    """Eight programs of 128 threads on an SM at 64 registers, seven at 72, five at 96, three at 168."""
+    found = [entry["registers"] for entry in report if entry["op"] == op]
+    assert found
+    for registers in found:
+        assert isinstance(registers, int) and registers <= most
+
+
+@pytest.mark.parametrize(
     ("between", "expected"),
     [
         ("add.s32 %r4, %r3, 1;", 0),

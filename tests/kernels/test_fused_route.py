@@ -17,15 +17,14 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("split", [16, 32, 64])
-def test_decode_over_many_splits(split: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_over_many_splits(split: int, window: int | None) -> None:
     """More splits than programs: each takes several; the last of a sequence merges."""
-    monkeypatch.setattr(attention, "MAX_PROGRAMS", 6)
     plan, slots_of, total = shuffled([(1, 100), (1, 1), (1, 33)], 16)
     k, v = caches(slots_of, 16, 2, 8, torch.float32)
     q, outs = torch.randn(total, 4, 8), []
     for _ in range(2):
         outs.append(torch.full_like(q, math.nan))
-        attention.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16, 64)
+        attention.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16, 6)
     want = attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3, window)
     assert relative(outs[0], want) <= 1e-5
     assert torch.equal(outs[0], outs[1])
