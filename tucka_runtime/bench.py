@@ -261,7 +261,7 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
     for i, name in enumerate(names):
         make_adapter(scratch / name, llm.engine.layout, args.targets.split(","), args.rank, seed=i)
         llm.load_adapter(name, scratch / name)
-    while llm.engine.prepare():
+    while llm.engine.rehearsal.prepare():
         pass
 
     def run(own: list[str | None]) -> Callable[[], Took]:

@@ -10,7 +10,7 @@ TuckaError
 │   ├── InvalidAdapterError     400  the adapter's files are wrong
 │   ├── BaseModelMismatchError  400  the adapter was made for another base
 │   ├── AdapterConflictError    409  the name is taken by other content
-│   └── AdapterCapacityError    503  every slot is taken; unload one first
+│   └── AdapterCapacityError    503  every slot is taken, or no memory is left; unload one first
 ├── StorageError           503  the state folder's disk refuses, or a copy in it is damaged
 ├── NonFiniteError         500  a forward pass overflowed: no token can be chosen
 ├── OverloadedError        429  the queue is full; try again later
@@ -104,7 +104,8 @@ class AdapterConflictError(AdapterError):
 
 
 class AdapterCapacityError(AdapterError):
-    """Every slot is taken, also by what was unloaded and still answers requests. Nothing is ever pushed out."""
+    """Every slot is taken, also by what was unloaded and still answers requests, or the memory beside the KV cache and
+    what a step needs. Nothing is ever pushed out."""
 
     status = 503
     type = "server_error"

@@ -4,6 +4,7 @@ The machine's own figures mislead in a container, whose quota they do not show, 
 memory is what nobody uses even as a cache.
 """
 
+import contextlib
 import os
 import resource
 from collections.abc import Iterator
@@ -25,6 +26,14 @@ class Memory:
 
     available: int
     limited_by: str
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes of this process that lie in memory: now, and the most that did since `forget_peak`."""
+
+    now: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,19 @@ def memory(root: Path = Path("/")) -> Memory:
 def total_memory() -> int:
     """The machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident(root: Path = Path("/")) -> Resident:
+    """As the kernel counts them, by pages."""
+    rows = (line.split() for line in _lines(root / "proc/self/status") if line.startswith(("VmRSS:", "VmHWM:")))
+    found = {row[0]: int(row[1]) * 1024 for row in rows}
+    return Resident(found.get("VmRSS:", 0), found.get("VmHWM:", 0))
+
+
+def forget_peak(root: Path = Path("/")) -> None:
+    """Lets `Resident.most` begin anew. Where a container forbids it, it stays the most since the process began."""
+    with contextlib.suppress(OSError):
+        (root / "proc/self/clear_refs").write_text("5")
 
 
 def cores(root: Path = Path("/")) -> Cores:

@@ -40,7 +40,7 @@ def run(folder: Path, flags: argparse.Namespace, stretch: float) -> tuple[float,
         str(folder), device="cpu", decode_stretch=stretch, max_model_len=4096, kv_cache_tokens=16384, max_num_seqs=16
     )
     engine = Engine(config)
-    engine.time_longest_step()
+    engine.rehearsal.time_longest_step()
     endless = SamplingParams(max_tokens=3000, ignore_eos=True, temperature=0)
     engine.add(Request("streams", tuple(tuple(range(i + 1, i + 65)) for i in range(flags.streams)), endless))
     alone, beside, waited = [], [], []

@@ -27,7 +27,7 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             tmp_path / "model", kernels=kernels, device=DEVICE, max_num_batched_tokens=24, max_num_seqs=6
         )
         engine.overlap = kernels == "fused"
-        engine.warm_up()
+        engine.rehearsal.warm_up()
         layout = engine.layout
         engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=attention))
         engine.load_adapter(LATE, save_tucka(tmp_path / "late", layout, seed=1, targets=output, r=6))
@@ -54,13 +54,13 @@ def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
     save_model(tmp_path / "model")
     engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
     engine.overlap = True
-    engine.warm_up()
+    engine.rehearsal.warm_up()
     graphs = engine.runner.graphs
-    assert graphs is not None and not engine.prepare()
+    assert graphs is not None and not engine.rehearsal.prepare()
     engine.load_adapter(EARLY, save_tucka(tmp_path / "early", engine.layout, targets=("q_proj",)))
     engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("o_proj",), r=40))
     # Two sizes of graphs for batches of either adapter and of both, with ranks that warm_up did not know; then prompts.
-    assert sum(iter(engine.prepare, False)) == 6 + 2
+    assert sum(iter(engine.rehearsal.prepare, False)) == 6 + 2
     ready = set(graphs.buckets)
     greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     for who in ([EARLY], [PLAIN], [EARLY, PLAIN], [EARLY, None]):

@@ -13,10 +13,10 @@ from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.block_manager import BlockManager
 from tucka_runtime.engine.model_runner import Launched, ModelRunner, Result
 from tucka_runtime.engine.pace import Pace
+from tucka_runtime.engine.rehearsal import Rehearsal
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.kernels.tables.segments import SMALL_BATCH
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
@@ -27,15 +27,11 @@ from tucka_runtime.messages import (
     Route,
     RouteReport,
     RouteScope,
-    SamplingParams,
     SequenceOutput,
     StepStats,
     Timing,
     TokenLogprob,
 )
-
-REHEARSED = "warm-up"
-"""Id of the requests that only compile and time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,54 +64,9 @@ class Engine:
         # On a GPU the next step is scheduled and launched while the last one runs.
         self.overlap = self.runner.on_gpu
         self.in_flight: _InFlight | None = None
-        self.rehearsed: set[object] = set()
-        """Shapes of adapters whose kernels are compiled."""
+        self.rehearsal = Rehearsal(self)
         if self.overlap:
-            self.warm_up()
-
-    def warm_up(self) -> None:
-        """Compiles the kernels and captures the graphs, so that no request waits for it."""
-        self.runner.warm_up()
-        self._rehearse(None)
-        self.blocks.forget_all()
-
-    def prepare(self) -> bool:
-        """Does a part of what loaded adapters will need and nobody waits for yet: captures a graph (under a second), or
-        compiles what prompts take (seconds, the first time on a machine). False once all is done. For idle moments."""
-        if not self.overlap:
-            return False
-        serving = self.adapters.serving()
-        if self.runner.prepare(serving):
-            return True
-        for folded in serving:
-            if folded.shape not in self.rehearsed:
-                self.rehearsed.add(folded.shape)
-                self._rehearse(folded.key)
-                return True
-        return False
-
-    def time_longest_step(self) -> float:
-        """Runs a prompt that fills a step, so that no request pays for what is made at its first use. Returns the
-        seconds that its longest step took."""
-        seconds = self._run_prompt(self.scheduler.max_tokens, None)
-        self.blocks.forget_all()
-        return seconds
-
-    def _rehearse(self, adapter: AdapterKey | None) -> None:
-        """Runs prompts of lengths that between them take every kernel that prompts take."""
-        for length in (32, SMALL_BATCH + 1, self.scheduler.max_tokens):
-            self._run_prompt(length, adapter)
-
-    def _run_prompt(self, length: int, adapter: AdapterKey | None) -> float:
-        """Runs a prompt, cut to the context, and two tokens. Returns the seconds of the longest step."""
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
-        length = min(length, self.info.max_model_len - sampling.max_tokens)
-        self.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
-        seconds = 0.0
-        while self.busy:
-            _, stats = self.step()
-            seconds = max(seconds, stats.seconds if stats is not None else 0.0)
-        return seconds
+            self.rehearsal.warm_up()
 
     @property
     def busy(self) -> bool:

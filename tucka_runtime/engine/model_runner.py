@@ -1,5 +1,6 @@
 """The device: model, KV tensors, one forward pass per step."""
 
+import contextlib
 import math
 import time
 from collections.abc import Collection
@@ -16,7 +17,7 @@ from tucka_runtime.adapters.format import Adapter
 from tucka_runtime.base_files import end_tokens
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.engine.adapters.fold import fold
+from tucka_runtime.engine.adapters.fold import fold, folded_bytes
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import Routes, RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
@@ -24,6 +25,7 @@ from tucka_runtime.engine.batch import Batch, Chosen, row_order
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.kv_cache import count_blocks, make_caches
+from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
@@ -143,6 +145,8 @@ class ModelRunner:
                 max_len,
                 self.block_size,
             )
+        cached = sum(t.nbytes for pair in self.caches for t in pair)
+        self.memory = AdapterMemory(self.device, cached)
         self.loading = torch.cuda.Stream(self.device) if self.on_gpu else None
         identity = fingerprint(folder)
         self.layout = base_layout(arch, identity, config.model)
@@ -162,20 +166,21 @@ class ModelRunner:
 
     def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:
         """The adapter in the serving form, made beside the step loop: safe in another thread, and on a GPU on a stream
-        of its own. Raises InvalidAdapterError, or AdapterCapacityError if the GPU has no memory for it."""
-        what = key, adapter, self.arch, self.model.weights, self.ops, self.factor_dtype, pinned
-        if self.loading is None:
-            return fold(*what)
+        of its own. Raises InvalidAdapterError, or AdapterCapacityError if there is no memory for it."""
+        weights, dtype = self.model.weights, self.factor_dtype
+        self.memory.check(*folded_bytes(adapter, self.arch, self.dtype, dtype, pinned))
         try:
-            with torch.cuda.stream(self.loading):
-                folded = fold(*what)
+            with torch.cuda.stream(self.loading) if self.loading is not None else contextlib.nullcontext():
+                folded = fold(key, adapter, self.arch, weights, self.ops, dtype, pinned)
         except torch.OutOfMemoryError as e:
             raise AdapterCapacityError(
                 "The GPU has no memory left for the adapter. Unload one, or restart with a smaller --kv-cache-tokens."
             ) from e
-        self.loading.synchronize()
-        for tensor in folded.tensors():  # memory of one stream, read on another: it is free when both are done
-            tensor.record_stream(torch.cuda.default_stream(self.device))
+        if self.loading is not None:
+            self.loading.synchronize()
+            for tensor in folded.tensors():  # memory of one stream, read on another: it is free when both are done
+                tensor.record_stream(torch.cuda.default_stream(self.device))
+        self.memory.take(folded)
         return folded
 
     def warm_up(self) -> None:

@@ -78,13 +78,25 @@ def main() -> None:
     start: Start = channel.recv()
     set_up_logging(start.log_format, "engine")
     environment.prepare()
+    from torch import OutOfMemoryError
+
     from tucka_runtime.engine.engine import Engine
 
     try:
         engine = Engine(start.config)
-        longest_step = engine.time_longest_step()
+        longest_step = engine.rehearsal.time_longest_step()
     except ModelLoadError as error:
         channel.send(NotStarted(error))
+        return
+    except OutOfMemoryError:
+        channel.send(
+            NotStarted(
+                ModelLoadError(
+                    "The GPU's memory does not hold the model, its KV cache and what a step needs. Lower "
+                    "--kv-cache-tokens, --max-num-batched-tokens or --max-num-seqs."
+                )
+            )
+        )
         return
     channel.send(Started(engine.info, longest_step))
     gc.collect()
@@ -130,7 +142,7 @@ def _idle(engine: "Engine", channel: Connection, inbox: _Inbox) -> _Message:
     checked = False
     while True:
         channel.send(Idle(engine.load))
-        preparing = engine.prepare()
+        preparing = engine.rehearsal.prepare()
         try:
             return inbox.get(block=not preparing, timeout=IDLE_SECONDS)
         except queue.Empty:

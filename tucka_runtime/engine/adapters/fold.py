@@ -72,13 +72,50 @@ def fold(
         numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
         routed = TuckACores(torch.tensor(numbers, dtype=torch.int64).to(device), g, c, router)
     folded = FoldedAdapter(key, factors, routed, saved)
-    # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base.
-    if not all(bool(t.isfinite().all()) for t in folded.tensors()):
+    # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
+    # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
+    if not torch.stack([t.isfinite().all() for t in folded.tensors()]).all():
         raise InvalidAdapterError(
             f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
             "or its alpha are far too large."
         )
     return folded
+
+
+def folded_bytes(
+    adapter: Adapter, arch: Architecture, base: torch.dtype, dtype: torch.dtype, pinned: Route | None
+) -> tuple[int, int]:
+    """The bytes that `fold` will keep (FoldedAdapter.num_bytes), and the most that it takes beside them for a moment: a
+    site's weights, of type `base`, as a copy and a linear's of it in fp32, or the check of the largest tensor."""
+    where, kept, passing, largest = locate(arch), 0, 0, 0
+    routed = adapter.ec is not None and pinned is None
+    for path, module in adapter.modules.items():
+        at = where[path]
+        site = arch.sites[at.site]
+        width = site.widths[at.target]
+        if isinstance(module, LoRAModule):
+            r = module.a.shape[0]
+        else:
+            r = module.u.shape[1]
+            copied = site.d_in * sum(site.widths) * base.itemsize
+            passing = max(passing, copied + site.d_in * width * 4)
+            # Each linear's number is int64, its parts are fp32.
+            kept += 8 + 4 * (module.g.numel() + module.c.numel()) if routed else 0
+        kept += r * (site.d_in + width) * dtype.itemsize
+        largest = max(largest, r * max(site.d_in, width) * dtype.itemsize)
+    for value in adapter.saved.values():
+        kept += value.numel() * base.itemsize
+        largest = max(largest, value.numel() * base.itemsize)
+    if routed and adapter.ec is not None and adapter.router is not None:
+        kept += adapter.ec.numel() * 4
+        if _has_table(where[adapter.router], arch):
+            kept += arch.vocab * adapter.ec.shape[0] * 4
+    return kept, max(passing, 2 * largest)
+
+
+def _has_table(at: Where, arch: Architecture) -> bool:
+    """Whether the router's input is a function of the token alone."""
+    return not (at.layer or at.site != QKV or arch.positions)
 
 
 def describe(
@@ -132,7 +169,7 @@ def _router(
     at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
 ) -> FoldedRouter:
     """A lookup table where the router's input is a function of the token alone, else the centroids."""
-    if at.layer or at.site != QKV or arch.positions:
+    if not _has_table(at, arch):
         return FoldedRouter(at, t, centroids=ec, table=None)
     embed = saved.get(f"{arch.embed}.weight", weights.embed)
     norm_path = arch.path(0, arch.input_norm)
