@@ -67,9 +67,17 @@ def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) 
     _first_adapters(config)
 
 
+def keep_compiled(state_dir: str | None) -> None:
+    """Lets the engine's process, which inherits it, keep compiled kernels below the state folder: in a container they
+    would be compiled at every start, for a minute or two on a GPU. What the operator has set stays."""
+    if state_dir is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(state_dir).resolve() / "triton"))
+
+
 async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     allow_open_files(config.max_connections)
     listener = bind(config.host, config.port)
+    keep_compiled(config.state_dir)
     engine = EngineClient(engine_config, config.log_format)
     stopping, at_once = asyncio.Event(), asyncio.Event()
 

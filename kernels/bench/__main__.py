@@ -43,6 +43,7 @@ columns:
   ×without delta, ×no adapter   what adapters cost over the same kernels, or the whole step, without them
   ×combined     a step whose cores are made first over one whose shrinks combine them on the fly
   ×one stream   a step whose shrinks run beside the base's products over one where they do not
+  ×as captured  a step whose norms are chosen for its batch over what the engine's graphs hold for any
 
 Rows are shared evenly among the adapters. An op is timed only if its tests pass on this device.
 """

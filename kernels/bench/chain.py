@@ -3,7 +3,8 @@
 What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
 weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product. Cores are made at the
 step's beginning from routes that are known; `combined` is the same step whose shrinks make them out of their slices,
-`one stream` the one whose shrinks run before the products and not beside them.
+`one stream` the one whose shrinks run before the products and not beside them. `as captured` is what the graphs of an
+engine hold: they are captured without knowing any batch, so whatever the tiles are, norms have launches of their own.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tucka_runtime.kernels.bench.timing import Call, Case, Timed, measure
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
+from tucka_runtime.kernels.tables.segments import SitePlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Layer:
     weights: dict[str, Tensor]
     caches: tuple[Tensor, Tensor]
     deltas: dict[str, SiteBatch]
+    captured: dict[str, SitePlan]
+    """The plans of `deltas` as a graph's bucket has them: nothing is known of the batch on the host."""
     slices: dict[str, Slices]
 
 
@@ -48,6 +52,7 @@ class Chain:
             Layer(
                 {site: randn(sum(widths), d_in) for site, (d_in, widths) in shape.sites.items()},
                 (randn(slots, shape.kv_heads, shape.head), randn(slots, shape.kv_heads, shape.head)),
+                {},
                 {},
                 {},
             )
@@ -81,6 +86,7 @@ class Chain:
                     on = tuple(j in chosen for j in range(len(widths)))
                     own = batch(rows, adapters, rank, d_in, widths, dtype, device, on)
                     layer.deltas[site] = replace(own, cores=self.cores[:, first:end])
+                    layer.captured[site] = replace(own.plan, segments=replace(own.plan.segments, spans=()))
                     layer.slices[site] = self.slices.of(first, end)
                     slots += [first + j for j in chosen]
                 first = end
@@ -91,12 +97,13 @@ class Chain:
         known = [(i % K, [0.5] * T) for i in range(used)]
         self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 
-    def step(self, combined: bool = False, one_stream: bool = False) -> Tensor:
+    def step(self, combined: bool = False, one_stream: bool = False, captured: bool = False) -> Tensor:
         """The highest logit's id of every row."""
         ops, shape = self.sweep.ops, self.sweep.shape
         if combined:
             from tucka_runtime.kernels.fused.core import slices as combine
-        self.combined, side = combined, None if one_stream else self.side
+        self.combined, self.captured = combined, captured
+        side = None if one_stream else self.side
         if self.routes is not None:
             if combined:
                 combine(self.routes, self.slices)
@@ -134,11 +141,12 @@ class Chain:
         return y, low_rank
 
     def _shrink(self, layer: Layer, site: str, x: Tensor, b: SiteBatch) -> LowRank:
+        plan = layer.captured[site] if self.captured else b.plan
         if self.combined:
             from tucka_runtime.kernels.fused.shrink_core import run
 
-            return run(x, b.site, layer.slices[site], b.plan)
-        return self.sweep.ops.shrink_core(x, b.site, b.cores, b.plan)
+            return run(x, b.site, layer.slices[site], plan)
+        return self.sweep.ops.shrink_core(x, b.site, b.cores, plan)
 
 
 def results(sweep: Measurement, rows: int, context: int, say: Callable[[str], None]) -> list[Timed]:
@@ -163,6 +171,7 @@ def results(sweep: Measurement, rows: int, context: int, say: Callable[[str], No
         if targets and sweep.ops.name == "fused":
             calls["combined"] = partial(chain.step, combined=True)
             calls["one stream"] = partial(chain.step, one_stream=True)
+            calls["as captured"] = partial(chain.step, captured=True)
         result = measure(_case(label, moved, calls), sweep.device)
         if out:
             result.micros["no adapter"] = out[0].micros["own"]

@@ -108,7 +108,8 @@ def decode(
     args, options = _common(q, k_cache, v_cache, out, metadata, scale, window)
     options["BLOCK_G"] = max(16, power_of_2(heads // kv_heads))
     part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
-    part_best, part_total = q.new_empty(2, count, splits, heads, dtype=torch.float32)
+    # Both at multiples of 16 bytes, whatever the number of heads: else Triton compiles another kernel, under requests.
+    part_best, part_total = q.new_empty(2, cdiv(count * splits * heads, 4) * 4, dtype=torch.float32)
     launch(
         _decode,
         lambda resident: (min(count * splits, max(1, (most or resident) // kv_heads)), kv_heads),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support.driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
-from tucka_runtime.engine.cuda_graphs import Bucket
+from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
 
@@ -43,7 +43,7 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             ask(prompt(4, 4), id="plain", adapter=PLAIN, sampling=greedy),
         )
         if engine.runner.graphs is not None:
-            assert any(kinds for _, kinds in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
+            assert any(shape.kinds for shape in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
         return [answer.token_ids for sequences in done for answer in sequences]
 
     assert answers("fused") == answers("reference")
@@ -68,16 +68,45 @@ def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
     assert set(graphs.buckets) == ready
 
 
+def test_batches_take_the_smallest_graph_that_can_until_theirs_is_made(tmp_path):
+    """Nothing is captured under requests that another graph can run, and a larger adapter leaves what there is."""
+    save_model(tmp_path / "model")
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
+    engine.overlap = True
+    engine.rehearsal.warm_up()
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    first = dict(graphs.buckets)
+    engine.load_adapter(EARLY, save_tucka(tmp_path / "early", engine.layout, targets=("q_proj",)))
+    greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+
+    def answer():
+        return run(engine, ask(prompt(4), adapter=EARLY, sampling=greedy))[0][0].token_ids
+
+    by_more = answer()
+    assert graphs.buckets == first and [(s.rows, s.kinds) for s in graphs.missed] == [(1, {0})]
+    while engine.rehearsal.prepare():
+        pass
+    own = graphs.buckets[next(iter(s for s in graphs.buckets if s.rows == 1 and s.kinds == {0}))]
+    assert not graphs.missed and answer() == by_more
+    engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("q_proj",), r=40))
+    while engine.rehearsal.prepare():
+        pass
+    active = engine.adapters.activate([EARLY])
+    assert graphs.bucket(1, active) is own and all(graphs.buckets[s] is b for s, b in first.items())
+    assert answer() == by_more
+
+
 def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
     """The next step starts from them; the rehearsal before a capture chooses tokens too."""
     save_model(tmp_path / "model")
     engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=4)
     graphs = engine.runner.graphs
     assert graphs is not None
-    graphs.chosen.tokens.fill_(VOCAB)
+    graphs.shared.chosen.tokens.fill_(VOCAB)
     with torch.inference_mode():
         graphs.bucket(4, None)._rehearse()
-    assert graphs.chosen.tokens.tolist() == [VOCAB] * 4
+    assert graphs.shared.chosen.tokens.tolist() == [VOCAB] * 4
 
 
 @pytest.mark.gpu
@@ -95,7 +124,7 @@ def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
 
     def both(bucket: Bucket) -> None:
         nonlocal replays
-        chosen = bucket.graphs.chosen.tokens
+        chosen = bucket.shared.chosen.tokens
         before = chosen.clone()
         bucket._graph.replay()
         logits, tokens = bucket.logits.clone(), bucket.tokens.clone()

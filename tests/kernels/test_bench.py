@@ -1,5 +1,6 @@
 """The bench itself: its command line, and that what it would time on a GPU runs."""
 
+import dataclasses
 import importlib
 import json
 from itertools import islice
@@ -9,8 +10,9 @@ import torch
 
 from tucka_runtime.kernels.bench import __main__ as bench
 from tucka_runtime.kernels.bench import chain, check, model
-from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement, batch
 from tucka_runtime.kernels.dispatch import backend
+from tucka_runtime.kernels.fused.expand_residual import one_launch
 
 
 def sweep(name: str) -> Measurement:
@@ -42,8 +44,18 @@ def test_the_chain_is_the_same_step_fused() -> None:
     assert torch.equal(steps[0].step(), steps[1].step())
     adapted = steps[0].step()
     assert torch.equal(adapted, steps[1].step(combined=True))
+    assert torch.equal(adapted, steps[1].step(captured=True))
+    for layer in steps[1].layers:
+        assert all(not plan.segments.spans and plan.segments.padded for plan in layer.captured.values())
     steps[0].adapt(None, 0, 0)
     assert adapted.shape == steps[0].step().shape
+
+
+def test_graphs_norm_by_a_launch_of_its_own_what_tiles_would_by_their_last_programs() -> None:
+    """What the chain has as captured, at 64 rows of 32 adapters: the host that captures knows of no tile."""
+    own = batch(64, 32, 16, 64, (64,), torch.float32, torch.device("cpu")).plan.segments
+    row = 2 * LLAMA3_8B.d
+    assert one_launch(own, row) and not one_launch(dataclasses.replace(own, spans=()), row)
 
 
 @pytest.mark.interpreted

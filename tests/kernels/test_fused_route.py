@@ -31,6 +31,21 @@ def test_decode_over_many_splits(split: int, window: int | None) -> None:
 
 
 @pytest.mark.usefixtures("device")
+def test_parts_start_at_multiples_of_16_bytes_for_any_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their alignment, and with it what is compiled, would change with the number of sequences."""
+    seen: list[object] = []
+    monkeypatch.setattr(attention, "launch", lambda _, __, *args, **___: seen.extend(args))
+    for lengths in ([40], [40, 50, 60]):
+        plan, slots_of, total = shuffled([(1, length) for length in lengths], 16)
+        k, v = caches(slots_of, 16, 3, 8, torch.float32)
+        q = torch.randn(total, 3, 8)
+        attention.decode(q, k, v, torch.empty_like(q), plan, 0.3, None, 64, 16)
+    tensors = [value for value in seen if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert not any(value.data_ptr() % 16 for value in tensors)
+
+
+@pytest.mark.usefixtures("device")
 def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SPLIT", 32)
     check_contexts_alone(attention.attention)

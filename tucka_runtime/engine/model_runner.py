@@ -22,6 +22,7 @@ from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import Routes, RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
 from tucka_runtime.engine.batch import Batch, Chosen, row_order
+from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.kv_cache import count_blocks, make_caches
@@ -222,8 +223,9 @@ class ModelRunner:
             self._start_routing(chunk)
         keys = {chunk.seq.adapter for chunk in chunks if chunk.seq.adapter is not None}
         active = self.adapters.activate(keys) if keys else None
-        if self.graphs is not None and self.graphs.fit(chunks, active):
-            return self._replay(self.graphs, chunks, active, begin)
+        bucket = self.graphs.find(chunks, active) if self.graphs is not None else None
+        if bucket is not None:
+            return self._replay(bucket, chunks, active, begin)
         batch = Batch.build(
             chunks,
             active,
@@ -257,11 +259,8 @@ class ModelRunner:
         )
         return launched
 
-    def _replay(
-        self, graphs: CudaGraphs, chunks: Rows[ScheduledChunk], active: ActiveSet | None, begin: float
-    ) -> Launched:
+    def _replay(self, bucket: Bucket, chunks: Rows[ScheduledChunk], active: ActiveSet | None, begin: float) -> Launched:
         """The same by a graph: routes, layers and choice are launched at once."""
-        bucket = graphs.bucket(len(chunks), active)
         chunks = sorted(chunks, key=row_order)
         segment_of = bucket.fill(chunks, active)
         prepared = time.monotonic()

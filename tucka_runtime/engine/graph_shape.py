@@ -1,0 +1,50 @@
+"""What a graph of a decoding step was captured for, and which batches it can run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.kernels.tables.segments import power_of_2
+
+
+class Limits(NamedTuple):
+    """What no adapter of a batch exceeds, rounded up to powers of two so that few adapters make others."""
+
+    rank: int = 16
+    core_rank: int = 16
+    k: int = 4
+    t: int = 4
+
+    @staticmethod
+    def of(adapters: Iterable[FoldedAdapter]) -> "Limits":
+        """The least that hold for all of them."""
+        limits = Limits()
+        for folded in adapters:
+            parts = folded.routed.parts if folded.routed else None
+            limits = Limits(
+                max(limits.rank, power_of_2(folded.max_rank)),
+                max(limits.core_rank, power_of_2(parts.rank if parts else 0)),
+                max(limits.k, power_of_2(parts.k if parts else 0)),
+                max(limits.t, power_of_2(parts.t if parts else 0)),
+            )
+        return limits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph was captured for: rows, the sites of a layer with adapters, and the limits of those."""
+
+    rows: int
+    kinds: frozenset[int] = frozenset()
+    limits: Limits = Limits()  # noqa: RUF009 (it cannot be changed)
+
+    def serves(self, other: "Shape") -> bool:
+        """Whether a graph of this shape can run a batch of the other."""
+        within = all(mine >= theirs for mine, theirs in zip(self.limits, other.limits, strict=True))
+        return self.rows >= other.rows and self.kinds >= other.kinds and within
+
+    @property
+    def cost(self) -> tuple[object, ...]:
+        """The order in which those that can are taken: rows are what costs most, then sites, then ranks."""
+        return self.rows, len(self.kinds), self.limits
