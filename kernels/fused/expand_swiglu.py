@@ -105,10 +105,14 @@ def _swiglu(
         begin_up, width_up = find_borders(borders, other, ALIGN)
         own_gate, own_up = columns - begin_gate, columns + (f - begin_up)
         first, end, _, adapter = load_tile(tiles, tile)
+        r_gate, at_gate = load_rank(e_ptr, rank, adapter, 0, n)
+        r_up, at_up = load_rank(e_ptr, rank, adapter, other, n)
+        tile, first_next, end_next, adapter_next = next_tile(tiles, tile, num_tiles, PADDED)
         while first < end:
-            after, first_after, end_after, adapter_after = next_tile(tiles, tile, num_tiles, PADDED)
-            r_gate, at_gate = load_rank(e_ptr, rank, adapter, 0, n)
-            r_up, at_up = load_rank(e_ptr, rank, adapter, other, n)
+            # The tile is asked for two turns ahead, what lies at its adapter one: each is there when it is needed.
+            tile, first_then, end_then, adapter_then = next_tile(tiles, tile, num_tiles, PADDED)
+            r_gate_next, at_gate_next = load_rank(e_ptr, rank, adapter_next, 0, n)
+            r_up_next, at_up_next = load_rank(e_ptr, rank, adapter_next, other, n)
             h_gate = load_h(h, first, end, adapter, 0, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
             h_up = load_h(h, first, end, adapter, other, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
             rows = first + tl.arange(0, BLOCK_M)
@@ -131,7 +135,9 @@ def _swiglu(
             gate += gate_y.to(tl.float32)
             up += up_y.to(tl.float32)
             _store(out, gate, up, rows, inside, columns, wanted, f)
-            tile, first, end, adapter = after, first_after, end_after, adapter_after
+            first, end, adapter = first_next, end_next, adapter_next
+            r_gate, at_gate, r_up, at_up = r_gate_next, at_gate_next, r_up_next, at_up_next
+            first_next, end_next, adapter_next = first_then, end_then, adapter_then
     else:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < num_rows

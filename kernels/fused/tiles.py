@@ -66,7 +66,7 @@ def next_tile(tiles, index, num_tiles, PADDED: tl.constexpr):
         first, end = tl.load(at, mask=real, other=0), tl.load(at + 1, mask=real, other=0)
         adapter = tl.load(at + 3, mask=real, other=-1)
     else:
-        first, end, adapter = index * 0, index * 0, index * 0
+        first, end, adapter = index * 0, index * 0, index * 0 - 1
     return index, first, end, adapter
 
 
