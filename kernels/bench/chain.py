@@ -99,6 +99,10 @@ class Chain:
 
     def step(self, combined: bool = False, one_stream: bool = False, captured: bool = False) -> Tensor:
         """The highest logit's id of every row."""
+        return linear(self.hidden(combined, one_stream, captured), self.head).argmax(-1)
+
+    def hidden(self, combined: bool = False, one_stream: bool = False, captured: bool = False) -> Tensor:
+        """The normalised hidden states (T, d) that those are of."""
         ops, shape = self.sweep.ops, self.sweep.shape
         if combined:
             from tucka_runtime.kernels.fused.core import slices as combine
@@ -122,7 +126,7 @@ class Chain:
             inner = ops.expand_swiglu(up, delta)
             down, delta = self._linear(layer, "down", inner, side)
             y, x = ops.expand_residual(down, delta, x, self.ones, None, 1e-5)
-        return linear(y, self.head).argmax(-1)
+        return y
 
     def _linear(
         self, layer: Layer, site: str, x: Tensor, side: torch.cuda.Stream | None

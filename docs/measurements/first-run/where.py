@@ -1,0 +1,120 @@
+"""Second of three on a fresh device, ten minutes: where does a step's time go? From the checkout's folder:
+
+python docs/measurements/first-run/where.py        ncu where it is on the PATH
+TRITON_INTERPRET=1 python docs/measurements/first-run/where.py --small       the same, tiny, without a device
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from report import Figures, Report
+from torch.profiler import ProfilerActivity, profile
+
+from tucka_runtime.kernels.bench import chain
+from tucka_runtime.kernels.bench.__main__ import SWEPT
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
+from tucka_runtime.kernels.bench.timing import timed
+from tucka_runtime.kernels.dispatch import backend
+
+KERNELS = ("_shrink", "_qkv", "_swiglu", "_add", "_decode")
+
+
+def what(report: Report) -> Measurement:
+    """64 rows at r 16."""
+    shape = TINY if report.small else LLAMA3_8B
+    dtype = torch.float32 if report.small else torch.bfloat16
+    return Measurement(shape, (64,), (32,), (16,), (), (1024,), dtype, report.device, backend("fused"))
+
+
+def machine(report: Report) -> Figures:
+    """What the model of kernels/README.md assumes: a copy's rate, a launch, a fork with its join."""
+    size = 1 << (12 if report.small else 30)
+    a, b = (torch.empty(size, dtype=torch.uint8, device=report.device) for _ in "ab")
+    small, count = torch.zeros(16, device=report.device), 2 if report.small else 400
+    side = None if report.small else torch.cuda.Stream()
+
+    def forked() -> None:
+        for _ in range(count):
+            if side is not None:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    small.add_(1)
+                torch.cuda.current_stream().wait_stream(side)
+            else:
+                small.add_(1)
+
+    def plain() -> None:
+        for _ in range(count):
+            small.add_(1)
+
+    launch = timed([plain], report.device) / count
+    return {
+        "copy TB/s": round(2 * size / timed([lambda: b.copy_(a)], report.device) / 1e6, 3),
+        "launch us": round(launch, 2),
+        "fork and join us": round(timed([forked], report.device) / count - launch, 2),
+    }
+
+
+def step(report: Report) -> Figures:
+    """Whole steps: without adapters, and with 1, 8 and 32 on q and v, and on all seven."""
+    rows, context = (2, 20) if report.small else (64, 1024)
+    found = chain.results(what(report), rows, context, lambda text: print(text, file=sys.stderr))
+    return {" ".join(str(v) for v in r.shape.values()): {k: round(v) for k, v in r.micros.items()} for r in found}
+
+
+def trace(report: Report) -> Figures:
+    """Microseconds of each kernel in a step of 32 adapters, launched one by one."""
+    own = chain.Chain(what(report), 2 if report.small else 64, 20 if report.small else 1024)
+    own.adapt("all", 2 if report.small else 32, 16)
+    own.step()
+    with profile(activities=[ProfilerActivity.CPU if report.small else ProfilerActivity.CUDA]) as profiled:
+        own.step()
+    rows = sorted(profiled.key_averages(), key=lambda e: -e.self_device_time_total)[:20]
+    return {row.key[:40]: round(row.self_device_time_total, 1) for row in rows}
+
+
+def counters() -> Figures:
+    """ncu on five kernels: the share of the memory's rate and of the SM's warps that each reaches."""
+    path = shutil.which("ncu")
+    if path is None:
+        return {"skipped": "ncu is not on the PATH"}
+    shares = ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active")
+    command = [path, "--csv", "-k", "regex:" + "|".join(KERNELS), "-c", "40", "--metrics"]
+    command += [",".join(("gpu__time_duration.sum", *shares)), sys.executable, "-m", "tucka_runtime.kernels.bench"]
+    command += ["--op", "shrink_core", "--op", "expand_swiglu", "--op", "expand_residual", "--op", "expand_qkv_rope_kv"]
+    command += ["--op", "attention", "--rows", "64", "--adapters", "32", "--ranks", "16", "--prompts", "64"]
+    command += ["--contexts", "1024", "--skip-tests"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {"csv": done.stdout.splitlines()[-120:]}
+
+
+def sweep(report: Report, op: str) -> Callable[[], Figures]:
+    """Every configuration of an op at 64 rows: the best decides the constant that says "unmeasured"."""
+
+    def run() -> Figures:
+        if report.small:
+            return {"skipped": "the bench's sweeps need a device"}
+        command = [sys.executable, "-m", "tucka_runtime.kernels.bench", "--sweep", "--op", op, "--rows", "64", "--json"]
+        command += ["--adapters", "32", "--ranks", "16", "--prompts", "2048", "--contexts", "1024", "--skip-tests"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        timings = json.loads(done.stdout)["results"][op]
+        best = min(timings, key=lambda t: t["micros"]["own"])
+        return {"best": best["shape"], "us": round(best["micros"]["own"], 1), "all": len(timings)}
+
+    return run
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        report = Report("where", __doc__)
+        report.section("machine", lambda: machine(report))
+        report.section("step", lambda: step(report))
+        report.section("trace", lambda: trace(report))
+        report.section("counters", counters)
+        for name in SWEPT:
+            report.section(f"sweep {name}", sweep(report, name))
+    sys.exit(report.end())
