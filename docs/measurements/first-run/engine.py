@@ -34,7 +34,7 @@ class Session:
 
     def start(self) -> Figures:
         """Seconds until a model is loaded, its kernels are compiled and its first graphs captured."""
-        shape = small(2, 128) if self.small else {**LLAMA_3_8B, "num_hidden_layers": 32}
+        shape = {**small(2, 128), "vocab_size": 512} if self.small else {**LLAMA_3_8B, "num_hidden_layers": 32}
         make_model(self.folder / "model", shape, torch.float32 if self.small else torch.bfloat16)
         begin = time.monotonic()
         settings: dict[str, object] = {"device": "cpu", "kernels": "fused"} if self.small else {}

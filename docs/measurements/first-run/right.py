@@ -32,7 +32,7 @@ def pytest(*arguments: str, before: tuple[str, ...] = ()) -> tuple[int, str]:
 def tests(report: Report) -> Figures:
     """Every kernel test on the device, bf16 among them, and the engine's; a process for each file."""
     marks = ("-m", "interpreted", "-k", "norm") if report.small else ("-m", "gpu")
-    files = sorted((ROOT / "tests/kernels").glob("test_*.py")) + [ROOT / "tests/engine/test_fused_engine.py"]
+    files = [*sorted((ROOT / "tests/kernels").glob("test_*.py")), ROOT / "tests/engine/test_fused_engine.py"]
     with ThreadPoolExecutor(2 if report.small else 12) as pool:
         found = list(pool.map(lambda file: pytest(str(file), *marks), files[:3] if report.small else files))
     bad = {file.name: text for file, (status, text) in zip(files, found, strict=False) if status not in (0, 5)}

@@ -14,7 +14,7 @@ import torch
 from report import Figures, Report
 from torch.profiler import ProfilerActivity, profile
 
-from tucka_runtime.kernels.bench import chain
+from tucka_runtime.kernels.bench import chain, timing
 from tucka_runtime.kernels.bench.__main__ import SWEPT
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.bench.timing import timed
@@ -111,6 +111,8 @@ def sweep(report: Report, op: str) -> Callable[[], Figures]:
 if __name__ == "__main__":
     with torch.inference_mode():
         report = Report("where", __doc__)
+        if report.small:
+            timing.REPEATS = 1
         report.section("machine", lambda: machine(report))
         report.section("step", lambda: step(report))
         report.section("trace", lambda: trace(report))
