@@ -23,7 +23,8 @@ from tucka_runtime.engine.sequence import Sequence
 from tucka_runtime.messages import RouteScope
 
 MOST = 256
-"""Graphs at most. Fourteen sizes of batches for each kind of adapters; unmeasured (first-run/engine.py, `graphs`)."""
+"""Graphs at most, of fourteen sizes of batches for each kind of adapters. Unmeasured: `graphs` of
+docs/measurements/first-run/engine.py decides."""
 
 
 def sizes(most: int) -> list[int]:

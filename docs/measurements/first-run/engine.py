@@ -1,8 +1,8 @@
 """Third of three on a fresh device, ten minutes: the engine, end to end, and what it does when memory is full. From the
 checkout's folder:
 
-    python docs/measurements/first-run/engine.py
-    TRITON_INTERPRET=1 python docs/measurements/first-run/engine.py --small       the same, tiny, without a device
+    PYTHONPATH=. python docs/measurements/first-run/engine.py
+    TRITON_INTERPRET=1 PYTHONPATH=. python docs/measurements/first-run/engine.py --small   tiny, no device
 """
 
 import random
