@@ -61,7 +61,7 @@ def _common(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None,
-) -> tuple[tuple[object, ...], dict[str, object]]:
+) -> tuple[tuple[object, ...], dict[str, int]]:
     heads, d = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
@@ -77,7 +77,7 @@ def _common(
         metadata.first_block,
         *strides,
     )
-    options: dict[str, object] = {
+    options: dict[str, int] = {
         "D": d,
         "BLOCK_D": max(16, power_of_2(d)),
         "GROUP": group,
