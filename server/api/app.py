@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Scope
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
 from tucka_runtime.server.api import openapi, ops
-from tucka_runtime.server.api.chat import Chat
-from tucka_runtime.server.api.completions import Completion
+from tucka_runtime.server.api.chat import CHAT
+from tucka_runtime.server.api.completions import COMPLETION
 from tucka_runtime.server.api.door import Endpoint, generating
 from tucka_runtime.server.api.models import get_model, list_models
 from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
@@ -30,8 +30,8 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     routes: list[tuple[str, str, Endpoint]] = [
-        ("POST", "/v1/completions", generating(Completion)),
-        ("POST", "/v1/chat/completions", generating(Chat)),
+        ("POST", "/v1/completions", generating(COMPLETION)),
+        ("POST", "/v1/chat/completions", generating(CHAT)),
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{name:path}", get_model),
         ("GET", "/v1/adapters", admin.list_adapters),

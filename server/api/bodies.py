@@ -193,13 +193,10 @@ class Unsupported(Body, without_effect=True):
     session_params: Nothing = None
 
 
-class GenerationBody(WithoutEffect, Unsupported):
-    """What completions and chat have in common."""
+class SamplingBody(Body):
+    """What is asked of the engine at every door that generates."""
 
     model: NonEmpty
-    n: Annotated[int, Field(ge=1)] | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -211,7 +208,6 @@ class GenerationBody(WithoutEffect, Unsupported):
     logit_bias: LogitBias | None = None
     allowed_token_ids: AllowedTokenIds | None = None
     cache_salt: CacheSalt | None = None
-    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Stops | None = None
     stop_token_ids: StopTokenIds | None = None
@@ -219,12 +215,21 @@ class GenerationBody(WithoutEffect, Unsupported):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     route: Literal["batch", "request"] | None = None
     include_route: bool | None = None
+
+
+class GenerationBody(SamplingBody, WithoutEffect, Unsupported):
+    """What completions and chat have in common."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    stream_options: StreamOptions | None = None
 
 
 class CompletionBody(GenerationBody):
