@@ -46,7 +46,7 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
     `allowed_token_ids`, if any, are the only ones that may be chosen. `max_tokens` 0 scores the prompt and generates
-    nothing. `json_schema` (as text) is what the answer has to match: it ends when it does, whatever `min_tokens` and
+    nothing. `grammar` (grammars.py) is what the answer has to match: it ends when it does, whatever `min_tokens` and
     `ignore_eos` say. The stop strings `stop` and the two fields after it are for who turns the tokens into text; the
     engine does not read them.
     """
@@ -67,19 +67,19 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    json_schema: str | None = None
+    grammar: str | None = None
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
     @property
     def least_tokens(self) -> int:
-        """The number of tokens after which an answer may end: `min_tokens`, unless a schema says when it is complete.
+        """The number of tokens after which an answer may end: `min_tokens`, unless a grammar says when it is complete.
 
         The sampler gives no end token before, and the engine ends at the first one after. A stop string is held against
-        `min_tokens` itself: a schema does not bring it forward.
+        `min_tokens` itself: a grammar does not bring it forward.
         """
-        return self.min_tokens if self.json_schema is None else 0
+        return self.min_tokens if self.grammar is None else 0
 
     @property
     def penalised(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tucka_runtime.server.api.conversation import Messages, NamedTool, RenderingFields
 from tucka_runtime.server.api.values import (
     MAX_EXPERTS,
     MAX_STOP_CHARS,
@@ -16,7 +17,6 @@ from tucka_runtime.server.api.values import (
     Body,
     CacheSalt,
     EmptyList,
-    EmptyObject,
     LogitBias,
     NonEmpty,
     Nothing,
@@ -28,74 +28,6 @@ from tucka_runtime.server.api.values import (
     Texts,
     TokenIds,
 )
-
-# What a conversation is made of.
-
-
-class ForeignPart(Body, without_effect=True):
-    """What a part of another kind would hold."""
-
-    image_url: None = None
-    input_audio: None = None
-    video_url: None = None
-    file: None = None
-
-
-class TextPart(ForeignPart):
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(ForeignPart):
-    """What OpenAI's models answer instead of a text, echoed in a history."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-Parts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
-
-
-class Echoed(Body, without_effect=True):
-    """Fields of answers, ours or others', that clients send back with the message."""
-
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    audio: None = None
-    tool_calls: EmptyList | None = None
-    function_call: None = None
-
-
-class UserMessage(Echoed):
-    role: Literal["system", "developer", "user"]
-    content: str | Parts
-    name: str | None = None
-
-
-class AssistantMessage(Echoed):
-    """Without content where there was nothing to say but a call or a refusal."""
-
-    role: Literal["assistant"]
-    content: str | Parts | None = None
-    name: str | None = None
-
-
-ChatMessage = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-
-
-class TemplateFields(Body, without_effect=True):
-    """What would change how messages are rendered."""
-
-    add_generation_prompt: On = None
-    chat_template: None = None
-    chat_template_kwargs: EmptyObject | None = None
-    continue_final_message: Off = None
-    documents: EmptyList | None = None
-    tools: EmptyList | None = None
-
 
 # What is asked of the model.
 
@@ -148,10 +80,7 @@ class WithoutEffect(Body, without_effect=True):
     early_stopping: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    include_reasoning: bool | None = None
-    separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
-    parallel_tool_calls: bool | None = None
 
 
 class Unsupported(Body, without_effect=True):
@@ -243,19 +172,22 @@ class ChatUnsupported(Body, without_effect=True):
     """The same for what only chat has."""
 
     echo: Off = None
-    tool_choice: Literal["auto", "none"] | None = None
     functions: EmptyList | None = None
     function_call: Literal["auto", "none"] | None = None
 
 
-class ChatBody(GenerationBody, TemplateFields, ChatUnsupported):
+class ChatBody(GenerationBody, RenderingFields, ChatUnsupported):
     messages: Messages
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
 
-class TokenizeBody(TemplateFields):
+class TokenizeBody(RenderingFields):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.messages import FinishReason
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.answer import OpenAIAnswer
 from tucka_runtime.server.api.bodies import ChatBody
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import chat_logprobs
+from tucka_runtime.server.api.rendering import for_template, rendering
 from tucka_runtime.server.api.sampling import num_logprobs, num_sequences
+from tucka_runtime.server.api.tools import tools_of
 from tucka_runtime.server.api.turn import Turn, ask
-from tucka_runtime.server.service.events import Message
+from tucka_runtime.server.service.events import CallArguments, CallBegun, Event, Message, Reasoning, Text
 from tucka_runtime.server.service.generation import ChoiceDelta
 from tucka_runtime.server.service.service import Service
 
@@ -25,11 +28,14 @@ async def open_chat(context: Context, body: ChatBody) -> Opened:
         context,
         Turn(
             body=body,
-            messages=fields.for_template(body.messages),
+            messages=for_template(body.messages),
+            tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),
+            rendering=rendering(body),
             max_tokens=max_tokens,
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
-            schema=fields.response_format(body.response_format),
+            grammar=fields.grammar(body),
+            thoughts=body.separate_reasoning is not False,
             max_tokens_param=param,
         ),
     )
@@ -64,20 +70,61 @@ class ChatAnswer(OpenAIAnswer[ChatBody]):
     chunk_name = "chat.completion.chunk"
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
-        message = Message.of(delta.events)
-        return self._choice("message", {"role": "assistant", "content": message.content, "refusal": None}, delta)
+        said = Message.of(delta.events)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        message |= self._thought(said.reasoning)
+        if said.calls:
+            message["content"] = said.content or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.calls
+            ]
+        return self._choice("message", message, delta)
 
     def chunks(self, delta: ChoiceDelta) -> Sequence[dict[str, Any]]:
-        if not (delta.first or delta.events or delta.tokens or delta.finish_reason):
+        """One chunk for what is new; several where what is said, thought and called must keep its order."""
+        if not (delta.first or delta.events or delta.finish_reason or delta.tokens):
             return ()
-        found = {"content": Message.of(delta.events).content}
-        return (self._choice("delta", {"role": "assistant", **found} if delta.first else found, delta),)
+        said = self._deltas(delta.events) or [{} if delta.called else {"content": ""}]
+        if delta.first:
+            said[0] = {"role": "assistant", "content": "", **said[0]}
+        made = [{"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None} for each in said[:-1]]
+        return [*made, self._choice("delta", said[-1], delta)]
+
+    def _deltas(self, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """OpenAI's deltas of events, each new kind of piece in one of its own."""
+        made: list[dict[str, Any]] = []
+        for event in events:
+            match event:
+                case Text():
+                    made.append({"content": event.text})
+                case Reasoning() if self._shows_thoughts:
+                    made.append(self._thought(event.text))
+                case CallBegun():
+                    function = {"name": event.name, "arguments": ""}
+                    made.append(_call({"index": event.index, "id": event.id, "type": "function", "function": function}))
+                case CallArguments():
+                    made.append(_call({"index": event.index, "function": {"arguments": event.text}}))
+        return made
+
+    def _thought(self, reasoning: str) -> dict[str, str]:
+        """Under both names that clients look for; nothing where there was no thought."""
+        return {"reasoning": reasoning, "reasoning_content": reasoning} if reasoning and self._shows_thoughts else {}
+
+    @property
+    def _shows_thoughts(self) -> bool:
+        return self.body.include_reasoning is not False
 
     def _choice(self, name: str, message: dict[str, Any], delta: ChoiceDelta) -> dict[str, Any]:
+        called = delta.called and delta.finish_reason == FinishReason.STOP
         return {
             "index": delta.index,
             name: message,
             "logprobs": chat_logprobs(self.labels, delta.tokens) if self.body.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls" if called else delta.finish_reason,
             **self.extras(delta),
         }
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    return {"tool_calls": [call]}

@@ -27,9 +27,9 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened:
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
     ids = await _tokenize(service, body, prompts)
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
-    schema = fields.response_format(body.response_format)
-    sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, schema)
-    for param, needed in (("stop", bool(sampling.stop)), ("response_format", schema is not None)):
+    grammar = fields.grammar(body)
+    sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
+    for param, needed in (("stop", bool(sampling.stop)), ("response_format", grammar is not None)):
         if needed:
             service.text_tokenizer(param)
     request = context.request(body, ids, sampling, n)

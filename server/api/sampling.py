@@ -13,9 +13,9 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
-    schema: str | None = None,
+    grammar: str | None = None,
 ) -> SamplingParams:
-    """`max_tokens`, the logprobs and the JSON schema are already checked. Raises InvalidRequestError."""
+    """`max_tokens`, the logprobs and the grammar are already checked. Raises InvalidRequestError."""
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequestError(
@@ -33,26 +33,30 @@ def sampling_params(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
-        allowed_token_ids=_allowed(body, info, min_tokens, schema),
+        allowed_token_ids=_allowed(body, info, min_tokens, grammar),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        json_schema=schema,
+        grammar=grammar,
         stop=fields.stops(body.stop),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 
-def _allowed(body: SamplingBody, info: EngineInfo, min_tokens: int, schema: str | None) -> tuple[int, ...]:
+def _allowed(body: SamplingBody, info: EngineInfo, min_tokens: int, grammar: str | None) -> tuple[int, ...]:
     """The only tokens that may be chosen. Raises InvalidRequestError where nothing could be."""
     allowed = fields.allowed_token_ids(body.allowed_token_ids, info.vocab_size)
     if not allowed:
         return ()
-    if schema is not None:
-        raise InvalidRequestError("`allowed_token_ids` and `response_format` cannot be combined.", "allowed_token_ids")
+    if grammar is not None:
+        raise InvalidRequestError(
+            "`allowed_token_ids` cannot be combined with what the answer has to match (`response_format`, a required "
+            "call).",
+            "allowed_token_ids",
+        )
     ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else info.eos_token_ids)}
     if min_tokens and ends.issuperset(allowed):
         raise InvalidRequestError(

@@ -64,6 +64,7 @@ class CallParser(StreamParser):
     """
 
     def __init__(self, form: CallFormat, functions: Collection[str], new_id: Callable[[], str]):
+        self.marks = form.marks
         self._form = form
         self._functions = functions
         self._new_id = new_id

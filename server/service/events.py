@@ -50,7 +50,10 @@ Event = Text | Reasoning | CallBegun | CallArguments | CallEnded
 
 
 class OutputParser(Protocol):
-    """One choice's text made into events. However the text is cut into pieces, the same message comes of it."""
+    """One choice's text made into events. However the text is cut into pieces, the same message comes of it. `marks`
+    are what it has to see even where they are special tokens."""
+
+    marks: tuple[str, ...]
 
     def push(self, text: str) -> list[Event]:
         """What is certain after the next piece of text, which may be empty."""
@@ -64,6 +67,8 @@ ParserFactory = Callable[[], OutputParser]
 
 class PlainText:
     """The parser of answers that are nothing but text."""
+
+    marks: tuple[str, ...] = ()
 
     def push(self, text: str) -> list[Event]:
         return [Text(text)] if text else []

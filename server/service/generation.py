@@ -65,8 +65,8 @@ class Generation:
         self._lease = lease
         sampling = request.sampling
         table = stop_table(sampling.stop)
-        self._texts = [SequenceText.of(sampling, service.tokenizer, table) for _ in range(request.num_sequences)]
-        self._parsers = [parser() for _ in self._texts]
+        self._parsers = [parser() for _ in range(request.num_sequences)]
+        self._texts = [SequenceText.of(sampling, service.tokenizer, table, parser.marks) for parser in self._parsers]
         self._begun: set[int] = set()
         self._called: set[int] = set()
         self._stream = service.engine.submit(request)

@@ -15,7 +15,9 @@ Step = Generator[None, None, T]
 
 
 class StreamParser:
-    """`text` is what was pushed and not yet taken."""
+    """`text` is what was pushed and not yet taken, `marks` as in `OutputParser`."""
+
+    marks: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.text = ""

@@ -19,6 +19,7 @@ class ThinkParser(StreamParser):
     belong to neither. `begun`: the prompt has opened it."""
 
     def __init__(self, inner: OutputParser, begun: bool):
+        self.marks = (OPEN, CLOSE, *inner.marks)
         self._inner = inner
         self._begun = begun
         super().__init__()

@@ -73,14 +73,14 @@ class Launched:
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, a schema, log-probabilities, which are computed on the host."""
+        tokens so far, a grammar, log-probabilities, which are computed on the host."""
         return any(_settles(chunk.seq) for chunk in self.chunks)
 
 
 def _settles(seq: Sequence) -> bool:
     p = seq.sampling
     unrouted = seq.scope is RouteScope.REQUEST and seq.route is None
-    held = p.penalised or p.json_schema is not None
+    held = p.penalised or p.grammar is not None
     return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 
