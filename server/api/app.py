@@ -16,6 +16,7 @@ from tucka_runtime.server.api import openapi, ops
 from tucka_runtime.server.api.chat import CHAT
 from tucka_runtime.server.api.completions import COMPLETION
 from tucka_runtime.server.api.door import Endpoint, generating
+from tucka_runtime.server.api.embeddings import embeddings
 from tucka_runtime.server.api.models import get_model, list_models
 from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
 from tucka_runtime.server.http.body import read
@@ -32,6 +33,7 @@ def create_app(service: Service) -> ASGIApp:
     routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/v1/completions", generating(COMPLETION)),
         ("POST", "/v1/chat/completions", generating(CHAT)),
+        ("POST", "/v1/embeddings", embeddings),
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{name:path}", get_model),
         ("GET", "/v1/adapters", admin.list_adapters),
@@ -49,6 +51,7 @@ def create_app(service: Service) -> ASGIApp:
         ("GET", "/metrics", ops.metrics),
         ("POST", "/tokenize", ops.tokenize),
         ("POST", "/detokenize", ops.detokenize),
+        ("GET", "/tokenizer_info", ops.tokenizer_info),
     ]
     config = service.config
     if config.docs:

@@ -122,10 +122,17 @@ class Unsupported(Body, without_effect=True):
     session_params: Nothing = None
 
 
-class SamplingBody(Body):
-    """What is asked of the engine at every door that generates."""
+class ModelBody(Body):
+    """What is asked of the engine at every door."""
 
     model: NonEmpty
+    cache_salt: CacheSalt | None = None
+    route: Literal["batch", "request"] | None = None
+
+
+class SamplingBody(ModelBody):
+    """What is asked of it at every door that generates."""
+
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -136,7 +143,6 @@ class SamplingBody(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: AllowedTokenIds | None = None
-    cache_salt: CacheSalt | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Stops | None = None
     stop_token_ids: StopTokenIds | None = None
@@ -145,7 +151,6 @@ class SamplingBody(Body):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
-    route: Literal["batch", "request"] | None = None
     include_route: bool | None = None
 
 
@@ -185,6 +190,22 @@ class ChatBody(GenerationBody, RenderingFields, ChatUnsupported):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+
+
+class EmbeddingUnsupported(Body, without_effect=True):
+    """What an embedding could be asked for and is not, with the values that ask for nothing."""
+
+    normalize: On = None
+    truncate_prompt_tokens: None = None
+
+
+class EmbeddingBody(ModelBody, EmbeddingUnsupported):
+    input: NonEmpty | Texts | TokenIds | Prompts
+    pooling: Literal["mean", "last"] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    add_special_tokens: bool | None = None
+    split_special_tokens: bool | None = None
 
 
 class TokenizeBody(RenderingFields):

@@ -6,7 +6,7 @@ from typing import Any
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import FinishReason
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.answer import OpenAIAnswer
+from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import ChatBody
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import chat_logprobs
@@ -19,7 +19,7 @@ from tucka_runtime.server.service.generation import ChoiceDelta
 from tucka_runtime.server.service.service import Service
 
 
-async def open_chat(context: Context, body: ChatBody) -> Opened:
+async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
     """The assistant's next turn. Raises InvalidRequestError."""
     service = context.service
     options = fields.stream_options(bool(body.stream), body.stream_options)

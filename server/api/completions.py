@@ -3,29 +3,30 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request, TokenLogprob
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.answer import OpenAIAnswer
+from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import CompletionBody
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import completion_logprobs
+from tucka_runtime.server.api.prompts import listed, tokenize
 from tucka_runtime.server.api.sampling import max_tokens_for, num_logprobs, num_sequences, sampling_params
 from tucka_runtime.server.service.generation import ChoiceDelta
-from tucka_runtime.server.service.service import Service
 from tucka_runtime.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 
 
-async def open_completion(context: Context, body: CompletionBody) -> Opened:
+async def open_completion(context: Context, body: CompletionBody) -> Opened[Answer]:
     """Prompts continued. Raises InvalidRequestError."""
     service = context.service
     options = fields.stream_options(bool(body.stream), body.stream_options)
-    prompts = fields.prompts(body.prompt, service.info.vocab_size, service.config.max_n)
+    prompts = listed(body.prompt, service.info.vocab_size, "prompt", service.config.max_n, "--max-n")
     n = num_sequences(body, len(prompts), service.config)
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
-    ids = await _tokenize(service, body, prompts)
+    ids = await tokenize(
+        service, prompts, "prompt", body.add_special_tokens is not False, body.split_special_tokens is True
+    )
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
     grammar = fields.grammar(body)
     sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
@@ -40,16 +41,6 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened:
 
 
 COMPLETION = Door("text_completion", "cmpl-", CompletionBody, open_completion)
-
-
-async def _tokenize(service: Service, body: CompletionBody, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if not texts:
-        return [prompt for prompt in prompts if not isinstance(prompt, str)]
-    ids = await service.encode(texts, body.add_special_tokens is not False, "prompt", body.split_special_tokens is True)
-    if not all(ids):
-        raise InvalidRequestError("A prompt has no tokens. Send text that the tokenizer knows.", "prompt")
-    return ids
 
 
 def _echo(request: Request, index: int, prompt: str | list[int], tokenizer: Tokenizer | None) -> str:

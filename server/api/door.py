@@ -1,4 +1,4 @@
-"""The one handler of every route that generates. A door is a body, what opens it, and the answer that this makes."""
+"""The one handler of every route to the engine. A door is a body, what opens it, and the answer that this makes."""
 
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -11,9 +11,9 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.messages import Request, RouteScope, SamplingParams
+from tucka_runtime.messages import Pooling, Request, RouteScope, SamplingParams
 from tucka_runtime.server.api.answer import Answer
-from tucka_runtime.server.api.bodies import SamplingBody
+from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.errors import internal_error, reason
@@ -28,7 +28,9 @@ from tucka_runtime.server.service.text import stopping
 log = getLogger(__name__)
 
 Endpoint = Callable[[HTTPRequest], Awaitable[Response]]
-B = TypeVar("B", bound=SamplingBody)
+A = TypeVar("A")
+B = TypeVar("B", bound=ModelBody)
+S = TypeVar("S", bound=SamplingBody)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class Context:
     id: str
 
     def request(
-        self, body: SamplingBody, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int
+        self,
+        body: ModelBody,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        n: int,
+        pooling: Pooling | None = None,
     ) -> Request:
         """The engine's request. Raises InvalidRequestError for a route that the adapter does not have."""
         return Request(
@@ -52,55 +59,63 @@ class Context:
             adapter=self.adapter.key if self.adapter else None,
             route_scope=self.service.scope(self.adapter, RouteScope(body.route) if body.route else None),
             cache_salt=self.cache_salt + (f"\0{body.cache_salt}" if body.cache_salt else ""),
+            pooling=pooling,
         )
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Generic[A]):
     """What a door makes of a body: what the engine is asked, how its answer is written and parsed, and the prompt as
     the request log may show it."""
 
     request: Request
-    answer: Answer
+    answer: A
     prompt_for_log: Callable[[], Any]
     parser: ParserFactory = PlainText
 
 
 @dataclass(frozen=True)
-class Door(Generic[B]):
-    """A route that generates. `operation` is the GenAI conventions' name; `open` raises InvalidRequestError."""
+class Door(Generic[B, A]):
+    """A route to the engine. `operation` is the GenAI conventions' name; `open` raises InvalidRequestError."""
 
     operation: str
     id_prefix: str
     body_type: type[B]
-    open: Callable[[Context, B], Awaitable[Opened]]
+    open: Callable[[Context, B], Awaitable[Opened[A]]]
 
 
-def generating(door: Door[B]) -> Endpoint:
-    """The handler of a door."""
+async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
+    """Reads a request and submits it to the engine. Raises TuckaError, ClientDisconnect."""
+    service: Service = http.app.state.service
+    body = await read_body(http, door.body_type)
+    lease = service.resolve(body.model)
+    try:
+        answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
+        opened = await door.open(Context(service, lease.adapter, http.state.cache_salt, answer_id), body)
+        shown = opened.prompt_for_log() if service.config.log_prompts else None
+        origin = Origin.of(http, door.operation, body.model, shown)
+        return body, opened.answer, Generation(service, opened.request, lease, origin, opened.parser)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def generating(door: Door[S, Answer]) -> Endpoint:
+    """The handler of a door whose answers are generated."""
 
     async def handle(http: HTTPRequest) -> Response:
-        service: Service = http.app.state.service
-        body = await read_body(http, door.body_type)
-        lease = service.resolve(body.model)
-        try:
-            answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
-            opened = await door.open(Context(service, lease.adapter, http.state.cache_salt, answer_id), body)
-            shown = opened.prompt_for_log() if service.config.log_prompts else None
-            origin = Origin.of(http, door.operation, body.model, shown)
-            generation = Generation(service, opened.request, lease, origin, opened.parser)
-        except BaseException:
-            lease.release()
-            raise
+        body, answer, generation = await begin(door, http)
         if not body.stream:
-            return JSONAnswer(await until_disconnect(http.receive, _whole(opened.answer, generation)))
-        frames = _frames(opened.answer, generation, http)
+            choices = await until_disconnect(http.receive, finished(generation))
+            return JSONAnswer(answer.whole(choices, generation.usage))
+        frames = _frames(answer, generation, http)
         return EventStream(await until_disconnect(http.receive, anext(frames)), frames)
 
     return handle
 
 
-async def _whole(answer: Answer, generation: Generation) -> dict[str, Any]:
+async def finished(generation: Generation) -> list[ChoiceDelta]:
+    """All choices, each with all of its deltas in one."""
     choices: dict[int, ChoiceDelta] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
@@ -108,7 +123,7 @@ async def _whole(answer: Answer, generation: Generation) -> dict[str, Any]:
                 choices[delta.index].extend(delta)
             else:
                 choices[delta.index] = delta
-    return answer.whole([choices[i] for i in sorted(choices)], generation.usage)
+    return [choices[i] for i in sorted(choices)]
 
 
 async def _frames(answer: Answer, generation: Generation, http: HTTPRequest) -> AsyncGenerator[bytes, None]:

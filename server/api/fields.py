@@ -19,21 +19,6 @@ from tucka_runtime.server.api.bodies import (
 MAX_SCHEMA_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
 
 
-def prompts(
-    value: str | list[str] | list[int] | list[list[int]], vocab_size: int, max_prompts: int
-) -> Sequence[str | list[int]]:
-    """`prompt` in its four forms, as a list of texts or a list of token-id lists."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value[0], int):
-        return [token_ids(value, vocab_size, "prompt")]
-    if len(value) > max_prompts:
-        raise InvalidRequestError(f"`prompt` holds more than {max_prompts} prompts, this server's --max-n.", "prompt")
-    if isinstance(value[0], str):
-        return value
-    return [token_ids(item, vocab_size, "prompt") for item in value]
-
-
 def token_ids(value: list[int], vocab_size: int, param: str) -> list[int]:
     """The ids, none of which is negative."""
     if max(value) >= vocab_size:

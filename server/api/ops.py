@@ -102,6 +102,20 @@ async def detokenize(request: Request) -> Response:
     return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
 
 
+async def tokenizer_info(request: Request) -> Response:
+    """The special tokens, each under its name, and the chat template: what makes prompts on the client's side."""
+    service: Service = request.app.state.service
+    tokenizer = service.text_tokenizer(None)
+    return JSONAnswer(
+        {
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token")),
+            **tokenizer.special_tokens,
+            "chat_template": tokenizer.chat_template,
+            "model_max_length": service.info.max_model_len,
+        }
+    )
+
+
 def _check_model(service: Service, model: str | None) -> None:
     if model is not None and model != service.model_name:
         service.adapters.get(model)

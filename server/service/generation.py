@@ -1,6 +1,7 @@
 """One request in the engine: submitted, its outputs turned into text per choice, aborted when nobody waits any more."""
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ class ChoiceDelta:
 
     `first` marks a choice's first; `text` is what the model wrote, `events` what its parser makes of it; `tokens` are
     those whose text is in `text` (or that have none); `prompt_logprobs` come with the first where the prompt is scored.
-    `called`: the choice has called a function, in this delta or before.
+    `called`: the choice has called a function, in this delta or before. `embedding` comes where the prompt is embedded.
     """
 
     index: int
@@ -32,6 +33,7 @@ class ChoiceDelta:
     route: RouteReport | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     called: bool = False
+    embedding: "array[float] | None" = None
 
     def extend(self, later: "ChoiceDelta") -> None:
         """Takes the same choice's next delta in."""
@@ -130,6 +132,7 @@ class Generation:
             output.route,
             output.prompt_logprobs,
             index in self._called,
+            output.embedding,
         )
 
     def _is_seen(self, delta: TextDelta) -> bool:

@@ -69,7 +69,7 @@ class Service:
             raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
         return RouteScope(asked or own or self.config.route)
 
-    def text_tokenizer(self, param: str) -> Tokenizer:
+    def text_tokenizer(self, param: str | None) -> Tokenizer:
         """The tokenizer. Raises InvalidRequestError if there is none."""
         if self.tokenizer is None:
             raise InvalidRequestError(

@@ -61,6 +61,7 @@ def test_every_field_of_a_generation_is_named() -> None:
 def test_every_other_field_is_named() -> None:
     for title, bodies in {
         "Adapters": (protocol.LoadAdapterBody, protocol.LoadLoraBody, protocol.UnloadLoraBody),
+        "Embeddings": (protocol.EmbeddingBody,),
         "Tokenizer": (protocol.TokenizeBody, protocol.DetokenizeBody),
     }.items():
         for body in bodies:

@@ -6,6 +6,7 @@ Answers are letters, determined by the prompt's ids alone. Token ids are those o
 
 import asyncio
 import zlib
+from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.config = EngineConfig()
-        self.info = EngineInfo("llama", VOCAB, 2048, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2)
+        self.info = EngineInfo("llama", VOCAB, 2048, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2, 64)
         self.ready = True
         self.restarts = 0
         self.silence = 0.0
@@ -107,5 +108,6 @@ class FakeStream(AsyncIterator[SequenceOutput]):
                     request.id,
                     index,
                     [3 + letter] if count else [],
+                    embedding=array("f", [1.0, *[0.0] * 63]) if request.pooling else None,
                     finish=Finish(FinishReason.LENGTH if script is None else FinishReason.STOP) if last else None,
                 )
