@@ -42,6 +42,8 @@ def create_app(service: Service) -> ASGIApp:
         ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
+        ("POST", "/load_lora_adapter", admin.load_as_sglang),
+        ("POST", "/unload_lora_adapter", admin.unload_as_sglang),
         ("GET", "/", ops.root),
         ("GET", "/health", ops.health),
         ("GET", "/ping", ops.health),

@@ -93,7 +93,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         opened = await door.open(Context(service, lease.adapter, http.state.cache_salt, answer_id), body)
         shown = opened.prompt_for_log() if service.config.log_prompts else None
-        origin = Origin.of(http, door.operation, body.model, shown)
+        model = lease.adapter.key.name if lease.adapter else service.model_name
+        origin = Origin.of(http, door.operation, model, shown)
         return body, opened.answer, Generation(service, opened.request, lease, origin, opened.parser)
     except BaseException:
         lease.release()

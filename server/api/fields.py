@@ -1,7 +1,6 @@
 """What a body's fields mean for this model and server: the checks that its types cannot say."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from tucka_runtime import grammars

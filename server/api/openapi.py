@@ -28,6 +28,8 @@ BODIES: dict[str, type[Body]] = {
     "/v1/adapters": bodies.LoadAdapterBody,
     "/v1/load_lora_adapter": bodies.LoadLoraBody,
     "/v1/unload_lora_adapter": bodies.UnloadLoraBody,
+    "/load_lora_adapter": bodies.LoadLoraBody,
+    "/unload_lora_adapter": bodies.UnloadLoraBody,
     "/tokenize": bodies.TokenizeBody,
     "/detokenize": bodies.DetokenizeBody,
 }
