@@ -132,7 +132,7 @@ async def _start(
     adapters = AdapterNames(engine, registry, name, metrics)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
-        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)
         await template.warm_up()
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle

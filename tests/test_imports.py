@@ -14,7 +14,7 @@ from tests.support import ROOT
 OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
-SHARED = "errors config messages logs json_schema base_files tokenizer client extras embedded machine children"
+SHARED = "errors config messages logs grammars base_files tokenizer client extras embedded machine children"
 """What both processes may know."""
 
 # Who may import what of ours, a package standing for all that is in it. The first row that names a module is its own.

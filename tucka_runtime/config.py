@@ -12,6 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference", "fused", "native")
 ROUTE_SCOPES = ("batch", "request")
+CALL_FORMATS = ("auto", "hermes", "llama3_json", "mistral", "json")
 LOG_FORMATS = ("text", "json")
 
 
@@ -98,6 +99,14 @@ class ServerConfig:
     api_key: tuple[str, ...] = _setting((), "key that requests must carry; repeatable (default: open)", secret=True)
     admin_key: tuple[str, ...] = _setting(
         (), "key that adapter management must carry; repeatable (default: same as --api-key)", secret=True
+    )
+    tool_call_parser: str = _setting(
+        "auto", "format of calls of functions in answers; auto: the one of the chat template", choices=CALL_FORMATS
+    )
+    reasoning_parser: str = _setting(
+        "auto",
+        "what tells thoughts from answers: think is <think>...</think>; auto: that, if the chat template knows it",
+        choices=("auto", "think", "none"),
     )
     strict: bool = _setting(False, "refuse fields that are unknown or without effect, instead of naming them")
     cors_origin: tuple[str, ...] = _setting(

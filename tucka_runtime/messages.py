@@ -4,6 +4,7 @@ A request holds one or several prompts and asks `n` answers of each; every (prom
 `index` (prompt · n + answer) is the OpenAI choice index.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -46,7 +47,7 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
     `allowed_token_ids`, if any, are the only ones that may be chosen. `max_tokens` 0 scores the prompt and generates
-    nothing. `json_schema` (as text) is what the answer has to match: it ends when it does, whatever `min_tokens` and
+    nothing. `grammar` (grammars.py) is what the answer has to match: it ends when it does, whatever `min_tokens` and
     `ignore_eos` say. The stop strings `stop` and the two fields after it are for who turns the tokens into text; the
     engine does not read them.
     """
@@ -67,19 +68,19 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    json_schema: str | None = None
+    grammar: str | None = None
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
     @property
     def least_tokens(self) -> int:
-        """The number of tokens after which an answer may end: `min_tokens`, unless a schema says when it is complete.
+        """The number of tokens after which an answer may end: `min_tokens`, unless a grammar says when it is complete.
 
         The sampler gives no end token before, and the engine ends at the first one after. A stop string is held against
-        `min_tokens` itself: a schema does not bring it forward.
+        `min_tokens` itself: a grammar does not bring it forward.
         """
-        return self.min_tokens if self.json_schema is None else 0
+        return self.min_tokens if self.grammar is None else 0
 
     @property
     def penalised(self) -> bool:
@@ -87,10 +88,18 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+class Pooling(StrEnum):
+    """Which of a prompt's final hidden states make its embedding."""
+
+    MEAN = "mean"  # all of them
+    LAST = "last"  # the last token's, which has seen the others
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What the engine is asked for: by the HTTP doors, by `LLM`, or to warm up. `prompts` are token ids; `cache_salt`
-    separates tenants' KV reuse; `route_scope` counts for adapters that have a router."""
+    separates tenants' KV reuse; `route_scope` counts for adapters that have a router. With `pooling` each prompt is
+    embedded, and `max_tokens` is 0."""
 
     id: str
     prompts: tuple[tuple[int, ...], ...]
@@ -99,6 +108,7 @@ class Request:
     adapter: AdapterKey | None = None
     route_scope: RouteScope | None = RouteScope.BATCH
     cache_salt: str = ""
+    pooling: Pooling | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -158,7 +168,8 @@ class SequenceOutput:
     is not aborted with its whole request, as long as the engine lives.
 
     `prompt_logprobs` comes once, with the step that finished the prompt: one entry per prompt token, None for the
-    first. `timing` comes with the first token and with the finish.
+    first; so does `embedding`, as fp32 numbers of length 1 together, as many as the model's hidden size. `timing` comes
+    with the first token and with the finish.
     """
 
     request_id: str
@@ -166,6 +177,7 @@ class SequenceOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    embedding: "array[float] | None" = None
     finish: Finish | None = None
     route: RouteReport | None = None
     cached_tokens: int = 0
@@ -187,6 +199,7 @@ class EngineInfo:
     max_num_batched_tokens: int
     kernels: str
     num_threads: int
+    hidden_size: int
 
 
 @dataclass(frozen=True)

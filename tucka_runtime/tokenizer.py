@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ class Tokenizer:
         self._byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
         self._bytes: dict[int, bytes] = {}
         template = tokenizer.chat_template
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        templates: dict[str, str | None] = template if isinstance(template, dict) else {"default": template}
+        self.chat_template = templates.get("default")
+        self.tool_template = templates.get("tool_use")
         self.special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
 
     @classmethod
@@ -126,7 +128,7 @@ class Tokenizer:
         if isinstance(value, str):
             return self._spelling.sub(lambda m: m[0] + _MARK, value)
         if isinstance(value, Mapping):
-            return {key: self.shield(item) for key, item in value.items()}
+            return {self.shield(key): self.shield(item) for key, item in value.items()}
         if isinstance(value, Sequence):
             return [self.shield(item) for item in value]
         return value
@@ -259,22 +261,39 @@ def unshielded(text: str) -> str:
     return text.replace(_MARK, "")
 
 
-def render_chat(template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:
+def render_chat(
+    template: str,
+    special_tokens: Mapping[str, str],
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> str:
     """The prompt that a chat template, in transformers' sandbox, makes of a conversation."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     conversations: Any = [list(messages)]
-    variables: dict[str, Any] = dict(special_tokens)
-    rendered = render_jinja_template(conversations, chat_template=template, add_generation_prompt=True, **variables)
+    known: dict[str, Any] = {**special_tokens, **(variables or {})}
+    rendered = render_jinja_template(
+        conversations,
+        tools=None if tools is None else list(map(dict, tools)),
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        **known,
+    )
     return rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
 
 
 class Detokenizer:
-    """One sequence's ids to text. Every token is a known run of bytes; a UTF-8 character leaves when it is whole."""
+    """One sequence's ids to text. Every token is a known run of bytes; a UTF-8 character leaves when it is whole.
+    `shown` are special tokens that are not skipped."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: Container[int] = ()):
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
@@ -284,7 +303,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; may be empty."""
-        if self._skip_special and self._tokenizer.is_special(token_id):
+        if self._skip_special and self._tokenizer.is_special(token_id) and token_id not in self._shown:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 

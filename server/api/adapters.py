@@ -1,4 +1,5 @@
-"""Managing adapters: GET/POST /v1/adapters, GET/DELETE /v1/adapters/{name}, and vLLM's two routes with its bodies."""
+"""Managing adapters: GET/POST /v1/adapters, GET/DELETE /v1/adapters/{name}, vLLM's two routes
+with its bodies, and SGLang's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,24 @@ async def unload_lora_adapter(request: Request) -> Response:
     with _params(name="lora_name"):
         await service.adapters.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def load_as_sglang(request: Request) -> Response:
+    await load_lora_adapter(request)
+    return _loaded(request)
+
+
+async def unload_as_sglang(request: Request) -> Response:
+    await unload_lora_adapter(request)
+    return _loaded(request)
+
+
+def _loaded(request: Request) -> Response:
+    """SGLang's answer: what is loaded now, by name."""
+    service: Service = request.app.state.service
+    return JSONAnswer(
+        {"success": True, "loaded_adapters": {a.key.name: a.entry.source for a in service.adapters.all()}}
+    )
 
 
 async def _load(

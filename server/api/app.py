@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Scope
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
 from tucka_runtime.server.api import openapi, ops
-from tucka_runtime.server.api.chat import Chat
-from tucka_runtime.server.api.completions import Completion
+from tucka_runtime.server.api.chat import CHAT
+from tucka_runtime.server.api.completions import COMPLETION
 from tucka_runtime.server.api.door import Endpoint, generating
+from tucka_runtime.server.api.embeddings import embeddings
 from tucka_runtime.server.api.models import get_model, list_models
 from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
 from tucka_runtime.server.http.body import read
@@ -30,8 +31,9 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     routes: list[tuple[str, str, Endpoint]] = [
-        ("POST", "/v1/completions", generating(Completion)),
-        ("POST", "/v1/chat/completions", generating(Chat)),
+        ("POST", "/v1/completions", generating(COMPLETION)),
+        ("POST", "/v1/chat/completions", generating(CHAT)),
+        ("POST", "/v1/embeddings", embeddings),
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{name:path}", get_model),
         ("GET", "/v1/adapters", admin.list_adapters),
@@ -40,6 +42,8 @@ def create_app(service: Service) -> ASGIApp:
         ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
+        ("POST", "/load_lora_adapter", admin.load_as_sglang),
+        ("POST", "/unload_lora_adapter", admin.unload_as_sglang),
         ("GET", "/", ops.root),
         ("GET", "/health", ops.health),
         ("GET", "/ping", ops.health),
@@ -49,6 +53,7 @@ def create_app(service: Service) -> ASGIApp:
         ("GET", "/metrics", ops.metrics),
         ("POST", "/tokenize", ops.tokenize),
         ("POST", "/detokenize", ops.detokenize),
+        ("GET", "/tokenizer_info", ops.tokenizer_info),
     ]
     config = service.config
     if config.docs:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tucka_runtime.server.api.conversation import Messages, NamedTool, RenderingFields
 from tucka_runtime.server.api.values import (
     MAX_EXPERTS,
     MAX_STOP_CHARS,
@@ -16,7 +17,6 @@ from tucka_runtime.server.api.values import (
     Body,
     CacheSalt,
     EmptyList,
-    EmptyObject,
     LogitBias,
     NonEmpty,
     Nothing,
@@ -28,74 +28,6 @@ from tucka_runtime.server.api.values import (
     Texts,
     TokenIds,
 )
-
-# What a conversation is made of.
-
-
-class ForeignPart(Body, without_effect=True):
-    """What a part of another kind would hold."""
-
-    image_url: None = None
-    input_audio: None = None
-    video_url: None = None
-    file: None = None
-
-
-class TextPart(ForeignPart):
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(ForeignPart):
-    """What OpenAI's models answer instead of a text, echoed in a history."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-Parts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
-
-
-class Echoed(Body, without_effect=True):
-    """Fields of answers, ours or others', that clients send back with the message."""
-
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    audio: None = None
-    tool_calls: EmptyList | None = None
-    function_call: None = None
-
-
-class UserMessage(Echoed):
-    role: Literal["system", "developer", "user"]
-    content: str | Parts
-    name: str | None = None
-
-
-class AssistantMessage(Echoed):
-    """Without content where there was nothing to say but a call or a refusal."""
-
-    role: Literal["assistant"]
-    content: str | Parts | None = None
-    name: str | None = None
-
-
-ChatMessage = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-
-
-class TemplateFields(Body, without_effect=True):
-    """What would change how messages are rendered."""
-
-    add_generation_prompt: On = None
-    chat_template: None = None
-    chat_template_kwargs: EmptyObject | None = None
-    continue_final_message: Off = None
-    documents: EmptyList | None = None
-    tools: EmptyList | None = None
-
 
 # What is asked of the model.
 
@@ -148,10 +80,7 @@ class WithoutEffect(Body, without_effect=True):
     early_stopping: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    include_reasoning: bool | None = None
-    separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
-    parallel_tool_calls: bool | None = None
 
 
 class Unsupported(Body, without_effect=True):
@@ -193,13 +122,17 @@ class Unsupported(Body, without_effect=True):
     session_params: Nothing = None
 
 
-class GenerationBody(WithoutEffect, Unsupported):
-    """What completions and chat have in common."""
+class ModelBody(Body):
+    """What is asked of the engine at every door."""
 
     model: NonEmpty
-    n: Annotated[int, Field(ge=1)] | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
+    cache_salt: CacheSalt | None = None
+    route: Literal["batch", "request"] | None = None
+
+
+class SamplingBody(ModelBody):
+    """What is asked of it at every door that generates."""
+
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -210,8 +143,6 @@ class GenerationBody(WithoutEffect, Unsupported):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: AllowedTokenIds | None = None
-    cache_salt: CacheSalt | None = None
-    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Stops | None = None
     stop_token_ids: StopTokenIds | None = None
@@ -219,12 +150,20 @@ class GenerationBody(WithoutEffect, Unsupported):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    stream: bool | None = None
+    include_route: bool | None = None
+
+
+class GenerationBody(SamplingBody, WithoutEffect, Unsupported):
+    """What completions and chat have in common."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    route: Literal["batch", "request"] | None = None
-    include_route: bool | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -238,19 +177,38 @@ class ChatUnsupported(Body, without_effect=True):
     """The same for what only chat has."""
 
     echo: Off = None
-    tool_choice: Literal["auto", "none"] | None = None
     functions: EmptyList | None = None
     function_call: Literal["auto", "none"] | None = None
 
 
-class ChatBody(GenerationBody, TemplateFields, ChatUnsupported):
+class ChatBody(GenerationBody, RenderingFields, ChatUnsupported):
     messages: Messages
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
 
-class TokenizeBody(TemplateFields):
+class EmbeddingUnsupported(Body, without_effect=True):
+    """What an embedding could be asked for and is not, with the values that ask for nothing."""
+
+    normalize: On = None
+    truncate_prompt_tokens: None = None
+
+
+class EmbeddingBody(ModelBody, EmbeddingUnsupported):
+    input: NonEmpty | Texts | TokenIds | Prompts
+    pooling: Literal["mean", "last"] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    add_special_tokens: bool | None = None
+    split_special_tokens: bool | None = None
+
+
+class TokenizeBody(RenderingFields):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None

@@ -1,65 +1,130 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.messages import Request
+from tucka_runtime.messages import FinishReason
 from tucka_runtime.server.api import fields
+from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import ChatBody
-from tucka_runtime.server.api.door import Door
+from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import chat_logprobs
-from tucka_runtime.server.api.sampling import max_tokens_for, num_logprobs, num_sequences, sampling_params
+from tucka_runtime.server.api.rendering import for_template, rendering
+from tucka_runtime.server.api.sampling import num_logprobs, num_sequences
+from tucka_runtime.server.api.tools import tools_of
+from tucka_runtime.server.api.turn import Turn, ask
+from tucka_runtime.server.service.events import CallArguments, CallBegun, Event, Message, Reasoning, Text
 from tucka_runtime.server.service.generation import ChoiceDelta
-from tucka_runtime.tokenizer import unshielded
+from tucka_runtime.server.service.service import Service
 
 
-class Chat(Door[ChatBody]):
-    """The assistant's next turn."""
+async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
+    """The assistant's next turn. Raises InvalidRequestError."""
+    service = context.service
+    options = fields.stream_options(bool(body.stream), body.stream_options)
+    max_tokens, param = _max_tokens(body)
+    asked = await ask(
+        context,
+        Turn(
+            body=body,
+            messages=for_template(body.messages),
+            tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),
+            rendering=rendering(body),
+            max_tokens=max_tokens,
+            n=num_sequences(body, 1, service.config),
+            logprobs=_logprobs(body, service),
+            grammar=fields.grammar(body),
+            thoughts=body.separate_reasoning is not False,
+            max_tokens_param=param,
+        ),
+    )
+    answer = ChatAnswer(body, options, asked.request, context.adapter, service.tokenizer)
+    return Opened(asked.request, answer, asked.prompt_for_log, asked.parser)
 
-    operation = "chat"
-    body_type = ChatBody
+
+CHAT = Door("chat", "chatcmpl-", ChatBody, open_chat)
+
+
+def _logprobs(body: ChatBody, service: Service) -> int | None:
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequestError("`top_logprobs` is only allowed with `logprobs: true`.", "top_logprobs")
+    if not body.logprobs:
+        return None
+    return num_logprobs(body.top_logprobs, "top_logprobs", service.config) or 0
+
+
+def _max_tokens(body: ChatBody) -> tuple[int | None, str]:
+    """What is asked, and the field that asks."""
+    if body.max_completion_tokens is None:
+        return body.max_tokens, "max_tokens"
+    if body.max_tokens not in (None, body.max_completion_tokens):
+        raise InvalidRequestError("`max_tokens` and `max_completion_tokens` differ. Send one of them.", "max_tokens")
+    return body.max_completion_tokens, "max_completion_tokens"
+
+
+class ChatAnswer(OpenAIAnswer[ChatBody]):
+    """An assistant's message, or its pieces."""
+
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
 
-    async def ask(self) -> Request:
-        body, service = self.body, self.service
-        n = num_sequences(body, 1, service.config)
-        logprobs = self._logprobs()
-        self._prompt = await service.render_chat(fields.for_template(body.messages))
-        (ids,) = await service.encode([self._prompt], body.add_special_tokens is True, "messages")
-        if not ids:
-            raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", "messages")
-        return self.request([ids], sampling_params(body, service.info, self._max_tokens(len(ids)), logprobs), n)
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        said = Message.of(delta.events)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        message |= self._thought(said.reasoning)
+        if said.calls:
+            message["content"] = said.content or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.calls
+            ]
+        return self._choice("message", message, delta)
+
+    def chunks(self, delta: ChoiceDelta) -> Sequence[dict[str, Any]]:
+        """One chunk for what is new; several where what is said, thought and called must keep its order."""
+        if not (delta.first or delta.events or delta.finish_reason or delta.tokens):
+            return ()
+        said = self._deltas(delta.events) or [{} if delta.called else {"content": ""}]
+        if delta.first:
+            said[0] = {"role": "assistant", "content": "", **said[0]}
+        made = [{"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None} for each in said[:-1]]
+        return [*made, self._choice("delta", said[-1], delta)]
+
+    def _deltas(self, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """OpenAI's deltas of events, each new kind of piece in one of its own."""
+        made: list[dict[str, Any]] = []
+        for event in events:
+            match event:
+                case Text():
+                    made.append({"content": event.text})
+                case Reasoning() if self._shows_thoughts:
+                    made.append(self._thought(event.text))
+                case CallBegun():
+                    function = {"name": event.name, "arguments": ""}
+                    made.append(_call({"index": event.index, "id": event.id, "type": "function", "function": function}))
+                case CallArguments():
+                    made.append(_call({"index": event.index, "function": {"arguments": event.text}}))
+        return made
+
+    def _thought(self, reasoning: str) -> dict[str, str]:
+        """Under both names that clients look for; nothing where there was no thought."""
+        return {"reasoning": reasoning, "reasoning_content": reasoning} if reasoning and self._shows_thoughts else {}
 
     @property
-    def prompt_for_log(self) -> Any:
-        return unshielded(self._prompt)
+    def _shows_thoughts(self) -> bool:
+        return self.body.include_reasoning is not False
 
-    def _logprobs(self) -> int | None:
-        body = self.body
-        if body.top_logprobs and not body.logprobs:
-            raise InvalidRequestError("`top_logprobs` is only allowed with `logprobs: true`.", "top_logprobs")
-        if not body.logprobs:
-            return None
-        return num_logprobs(body.top_logprobs, "top_logprobs", self.service.config) or 0
-
-    def _max_tokens(self, prompt_tokens: int) -> int:
-        asked, param = self.body.max_tokens, "max_tokens"
-        if self.body.max_completion_tokens is not None:
-            if asked not in (None, self.body.max_completion_tokens):
-                raise InvalidRequestError("`max_tokens` and `max_completion_tokens` differ. Send one of them.", param)
-            asked, param = self.body.max_completion_tokens, "max_completion_tokens"
-        return max_tokens_for(asked, None, prompt_tokens, self.service.info, param, prompt_param="messages")
-
-    def choice(self, delta: ChoiceDelta, chunk: bool) -> dict[str, Any]:
-        message: dict[str, Any] = {"content": delta.text}
-        if delta.first:
-            message = {"role": "assistant", **message}
+    def _choice(self, name: str, message: dict[str, Any], delta: ChoiceDelta) -> dict[str, Any]:
+        called = delta.called and delta.finish_reason == FinishReason.STOP
         return {
             "index": delta.index,
-            **({"delta": message} if chunk else {"message": message | {"refusal": None}}),
+            name: message,
             "logprobs": chat_logprobs(self.labels, delta.tokens) if self.body.logprobs else None,
-            "finish_reason": delta.finish_reason,
-            **self.extras(delta, chunk),
+            "finish_reason": "tool_calls" if called else delta.finish_reason,
+            **self.extras(delta),
         }
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    return {"tool_calls": [call]}

@@ -3,71 +3,71 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request, TokenLogprob
 from tucka_runtime.server.api import fields
+from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import CompletionBody
-from tucka_runtime.server.api.door import Door
+from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import completion_logprobs
+from tucka_runtime.server.api.prompts import listed, tokenize
 from tucka_runtime.server.api.sampling import max_tokens_for, num_logprobs, num_sequences, sampling_params
 from tucka_runtime.server.service.generation import ChoiceDelta
+from tucka_runtime.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 
 
-class Completion(Door[CompletionBody]):
-    """Prompts continued. With `echo` each choice begins with its prompt, scored if `logprobs` are asked."""
+async def open_completion(context: Context, body: CompletionBody) -> Opened[Answer]:
+    """Prompts continued. Raises InvalidRequestError."""
+    service = context.service
+    options = fields.stream_options(bool(body.stream), body.stream_options)
+    prompts = listed(body.prompt, service.info.vocab_size, "prompt", service.config.max_n, "--max-n")
+    n = num_sequences(body, len(prompts), service.config)
+    logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
+    ids = await tokenize(
+        service, prompts, "prompt", body.add_special_tokens is not False, body.split_special_tokens is True
+    )
+    max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
+    grammar = fields.grammar(body)
+    sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
+    for param, needed in (("stop", bool(sampling.stop)), ("response_format", grammar is not None)):
+        if needed:
+            service.text_tokenizer(param)
+    request = context.request(body, ids, sampling, n)
+    answer = CompletionAnswer(body, options, request, context.adapter, service.tokenizer)
+    if body.echo:
+        answer.echoes = [_echo(request, i, prompt, service.tokenizer) for i, prompt in enumerate(prompts)]
+    return Opened(request, answer, lambda: body.prompt)
 
-    operation = "text_completion"
-    body_type = CompletionBody
+
+COMPLETION = Door("text_completion", "cmpl-", CompletionBody, open_completion)
+
+
+def _echo(request: Request, index: int, prompt: str | list[int], tokenizer: Tokenizer | None) -> str:
+    """The prompt's text, as it was sent or as its ids spell it."""
+    if isinstance(prompt, str):
+        return prompt
+    return tokenizer.decode(list(request.prompts[index]), request.sampling.skip_special_tokens) if tokenizer else ""
+
+
+class CompletionAnswer(OpenAIAnswer[CompletionBody]):
+    """The prompts' continuations. With `echo` each choice begins with its prompt, scored if `logprobs` are asked."""
+
     object_name = chunk_name = "text_completion"
-    id_prefix = "cmpl"
+    echoes: Sequence[str] = ()
+    """The prompts' texts, where they are to be repeated."""
 
-    async def ask(self) -> Request:
-        body, service = self.body, self.service
-        prompts = fields.prompts(body.prompt, service.info.vocab_size, service.config.max_n)
-        n = num_sequences(body, len(prompts), service.config)
-        logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
-        ids = await self._tokenize(prompts)
-        max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
-        sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None)
-        for param, needed in (("stop", bool(sampling.stop)), ("response_format", sampling.json_schema is not None)):
-            if needed:
-                service.text_tokenizer(param)
-        request = self.request(ids, sampling, n)
-        self._echoes = [self._echo(i, prompt) for i, prompt in enumerate(prompts)] if body.echo else []
-        return request
+    def chunks(self, delta: ChoiceDelta) -> Sequence[dict[str, Any]]:
+        return (self.choice(delta),) if delta.first or delta.text or delta.tokens or delta.finish_reason else ()
 
-    @property
-    def prompt_for_log(self) -> Any:
-        return self.body.prompt
-
-    async def _tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if not texts:
-            return [prompt for prompt in prompts if not isinstance(prompt, str)]
-        adds, splits = self.body.add_special_tokens is not False, self.body.split_special_tokens is True
-        ids = await self.service.encode(texts, adds, "prompt", splits)
-        if not all(ids):
-            raise InvalidRequestError("A prompt has no tokens. Send text that the tokenizer knows.", "prompt")
-        return ids
-
-    def _echo(self, index: int, prompt: str | list[int]) -> str:
-        """The prompt's text, as it was sent or as its ids spell it."""
-        if isinstance(prompt, str):
-            return prompt
-        tokenizer = self.service.tokenizer
-        skip = self.asked.sampling.skip_special_tokens
-        return tokenizer.decode(list(self.asked.prompts[index]), skip) if tokenizer else ""
-
-    def choice(self, delta: ChoiceDelta, chunk: bool) -> dict[str, Any]:
-        echo = self._echoes[delta.index // self.asked.n] if self._echoes else ""
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        echo = self.echoes[delta.index // self.request.n] if self.echoes else ""
         found: dict[str, Any] = {
             "index": delta.index,
             "text": echo + delta.text if delta.first else delta.text,
             "logprobs": None,
             "finish_reason": delta.finish_reason,
-            **self.extras(delta, chunk),
+            **self.extras(delta),
         }
         if self.body.logprobs is not None:
             entries = [(token.id, len(echo) + token.start, token.logprob) for token in delta.tokens]

@@ -1,38 +1,21 @@
 """What a body's fields mean for this model and server: the checks that its types cannot say."""
 
 import json
-from collections.abc import Sequence
+from typing import Any
 
-from tucka_runtime import json_schema
+from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api.bodies import (
-    AssistantMessage,
+    GenerationBody,
     JsonObjectFormat,
     JsonSchemaFormat,
     PinnedRoute,
     StreamOptions,
     TextFormat,
-    TextPart,
-    UserMessage,
 )
 
 MAX_SCHEMA_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
-
-
-def prompts(
-    value: str | list[str] | list[int] | list[list[int]], vocab_size: int, max_prompts: int
-) -> Sequence[str | list[int]]:
-    """`prompt` in its four forms, as a list of texts or a list of token-id lists."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value[0], int):
-        return [token_ids(value, vocab_size, "prompt")]
-    if len(value) > max_prompts:
-        raise InvalidRequestError(f"`prompt` holds more than {max_prompts} prompts, this server's --max-n.", "prompt")
-    if isinstance(value[0], str):
-        return value
-    return [token_ids(item, vocab_size, "prompt") for item in value]
 
 
 def token_ids(value: list[int], vocab_size: int, param: str) -> list[int]:
@@ -70,21 +53,29 @@ def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
     return tuple(biases.items())
 
 
+def grammar(body: GenerationBody) -> str | None:
+    """The grammar that the answer has to match; None where it is free. Raises InvalidRequestError."""
+    return response_format(body.response_format)
+
+
 def response_format(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> str | None:
-    """The JSON schema, as text, that the answer has to match: `json_object` without one is any object; None for plain
-    text."""
+    """The same for `response_format`: `json_object` without a schema is any object."""
     if value is None or isinstance(value, TextFormat):
         return None
-    if isinstance(value, JsonObjectFormat):
-        own = value.schema_ if value.value is None else value.value
-        schema = json.dumps({"type": "object"} if own is None else own)
-    else:
-        schema = json.dumps(value.json_schema.schema_)
-    if len(schema) > MAX_SCHEMA_CHARS:
-        raise InvalidRequestError(f"The JSON schema has more than {MAX_SCHEMA_CHARS} characters.", "response_format")
-    if reason := json_schema.check(schema):
-        raise InvalidRequestError(f"The JSON schema cannot be used: {reason}.", "response_format")
-    return schema
+    if isinstance(value, JsonSchemaFormat):
+        return schema_grammar(value.json_schema.schema_, "response_format")
+    own = value.schema_ if value.value is None else value.value
+    return schema_grammar({"type": "object"} if own is None else own, "response_format")
+
+
+def schema_grammar(schema: dict[str, Any], param: str) -> str:
+    """The grammar of a JSON schema. Raises InvalidRequestError."""
+    text = json.dumps(schema)
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequestError(f"The JSON schema has more than {MAX_SCHEMA_CHARS} characters.", param)
+    if reason := grammars.check_schema(text):
+        raise InvalidRequestError(f"The JSON schema cannot be used: {reason}.", param)
+    return grammars.of_schema(text)
 
 
 def stream_options(stream: bool, options: StreamOptions | None) -> StreamOptions:
@@ -98,22 +89,3 @@ def stream_options(stream: bool, options: StreamOptions | None) -> StreamOptions
 def pinned_route(value: PinnedRoute | None) -> Route | None:
     """That it fits the adapter is checked when that is loaded."""
     return None if value is None else Route(value.group, tuple(value.weights))
-
-
-def for_template(messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, str]]:
-    """The messages as chat templates know them. `developer` is the newer name of `system`; content that is null is
-    empty, since templates join strings."""
-    return [_for_template(message) for message in messages]
-
-
-def _for_template(message: UserMessage | AssistantMessage) -> dict[str, str]:
-    role = "system" if message.role == "developer" else message.role
-    found = {"role": role, "content": _text(message)}
-    return found | {"name": message.name} if message.name else found
-
-
-def _text(message: UserMessage | AssistantMessage) -> str:
-    content = message.content or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)

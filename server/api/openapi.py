@@ -24,9 +24,12 @@ from tucka_runtime.server.http.answers import JSONAnswer
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
+    "/v1/embeddings": bodies.EmbeddingBody,
     "/v1/adapters": bodies.LoadAdapterBody,
     "/v1/load_lora_adapter": bodies.LoadLoraBody,
     "/v1/unload_lora_adapter": bodies.UnloadLoraBody,
+    "/load_lora_adapter": bodies.LoadLoraBody,
+    "/unload_lora_adapter": bodies.UnloadLoraBody,
     "/tokenize": bodies.TokenizeBody,
     "/detokenize": bodies.DetokenizeBody,
 }

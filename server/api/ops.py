@@ -11,6 +11,9 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody
 from tucka_runtime.server.api.reading import read_body
+from tucka_runtime.server.api.rendering import for_template, rendering
+from tucka_runtime.server.api.tools import tools_of
+from tucka_runtime.server.api.turn import render
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.service.service import Service
 
@@ -75,7 +78,8 @@ async def tokenize(request: Request) -> Response:
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
         (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
     else:
-        text = await service.render_chat(fields.for_template(body.messages))
+        tools = tools_of(body.tools, None, None)
+        text = await render(service, for_template(body.messages), tools, rendering(body), "messages")
         (ids,) = await service.encode([text], body.add_special_tokens is True, "messages")
     tokenizer = service.text_tokenizer("prompt")
     return JSONAnswer(
@@ -96,6 +100,20 @@ async def detokenize(request: Request) -> Response:
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
     return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The special tokens, each under its name, and the chat template: what makes prompts on the client's side."""
+    service: Service = request.app.state.service
+    tokenizer = service.text_tokenizer(None)
+    return JSONAnswer(
+        {
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token")),
+            **tokenizer.special_tokens,
+            "chat_template": tokenizer.chat_template,
+            "model_max_length": service.info.max_model_len,
+        }
+    )
 
 
 def _check_model(service: Service, model: str | None) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.bodies import Echoed, ForeignPart
+from tucka_runtime.server.api.conversation import Echoed, ForeignPart, Unspoken
 from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
@@ -23,7 +23,7 @@ _ELSEWHERE = dict.fromkeys(("adapter_id", "lora_path"), "Name the adapter in `mo
 
 # What pydantic's messages would repeat of the input, or say of its own inside.
 _SENTENCES = {
-    "role": "A message's `role` must be system, developer, user or assistant",
+    "role": "A message's `role` must be system, developer, user, assistant or tool",
     "content": "A message's `content` must be a string or a list of text parts: images, audio, video and files are not "
     "supported",
     "prompt": "It must be a non-empty string, a list of such strings, a list of token ids, or a list of such lists",
@@ -128,4 +128,4 @@ def _subclasses(kind: type[Body]) -> Iterator[type[Body]]:
 
 
 _DECLARED = {name for kind in _subclasses(Body) for name in kind.model_fields} | {"schema"}
-_NESTED_IGNORED = Echoed.ignored | ForeignPart.ignored | {"include_obfuscation"}
+_NESTED_IGNORED = Echoed.ignored | Unspoken.ignored | ForeignPart.ignored | {"include_obfuscation"}

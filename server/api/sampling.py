@@ -4,17 +4,18 @@ from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ContextLengthError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, SamplingParams
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import GenerationBody
+from tucka_runtime.server.api.bodies import GenerationBody, SamplingBody
 
 
 def sampling_params(
-    body: GenerationBody,
+    body: SamplingBody,
     info: EngineInfo,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> SamplingParams:
-    """`max_tokens` and the logprobs are already checked. Raises InvalidRequestError."""
+    """`max_tokens`, the logprobs and the grammar are already checked. Raises InvalidRequestError."""
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequestError(
@@ -32,26 +33,30 @@ def sampling_params(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
-        allowed_token_ids=_allowed(body, info, min_tokens),
+        allowed_token_ids=_allowed(body, info, min_tokens, grammar),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        json_schema=fields.response_format(body.response_format),
+        grammar=grammar,
         stop=fields.stops(body.stop),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 
-def _allowed(body: GenerationBody, info: EngineInfo, min_tokens: int) -> tuple[int, ...]:
+def _allowed(body: SamplingBody, info: EngineInfo, min_tokens: int, grammar: str | None) -> tuple[int, ...]:
     """The only tokens that may be chosen. Raises InvalidRequestError where nothing could be."""
     allowed = fields.allowed_token_ids(body.allowed_token_ids, info.vocab_size)
     if not allowed:
         return ()
-    if body.response_format is not None and body.response_format.type != "text":
-        raise InvalidRequestError("`allowed_token_ids` and `response_format` cannot be combined.", "allowed_token_ids")
+    if grammar is not None:
+        raise InvalidRequestError(
+            "`allowed_token_ids` cannot be combined with what the answer has to match (`response_format`, a required "
+            "call).",
+            "allowed_token_ids",
+        )
     ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else info.eos_token_ids)}
     if min_tokens and ends.issuperset(allowed):
         raise InvalidRequestError(

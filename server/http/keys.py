@@ -9,7 +9,13 @@ from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.http.errors import ForbiddenError, UnauthorizedError, error_response
 
 PROBES = ("/health", "/ping", "/ready")
-_ADMIN_PATHS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_ADMIN_PATHS = (
+    "/v1/adapters",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+)
 
 
 class Auth:

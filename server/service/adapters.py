@@ -186,8 +186,10 @@ class AdapterNames:
         self.ready = True
 
     def lease(self, name: str) -> Lease:
-        """Holds what the name stands for now: it is unloaded only when the lease is over. Raises what `get` does."""
-        return Lease(self._leases, self.get(name))
+        """Holds what the name, or `base:name` as SGLang has it, stands for now: it is unloaded only when the lease is
+        over. Raises what `get` does."""
+        known = name in self._loaded or name in self._lost
+        return Lease(self._leases, self.get(name if known else name.removeprefix(f"{self._base_name}:")))
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""

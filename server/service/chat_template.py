@@ -8,9 +8,12 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import struct
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tucka_runtime.children import end_with_parent, python
@@ -26,25 +29,52 @@ _MAX_MEMORY = 2**30  # bytes the child may take on top of what it has when it st
 _MAX_TEXT = 64 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What else than messages a template is given: the functions that may be called, further variables of its own, and
+    whether the assistant's next turn is to begin, or the last message to go on."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+_PLAIN = Rendering()
+
+
 class ChatTemplate:
-    """One model's template. Renders one conversation at a time; the child is started when it is first needed.
+    """One model's template, and another for conversations with tools where it has one. Renders one conversation
+    at a time; the child is started when it is first needed.
 
     What a conversation does to its child (it takes too long, too much memory, or the template refuses it) is the
     client's to mend: InvalidRequestError. A child that ends otherwise, does not answer or does not start is a fault of
     ours: TuckaError, after one more try with a new child.
     """
 
-    def __init__(self, template: str, special_tokens: dict[str, str]):
+    def __init__(self, template: str, special_tokens: dict[str, str], tool_template: str | None = None):
         self._template = template
+        self._tool_template = tool_template or template
         self._special_tokens = special_tokens
         self._child: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
-    async def render(self, messages: list[dict[str, str]]) -> str:
+    @property
+    def with_tools(self) -> str:
+        """The template of conversations with tools."""
+        return self._tool_template
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it knows of functions that may be called."""
+        return re.search(r"\btools\b", self._tool_template) is not None
+
+    async def render(self, messages: list[dict[str, Any]], rendering: Rendering = _PLAIN) -> str:
         """The prompt that asks for the assistant's next turn. Raises InvalidRequestError, TuckaError."""
+        template = self._tool_template if rendering.tools else self._template
         async with self._lock:
             try:
-                answer = await self._answer(messages)
+                answer = await self._answer({"messages": messages, **asdict(rendering)})
             except BaseException:  # cancelled: an answer that nobody read must not be taken for the next one
                 await self.stop()
                 raise
@@ -52,7 +82,7 @@ class ChatTemplate:
             return str(answer["text"])
         # The template's own words are fine to show; what it may have built from the messages is not.
         reason = answer["error"]
-        said = f': "{reason}"' if reason and len(reason) < 200 and reason in self._template else ""
+        said = f': "{reason}"' if reason and len(reason) < 200 and reason in template else ""
         raise InvalidRequestError(f"The model's chat template refused these messages{said}.", "messages")
 
     async def warm_up(self) -> None:
@@ -77,7 +107,7 @@ class ChatTemplate:
             child.kill()
         return await child.wait()
 
-    async def _answer(self, messages: list[dict[str, str]]) -> Any:
+    async def _answer(self, question: dict[str, Any]) -> Any:
         """What the child answers, or another one where the first has died, now or since it was last needed."""
         tries = 2
         while True:
@@ -85,7 +115,7 @@ class ChatTemplate:
             try:
                 child = self._child or await self._start()
                 async with asyncio.timeout(WAIT_SECONDS):
-                    return await _ask(child, messages)
+                    return await _ask(child, question)
             except (EOFError, OSError) as error:  # a TimeoutError is an OSError
                 status = await self.stop(0.0 if isinstance(error, TimeoutError) else DYING_SECONDS)
                 if status == -signal.SIGPROF:
@@ -108,7 +138,11 @@ class ChatTemplate:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in the terminal is the parent's to answer
         )
-        setting = {"template": self._template, "special_tokens": self._special_tokens, "seconds": RENDER_SECONDS}
+        setting = {
+            "templates": (self._template, self._tool_template),
+            "special_tokens": self._special_tokens,
+            "seconds": RENDER_SECONDS,
+        }
         async with asyncio.timeout(START_SECONDS):
             await _ask(self._child, setting)
         return self._child
@@ -143,10 +177,11 @@ def _child_main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + _MAX_MEMORY, used + _MAX_MEMORY))
     _write(_frame({}))
     while True:
-        messages = _read_frame()
+        question = _read_frame()
         signal.setitimer(signal.ITIMER_PROF, setting["seconds"])  # SIGPROF ends the child, whatever it is doing
         try:
-            text = render_chat(setting["template"], setting["special_tokens"], messages)
+            template = setting["templates"][bool(question["tools"])]
+            text = render_chat(template, setting["special_tokens"], **question)
             answer = _frame({"text": text} if len(text) <= _MAX_TEXT else {"error": ""})
         except (
             TemplateError,

@@ -1,10 +1,12 @@
 """One request in the engine: submitted, its outputs turned into text per choice, aborted when nobody waits any more."""
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from tucka_runtime.messages import FinishReason, Request, RouteReport, SequenceOutput, TokenLogprob
+from tucka_runtime.server.service.events import CallBegun, Event, ParserFactory, PlainText
 from tucka_runtime.server.service.leases import Lease
 from tucka_runtime.server.service.request_log import Origin, RequestLog
 from tucka_runtime.server.service.service import Service
@@ -14,29 +16,32 @@ from tucka_runtime.server.service.text import SequenceText, TextDelta, Token
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """What became final of one choice in one step, or in all of them. `first` marks a choice's first; `tokens` are
-    those whose text is in `text` (or that have none); `prompt_logprobs` come with the first where the prompt is
-    scored."""
+    """What became final of one choice in one step, or in all of them.
+
+    `first` marks a choice's first; `text` is what the model wrote, `events` what its parser makes of it; `tokens` are
+    those whose text is in `text` (or that have none); `prompt_logprobs` come with the first where the prompt is scored.
+    `called`: the choice has called a function, in this delta or before. `embedding` comes where the prompt is embedded.
+    """
 
     index: int
     first: bool
     text: str = ""
+    events: list[Event] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     route: RouteReport | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
-
-    @property
-    def shows(self) -> bool:
-        """Whether there is anything to tell a client."""
-        return bool(self.first or self.text or self.tokens or self.finish_reason)
+    called: bool = False
+    embedding: "array[float] | None" = None
 
     def extend(self, later: "ChoiceDelta") -> None:
         """Takes the same choice's next delta in."""
         self.text += later.text
+        self.events += later.events
         self.tokens += later.tokens
         self.finish_reason, self.stop_reason, self.route = later.finish_reason, later.stop_reason, later.route
+        self.called = later.called
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +54,23 @@ class Usage:
 
 
 class Generation:
-    """Created by submitting. Takes the lease over once it is: `deltas` gives it back.
+    """Created by submitting. Takes the lease over once it is: `deltas` gives it back. `parser` makes each choice's.
 
     Raises InvalidRequestError, OverloadedError, EngineDeadError.
     """
 
-    def __init__(self, service: Service, request: Request, lease: Lease, origin: Origin):
+    def __init__(
+        self, service: Service, request: Request, lease: Lease, origin: Origin, parser: ParserFactory = PlainText
+    ):
         self._service = service
         self._request = request
         self._lease = lease
         sampling = request.sampling
         table = stop_table(sampling.stop)
-        self._texts = [SequenceText.of(sampling, service.tokenizer, table) for _ in range(request.num_sequences)]
+        self._parsers = [parser() for _ in range(request.num_sequences)]
+        self._texts = [SequenceText.of(sampling, service.tokenizer, table, parser.marks) for parser in self._parsers]
         self._begun: set[int] = set()
+        self._called: set[int] = set()
         self._stream = service.engine.submit(request)
         self._log = RequestLog(request, lease.adapter, origin, service.sinks)
 
@@ -104,17 +113,26 @@ class Generation:
             self._log.close()
 
     def _choice_delta(self, output: SequenceOutput, delta: TextDelta) -> ChoiceDelta:
-        first = output.index not in self._begun
-        self._begun.add(output.index)
+        index, parser = output.index, self._parsers[output.index]
+        first = index not in self._begun
+        self._begun.add(index)
+        events = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            events += parser.finish()
+        if index not in self._called and any(isinstance(event, CallBegun) for event in events):
+            self._called.add(index)
         return ChoiceDelta(
-            output.index,
+            index,
             first,
             delta.text,
+            events,
             delta.tokens,
             delta.finish_reason,
             delta.stop_reason,
             output.route,
             output.prompt_logprobs,
+            index in self._called,
+            output.embedding,
         )
 
     def _is_seen(self, delta: TextDelta) -> bool:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.engine.client import EngineClient
@@ -10,8 +11,10 @@ from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidReq
 from tucka_runtime.messages import EngineInfo, RouteScope
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
-from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.calls import format_name
+from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
 from tucka_runtime.server.service.leases import Lease, LoadedAdapter
+from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer, unshielded
@@ -66,7 +69,7 @@ class Service:
             raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
         return RouteScope(asked or own or self.config.route)
 
-    def text_tokenizer(self, param: str) -> Tokenizer:
+    def text_tokenizer(self, param: str | None) -> Tokenizer:
         """The tokenizer. Raises InvalidRequestError if there is none."""
         if self.tokenizer is None:
             raise InvalidRequestError(
@@ -98,14 +101,38 @@ class Service:
             )
         return encoded
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages as one prompt, by the model's chat template, in which what they say of special tokens is marked
-        (`Tokenizer.shield`). Raises InvalidRequestError."""
-        tokenizer = self.text_tokenizer("messages")
+    def chat_template(self, param: str) -> ChatTemplate:
+        """The chat template. Raises InvalidRequestError if there is none."""
+        self.text_tokenizer(param)
         if self.template is None:
             raise InvalidRequestError(
                 "The base model has no chat template. Use /v1/completions with a prompt of your own, or start the "
                 "server with a folder whose tokenizer has a chat template.",
-                "messages",
+                param,
             )
-        return await self.template.render(await asyncio.to_thread(tokenizer.shield, messages))
+        return self.template
+
+    async def render_chat(self, messages: list[dict[str, Any]], rendering: Rendering, param: str) -> str:
+        """The messages as one prompt, by the model's chat template, in which what they say of special tokens is marked
+        (`Tokenizer.shield`). Raises InvalidRequestError."""
+        tokenizer, template = self.text_tokenizer(param), self.chat_template(param)
+
+        def shielded() -> tuple[list[dict[str, Any]], Rendering]:
+            tools, variables = tokenizer.shield(rendering.tools), tokenizer.shield(rendering.variables)
+            return tokenizer.shield(messages), replace(rendering, tools=tools, variables=variables)
+
+        return await template.render(*await asyncio.to_thread(shielded))
+
+    @property
+    def call_format(self) -> str:
+        """The name of the format of calls: what is set, or what the chat template teaches."""
+        if self.config.tool_call_parser != "auto":
+            return self.config.tool_call_parser
+        return format_name(self.template.with_tools) if self.template and self.template.takes_tools else "json"
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers may begin with a thought: what is set, or what the chat template says."""
+        if self.config.reasoning_parser != "auto":
+            return self.config.reasoning_parser == "think"
+        return self.template is not None and thinks(self.template.with_tools)

@@ -1,6 +1,6 @@
 """One sequence's tokens as text: detokenised, cut at stop strings, released only when it can no longer change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tucka_runtime.messages import Finish, FinishReason, SamplingParams, SequenceOutput, TokenLogprob
@@ -66,10 +66,14 @@ class SequenceText:
         self.finished = False
 
     @classmethod
-    def of(cls, sampling: SamplingParams, tokenizer: Tokenizer | None, table: StopTable) -> "SequenceText":
-        """The text of a sequence of that request; `table` is of its stop strings."""
+    def of(
+        cls, sampling: SamplingParams, tokenizer: Tokenizer | None, table: StopTable, marks: Sequence[str] = ()
+    ) -> "SequenceText":
+        """The text of a sequence of that request; `table` is of its stop strings. `marks` are seen in it even where
+        they are special tokens."""
+        shown = tokenizer.special_ids(marks) if tokenizer and marks else ()
         return cls(
-            Detokenizer(tokenizer, sampling.skip_special_tokens) if tokenizer else None,
+            Detokenizer(tokenizer, sampling.skip_special_tokens, shown) if tokenizer else None,
             table,
             stop_reasons(sampling, tokenizer),
             sampling.include_stop_str_in_output,

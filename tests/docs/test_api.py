@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from tests.support import ROOT
 from tucka_runtime import errors
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.server.api import app, reading
+from tucka_runtime.server.api import app, conversation, reading
 from tucka_runtime.server.api import bodies as protocol
 from tucka_runtime.server.http import errors as http_errors
 from tucka_runtime.server.http import keys as auth
@@ -61,10 +61,11 @@ def test_every_field_of_a_generation_is_named() -> None:
 def test_every_other_field_is_named() -> None:
     for title, bodies in {
         "Adapters": (protocol.LoadAdapterBody, protocol.LoadLoraBody, protocol.UnloadLoraBody),
+        "Embeddings": (protocol.EmbeddingBody,),
         "Tokenizer": (protocol.TokenizeBody, protocol.DetokenizeBody),
     }.items():
         for body in bodies:
-            for name in body.model_fields.keys() - protocol.TemplateFields.ignored:
+            for name in body.model_fields.keys() - conversation.TemplateFields.ignored:
                 assert f"`{name}`" in section(title), name
 
 
@@ -72,7 +73,7 @@ def test_every_field_without_effect_is_named() -> None:
     elsewhere = reading._ELSEWHERE.keys()
     assert names("Fields without effect") == (protocol.CompletionBody.ignored | protocol.ChatBody.ignored) - elsewhere
     text = section("Fields without effect")
-    assert all(f"`{name}`" in text for name in elsewhere | protocol.Echoed.ignored - {"audio", "function_call"})
+    assert all(f"`{name}`" in text for name in elsewhere | conversation.Unspoken.ignored - {"audio", "function_call"})
 
 
 def test_every_error_code_is_named_with_its_status() -> None:

@@ -14,9 +14,9 @@ from llguidance import LLParserLimits
 
 import tucka_runtime
 from tests.support.driving import GREEDY, ask, build, prompt, run, save_lora, save_model
-from tucka_runtime import json_schema
+from tucka_runtime import grammars
 from tucka_runtime.engine.engine import Engine
-from tucka_runtime.json_schema import WHITESPACE, check
+from tucka_runtime.grammars import WHITESPACE, check_schema, of_schema
 from tucka_runtime.messages import AdapterKey, FinishReason, SamplingParams
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ def text(engine: Engine, ids: list[int]) -> str:
 
 
 def held(sampling: SamplingParams, schema: dict[str, Any]) -> SamplingParams:
-    return replace(sampling, json_schema=json.dumps(schema))
+    return replace(sampling, grammar=of_schema(json.dumps(schema)))
 
 
 def test_every_answer_is_of_the_schema(engine: Engine, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ SCHEMAS = st.recursive(
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=SCHEMAS, seed=st.integers(0, 99))
 def test_any_schema(engine: Engine, schema: dict[str, Any], seed: int) -> None:
-    assert check(json.dumps(schema)) is None
+    assert check_schema(json.dumps(schema)) is None
     ((answer,),) = run(engine, ask(prompt(3, seed), sampling=held(replace(HOT, seed=seed), schema)))
     if answer.finish_reason is FinishReason.STOP:
         jsonschema.validate(json.loads(text(engine, answer.token_ids)), schema)
@@ -131,7 +131,7 @@ def test_blanks_come_to_an_end(engine: Engine) -> None:
 
 def test_a_grammar_that_breaks_ends_its_sequence_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is lowered so that a pattern whose states double with every letter meets it soon."""
-    monkeypatch.setattr(json_schema, "LIMITS", LLParserLimits(max_lexer_states=10))
+    monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_lexer_states=10))
     schema = {"type": "string", "pattern": "^(a|b)*a(a|b){20}c$"}
     (broken,), (other,) = run(
         engine,
@@ -161,6 +161,6 @@ def test_a_grammar_that_breaks_ends_its_sequence_alone(engine: Engine, monkeypat
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_reason(schema: str, reason: str) -> None:
-    message = check(schema)
+    message = check_schema(schema)
     assert message is not None and reason in message
     assert "secret" not in message and "127" not in message

@@ -25,6 +25,7 @@ from tucka_runtime.kernels.tables.routes import RoutePlan
 from tucka_runtime.messages import (
     AdapterKey,
     FinishReason,
+    Pooling,
     Request,
     Route,
     RouteReport,
@@ -140,6 +141,7 @@ def check_idle(engine: Engine) -> None:
     engine.check_integrity()
     assert not engine.busy
     assert not engine.requests
+    assert not engine.runner.pooler.sums
     assert not engine.runner.sampler.counts and not engine.runner.sampler.grammars.matchers
     assert engine.blocks.num_free == engine.blocks.num_blocks
     assert not engine.adapters.leases()
@@ -163,8 +165,9 @@ def ask(
     adapter: AdapterKey | None = None,
     scope: RouteScope = RouteScope.BATCH,
     salt: str = "",
+    pooling: Pooling | None = None,
 ) -> Request:
-    return Request(id, tuple(tuple(p) for p in prompts), sampling, n, adapter, scope, salt)
+    return Request(id, tuple(tuple(p) for p in prompts), sampling, n, adapter, scope, salt, pooling)
 
 
 class Recorder:

@@ -6,6 +6,7 @@ Answers are letters, determined by the prompt's ids alone. Token ids are those o
 
 import asyncio
 import zlib
+from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -26,17 +27,19 @@ VOCAB = 320
 
 
 class FakeEngine:
-    """`seconds_per_token`, and one fault: `fail_after` tokens every stream raises `failure`."""
+    """`seconds_per_token`, what is said instead of letters (`script`), and one fault: `fail_after` tokens every stream
+    raises `failure`."""
 
     def __init__(self) -> None:
         self.config = EngineConfig()
-        self.info = EngineInfo("llama", VOCAB, 256, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2)
+        self.info = EngineInfo("llama", VOCAB, 2048, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2, 64)
         self.ready = True
         self.restarts = 0
         self.silence = 0.0
         self.on_step = self.on_idle = None
         self.on_restart = None
         self.seconds_per_token = 0.0
+        self.script: str | None = None
         self.fail_after: int | None = None
         self.failure: Exception = EngineDeadError("the fake engine died")
         self.submit_error: Exception | None = None
@@ -91,18 +94,20 @@ class FakeStream(AsyncIterator[SequenceOutput]):
         self._engine.aborted.add(self.request_id)
 
     async def _run(self, request: Request):
-        count = request.sampling.max_tokens
+        script = None if self._engine.script is None else self._engine.script.encode()
+        count = request.sampling.max_tokens if script is None else len(script)
         for step in range(max(count, 1)):
             if self._engine.fail_after == step:
                 raise self._engine.failure
             await asyncio.sleep(self._engine.seconds_per_token)
             for index in range(request.num_sequences):
                 prompt = request.prompts[index // request.n]
-                letter = 97 + zlib.crc32(repr((prompt, step)).encode()) % 26
+                letter = 97 + zlib.crc32(repr((prompt, step)).encode()) % 26 if script is None else script[step]
                 last = step >= count - 1
                 yield SequenceOutput(
                     request.id,
                     index,
                     [3 + letter] if count else [],
-                    finish=Finish(FinishReason.LENGTH) if last else None,
+                    embedding=array("f", [1.0, *[0.0] * 63]) if request.pooling else None,
+                    finish=Finish(FinishReason.LENGTH if script is None else FinishReason.STOP) if last else None,
                 )

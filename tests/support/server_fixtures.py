@@ -21,6 +21,7 @@ from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.http.server import HTTPServer, bind
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -64,21 +65,22 @@ StartFake = Callable[..., Server]
 
 @pytest.fixture
 def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
-    running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry]] = []
+    running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry, Callable[[], None]]] = []
 
-    def start(with_tokenizer: bool = True, **settings: object) -> Server:
+    def start(with_tokenizer: bool = True, template: str | None = None, **settings: object) -> Server:
         config = ServerConfig(**{"port": 0, "adapter_root": (str(GOLDEN),)} | settings)  # type: ignore[arg-type]
         engine, metrics = FakeEngine(), Metrics()
         registry = AdapterRegistry(tmp_path / f"state{len(running)}")
         adapters = AdapterNames(engine, registry, "base", metrics)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]
+        renders = ChatTemplate(template, {}) if template else None
         service = Service(
             config,
             "base",
             engine,
             tokenizer if with_tokenizer else None,
-            None,
+            renders,
             adapters,
             metrics,  # type: ignore[arg-type]
         )
@@ -90,12 +92,18 @@ def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        running.append((server, thread, registry))
+
+        def stop_child() -> None:
+            if renders is not None:
+                loop.run_until_complete(renders.stop())
+
+        running.append((server, thread, registry, stop_child))
         port = listener.getsockname()[1]
         return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop)
 
     yield start
-    for server, thread, registry in running:
+    for server, thread, registry, stop_child in running:
         server.should_exit = True
         thread.join()
+        stop_child()
         registry.close()

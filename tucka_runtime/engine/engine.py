@@ -218,6 +218,7 @@ class Engine:
         if not seq.num_known:
             seq.first_token_at = time.monotonic()
             out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
+            out.embedding = result.embedding
             if seq.sampling.prompt_logprobs is not None:
                 out.prompt_logprobs = seq.prompt_logprobs
         finish = self._take_token(seq, result, out)
@@ -227,7 +228,7 @@ class Engine:
         """Adds the chosen token to the sequence and its output; why the sequence ends with it, if it does."""
         if result.error is not None:
             return Finish(FinishReason.ERROR, error=result.error)
-        if result.token is None:  # nothing was to be generated: the prompt was scored
+        if result.token is None:  # nothing was to be generated: the prompt was scored or embedded
             return Finish(FinishReason.LENGTH)
         seq.tokens.append(result.token)
         out.token_ids = [result.token]

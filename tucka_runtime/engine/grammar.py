@@ -1,7 +1,7 @@
-"""Answers held to a JSON schema: which tokens may come next, found by llguidance.
+"""Answers held to a grammar: which tokens may come next, found by llguidance.
 
-The schema becomes a grammar over the bytes of the tokenizer's tokens (json_schema.py); each sequence is followed with a
-matcher of its own. llguidance is imported when the first schema comes: kernels and engine run on a machine that has
+A grammar (grammars.py) is over the bytes of the tokenizer's tokens; each sequence is followed with a matcher of its
+own. llguidance is imported when the first grammar comes: kernels and engine run on a machine that has
 torch, triton, transformers and safetensors alone.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Grammars:
-    """The matchers of all sequences that have a schema, until `forget`."""
+    """The matchers of all sequences that have a grammar, until `forget`."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab: int, eos: frozenset[int]):
         self.tokenizer, self.vocab, self.eos = tokenizer, vocab, eos
@@ -32,7 +32,7 @@ class Grammars:
         from llguidance import LLTokenizer
 
         if self.tokenizer is None:
-            raise ModelLoadError("The base model has no tokenizer, so no JSON schema can be followed.")
+            raise ModelLoadError("The base model has no tokenizer, so no grammar can be followed.")
         return LLTokenizer(self.tokenizer.serialised, n_vocab=self.vocab, eos_token=sorted(self.eos) or None)
 
     @property
@@ -47,14 +47,14 @@ class Grammars:
     def allowed(self, seq: Sequence) -> bytes:
         """A byte for each token of the vocabulary, 0 where it may not follow what the sequence has; none is 0 if the
         grammar broke."""
-        assert seq.sampling.json_schema is not None
+        assert seq.sampling.grammar is not None
         entry = self.matchers.get(seq.key)
         if entry is None:
             from llguidance import LLMatcher
 
-            from tucka_runtime.json_schema import LIMITS, grammar
+            from tucka_runtime.grammars import LIMITS
 
-            matcher = LLMatcher(self.tokens, grammar(seq.sampling.json_schema), log_level=0, limits=LIMITS)
+            matcher = LLMatcher(self.tokens, seq.sampling.grammar, log_level=0, limits=LIMITS)
             entry = matcher, seq.num_prompt
         matcher, known = entry
         matcher.consume_tokens(seq.tokens[known:])
@@ -62,7 +62,9 @@ class Grammars:
         mask = matcher.compute_logit_bias()
         if matcher.is_error():
             self.broken[seq.key] = InvalidRequestError(
-                "The JSON schema takes too much to follow. Simplify its patterns and alternatives.", "response_format"
+                "What the answer is held to (a JSON schema, a grammar) takes too much to follow. Simplify its "
+                "patterns and alternatives.",
+                "response_format",
             )
             return b"\1" * self.vocab
         return mask

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from array import array
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.kv_cache import count_blocks, make_caches
 from tucka_runtime.engine.memory import AdapterMemory
+from tucka_runtime.engine.pooler import Pooler
 from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
@@ -66,6 +68,8 @@ class Launched:
     done: torch.cuda.Event | None
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     """Log-probabilities of prompts that are scored, by chunk."""
+    embeddings: dict[int, Tensor] = field(default_factory=dict)
+    """What `Pooler.pool` made of prompts that end here, by chunk; on the host once `done` has passed."""
     stages: Stages = Stages(0.0, 0.0, 0.0, 0.0)
 
     @property
@@ -76,27 +80,28 @@ class Launched:
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, a schema, log-probabilities, which are computed on the host."""
+        tokens so far, a grammar, log-probabilities, which are computed on the host."""
         return any(_settles(chunk.seq) for chunk in self.chunks)
 
 
 def _settles(seq: Sequence) -> bool:
     p = seq.sampling
     unrouted = seq.scope is RouteScope.REQUEST and seq.route is None
-    held = p.penalised or p.json_schema is not None
+    held = p.penalised or p.grammar is not None
     return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 
 @dataclass(eq=False)
 class Result:
     """What one chunk brought: the next token if it was due, or the error that keeps it from being chosen; its segment
-    and that one's route; the prompt's scores."""
+    and that one's route; the prompt's scores or embedding."""
 
     segment: int | None = None
     token: int | None = None
     logprob: TokenLogprob | None = None
     route: Route | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    embedding: "array[float] | None" = None
     error: TuckaError | None = None
 
 
@@ -134,6 +139,7 @@ class ModelRunner:
         self.chosen = Chosen(config.max_num_seqs, self.device)
         self.route_sums: dict[tuple[str, int], RouteSum] = {}
         """The sums of router inputs, by sequence, of the prompts that are being routed."""
+        self.pooler = Pooler()
         self.graphs: CudaGraphs | None = None
         if self.ops.graphs:
             assert self.adapters.table is not None
@@ -163,6 +169,7 @@ class ModelRunner:
             max_num_batched_tokens=config.max_num_batched_tokens,
             kernels=self.ops.name,
             num_threads=torch.get_num_threads(),
+            hidden_size=arch.hidden,
         )
 
     def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:
@@ -200,6 +207,7 @@ class ModelRunner:
     def forget(self, seq: Sequence) -> None:
         """Drops what is kept of a sequence between steps."""
         self.sampler.forget(seq)
+        self.pooler.forget(seq)
         self.route_sums.pop(seq.key, None)
 
     def _start_routing(self, chunk: ScheduledChunk) -> None:
@@ -244,13 +252,15 @@ class ModelRunner:
         due = [batch.chunks[i].seq for i in batch.due]
         logits = self.model.logits(hidden, batch.due_rows, batch.delta) if due else None
         scores = self._score(batch, hidden)
+        embeddings = self.pooler.pool(batch, hidden)
         computed = time.monotonic()
         choice = tokens = None
         if logits is not None:
             choice = self.sampler.choose(logits, due)
             tokens = self.chosen.keep(choice.tokens, due)
         routes = [part.to_host() for part in batch.delta.routes]
-        launched = Launched(batch.chunks, batch.segment_of, batch.due, choice, tokens, routes, self._event(), scores)
+        done = self._event()
+        launched = Launched(batch.chunks, batch.segment_of, batch.due, choice, tokens, routes, done, scores, embeddings)
         launched.stages = Stages(
             batch=prepared - begin - batch.delta.route_seconds,
             route=batch.delta.route_seconds,
@@ -296,6 +306,10 @@ class ModelRunner:
         for i, scores in launched.scores.items():
             results[i].prompt_logprobs = scores
             if any(math.isnan(entry.logprob) for entry in scores):
+                results[i].error = NonFiniteError.of(launched.chunks[i].seq.adapter is not None)
+        for i, embedding in launched.embeddings.items():
+            results[i].embedding = array("f", embedding.numpy().tobytes())
+            if not embedding.isfinite().all():
                 results[i].error = NonFiniteError.of(launched.chunks[i].seq.adapter is not None)
         routes = dict(item for part in launched.routes for item in part.items())
         for chunk, segment, result in zip(launched.chunks, launched.segment_of, results, strict=True):

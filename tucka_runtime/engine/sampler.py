@@ -49,7 +49,7 @@ class Sampler:
     def stops(self, seq: Sequence) -> frozenset[int]:
         """Tokens that end the sequence."""
         own = frozenset(seq.sampling.stop_token_ids)
-        if seq.sampling.json_schema is not None:
+        if seq.sampling.grammar is not None:
             return own | self.eos | self.grammars.ends
         return own if seq.sampling.ignore_eos else own | self.eos
 
@@ -60,7 +60,7 @@ class Sampler:
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        held = p.json_schema is not None or p.allowed_token_ids
+        held = p.grammar is not None or p.allowed_token_ids
         bound = held or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
         return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
 
@@ -93,7 +93,7 @@ class Sampler:
         return out
 
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
-        """Penalties, bias, what a schema allows and the ban on ending early, in place. row (vocab,)."""
+        """Penalties, bias, what a grammar allows and the ban on ending early, in place. row (vocab,)."""
         p = seq.sampling
         if p.penalised:
             seen, counts = self._count(seq)
@@ -108,7 +108,7 @@ class Sampler:
             (ids_left,) = place([torch.tensor(p.allowed_token_ids)], self.device)
             kept = row.index_select(0, ids_left)
             row.fill_(float("-inf")).index_copy_(0, ids_left, kept)
-        if p.json_schema is not None:
+        if p.grammar is not None:
             allowed = torch.frombuffer(bytearray(self.grammars.allowed(seq)), dtype=torch.uint8)
             row.masked_fill_(place([allowed], self.device)[0] == 0, float("-inf"))
         if seq.num_generated < p.least_tokens and (stops := self.stops(seq)):

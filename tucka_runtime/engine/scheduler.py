@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tucka_runtime.engine.block_manager import BlockManager, chain
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.messages import RouteScope
+from tucka_runtime.messages import Pooling, RouteScope
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,9 @@ class ScheduledChunk:
 def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
     """The name under which a sequence's KV may be shared: of tenant, weights, and, where rotary positions stretch with
     a prompt longer than `rope_limit`, its length. None if it may not be, since its route is its batch's or its own, or
-    since its prompt has to be scored."""
-    if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or seq.sampling.prompt_logprobs is not None:
+    since all of its prompt has to be seen: scored, or averaged."""
+    scored = seq.sampling.prompt_logprobs is not None or seq.request.pooling is Pooling.MEAN
+    if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or scored:
         return None
     adapter = (seq.adapter.name, seq.adapter.generation) if seq.adapter else None
     stretched = seq.num_prompt if rope_limit is not None and seq.num_prompt > rope_limit else None

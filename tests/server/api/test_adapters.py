@@ -47,6 +47,19 @@ def test_vllms_routes(live: Server, name: str) -> None:
     assert complete(live, name).status_code == 404
 
 
+def test_sglangs_routes_and_names(live: Server, name: str) -> None:
+    answer = live.post("/load_lora_adapter", {"lora_name": name, "lora_path": ONE, "pinned": False})
+    assert answer.status_code == 200 and answer.json()["success"]
+    assert answer.json()["loaded_adapters"][name] == ONE
+    answer = complete(live, f"llama-tiny:{name}").json()
+    assert (answer["choices"][0]["text"], answer["model"]) == (text(live, "one"), f"llama-tiny:{name}")
+    for unknown in (f"other:{name}", f"llama-tiny:llama-tiny:{name}", "llama-tiny:", "llama-tiny:llama-tiny"):
+        assert complete(live, unknown).json()["error"]["code"] == "model_not_found", unknown
+    assert "llama-tiny:" not in live.get("/metrics").text
+    answer = live.post("/unload_lora_adapter", {"lora_name": name})
+    assert answer.status_code == 200 and name not in answer.json()["loaded_adapters"]
+
+
 def test_our_routes(live: Server, name: str) -> None:
     answer = live.post("/v1/adapters", {"name": name, "path": ONE})
     card = answer.json()

@@ -407,7 +407,7 @@ def test_row_17_empty_and_mixed_prompts(live: Server, prompt: object) -> None:
     [
         [], None, "hi", {}, [None], ["hi"], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": 5, "content": "x"}],
         [{"role": "user", "content": None}], [{"role": "user", "content": 5}], [{"role": SECRET, "content": "x"}],
-        [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}], [{"role": "tool", "content": "x"}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}], [{"role": "tool", "content": 5}],
         [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], [{"role": ["user"], "content": "x"}],
         [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}],
     ],
@@ -419,7 +419,7 @@ def test_row_17_messages(live: Server, messages: object) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"a": 1}), ("tools", [{"type": "function"}]),
+        ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"messages": 1}), ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("guided_regex", "(a+)+$"),
         ("guided_json", {}), ("structured_outputs", {"regex": "a"}), ("functions", [{}]), ("modalities", ["audio"]),
         ("audio", {"voice": "x"}), ("reasoning_effort", 1), ("store", "yes"), ("prediction", {}),

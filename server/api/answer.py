@@ -1,0 +1,138 @@
+"""Answers written: what every door's format does with a generation's deltas, and OpenAI's JSON and events."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.messages import Request, RouteReport
+from tucka_runtime.server.api.bodies import GenerationBody, StreamOptions
+from tucka_runtime.server.api.logprobs import Labels
+from tucka_runtime.server.http.answers import encode_json
+from tucka_runtime.server.http.errors import envelope
+from tucka_runtime.server.service.generation import ChoiceDelta, Usage
+from tucka_runtime.server.service.leases import LoadedAdapter
+from tucka_runtime.tokenizer import Tokenizer
+
+G = TypeVar("G", bound=GenerationBody)
+
+
+class Answer(ABC):
+    """One request's answer at a door. It is asked for `frame` after `frame` and one `ending`, or once for the
+    `whole`."""
+
+    @abstractmethod
+    def frame(self, delta: ChoiceDelta, usage: Usage) -> bytes:
+        """The server-sent events for what is new; empty where there is nothing to tell. `usage` is what was used so
+        far."""
+
+    @abstractmethod
+    def ending(self, usage: Usage) -> bytes:
+        """The last events of a stream that was completed."""
+
+    @abstractmethod
+    def failure(self, error: TuckaError) -> bytes:
+        """How a stream ends that has begun and cannot go on."""
+
+    @abstractmethod
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+        """The answer of all choices, each with all of its deltas in one, as JSON."""
+
+
+class OpenAIAnswer(Answer, Generic[G]):
+    """What completions and chat have in common: `data: {...}` per chunk, then `data: [DONE]`; an error ends a stream
+    with a chunk `{"error": ...}` and no [DONE].
+
+    What chunks have in common is encoded once.
+    """
+
+    object_name: str
+    chunk_name: str
+
+    def __init__(
+        self,
+        body: G,
+        options: StreamOptions,
+        request: Request,
+        adapter: LoadedAdapter | None,
+        tokenizer: Tokenizer | None,
+    ):
+        self.body, self.options, self.request, self.adapter = body, options, request, adapter
+        self.labels = Labels(tokenizer, bool(body.return_tokens_as_token_ids))
+        self.head = {
+            "id": request.id,
+            "object": self.chunk_name if body.stream else self.object_name,
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        self._before = b"data: " + encode_json(self.head)[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+
+    @abstractmethod
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """All of a choice as JSON."""
+
+    @abstractmethod
+    def chunks(self, delta: ChoiceDelta) -> Sequence[dict[str, Any]]:
+        """What is new of a choice, as the choices of one chunk each."""
+
+    def frame(self, delta: ChoiceDelta, usage: Usage) -> bytes:
+        after = self._after
+        if self.options.include_usage and self.options.continuous_usage_stats:
+            after = b'],"usage":' + encode_json(usage_json(usage)) + b"}\n\n"
+        return b"".join(self._before + encode_json(choice) + after for choice in self.chunks(delta))
+
+    def ending(self, usage: Usage) -> bytes:
+        last = event({**self.head, "choices": [], "usage": usage_json(usage)}) if self.options.include_usage else b""
+        return last + b"data: [DONE]\n\n"
+
+    def failure(self, error: TuckaError) -> bytes:
+        return event(envelope(error))
+
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+        return {**self.head, "choices": [self.choice(delta) for delta in choices], "usage": usage_json(usage)}
+
+    def prompt_of(self, index: int) -> tuple[int, ...]:
+        """The prompt that the choice of that index answers."""
+        return self.request.prompts[index // self.request.n]
+
+    def extras(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """What a choice has beside OpenAI's fields."""
+        found: dict[str, Any] = {"stop_reason": delta.stop_reason}
+        if self.body.return_token_ids:
+            found["token_ids"] = [token.id for token in delta.tokens]
+            found["prompt_token_ids"] = list(self.prompt_of(delta.index)) if delta.first else None
+        if self.body.include_route and delta.finish_reason:
+            found["route"] = route_json(self.request, self.adapter, delta.route)
+        return found
+
+
+def route_json(request: Request, adapter: LoadedAdapter | None, report: RouteReport | None) -> dict[str, Any] | None:
+    """The route as JSON; None for the base and for adapters that have no router."""
+    if adapter is not None and adapter.pinned is not None:
+        report = RouteReport(adapter.pinned, 0)
+    if adapter is None or report is None:
+        return None
+    return {
+        "adapter": adapter.key.name,
+        "digest": adapter.digest,
+        "scope": str(request.route_scope),
+        "group": report.route.group,
+        "weights": list(report.route.weights),
+        "changes": report.changes,
+    }
+
+
+def event(chunk: dict[str, Any]) -> bytes:
+    """One server-sent event without a name."""
+    return b"data: " + encode_json(chunk) + b"\n\n"
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }

@@ -1,0 +1,127 @@
+"""From messages and functions as bodies have them to what chat templates know."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.conversation import (
+    AssistantMessage,
+    ChatMessage,
+    RenderingFields,
+    TextPart,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+)
+from tucka_runtime.server.api.tools import Tools
+from tucka_runtime.server.service.chat_template import Rendering
+
+_RESERVED = {
+    "messages", "tools", "documents", "conversations", "chat_template", "return_assistant_tokens_mask",
+    "continue_final_message", "add_generation_prompt",
+}  # fmt: skip
+
+
+def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages as chat templates know them. `developer` is the newer name of `system`; content that is null is
+    empty, since templates join strings; arguments of calls are objects."""
+    return [_for_template(message) for message in messages]
+
+
+def rendering(body: RenderingFields) -> Rendering:
+    """How the messages are to be rendered. Raises InvalidRequestError."""
+    variables = body.chat_template_kwargs or {}
+    if not _RESERVED.isdisjoint(variables):
+        raise InvalidRequestError(
+            "`chat_template_kwargs` has a name that the server sets itself, from the field of that name.",
+            "chat_template_kwargs",
+        )
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        raise InvalidRequestError(
+            "`continue_final_message` and `add_generation_prompt` exclude each other. Send one of them.",
+            "continue_final_message",
+        )
+    return Rendering(
+        variables=variables,
+        add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
+        continue_final_message=goes_on,
+    )
+
+
+def _for_template(message: UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": _text(message)}
+    if message.name:
+        found["name"] = message.name
+    if isinstance(message, AssistantMessage):
+        if thought := message.reasoning_content or message.reasoning:
+            found["reasoning_content"] = thought
+        if message.tool_calls:
+            found["tool_calls"] = [_call(call) for call in message.tool_calls]
+    elif isinstance(message, ToolMessage) and message.tool_call_id:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": _object(call.function.arguments)}
+    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
+
+
+def _object(arguments: str) -> Any:
+    """What the text says, or the text itself where that is no JSON: models write such, and clients send it back."""
+    try:
+        return json.loads(arguments) if arguments else {}
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _text(message: UserMessage | AssistantMessage | ToolMessage) -> str:
+    content = message.content or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+
+
+def with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, with calls' ids of nine letters and digits: Mistral's templates take no others."""
+    made = []
+    for message in messages:
+        calls = [call | {"id": _short(call["id"])} if "id" in call else call for call in message.get("tool_calls", ())]
+        message = message | {"tool_calls": calls} if calls else message
+        if "tool_call_id" in message:
+            message = message | {"tool_call_id": _short(message["tool_call_id"])}
+        made.append(message)
+    return made
+
+
+def _short(call_id: str) -> str:
+    if len(call_id) == 9 and call_id.isalnum():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+def without_tools(messages: list[dict[str, Any]], tools: Tools) -> list[dict[str, Any]]:
+    """The same for a template that knows no functions: what may be called stands in the first message, calls and what
+    they returned are text."""
+    made = []
+    names: dict[str, str] = {}
+    for message in messages:
+        content = message["content"]
+        for call in message.get("tool_calls", ()):
+            names[call.get("id", "")] = call["function"]["name"]
+            content += ("\n" if content else "") + json.dumps(call["function"], ensure_ascii=False)
+        role = message["role"]
+        if role == "tool":
+            name = message.get("name") or names.get(message.get("tool_call_id", ""), "the function")
+            role, content = "user", f"{name} returned:\n{content}"
+        kept = {key: message[key] for key in ("name", "reasoning_content") if key in message and role != "user"}
+        made.append({"role": role, "content": content} | kept)
+    if told := tools.as_text():
+        first = made[0]
+        parts = (first["content"], told) if first["role"] == "system" else (told, first["content"])
+        made[0] = first | {"content": "\n\n".join(filter(None, parts))}
+    return made

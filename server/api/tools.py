@@ -1,0 +1,136 @@
+"""Functions that a model may call or has to: what templates are told of them, and the grammar of calls."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tucka_runtime import grammars
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.conversation import NamedTool, ToolBody
+from tucka_runtime.server.api.fields import MAX_SCHEMA_CHARS
+from tucka_runtime.server.service.calls import CallFormat
+from tucka_runtime.tokenizer import Tokenizer
+
+MOST_CALLS = 16  # of one answer that has to call
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_TOLD = (
+    "You can call functions. Each line is one, with the JSON schema of its parameters:\n{functions}\n"
+    'To call one, answer with nothing but JSON: {{"name": ..., "arguments": {{...}}}}; for several a list of those.'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """`parameters` is the JSON schema of the arguments, an object."""
+
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        found = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What may be called, and whether something has to be: any of the functions where `choice` is "required", the one
+    that is `named`, if any. `parallel`: several at once."""
+
+    functions: tuple[Function, ...] = ()
+    choice: Literal["auto", "none", "required"] = "auto"
+    named: str | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> tuple[Function, ...]:
+        """The functions that may be called."""
+        return () if self.choice == "none" else self.functions
+
+    @property
+    def forced(self) -> tuple[Function, ...]:
+        """The functions of which one has to be called."""
+        if self.named is not None:
+            return tuple(function for function in self.functions if function.name == self.named)
+        return self.functions if self.choice == "required" else ()
+
+    def for_template(self) -> list[dict[str, Any]] | None:
+        """What chat templates know as `tools`. None where nothing may be called: a model that is not told of functions
+        calls none."""
+        return [{"type": "function", "function": function.for_template} for function in self.callable] or None
+
+    def as_text(self) -> str:
+        """The same for templates that know no functions; empty where nothing may be called."""
+        lines = [json.dumps(function.for_template, ensure_ascii=False) for function in self.callable]
+        return _TOLD.format(functions="\n".join(lines)) if lines else ""
+
+
+NO_TOOLS = Tools()
+
+
+def tools_of(
+    tools: list[ToolBody] | None,
+    choice: Literal["auto", "none", "required"] | NamedTool | None,
+    parallel: bool | None,
+) -> Tools:
+    """What OpenAI's three fields ask for. Raises InvalidRequestError."""
+    functions = tuple(
+        Function(tool.function.name, tool.function.description, tool.function.parameters) for tool in tools or ()
+    )
+    if len({function.name for function in functions}) < len(functions):
+        raise InvalidRequestError("Two of the `tools` have the same name.", "tools")
+    if isinstance(choice, NamedTool):
+        made = Tools(functions, named=choice.function.name, parallel=False)
+        if not made.forced:
+            raise InvalidRequestError("`tool_choice` names a function that is not among the `tools`.", "tool_choice")
+        return made
+    if choice == "required" and not functions:
+        raise InvalidRequestError("`tool_choice` is `required`, but there are no `tools` to call.", "tool_choice")
+    return Tools(functions, choice or "auto", parallel=parallel is not False)
+
+
+def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str | None:
+    """The grammar of an answer that has to call functions, as its template would have it; None where it has not to.
+    Raises InvalidRequestError."""
+    if not (forced := tools.forced):
+        return None
+    schemas = [json.dumps(_NO_PARAMETERS if f.parameters is None else f.parameters) for f in forced]
+    if sum(map(len, schemas)) > MAX_SCHEMA_CHARS:
+        raise InvalidRequestError(
+            f"The functions one of which has to be called have schemas of more than {MAX_SCHEMA_CHARS} characters. "
+            "Name the one to call in `tool_choice`, or leave the choice to the model.",
+            "tools",
+        )
+    for function, schema in zip(forced, schemas, strict=True):
+        if reason := grammars.check_schema(schema):
+            place = tools.functions.index(function)
+            raise InvalidRequestError(f"`tools[{place}].function.parameters` cannot be followed: {reason}.", "tools")
+    rules = []
+    for i, (function, schema) in enumerate(zip(forced, schemas, strict=True)):
+        head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
+        options = {**json.loads(schema), "x-guidance": grammars.JSON_OPTIONS}
+        rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {json.dumps(options)}"]
+    body = " | ".join(f"f{i}" for i in range(len(forced)))
+    return "\n".join([f"start: {_calls(form, tools.parallel, tokenizer)}", f"body: {body}", *rules])
+
+
+def _calls(form: CallFormat, parallel: bool, tokenizer: Tokenizer) -> str:
+    """How calls follow each other, as terms of Lark."""
+    more = MOST_CALLS - 1 if parallel else 0
+
+    def mark(text: str, blank: str = "") -> str:
+        if found := list(tokenizer.special_ids([text])):
+            return f"<[{found[0]}]>" + (f" {json.dumps(blank)}" if blank else "")
+        return json.dumps(text + blank)
+
+    if form.end:
+        one = f'{mark(form.begin, chr(10))} body "\\n" {mark(form.end)}'
+        return f'{one} ("\\n" {one}){{0,{more}}}' if more else one
+    if form.begin and not form.bare:
+        return (
+            f'{mark(form.begin)} "[" body (", " body){{0,{more}}} "]"' if more else f'{mark(form.begin)} "[" body "]"'
+        )
+    if form.begin:
+        return f'body ("; " body){{0,{more}}}' if more else "body"
+    return f'body | "[" body (", " body){{0,{more}}} "]"' if more else "body"

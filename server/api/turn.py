@@ -1,0 +1,116 @@
+"""What every conversation's door asks, whatever its body looks like: the assistant's next turn."""
+
+import secrets
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tucka_runtime import grammars
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.messages import Request
+from tucka_runtime.server.api.bodies import SamplingBody
+from tucka_runtime.server.api.door import Context
+from tucka_runtime.server.api.rendering import with_short_ids, without_tools
+from tucka_runtime.server.api.sampling import max_tokens_for, sampling_params
+from tucka_runtime.server.api.tools import NO_TOOLS, Tools, calls_grammar
+from tucka_runtime.server.service.calls import FORMATS, CallParser
+from tucka_runtime.server.service.chat_template import Rendering
+from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
+from tucka_runtime.server.service.reasoning import CLOSE, OPEN, ThinkParser
+from tucka_runtime.server.service.service import Service
+from tucka_runtime.tokenizer import unshielded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A turn as it is asked for. `messages` are those that chat templates know, `rendering` what else these are told.
+    `max_tokens` None: all that the context leaves. `grammar` is what the answer has to match; not with forced calls.
+    `thoughts`: they are told apart from the answer. `messages_param` and `max_tokens_param` are what the door's body
+    calls those."""
+
+    body: SamplingBody
+    messages: list[dict[str, Any]]
+    tools: Tools = NO_TOOLS
+    rendering: Rendering | None = None
+    max_tokens: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    grammar: str | None = None
+    thoughts: bool = True
+    messages_param: str = "messages"
+    max_tokens_param: str = "max_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The same, made ready: what the engine is asked, what parses its answers, and the prompt for the request log."""
+
+    request: Request
+    parser: ParserFactory
+    prompt_for_log: Callable[[], str]
+
+
+async def render(
+    service: Service, messages: list[dict[str, Any]], tools: Tools, rendering: Rendering | None, param: str
+) -> str:
+    """The prompt of a conversation. A template that knows no functions is told of them as text."""
+    rendering = replace(rendering or Rendering(), tools=tools.for_template())
+    if not service.chat_template(param).takes_tools:
+        messages, rendering = without_tools(messages, tools), replace(rendering, tools=None)
+    elif service.call_format == "mistral":
+        messages = with_short_ids(messages)
+    return await service.render_chat(messages, rendering, param)
+
+
+async def ask(context: Context, turn: Turn) -> Asked:
+    """Renders, tokenises and checks a turn. Raises InvalidRequestError."""
+    body, service = turn.body, context.service
+    grammar = _grammar(service, turn)
+    prompt = await render(service, turn.messages, turn.tools, turn.rendering, turn.messages_param)
+    (ids,) = await service.encode([prompt], body.add_special_tokens is True, turn.messages_param)
+    if not ids:
+        raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", turn.messages_param)
+    max_tokens = max_tokens_for(
+        turn.max_tokens, None, len(ids), service.info, turn.max_tokens_param, prompt_param=turn.messages_param
+    )
+    begun = prompt.rstrip().endswith(OPEN)
+    thinks = turn.thoughts and service.thinks
+    if grammar is not None and service.thinks:
+        grammar = grammars.after_thought(grammar, begun, OPEN, CLOSE)
+    sampling = sampling_params(body, service.info, max_tokens, turn.logprobs, grammar=grammar)
+    parser = _parser(service, turn.tools, begun if thinks else None)
+    return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
+
+
+def _grammar(service: Service, turn: Turn) -> str | None:
+    calls = calls_grammar(turn.tools, FORMATS[service.call_format], service.text_tokenizer("tools"))
+    if calls is not None and turn.grammar is not None:
+        raise InvalidRequestError(
+            "The answer is to match a format and to call a function: it can do one of them only. Leave out what it has "
+            "to match, or `tool_choice`.",
+            "tool_choice",
+        )
+    return turn.grammar if calls is None else calls
+
+
+def _parser(service: Service, tools: Tools, begun: bool | None) -> ParserFactory:
+    """What parses an answer. `begun` is whether its prompt has opened a thought; None: none is told apart."""
+    functions = frozenset(function.name for function in tools.callable)
+    form = FORMATS[service.call_format]
+    new_id = _short_id if service.call_format == "mistral" else _call_id
+
+    def make() -> OutputParser:
+        inner: OutputParser = CallParser(form, functions, new_id) if functions else PlainText()
+        return inner if begun is None else ThinkParser(inner, begun)
+
+    return make
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _short_id() -> str:
+    """Nine letters and digits: Mistral's templates take no other."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))

@@ -1,0 +1,77 @@
+"""Grammars that answers are held to, as texts for llguidance: the API makes and checks them, the engine follows them.
+No torch.
+
+Between two values of JSON a model may write up to WHITESPACE blanks or line breaks, enough to indent and too few to go
+on for ever.
+"""
+
+import json
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher, LLParserLimits
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+WHITESPACE = 16
+
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=20_000, max_lexer_states=50_000
+)
+"""What one grammar may cost the step loop: by llguidance's own figures 4 ms to begin with, then 5 ms a token, 100 MB.
+Its defaults are 20, 17 and 500."""
+
+
+JSON_OPTIONS: "JsonCompileOptions" = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": f"[ \\t\\n\\r]{{0,{WHITESPACE}}}",
+}
+"""llguidance's own, which a schema holds in `x-guidance`; a client's are overruled."""
+
+
+def of_schema(schema: str) -> str:
+    """The grammar of a JSON schema, an object as text. Raises ValueError if it is no such text."""
+    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+
+
+def after_thought(grammar: str, begun: bool, begin: str, end: str) -> str:
+    """The grammar that lets a model think first, between `begin` and `end`; `begun`: it has to, since its prompt ends
+    with `begin`."""
+    thought = "think BLANKS" if begun else f"({json.dumps(begin)} think BLANKS)?"
+    blanks = f"/[ \\t\\n\\r]{{0,{WHITESPACE}}}/"
+    first = f"start: {thought} @answer\nthink[suffix={json.dumps(end)}]: /(.|\\n)*/\nBLANKS: {blanks}"
+    held = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    return json.dumps({"grammars": [{"lark_grammar": first}, {**held[0], "name": "answer"}]})
+
+
+# llguidance's messages repeat what the schema says; ours do not. They are found by how llguidance's begin:
+REASONS = {
+    "Invalid type": "a `type` is none of JSON Schema's",
+    "Unimplemented keys": "it has keywords that are not supported",
+    "oneOf": "the cases of a `oneOf` overlap; use `anyOf`",
+    "Pointer": "a `$ref` points to nothing in it",
+    "Resource": "a `$ref` points out of it",
+    "regex": "a `pattern` is no regular expression that is supported",
+    "Unknown format": "a `format` is not supported",
+    "Unsatisfiable": "nothing can match it",
+    "schema too large": "it is too large",
+    "recursion": "it is nested too deeply",
+    "Expecting object": "it must be an object",
+}
+UNSUPPORTED = (
+    "not if then else dependentSchemas dependentRequired propertyNames unevaluatedItems unevaluatedProperties contains "
+    "minContains maxContains uniqueItems"
+).split()
+
+
+def check_schema(schema: str) -> str | None:
+    """Why a JSON schema cannot be used; None if it can."""
+    try:
+        message = LLMatcher.validate_grammar(of_schema(schema), limits=LIMITS)
+    except ValueError as error:
+        message = str(error)
+    if not message:
+        return None
+    reason = next((ours for theirs, ours in REASONS.items() if message.startswith(theirs)), "it is no JSON schema")
+    named = [word for word in UNSUPPORTED if f'"{word}"' in message]
+    return f"{reason} ({', '.join(named)})" if named and reason == REASONS["Unimplemented keys"] else reason
