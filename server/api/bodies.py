@@ -223,7 +223,7 @@ class GenerationBody(WithoutEffect, Unsupported):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    route: Literal["batch", "request"] | None = None
+    route: Literal["batch", "request", "prefix"] | None = None
     include_route: bool | None = None
 
 

@@ -31,7 +31,6 @@ from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import COLUMNS, RouteLimits, RoutePlan
 from tucka_runtime.kernels.tables.segments import Segments, power_of_2
 from tucka_runtime.kernels.tables.transfer import pack, view
-from tucka_runtime.messages import RouteScope
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def _graphable(seq: Sequence, active: ActiveSet) -> bool:
         return True
     folded = active.folded[seq.adapter]
     inside = folded.routed is not None and folded.routed.router.table is None
-    unknown = seq.route is None and (inside or seq.scope is RouteScope.REQUEST)
+    unknown = seq.route is None and (inside or seq.routes_itself)
     return not (folded.saved or unknown)
 
 
