@@ -11,7 +11,7 @@ from tucka_runtime.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference", "fused", "native")
-ROUTE_SCOPES = ("batch", "request")
+ROUTE_SCOPES = ("batch", "request", "prefix")
 CALL_FORMATS = ("auto", "hermes", "llama3_json", "mistral", "json")
 LOG_FORMATS = ("text", "json")
 

@@ -19,7 +19,12 @@ class RouteScope(StrEnum):
 
     BATCH = "batch"  # one route per adapter and forward pass: the paper's
     REQUEST = "request"  # one route per request, from its whole prompt, kept while decoding
+    PREFIX = "prefix"  # the same from the prompt's first tokens, which the turns of a conversation share
     PINNED = "pinned"  # fixed when the adapter was loaded
+
+
+ROUTE_PREFIX_TOKENS = 64
+"""How many of a prompt's tokens route it under the scope "prefix", unless the adapter says another number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,8 @@ class EngineInfo:
 class AdapterInfo:
     """A loaded adapter. `kind` is "tucka" or "lora". `scope` is what it is served with unless the request says so:
     "pinned" where its route is fixed, which no request changes; what its manifest says it was trained for ("route");
-    or None. `bytes` are those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage
+    or None. `route_prefix_tokens` is how many tokens route a prompt under the scope "prefix", None without a router.
+    `bytes` are those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage
     of loading it took."""
 
     key: AdapterKey
@@ -223,6 +229,7 @@ class AdapterInfo:
     scope: str | None
     bytes: int
     training: dict[str, Any] | None
+    route_prefix_tokens: int | None = None
     load_seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -127,7 +127,7 @@ class ModelBody(Body):
 
     model: NonEmpty
     cache_salt: CacheSalt | None = None
-    route: Literal["batch", "request"] | None = None
+    route: Literal["batch", "request", "prefix"] | None = None
 
 
 class SamplingBody(ModelBody):

@@ -59,6 +59,7 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
             "p": info.p,
             "alpha": info.alpha,
             "scope": info.scope,
+            "route_prefix_tokens": info.route_prefix_tokens,
             "router": info.router,
             "target_modules": list(info.target_modules),
             "num_modules": info.num_modules,

@@ -35,19 +35,22 @@ from tucka_runtime.engine.engine import Engine
 from tucka_runtime.errors import InvalidRequestError, ModelNotFoundError
 from tucka_runtime.messages import AdapterKey, Finish, FinishReason, Request, Route, RouteScope, SamplingParams
 
-BATCH, REQUEST = RouteScope.BATCH, RouteScope.REQUEST
+BATCH, REQUEST, PREFIX = RouteScope.BATCH, RouteScope.REQUEST, RouteScope.PREFIX
 TUCKA, INNER, LORA, HEAD = (AdapterKey(name, 1) for name in ("tucka", "inner", "lora", "head"))
 CONTEXT = 40
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model; a TuckA adapter routed by token ids, one routed inside the model, a LoRA, and one with its own head."""
+    """A model; a TuckA adapter routed by token ids, one routed inside the model, a LoRA, and one with its own head. The
+    first two have a short route prefix."""
     folder = tmp_path_factory.mktemp("engine")
     model = save_model(folder / "model")
     layout = build(folder / "model").layout
     save_tucka(folder / "tucka", layout)
     save_tucka(folder / "inner", layout, 1, ("o_proj", "down_proj"), r=3, k=4)
+    for key in (TUCKA, INNER):
+        (folder / key.name / "training.json").write_text('{"route_prefix_tokens": 8}')
     save_lora(folder / "lora", layout)
     head = model.lm_head.weight.detach().roll(5, 0).contiguous()
     save_tucka(folder / "head", layout, 2, r=5, saved={"lm_head.weight": head}, modules_to_save=["lm_head"])
@@ -98,7 +101,7 @@ arrivals = st.builds(
     lengths=st.lists(st.integers(1, 26), min_size=1, max_size=3).map(tuple),
     n=st.sampled_from((1, 1, 1, 2, 3)),
     adapter=st.sampled_from((None, TUCKA, INNER, LORA, HEAD)),
-    scope=st.sampled_from((BATCH, REQUEST)),
+    scope=st.sampled_from((BATCH, REQUEST, PREFIX)),
     seed=st.integers(0, 3),
     shared_prefix=st.sampled_from((0, 9, 20)),
     sampling=st.builds(
@@ -145,7 +148,7 @@ def solo(folder: Path) -> Solo:
 
 def independent(request: Request) -> bool:
     """Whether its tokens may not depend on what else runs."""
-    return request.adapter in (None, LORA) or request.route_scope is REQUEST
+    return request.adapter in (None, LORA) or request.route_scope is not BATCH
 
 
 @settings(
@@ -185,6 +188,8 @@ def test_tokens_are_those_of_a_run_alone(
         assert step < 3000
     check_idle(engine)
     event(f"preemptions: {min(engine.scheduler.num_preemptions, 3)}")
+    last = [answer.last for answer in answers.values() if answer.last is not None]
+    event(f"KV of routed adapters was reused: {any(out.route and out.cached_tokens for out in last)}")
     for request in requests:
         for index in range(request.num_sequences):
             answer = answers[request.id, index]
@@ -434,14 +439,13 @@ def test_siblings_in_flight_share_pages(folder: Path):
         ({"adapter": LORA}, {"adapter": AdapterKey("lora", 2)}),
         ({"adapter": LORA}, {"adapter": AdapterKey("lora2", 1)}),
         ({"adapter": TUCKA}, {"adapter": TUCKA}),
-        ({"adapter": TUCKA, "scope": REQUEST}, {"adapter": TUCKA, "scope": REQUEST}),
         ({"adapter": TUCKA}, {}),
         ({}, {"adapter": TUCKA}),
     ],
     ids=str,
 )
 def test_pages_are_never_shared_between(folder: Path, first: dict[str, Any], second: dict[str, Any]):
-    """Tenants, adapters, generations; and never under a route that its batch or its prompt decides."""
+    """Tenants, adapters, generations; and never under a route that its batch decides."""
     engine = serve(folder, block_size=4)
     for key in (AdapterKey("lora", 2), AdapterKey("lora2", 1)):
         engine.load_adapter(key, folder / "lora")

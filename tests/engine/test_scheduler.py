@@ -10,7 +10,7 @@ from tests.support.driving import GREEDY, ask, prompt
 from tucka_runtime.engine.block_manager import BlockManager
 from tucka_runtime.engine.scheduler import Scheduler, cache_namespace
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.messages import AdapterKey, Request, RouteScope
+from tucka_runtime.messages import AdapterKey, Request, Route, RouteScope
 
 KEY = AdapterKey("a", 1)
 SCORED = replace(GREEDY, prompt_logprobs=0)  # shares nothing through the cache
@@ -182,7 +182,7 @@ def test_the_last_token_is_never_taken_from_the_cache():
 
 
 def test_namespaces():
-    """What may share KV has the same namespace; what is routed by its batch or prompt, or scored, has none."""
+    """What may share KV has the same namespace; what is routed by its batch, not routed yet, or scored, has none."""
     key, later = AdapterKey("a", 1), AdapterKey("a", 2)
     lora, again = ask(prompt(9), adapter=key), ask(prompt(5), id="x", adapter=key)
     spaces = [
@@ -201,7 +201,13 @@ def test_namespaces():
     assert len(set(spaces)) == len(spaces)
     assert cache_namespace(sequences(again)[0]) == spaces[2]
     assert cache_namespace(sequences(lora, RouteScope.BATCH)[0]) is None
-    assert cache_namespace(sequences(lora, RouteScope.REQUEST)[0]) is None
+    routed = [sequences(lora, scope)[0] for scope in (RouteScope.REQUEST, RouteScope.PREFIX) for _ in range(2)]
+    assert {cache_namespace(seq) for seq in routed} == {None}
+    for seq, weight in zip(routed, (0.5, 0.5 + 2**-24, 0.5, 0.6), strict=True):
+        seq.route = Route(1, (weight, 0.7))
+    own = [cache_namespace(seq) for seq in routed]
+    assert own[0] == own[2], "the route counts, not what it came from"
+    assert len({*own, *spaces}) == 3 + len(spaces)
     assert cache_namespace(sequences(replace(lora, sampling=SCORED))[0]) is None
     short, long, longer = (cache_namespace(sequences(ask(prompt(n)))[0], 10) for n in (10, 11, 12))
     assert short == spaces[0]
@@ -238,7 +244,9 @@ def test_what_ends_with_its_pending_token_is_not_scheduled_again():
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=3), min_size=1, max_size=6),
-    scopes=st.lists(st.sampled_from((None, RouteScope.BATCH, RouteScope.REQUEST)), min_size=6, max_size=6),
+    scopes=st.lists(
+        st.sampled_from((None, RouteScope.BATCH, RouteScope.REQUEST, RouteScope.PREFIX)), min_size=6, max_size=6
+    ),
     size=st.integers(1, 5),
     blocks=st.integers(0, 8),
     tokens=st.integers(4, 20),

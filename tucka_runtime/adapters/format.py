@@ -49,6 +49,7 @@ from tucka_runtime.adapters.manifest import (
 from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 
 __all__ = [
     "Adapter",
@@ -106,6 +107,12 @@ class Adapter:
     @property
     def kind(self) -> str:
         return "tucka" if isinstance(self.config, TuckASpec) else "lora"
+
+    @property
+    def route_prefix_tokens(self) -> int:
+        """How many tokens route a prompt under the scope "prefix": what it was trained for, if that is a number."""
+        trained = (self.training or {}).get("route_prefix_tokens")
+        return trained if type(trained) is int and trained > 0 else ROUTE_PREFIX_TOKENS
 
 
 def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Adapter:

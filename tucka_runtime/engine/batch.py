@@ -20,7 +20,7 @@ from tucka_runtime.engine.sequence import Sequence
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.transfer import place
-from tucka_runtime.messages import AdapterKey, RouteScope
+from tucka_runtime.messages import AdapterKey
 
 
 class Chosen:
@@ -136,7 +136,7 @@ def row_order(chunk: ScheduledChunk) -> tuple[bool, str, int, bool]:
     seq = chunk.seq
     if seq.adapter is None or seq.routing:
         return False, "", 0, False
-    return True, seq.adapter.name, seq.adapter.generation, seq.scope is RouteScope.REQUEST
+    return True, seq.adapter.name, seq.adapter.generation, seq.routes_itself
 
 
 def segment(
@@ -158,8 +158,8 @@ def segment(
             part.first, part.end = first, end
             sums.append(part)
             segment_of.append(None)
-        elif seq.scope is RouteScope.REQUEST:
-            prompt = None if seq.route else seq.tokens[: seq.num_prompt]
+        elif seq.routes_itself:
+            prompt = None if seq.route else seq.tokens[: seq.route_tokens]
             segments.append(Segment(first, end, seq.adapter, given=seq.route, prompt=prompt))
             segment_of.append(len(segments) - 1)
             shared = None

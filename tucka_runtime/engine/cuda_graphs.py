@@ -20,7 +20,6 @@ from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.graph_shape import Limits, Shape
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence
-from tucka_runtime.messages import RouteScope
 
 MOST = 256
 """Graphs at most, of fourteen sizes of batches for each kind of adapters. Unmeasured: `graphs` of
@@ -150,5 +149,5 @@ def _graphable(seq: Sequence, active: ActiveSet) -> bool:
         return True
     folded = active.folded[seq.adapter]
     inside = folded.routed is not None and folded.routed.router.table is None
-    unknown = seq.route is None and (inside or seq.scope is RouteScope.REQUEST)
+    unknown = seq.route is None and (inside or seq.routes_itself)
     return not (folded.saved or unknown)

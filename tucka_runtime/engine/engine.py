@@ -26,7 +26,6 @@ from tucka_runtime.messages import (
     Request,
     Route,
     RouteReport,
-    RouteScope,
     SequenceOutput,
     StepStats,
     Timing,
@@ -90,13 +89,12 @@ class Engine:
         seed = request.sampling.seed if request.sampling.seed is not None else self.random.getrandbits(63)
         sequences = []
         for index in range(request.num_sequences):
-            scope = None
-            if request.adapter is not None:
-                self.adapters.lease(request.adapter)
-                scope = self.adapters.scope(request.adapter, request.route_scope)
+            # A route scope is for adapters that are routed: not for the base, LoRA and pinned ones.
+            routed = self.adapters.lease(request.adapter).routed if request.adapter is not None else None
+            scope, prefix = (request.route_scope, routed.router.prefix_tokens) if routed else (None, 0)
             # One request's answers differ; the multiplier spreads indices over the seed's upper half.
             own_seed = (seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
-            sequences.append(Sequence(request, index, scope, own_seed, time.monotonic()))
+            sequences.append(Sequence(request, index, scope, own_seed, time.monotonic(), prefix))
         self.requests[request.id] = sequences
         for seq in sequences:
             self.scheduler.add(seq)
@@ -182,10 +180,11 @@ class Engine:
             return None
         if seq.routing:
             if result.route is not None:
-                seq.route, seq.routing, seq.num_computed = result.route, False, 0
+                self.scheduler.routed(seq, result.route)
+                seq.routing, seq.num_computed = False, 0
             return None
-        self.scheduler.computed(chunk)
         self._note_route(chunk, result.route)
+        self.scheduler.computed(chunk)
         self._note_scores(chunk, result.prompt_logprobs)
         return self._advance(seq, result) if chunk.last or result.error is not None else None
 
@@ -193,8 +192,8 @@ class Engine:
         seq = chunk.seq
         if route is None:
             return
-        if seq.scope is RouteScope.REQUEST:
-            seq.route = route
+        if seq.routes_itself and seq.route is None:
+            self.scheduler.routed(seq, route)
         if chunk.start + chunk.count < seq.num_prompt:
             return
         if seq.prompt_route is None:

@@ -34,7 +34,7 @@ from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, NonFiniteError, TuckaError
 from tucka_runtime.kernels import dispatch
-from tucka_runtime.messages import AdapterKey, EngineInfo, Route, RouteScope, TokenLogprob
+from tucka_runtime.messages import AdapterKey, EngineInfo, Route, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 from tucka_runtime.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ class Launched:
 
 def _settles(seq: Sequence) -> bool:
     p = seq.sampling
-    unrouted = seq.scope is RouteScope.REQUEST and seq.route is None
+    unrouted = seq.routes_itself and seq.route is None
     held = p.penalised or p.grammar is not None
     return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
@@ -211,11 +211,11 @@ class ModelRunner:
         self.route_sums.pop(seq.key, None)
 
     def _start_routing(self, chunk: ScheduledChunk) -> None:
-        """Request scope: a prompt that comes in chunks and whose router is inside the model is routed before it is
-        computed, so that the route does not depend on how it is cut."""
+        """A prompt that has a route of its own, from tokens that do not all come in its first chunk, and whose router
+        is inside the model, is routed before it is computed, so that the route does not depend on how it is cut."""
         seq = chunk.seq
-        at_once = chunk.count >= seq.num_prompt
-        if seq.scope is not RouteScope.REQUEST or seq.route is not None or chunk.start or at_once:
+        at_once = chunk.count >= seq.route_tokens
+        if not seq.routes_itself or seq.route is not None or chunk.start or at_once:
             return
         assert seq.adapter is not None
         routed = self.adapters[seq.adapter].routed
@@ -316,7 +316,7 @@ class ModelRunner:
             if segment is not None:
                 result.segment, result.route = segment, routes.get(segment)
             seq = chunk.seq
-            all_read = chunk.start + chunk.count >= seq.num_prompt
+            all_read = chunk.start + chunk.count >= seq.route_tokens
             if seq.routing and all_read and seq.status is not Status.FINISHED:  # aborted, its adapter may be gone
                 result.route = self._summed_route(self.route_sums.pop(seq.key))
         stages = launched.stages

@@ -10,8 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from tucka_runtime.engine.block_manager import BlockManager, chain
+from tucka_runtime.engine.route_cache import RouteCache, owner
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.messages import Pooling, RouteScope
+from tucka_runtime.messages import Pooling, Route, RouteScope
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +32,25 @@ class ScheduledChunk:
 
 
 def cache_namespace(seq: Sequence, rope_limit: int | None = None) -> bytes | None:
-    """The name under which a sequence's KV may be shared: of tenant, weights, and, where rotary positions stretch with
-    a prompt longer than `rope_limit`, its length. None if it may not be, since its route is its batch's or its own, or
-    since all of its prompt has to be seen: scored, or averaged."""
-    scored = seq.sampling.prompt_logprobs is not None or seq.request.pooling is Pooling.MEAN
-    if seq.scope in (RouteScope.BATCH, RouteScope.REQUEST) or scored:
+    """The name under which a sequence's KV may be shared: of its owner and its exact route. None if it may not be,
+    since its route is its batch's or is not known yet, or since all of its prompt has to be seen: scored, or
+    averaged."""
+    unrouted = seq.routes_itself and seq.route is None
+    seen = seq.sampling.prompt_logprobs is not None or seq.request.pooling is Pooling.MEAN
+    if unrouted or seq.scope is RouteScope.BATCH or seen:
         return None
-    adapter = (seq.adapter.name, seq.adapter.generation) if seq.adapter else None
-    stretched = seq.num_prompt if rope_limit is not None and seq.num_prompt > rope_limit else None
-    return repr((seq.request.cache_salt, adapter, stretched)).encode()
+    route = (seq.route.group, seq.route.weights) if seq.route else None
+    return repr((*owner(seq, rope_limit), route)).encode()
 
 
 class Scheduler:
-    """Waiting and running sequences. `max_tokens` and `max_seqs` bound one step; `rope_limit` is cache_namespace's."""
+    """Waiting and running sequences. `max_tokens` and `max_seqs` bound one step; `rope_limit` is owner's."""
 
     def __init__(self, blocks: BlockManager, max_tokens: int, max_seqs: int, rope_limit: int | None = None):
         self.blocks = blocks
         self.rope_limit = rope_limit
+        # Every route with KV in the cache has a block of its own there.
+        self.routes = RouteCache(blocks.num_blocks, rope_limit)
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.waiting: deque[Sequence] = deque()
@@ -86,7 +89,7 @@ class Scheduler:
 
     def _count(self, seq: Sequence, budget: int, room: int) -> int:
         """How many of a sequence's tokens the step takes, if `room` is left for prompts."""
-        left = len(seq) - seq.num_computed
+        left = (seq.route_tokens if seq.routing else len(seq)) - seq.num_computed
         whole = left == 1 or seq.scope is RouteScope.BATCH
         return max(min(left, budget if whole else min(budget, room)), 0)
 
@@ -158,6 +161,9 @@ class Scheduler:
 
     def _place(self, seq: Sequence) -> bool:
         """Blocks for a waiting sequence, cached ones first; at least its last token is left to compute."""
+        if seq.routes_itself and seq.route is None:
+            seq.route = self.routes.find(seq)
+            seq.routing = seq.routing and seq.route is None
         size = self.blocks.block_size
         reuse = self.blocks.match(self._hashes(seq, (len(seq) - 1) // size))
         need = self.blocks.blocks_for(len(seq)) - len(reuse)
@@ -180,6 +186,11 @@ class Scheduler:
             start = len(known) * size
             known.append(chain(known[-1] if known else namespace, seq.tokens[start : start + size]))
         return known[:count]
+
+    def routed(self, seq: Sequence, route: Route) -> None:
+        """Fixes a sequence's own route, and remembers it for prompts that begin with the same tokens."""
+        seq.route = route
+        self.routes.keep(seq)
 
     def computed(self, chunk: ScheduledChunk) -> None:
         """Offers the blocks that this chunk filled for reuse, unless the sequence lost them meanwhile."""

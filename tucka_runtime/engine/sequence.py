@@ -3,7 +3,7 @@
 from array import array
 from enum import Enum
 
-from tucka_runtime.messages import Request, Route, RouteScope, TokenLogprob
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS, Request, Route, RouteScope, TokenLogprob
 
 
 class Status(Enum):
@@ -15,14 +15,15 @@ class Status(Enum):
 class Sequence:
     """What the engine's books have of one sequence.
 
-    Three write in it. The scheduler: `status`, `num_computed`, `block_table`, `block_hashes`, `cached_tokens`. The
-    runner: `routing`, when it finds a long prompt that must be routed first. The engine: the rest, as outcomes arrive,
-    `pending` and `scheduled_at` when a step is launched, and, once a prompt is routed, `num_computed` back to 0.
+    Three write in it. The scheduler: `status`, `num_computed`, `block_table`, `block_hashes`, `cached_tokens`, and
+    `route` where an earlier prompt had it. The runner: `routing`, when it finds a prompt that must be routed first. The
+    engine: the rest, as outcomes arrive, `pending` and `scheduled_at` when a step is launched, and, once a prompt is
+    routed, `num_computed` back to 0.
 
     `num_computed` tokens have their KV in the blocks of `block_table`, or will once the device has done what it was
     given. `pending` counts the tokens that are chosen there and not known here yet: they count as tokens, but `tokens`
-    does not have them. While `routing`, the prompt only goes through the model to be routed, and is computed after
-    that."""
+    does not have them. A route of its own comes from the first `route_tokens` tokens of the prompt, and stays. While
+    `routing`, those only go through the model to be routed, and are computed after that."""
 
     __slots__ = (
         "adapter",
@@ -41,6 +42,8 @@ class Sequence:
         "request",
         "route",
         "route_changes",
+        "route_key",
+        "route_tokens",
         "routing",
         "sampling",
         "scheduled_at",
@@ -50,7 +53,16 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: Request, index: int, scope: RouteScope | None, seed: int, arrived: float):
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        scope: RouteScope | None,
+        seed: int,
+        arrived: float,
+        prefix_tokens: int = ROUTE_PREFIX_TOKENS,
+    ):
+        """`prefix_tokens` is the adapter's number of tokens that route a prompt under the scope "prefix"."""
         prompt = request.prompts[index // request.n]
         self.request = request
         self.index = index
@@ -60,13 +72,15 @@ class Sequence:
         self.seed = seed
         self.tokens = list(prompt)
         self.num_prompt = len(prompt)
+        self.route_tokens = min(prefix_tokens, len(prompt)) if scope is RouteScope.PREFIX else len(prompt)
+        self.route_key: bytes | None = None
         self.pending = 0
         self.num_computed = 0
         self.cached_tokens = 0
         self.block_table = array("i")
         self.block_hashes: list[bytes] = []
         self.status = Status.WAITING
-        self.route: Route | None = None  # request scope: fixed once the prompt was routed
+        self.route: Route | None = None  # its own, once it is known
         self.prompt_route: Route | None = None
         self.last_group = -1
         self.route_changes = 0
@@ -78,6 +92,11 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens) + self.pending
+
+    @property
+    def routes_itself(self) -> bool:
+        """Whether it has a route of its own, from its prompt alone, which stays."""
+        return self.scope in (RouteScope.REQUEST, RouteScope.PREFIX)
 
     @property
     def num_generated(self) -> int:

@@ -20,7 +20,7 @@ from tucka_runtime.errors import (
     InvalidAdapterError,
     ModelNotFoundError,
 )
-from tucka_runtime.messages import AdapterKey, Route, RouteScope
+from tucka_runtime.messages import AdapterKey, Route
 
 KEY = AdapterKey("a", 1)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -248,13 +248,6 @@ def test_an_unloaded_adapter_stays_until_its_last_lease_ends(store: AdapterStore
     store.unload(AdapterKey("b", 2))
     store.unload(AdapterKey("b", 1))
     assert AdapterKey("b", 1) not in store.loaded
-
-
-def test_scopes(store: AdapterStore, pieces: tuple[Engine, dict[str, FoldedAdapter]]):
-    for scope in (RouteScope.BATCH, RouteScope.REQUEST):
-        assert store.scope(AdapterKey("a", 1), scope) is scope
-        assert store.scope(AdapterKey("lora", 1), scope) is None
-        assert store.scope(None, scope) is None
 
 
 def test_stacked_sets_are_kept_within_reason(store: AdapterStore):

@@ -128,6 +128,25 @@ def test_training_json_alone_is_other_content(live: Server, roots: Path, name: s
     assert new["digest"] == old["digest"] and new["generation"] > old["generation"]
 
 
+def test_turns_of_a_chat_share_their_kv_under_the_scope_prefix(live: Server, roots: Path, name: str) -> None:
+    """As the adapter's training says, or the request."""
+    folder = roots / "trained-for-prefix"
+    shutil.copytree(ONE, folder)
+    (folder / "training.json").write_text('{"route": "prefix", "route_prefix_tokens": 32}')
+    card = live.post("/v1/adapters", {"name": name, "path": str(folder)}).json()["tucka"]
+    shutil.rmtree(folder)
+    assert (card["scope"], card["route_prefix_tokens"]) == ("prefix", 32)
+    for model, asked, shared in ((name, {}, 96), ("one", {"route": "prefix"}, 96), ("one", {"route": "request"}, 0)):
+        messages = [{"role": "user", "content": "a" * 80}]
+        ask = {"model": model, "max_tokens": 16, "temperature": 0, "include_route": True, "ignore_eos": True, **asked}
+        for turn, cached in enumerate((0, shared)):
+            answer = live.post("/v1/chat/completions", {**ask, "messages": messages}).json()
+            choice = answer["choices"][0]
+            assert choice["route"]["scope"] == asked.get("route", "prefix")
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached, (model, asked, turn)
+            messages += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "more"}]
+
+
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "vllms"])
 def test_row_38_unloaded_in_use(live: Server, ours: bool) -> None:
     name = "leaving"

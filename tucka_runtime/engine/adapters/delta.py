@@ -34,8 +34,8 @@ class AdapterDelta:
     """The adapter of each segment."""
     routes: list[Routes] = field(default_factory=list)
     cores: Tensor | None = None
-    waiting: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    """Segments that are routed when the pass comes to a site."""
+    waiting: dict[tuple[int, int], list[tuple[int, slice]]] = field(default_factory=dict)
+    """Segments that are routed when the pass comes to a site, and the rows that they are routed by."""
     sums: dict[tuple[int, int], list[RouteSum]] = field(default_factory=dict)
     saved: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
     plans: Plans = field(default_factory=dict)
@@ -115,7 +115,8 @@ class AdapterDelta:
                 ready.append(s)
             else:
                 at = routed.router.at
-                self.waiting.setdefault((at.layer, at.site), []).append(s)
+                rows = slice(segment.first, segment.routed_end)
+                self.waiting.setdefault((at.layer, at.site), []).append((s, rows))
         if ready:
             plan = self._plan(ready, [segments[s] for s in ready], device)
             if plan.limits.tokens:
@@ -147,8 +148,8 @@ class AdapterDelta:
         at = (layer, site)
         for part in self.sums.get(at, ()):
             part.add(x)
-        for s in self.waiting.get(at, ()):
-            self._route_here(s, x)
+        for s, rows in self.waiting.get(at, ()):
+            self._route_here(s, x[rows])
         factors = self.active.sites.get(at)
         if factors is None or self.segments is None:
             return None
@@ -175,11 +176,10 @@ class AdapterDelta:
             self.forked = False
 
     def _route_here(self, s: int, x: Tensor) -> None:
-        """Routes a segment by its rows of the router's input."""
+        """Routes a segment by rows x (N, d_in) of the router's input."""
         assert self.active is not None and self.segments is not None
-        first, end, _ = self.segments.spans[s]
         routed = self.active.folded[self.keys[s]].routed
         assert routed is not None
-        groups, weights = self.ops.route_hidden(x[first:end], routed.router.centroids, routed.router.t)
+        groups, weights = self.ops.route_hidden(x, routed.router.centroids, routed.router.t)
         plan = RoutePlan.of_one(routed.parts, self.segments.core_rows[s], groups, weights)
         self._make_cores([s], plan)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAModule, TuckASpec
+from tucka_runtime.config import ROUTE_SCOPES
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedRouter, TuckACores, Where
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.kernels.ops import Ops
@@ -68,7 +69,10 @@ def fold(
     routed = None
     if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
-        router = _router(where[adapter.router], adapter.ec.to(device), c.shape[1], saved, arch, weights, ops)
+        table = _table(where[adapter.router], adapter.ec.to(device), saved, arch, weights, ops)
+        router = FoldedRouter(
+            where[adapter.router], c.shape[1], adapter.ec.to(device), table, adapter.route_prefix_tokens
+        )
         numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
         routed = TuckACores(torch.tensor(numbers, dtype=torch.int64).to(device), g, c, router)
     folded = FoldedAdapter(key, factors, routed, saved)
@@ -127,7 +131,7 @@ def describe(
     scope = None
     if tucka is not None:
         trained = (adapter.training or {}).get("route")
-        scope = RouteScope(trained) if trained in (RouteScope.BATCH, RouteScope.REQUEST) else None
+        scope = RouteScope(trained) if trained in ROUTE_SCOPES else None
         scope = RouteScope.PINNED if pinned is not None else scope
     return AdapterInfo(
         key=folded.key,
@@ -144,6 +148,7 @@ def describe(
         scope=scope,
         bytes=folded.num_bytes,
         training=adapter.training,
+        route_prefix_tokens=folded.routed.router.prefix_tokens if folded.routed else None,
         load_seconds=load_seconds,
     )
 
@@ -165,15 +170,15 @@ def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
     return core
 
 
-def _router(
-    at: Where, ec: Tensor, t: int, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
-) -> FoldedRouter:
-    """A lookup table where the router's input is a function of the token alone, else the centroids."""
+def _table(
+    at: Where, ec: Tensor, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
+) -> Tensor | None:
+    """The router's logits of every token where its input is a function of the token alone, else None."""
     if not _has_table(at, arch):
-        return FoldedRouter(at, t, centroids=ec, table=None)
+        return None
     embed = saved.get(f"{arch.embed}.weight", weights.embed)
     norm_path = arch.path(0, arch.input_norm)
     weight, bias = weights.layers[0].input_norm
     norm = (saved.get(f"{norm_path}.weight", weight), saved.get(f"{norm_path}.bias", bias) if arch.norm_bias else None)
     rows = [ops.norm(part, *norm, arch.eps).float() @ ec.T for part in embed.split(TABLE_ROWS)]
-    return FoldedRouter(at, t, centroids=ec, table=torch.cat(rows))
+    return torch.cat(rows)

@@ -22,12 +22,14 @@ class Where:
 @dataclass(frozen=True, eq=False)
 class FoldedRouter:
     """Where an adapter is routed: centroids (k·t, d) fp32, and, where the router's input is a function of the token
-    alone, their products with every token's input as a table (vocab, k·t) fp32."""
+    alone, their products with every token's input as a table (vocab, k·t) fp32. `prefix_tokens` tokens of a prompt
+    route it under the scope "prefix"."""
 
     at: Where
     t: int
     centroids: Tensor
     table: Tensor | None
+    prefix_tokens: int
 
 
 @dataclass(frozen=True, eq=False)

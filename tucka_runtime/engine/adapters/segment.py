@@ -16,8 +16,9 @@ from tucka_runtime.messages import AdapterKey, Route
 class Segment:
     """Rows first..end of a batch that share an adapter and a route.
 
-    The route is `given`, or comes from the tokens `ids`, or, where the adapter has no table of them, from the segment's
-    router inputs. `ids` are those of the `prompt` if there is one, else of the rows.
+    The route is `given`, or comes from the tokens `ids`, or, where the adapter has no table of them, from the router's
+    inputs. `ids` are those of the `prompt`, the tokens that a sequence of its own is routed by, if there is one, else
+    of the rows; router inputs are those of the same tokens.
     """
 
     first: int
@@ -26,6 +27,12 @@ class Segment:
     given: Route | None = None
     prompt: list[int] | None = None
     ids: Tensor | None = None
+
+    @property
+    def routed_end(self) -> int:
+        """The end of the rows whose router inputs are the route's. All of a prompt's tokens that count are in its first
+        chunk where it is not routed before (ModelRunner._start_routing)."""
+        return self.end if self.prompt is None else self.first + len(self.prompt)
 
 
 @dataclass(eq=False)

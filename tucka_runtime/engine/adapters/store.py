@@ -10,7 +10,7 @@ from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, ModelNotFoundError
-from tucka_runtime.messages import AdapterKey, RouteScope
+from tucka_runtime.messages import AdapterKey
 from tucka_runtime.models.architecture import Architecture
 
 ACTIVE_SETS = 4  # stacked sets kept for batches that come back, as when two groups of adapters take turns
@@ -115,9 +115,3 @@ class AdapterStore:
         if len(self.active) > ACTIVE_SETS:
             self.active.popitem(last=False)
         return active
-
-    def scope(self, key: AdapterKey | None, wanted: RouteScope | None) -> RouteScope | None:
-        """The scope that a request gets: its own for a routed adapter, none for the base, LoRA and pinned ones."""
-        if key is None or (entry := self.loaded.get(key)) is None or entry.folded.routed is None:
-            return None
-        return wanted
