@@ -23,7 +23,7 @@ ROUNDS = 50
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCost:
     """Launches of a layer, and microseconds of this process that they take beside the base's products."""
 
     what: str
@@ -49,7 +49,7 @@ class Nothing(launch.Starter):
         self.count += 1
 
 
-def layers() -> list[Layer]:
+def layers() -> list[LayerCost]:
     """A layer of a mixed step, 64 decoding rows and 236 of a prompt, with adapters on all seven linears and without.
     Widths are tiny: the host does the same for any."""
     nothing = Nothing()
@@ -64,7 +64,7 @@ def layers() -> list[Layer]:
                 begin = time.perf_counter()
                 call()
                 rounds.append(time.perf_counter() - begin)
-            out.append(Layer(what, count, looked_up, min(rounds) * 1e6))
+            out.append(LayerCost(what, count, looked_up, min(rounds) * 1e6))
     return out
 
 
@@ -100,7 +100,7 @@ def _layer(adapted: bool) -> Callable[[], None]:
     return partial(torch.inference_mode()(call))
 
 
-def table(found: list[Layer]) -> str:
+def table(found: list[LayerCost]) -> str:
     """One line per layer."""
     lines = [f"{'a layer':24}{'launches':>10}{'us':>8}{'us a launch':>13}"]
     lines += [f"{x.what:24}{x.launches:10}{x.micros:8.0f}{x.micros / x.launches:13.1f}" for x in found]

@@ -13,7 +13,7 @@ from tucka_runtime.server.api.logprobs import chat_logprobs
 from tucka_runtime.server.api.rendering import for_template, rendering
 from tucka_runtime.server.api.sampling import num_logprobs, num_sequences
 from tucka_runtime.server.api.tools import tools_of
-from tucka_runtime.server.api.turn import Turn, ask
+from tucka_runtime.server.api.turn import ChatTurn, ask
 from tucka_runtime.server.service.events import CallArguments, CallBegun, Event, Message, Reasoning, Text
 from tucka_runtime.server.service.generation import ChoiceDelta
 from tucka_runtime.server.service.service import Service
@@ -26,7 +26,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
     max_tokens, param = _max_tokens(body)
     asked = await ask(
         context,
-        Turn(
+        ChatTurn(
             body=body,
             messages=for_template(body.messages),
             tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),

@@ -23,7 +23,7 @@ from tucka_runtime.tokenizer import unshielded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class ChatTurn:
     """A turn as it is asked for. `messages` are those that chat templates know, `rendering` what else these are told.
     `max_tokens` None: all that the context leaves. `grammar` is what the answer has to match; not with forced calls.
     `thoughts`: they are told apart from the answer. `messages_param` and `max_tokens_param` are what the door's body
@@ -63,7 +63,7 @@ async def render(
     return await service.render_chat(messages, rendering, param)
 
 
-async def ask(context: Context, turn: Turn) -> Asked:
+async def ask(context: Context, turn: ChatTurn) -> Asked:
     """Renders, tokenises and checks a turn. Raises InvalidRequestError."""
     body, service = turn.body, context.service
     grammar = _grammar(service, turn)
@@ -83,7 +83,7 @@ async def ask(context: Context, turn: Turn) -> Asked:
     return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
 
 
-def _grammar(service: Service, turn: Turn) -> str | None:
+def _grammar(service: Service, turn: ChatTurn) -> str | None:
     calls = calls_grammar(turn.tools, FORMATS[service.call_format], service.text_tokenizer("tools"))
     if calls is not None and turn.grammar is not None:
         raise InvalidRequestError(

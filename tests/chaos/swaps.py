@@ -3,11 +3,9 @@
 Two phases against the embedded default, on its own port:
 
 - Swaps: streams of base and adapters run without end while one adapter's name changes between two contents, so many
-times
-  a second. Printed is the time between two tokens without and with it; right is a p99 of at most --ratio times.
+  times a second. Printed is the time between two tokens without and with it; right is a p99 of at most --ratio times.
 - Copies: so many loads of so many MiB at once, which are refused once they are copied, while text requests come one
-after
-  the other. Printed is their first token's time without and with it.
+  after the other. Printed is their first token's time without and with it.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from tucka_runtime.engine.adapters.segment import Routes, Segment, core_rows, ro
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen, known_ids, segment
 from tucka_runtime.engine.decoder import Decoder
-from tucka_runtime.engine.graph_shape import Shape
+from tucka_runtime.engine.graph_shape import GraphShape
 from tucka_runtime.engine.sampler import draws
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
@@ -98,7 +98,7 @@ class Bucket:
     """One graph: `fill` writes a batch of up to `rows` decoding sequences, `run` runs it; then `logits` (rows, vocab)
     and `tokens` (rows,) are there, what stands beyond the batch meaning nothing."""
 
-    def __init__(self, shared: Shared, shape: Shape):
+    def __init__(self, shared: Shared, shape: GraphShape):
         self.shared, self.shape, self.rows = shared, shape, shape.rows
         self.cores = shared.cores(shape.limits.core_rank)
         self.fields = self._make_fields()

@@ -17,7 +17,7 @@ from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen
 from tucka_runtime.engine.bucket import Bucket, Shared
 from tucka_runtime.engine.decoder import Decoder
-from tucka_runtime.engine.graph_shape import Limits, Shape
+from tucka_runtime.engine.graph_shape import GraphShape, Limits
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence
 
@@ -64,8 +64,8 @@ class CudaGraphs:
             side=torch.cuda.Stream(table.device) if cuda else None,
             capturing=torch.cuda.Stream(table.device) if cuda else None,
         )
-        self.buckets: dict[Shape, Bucket] = {}
-        self.missed: dict[Shape, None] = {}
+        self.buckets: dict[GraphShape, Bucket] = {}
+        self.missed: dict[GraphShape, None] = {}
         """What batches wanted, in this order, and were served by a bucket of more."""
         self._known: tuple[ActiveSet | None, frozenset[int], Limits] = None, frozenset(), Limits()
         """The last active set, its kinds of sites and its limits."""
@@ -95,16 +95,16 @@ class CudaGraphs:
             return min(able, key=lambda bucket: bucket.shape.cost)
         return self._add(shape) if len(self.buckets) < MOST else None
 
-    def _shape(self, count: int, active: ActiveSet | None) -> Shape:
+    def _shape(self, count: int, active: ActiveSet | None) -> GraphShape:
         """Which sites have adapters, of the four of a layer, and how large those are makes another bucket: a site
         without costs nothing, and one large adapter does not make the batches of small ones slower."""
         if active is not self._known[0]:
             folded = active.folded.values() if active else ()
             self._known = active, frozenset(s for _, s in active.sites) if active else frozenset(), Limits.of(folded)
         size = next(s for s in self.sizes if s >= count)
-        return Shape(size, *self._known[1:])
+        return GraphShape(size, *self._known[1:])
 
-    def _add(self, shape: Shape) -> Bucket:
+    def _add(self, shape: GraphShape) -> Bucket:
         self.buckets[shape] = Bucket(self.shared, shape)
         return self.buckets[shape]
 
@@ -119,22 +119,22 @@ class CudaGraphs:
                 return True
         return False
 
-    def _wanted(self, adapters: Collection[FoldedAdapter]) -> Iterator[Shape]:
+    def _wanted(self, adapters: Collection[FoldedAdapter]) -> Iterator[GraphShape]:
         """The largest first: the others fit into the memory that it leaves in the pool."""
         alone = dict.fromkeys((_kinds([folded]), Limits.of([folded])) for folded in adapters)
         if adapters:
             alone[_kinds(adapters), Limits.of(adapters)] = None
-        return (Shape(size, *own) for own in alone for size in reversed(self.sizes))
+        return (GraphShape(size, *own) for own in alone for size in reversed(self.sizes))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Captures every size without adapters, and the least and the largest with adapters everywhere, which compiles
         what most of them need, and can run what has not been captured yet."""
         for size in reversed(self.sizes):
-            self._add(Shape(size))
+            self._add(GraphShape(size))
         everywhere = frozenset(range(len(self.shared.table.arch.sites)))
         for size in (self.sizes[-1], self.sizes[0]):
-            self._add(Shape(size, everywhere))
+            self._add(GraphShape(size, everywhere))
 
 
 def _kinds(adapters: Iterable[FoldedAdapter]) -> frozenset[int]:

@@ -32,14 +32,14 @@ class Limits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class GraphShape:
     """What a graph was captured for: rows, the sites of a layer with adapters, and the limits of those."""
 
     rows: int
     kinds: frozenset[int] = frozenset()
     limits: Limits = Limits()  # noqa: RUF009 (it cannot be changed)
 
-    def serves(self, other: "Shape") -> bool:
+    def serves(self, other: "GraphShape") -> bool:
         """Whether a graph of this shape can run a batch of the other."""
         within = all(mine >= theirs for mine, theirs in zip(self.limits, other.limits, strict=True))
         return self.rows >= other.rows and self.kinds >= other.kinds and within
