@@ -9,6 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits
+from llguidance.gbnf_to_lark import any_to_lark
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -32,6 +33,29 @@ JSON_OPTIONS: "JsonCompileOptions" = {
 def of_schema(schema: str) -> str:
     """The grammar of a JSON schema, an object as text. Raises ValueError if it is no such text."""
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+
+
+def of_regex(regex: str) -> str:
+    """The grammar of what a regular expression matches from begin to end."""
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def of_choice(choice: list[str]) -> str:
+    """The grammar of one text out of several."""
+    return "start: " + " | ".join(json.dumps(text) for text in choice)
+
+
+def of_text(text: str) -> str | None:
+    """The grammar that a text in Lark or in GBNF says; None where it is neither."""
+    try:
+        return any_to_lark(text)
+    except Exception:  # the converter has nothing narrower for a rule that is missing
+        return None
+
+
+def usable(grammar: str) -> bool:
+    """Whether a grammar can be followed within LIMITS."""
+    return not LLMatcher.validate_grammar(grammar, limits=LIMITS)
 
 
 def after_thought(grammar: str, begun: bool, begin: str, end: str) -> str:

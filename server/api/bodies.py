@@ -11,6 +11,7 @@ from pydantic import Field
 
 from tucka_runtime.server.api.conversation import Messages, NamedTool, RenderingFields
 from tucka_runtime.server.api.values import (
+    MAX_CHOICES,
     MAX_EXPERTS,
     MAX_STOP_CHARS,
     AllowedTokenIds,
@@ -59,6 +60,30 @@ class JsonSchemaFormat(Body):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+Choice = Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+
+class StructuredOutputsUnsupported(Body, without_effect=True):
+    """What vLLM's engine is told besides: how to look for a way to follow it, and blanks, which are ours to choose."""
+
+    backend: str | None = None
+    disable_any_whitespace: Off = None
+    disable_fallback: bool | None = None
+    disable_additional_properties: Off = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
+
+
+class StructuredOutputs(StructuredOutputsUnsupported):
+    """vLLM's."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: NonEmpty | None = None
+    choice: Choice | None = None
+    grammar: NonEmpty | None = None
+    json_object: bool | None = None
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -78,6 +103,7 @@ class WithoutEffect(Body, without_effect=True):
     length_penalty: float | None = None
     """Of beam search, as is `early_stopping`."""
     early_stopping: bool | None = None
+    guided_decoding_backend: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
     stream_reasoning: bool | None = None
@@ -109,15 +135,6 @@ class Unsupported(Body, without_effect=True):
     web_search_options: None = None
     logits_processors: Nothing = None
     kv_transfer_params: Nothing = None
-    structured_outputs: None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
-    guided_decoding_backend: None = None
-    regex: None = None
-    ebnf: None = None
-    json_schema: None = None
     stop_regex: Nothing = None
     session_params: Nothing = None
 
@@ -161,6 +178,14 @@ class GenerationBody(SamplingBody, WithoutEffect, Unsupported):
     best_of: int | None = None
     max_tokens: int | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: NonEmpty | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: NonEmpty | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: NonEmpty | None = None
+    ebnf: NonEmpty | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream_options: StreamOptions | None = None

@@ -5,7 +5,7 @@ from typing import Any
 
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import FinishReason
-from tucka_runtime.server.api import fields
+from tucka_runtime.server.api import fields, structured
 from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import ChatBody
 from tucka_runtime.server.api.door import Context, Door, Opened
@@ -34,7 +34,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             max_tokens=max_tokens,
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
-            grammar=fields.grammar(body),
+            grammar=structured.grammar(body),
             thoughts=body.separate_reasoning is not False,
             max_tokens_param=param,
         ),

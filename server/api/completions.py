@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tucka_runtime.messages import Request, TokenLogprob
-from tucka_runtime.server.api import fields
+from tucka_runtime.server.api import fields, structured
 from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import CompletionBody
 from tucka_runtime.server.api.door import Context, Door, Opened
@@ -28,7 +28,7 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
         service, prompts, "prompt", body.add_special_tokens is not False, body.split_special_tokens is True
     )
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
-    grammar = fields.grammar(body)
+    grammar = structured.grammar(body)
     sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
     for param, needed in (("stop", bool(sampling.stop)), ("response_format", grammar is not None)):
         if needed:

@@ -1,21 +1,8 @@
 """What a body's fields mean for this model and server: the checks that its types cannot say."""
 
-import json
-from typing import Any
-
-from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Route
-from tucka_runtime.server.api.bodies import (
-    GenerationBody,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    PinnedRoute,
-    StreamOptions,
-    TextFormat,
-)
-
-MAX_SCHEMA_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
+from tucka_runtime.server.api.bodies import PinnedRoute, StreamOptions
 
 
 def token_ids(value: list[int], vocab_size: int, param: str) -> list[int]:
@@ -51,31 +38,6 @@ def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
             raise InvalidRequestError("`logit_bias` names the same token id twice.", "logit_bias")
         biases[int(key)] = bias
     return tuple(biases.items())
-
-
-def grammar(body: GenerationBody) -> str | None:
-    """The grammar that the answer has to match; None where it is free. Raises InvalidRequestError."""
-    return response_format(body.response_format)
-
-
-def response_format(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> str | None:
-    """The same for `response_format`: `json_object` without a schema is any object."""
-    if value is None or isinstance(value, TextFormat):
-        return None
-    if isinstance(value, JsonSchemaFormat):
-        return schema_grammar(value.json_schema.schema_, "response_format")
-    own = value.schema_ if value.value is None else value.value
-    return schema_grammar({"type": "object"} if own is None else own, "response_format")
-
-
-def schema_grammar(schema: dict[str, Any], param: str) -> str:
-    """The grammar of a JSON schema. Raises InvalidRequestError."""
-    text = json.dumps(schema)
-    if len(text) > MAX_SCHEMA_CHARS:
-        raise InvalidRequestError(f"The JSON schema has more than {MAX_SCHEMA_CHARS} characters.", param)
-    if reason := grammars.check_schema(text):
-        raise InvalidRequestError(f"The JSON schema cannot be used: {reason}.", param)
-    return grammars.of_schema(text)
 
 
 def stream_options(stream: bool, options: StreamOptions | None) -> StreamOptions:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.conversation import NamedTool, ToolBody
-from tucka_runtime.server.api.fields import MAX_SCHEMA_CHARS
+from tucka_runtime.server.api.structured import MAX_GRAMMAR_CHARS
 from tucka_runtime.server.service.calls import CallFormat
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -96,9 +96,9 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
     if not (forced := tools.forced):
         return None
     schemas = [json.dumps(_NO_PARAMETERS if f.parameters is None else f.parameters) for f in forced]
-    if sum(map(len, schemas)) > MAX_SCHEMA_CHARS:
+    if sum(map(len, schemas)) > MAX_GRAMMAR_CHARS:
         raise InvalidRequestError(
-            f"The functions one of which has to be called have schemas of more than {MAX_SCHEMA_CHARS} characters. "
+            f"The functions one of which has to be called have schemas of more than {MAX_GRAMMAR_CHARS} characters. "
             "Name the one to call in `tool_choice`, or leave the choice to the model.",
             "tools",
         )

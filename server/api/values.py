@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_CHOICES = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_CACHE_SALT_CHARS = 256
 MAX_EXPERTS = 4096  # weights of a pinned route

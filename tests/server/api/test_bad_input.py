@@ -123,7 +123,7 @@ def test_row_1_malformed_bodies(live: Server, path: str, content: bytes) -> None
         ("repetition_penalty", 0), ("ignore_eos", 0), ("min_tokens", -1), ("min_tokens", 5),
         ("stop_token_ids", ["1"]), ("stop_token_ids", [True]), ("stop_token_ids", {"a": 1}),
         ("route", "pinned"), ("route", SECRET), ("route", 1), ("include_route", "yes"), ("stream_options", {}),
-        ("user", 5), ("metadata", []), ("parallel_tool_calls", 1), ("add_special_tokens", 1), ("model", 5),
+        ("user", 5), ("metadata", []), ("add_special_tokens", 1), ("model", 5),
         ("model", ""), ("model", ["llama-tiny"]), ("prompt", True), ("prompt", 5), ("prompt", {"a": 1}),
     ],
 )  # fmt: skip
@@ -420,8 +420,9 @@ def test_row_17_messages(live: Server, messages: object) -> None:
     ("field", "value"),
     [
         ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"messages": 1}), ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("guided_regex", "(a+)+$"),
-        ("guided_json", {}), ("structured_outputs", {"regex": "a"}), ("functions", [{}]), ("modalities", ["audio"]),
+        ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("guided_regex", "(a+"),
+        ("guided_json", 5), ("structured_outputs", {"whitespace_pattern": " "}), ("functions", [{}]),
+        ("modalities", ["audio"]), ("parallel_tool_calls", 1),
         ("audio", {"voice": "x"}), ("reasoning_effort", 1), ("store", "yes"), ("prediction", {}),
         ("service_tier", "flex"),        ("logits_processors", ["os.system"]), ("use_beam_search", True),
         ("lora_path", "one"), ("echo", True),
