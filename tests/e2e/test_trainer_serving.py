@@ -28,6 +28,7 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "tie_word_embeddings": False, "initializer_range": 0.1,
 }  # fmt: skip
+ROUTED = {"request": "mixed", "prefix": "prefix", "batch": "mixed"}
 TOKENIZER = build_tokenizer()
 
 
@@ -85,28 +86,37 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     assert server.wait(30) == 0
 
 
-@pytest.mark.parametrize(("method", "steps"), [("tucka", 40), ("lora", 12)])
-def test_published_adapter_answers_with_the_measured_accuracy(place: Place, method: str, steps: int) -> None:
-    training = place.train(method, "--method", method, "--steps", str(steps))
+@pytest.mark.parametrize(
+    ("name", "steps", "flags"),
+    [
+        ("tucka", 40, ()),
+        ("prefix", 20, ("--route-batch", "prefix", "--route-prefix-tokens", "4")),
+        ("lora", 12, ("--method", "lora")),
+    ],
+)
+def test_published_adapter_answers_with_the_measured_accuracy(
+    place: Place, name: str, steps: int, flags: tuple[str, ...]
+) -> None:
+    training = place.train(name, "--steps", str(steps), *flags)
     right = []
     for example in place.held():
         prompt, answer = (
             TOKENIZER.decode(list(ids)) for ids in (example.ids[: example.start], example.ids[example.start : -1])
         )
-        said = place.ask(model=method, prompt=prompt)  # routed as training.json says, a route a request
+        said = place.ask(model=name, prompt=prompt)  # routed as training.json says, a route a request
         right.append(said["text"] == answer and said["finish_reason"] == "stop")
     assert sum(right) / len(right) == training["eval"]["exact_match"]
     assert 0 < sum(right) < len(right), "the figures must be able to differ"
 
 
-@pytest.mark.parametrize("scope", ["request", "batch"])
+@pytest.mark.parametrize("scope", ["request", "prefix", "batch"])
 def test_server_and_plain_peft_agree(place: Place, scope: str) -> None:
     """Log-probabilities of the whole vocabulary over HTTP against the logits of `PeftModel.from_pretrained`."""
     name = f"agree-{scope}"
-    place.train(name, "--steps", "6")
+    place.train(name, "--steps", "6", "--route-prefix-tokens", "4", "--route-batch", ROUTED[scope])
     base = AutoModelForCausalLM.from_pretrained(place.folder / "base")
     model = PeftModel.from_pretrained(base, str(place.folder / name)).eval()
-    set_route_scope(model, scope)
+    set_route_scope(model, scope, prefix_tokens=4)
     for example in place.held()[:3]:
         prompt = list(example.ids[: example.start])
         said = place.ask(

@@ -121,7 +121,9 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0 and rates[-1] < 0.01
 
 
-@pytest.mark.parametrize("fields", [{"steps": 0}, {"steps": 1, "lr": 0}, {"steps": 1, "patience": 2}])
+@pytest.mark.parametrize(
+    "fields", [{"steps": 0}, {"steps": 1, "lr": 0}, {"steps": 1, "patience": 2}, {"steps": 1, "route_prefix_tokens": 0}]
+)
 def test_bad_loop_settings_are_refused(fields):
     with pytest.raises(ConfigError):
         LoopConfig(**fields)
@@ -143,6 +145,22 @@ def test_teacher_forcing_agrees_with_decoding():
 @pytest.fixture
 def workplace(tmp_path):
     return make_workplace(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), ("request", None)),
+        (("--route-batch", "batch"), ("batch", None)),
+        (("--route-batch", "per-sample"), ("request", None)),
+        (("--route-batch", "prefix"), ("prefix", 64)),
+        (("--route-batch", "prefix", "--route-prefix-tokens", "16"), ("prefix", 16)),
+    ],
+)
+def test_an_adapter_says_how_it_was_routed(workplace, flags, said):
+    assert train(workplace, "--steps", "1", *flags) == 0
+    training = json.loads((workplace / "out" / "training.json").read_text())
+    assert (training["route"], training.get("route_prefix_tokens")) == said
 
 
 @pytest.mark.parametrize("method", ["tucka", "lora"])

@@ -127,14 +127,38 @@ def test_padding_does_not_change_the_route():
     torch.testing.assert_close(routers(model)["default"].route.weights, padded)
 
 
-def test_request_scope_is_kept_while_decoding():
+@pytest.mark.parametrize("scope", ["request", "prefix"])
+def test_a_requests_own_route_is_kept_while_decoding(scope):
     model = get_peft_model(llama(), tucka(ec_perturb_scale=5)).eval()
     logits(model)
-    set_route_scope(model, "request")
+    set_route_scope(model, scope, prefix_tokens=2)
     both = model.generate(input_ids=IDS, max_new_tokens=6, do_sample=False)
     for row in range(2):
         alone = model.generate(input_ids=IDS[row : row + 1], max_new_tokens=6, do_sample=False)
         assert alone.tolist() == both[row : row + 1].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_prefix_scope_is_request_scope_of_the_first_tokens(count):
+    """Padding on either side, and labels, which end a prompt before its text."""
+    model = get_peft_model(llama(), tucka(ec_perturb_scale=5)).eval()
+    logits(model)
+    row = [3, 4, 5, 6, 7, 9, 10]
+    set_route_scope(model, "request")
+    logits(model, torch.tensor([row[:count]]))
+    first = routers(model)["default"].route.weights
+    logits(model, torch.tensor([row[: min(count, 4)]]))
+    of_prompt = routers(model)["default"].route.weights
+    set_route_scope(model, "prefix", prefix_tokens=count)
+    for left, right in ((0, 0), (2, 0), (0, 2)):
+        ids = torch.tensor([[0] * left + row + [0] * right])
+        mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right])
+        logits(model, ids, attention_mask=mask)
+        torch.testing.assert_close(routers(model)["default"].route.weights, first)
+        labels = ids.clone()
+        labels[:, : left + 4] = -100
+        logits(model, ids, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(routers(model)["default"].route.weights, of_prompt)
 
 
 def test_decode_scope_is_batch_scope_alone():

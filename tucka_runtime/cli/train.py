@@ -108,7 +108,8 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
     check_limits(settings)
     config = LoopConfig(
         steps=args.steps or 1, batch_size=args.batch_size, accumulate=args.accumulate, lr=args.lr, warmup=args.warmup,
-        weight_decay=args.weight_decay, route_batch=args.route_batch, eval_every=args.eval_every or 1,
+        weight_decay=args.weight_decay, route_batch=args.route_batch,
+        route_prefix_tokens=args.route_prefix_tokens, eval_every=args.eval_every or 1,
         patience=args.patience, checkpoint_every=args.checkpoint_every or 0, seed=args.seed,
     )  # fmt: skip
     return settings, config

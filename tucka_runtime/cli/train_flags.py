@@ -12,6 +12,7 @@ import yaml
 
 from tucka_runtime.client import KEY_VARIABLES
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ FLAGS = (
     Flag("centroids", "data", "set them from the first batch, or draw them", choices=("data", "kaiming")),
     Flag("ec_perturb_scale", 1.0, "noise around the first batch's mean"),
     Flag("balance", 0.0, "step of the load-balancing bias; 0 is off", metavar="GAMMA"),
-    Flag("route_batch", "mixed", "which tokens share a route", choices=("batch", "per-sample", "mixed")),
+    Flag("route_batch", "mixed", "which tokens share a route", choices=("batch", "per-sample", "prefix", "mixed")),
+    Flag("route_prefix_tokens", ROUTE_PREFIX_TOKENS, "tokens of a prompt that route it, with --route-batch prefix"),
     Flag("epochs", 3.0, "passes over the data"),
     Flag("steps", None, "optimiser steps", "what --epochs makes", int),
     Flag("batch_size", 32, "records in a batch"),

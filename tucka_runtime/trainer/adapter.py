@@ -191,7 +191,9 @@ def manifest(
         "warnings": warnings,
     }  # fmt: skip
     if router is not None:
-        out["route"] = "batch" if loop.route_batch == "batch" else "request"
+        out["route"] = loop.served_scope
+        if loop.served_scope == "prefix":
+            out["route_prefix_tokens"] = loop.route_prefix_tokens
         out["routing"] = router.statistics()
     if result is not None:
         out["eval"] = {

@@ -14,6 +14,7 @@ from torch import nn
 
 from tucka_runtime.adapters.files import write_file
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.data import Example, collate, epoch
 from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
 from tucka_runtime.trainer.model import set_route_scope
@@ -21,8 +22,13 @@ from tucka_runtime.trainer.progress import Step, TrainingProgress
 
 CHECKPOINT = "checkpoint.pt"
 
-# What --route-batch means: which scopes the steps of a run take in turn.
-ROUTES = {"batch": ("batch",), "per-sample": ("request",), "mixed": ("request", "decode", "batch")}
+# What --route-batch means: which scopes the steps of a run take in turn. Of these a server takes the first.
+ROUTES = {
+    "batch": ("batch",),
+    "per-sample": ("request",),
+    "prefix": ("prefix",),
+    "mixed": ("request", "decode", "batch"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,14 @@ class LoopConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     route_batch: str = "per-sample"
+    route_prefix_tokens: int = ROUTE_PREFIX_TOKENS
     eval_every: int = 0
     patience: int = 0
     checkpoint_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
+        for name in ("steps", "batch_size", "accumulate", "route_prefix_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
         if self.lr <= 0 or not 0 <= self.warmup < 1:
@@ -52,6 +59,11 @@ class LoopConfig:
             raise ConfigError(f"route_batch must be one of {', '.join(ROUTES)}")
         if self.patience and not self.eval_every:
             raise ConfigError("patience counts evaluations: set eval_every too")
+
+    @property
+    def served_scope(self) -> str:
+        """The route scope that a server takes for what was trained so."""
+        return ROUTES[self.route_batch][0]
 
 
 @dataclass
@@ -144,7 +156,7 @@ class Loop:
         c = self.config
         if self.router is not None:
             scopes = ROUTES[c.route_batch]
-            set_route_scope(self.model, scopes[self.step % len(scopes)])
+            self._route(scopes[self.step % len(scopes)])
             # Serving has no balancing bias: fade it out, so that the routes that were learnt are the ones served.
             self.router.bias_scale = max(0.0, 1 - 2 * self.step / c.steps)
             before = self.router.counts.clone()
@@ -169,10 +181,13 @@ class Loop:
         load = [] if self.router is None else (self.router.counts - before).tolist()
         return total, load, sum(int(mask.sum()) for _, mask, _ in batches)
 
+    def _route(self, scope: str) -> None:
+        set_route_scope(self.model, scope, prefix_tokens=self.config.route_prefix_tokens)
+
     def evaluate(self) -> Evaluation:
         """Held-out figures under the scope that serving would take."""
         if self.router is not None:
-            set_route_scope(self.model, "batch" if self.config.route_batch == "batch" else "request")
+            self._route(self.config.served_scope)
         by_task_size = 64
         return evaluate(self.model, self.held, self.pad, self.device, by_task_size, self.router)
 

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.layer import TuckALayer
 from tucka_runtime.trainer.routing import SCOPES, TrainingRouter
@@ -137,13 +138,19 @@ def routers(model: nn.Module) -> dict[str, TrainingRouter]:
     raise ValueError("The model has no TuckA adapter. Make one with get_peft_model(model, TuckAConfig(...)).")
 
 
-def set_route_scope(model: nn.Module, scope: str, adapters: Iterable[str] | None = None) -> None:
-    """Choose which tokens share a route (routing.SCOPES), for all adapters or those named."""
+def set_route_scope(
+    model: nn.Module,
+    scope: str,
+    adapters: Iterable[str] | None = None,
+    prefix_tokens: int = ROUTE_PREFIX_TOKENS,
+) -> None:
+    """Choose which tokens share a route (routing.SCOPES), for all adapters or those named; under "prefix" those are the
+    first `prefix_tokens` of each prompt."""
     if scope not in SCOPES:
         raise ValueError(f"The route scope is one of {', '.join(SCOPES)}, not {scope!r}.")
     found = routers(model)
     for name in found if adapters is None else adapters:
-        found[name].scope = scope
+        found[name].scope, found[name].prefix_tokens = scope, prefix_tokens
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@
 - "batch": all of the forward's tokens, one route (the paper);
 - "request": each row its own route, from its prompt (tokens whose label is -100 where labels are given), kept while
   the row decodes. This is what the server computes under `"route": "request"`.
+- "prefix": the same from the first `prefix_tokens` tokens of its prompt, as under `"route": "prefix"`;
 - "decode": each row's prompt as under "request", and each later token by itself: what the server's `batch` scope
   computes for a request that is alone in it.
 
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCOPES = ("batch", "request", "decode")
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
+
+SCOPES = ("batch", "request", "prefix", "decode")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class TrainingRouter:
         self.k, self.t, self.gamma = k, t, gamma
         self.module = ""  # the router module's name, known once the adapter is injected
         self.scope = "batch"
+        self.prefix_tokens = ROUTE_PREFIX_TOKENS
         self.bias = torch.zeros(k)  # balancing: added for the choice of the group only, and only in training
         self.bias_scale = 1.0
         self.reset_statistics()
@@ -99,7 +103,7 @@ class TrainingRouter:
         now.calls += 1
         if now.once and index:  # DeBERTa's query projection sees the relative positions too
             return
-        if now.decoding and self.scope == "request" and now.route is not None:
+        if now.decoding and self.scope in ("request", "prefix") and now.route is not None:
             now.fresh = True
             return
         h = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
@@ -123,8 +127,12 @@ class TrainingRouter:
             return self._mean(h, mask, rows=False)
         if prompt is not None and mask is not None:
             prompt = prompt & mask
-        rows = self._mean(h, mask if prompt is None else prompt, rows=True)
-        if self.scope == "request":
+        counted = mask if prompt is None else prompt
+        if self.scope == "prefix":
+            counted = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if counted is None else counted
+            counted = counted & (counted.cumsum(1) <= self.prefix_tokens)
+        rows = self._mean(h, counted, rows=True)
+        if self.scope in ("request", "prefix"):
             return rows
         if prompt is None:  # no labels: a prefill is all prompt, a decode step stands for itself
             return h.float() if self.current.decoding else rows

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,27 @@ def measure_base(base: Path) -> dict[str, float]:
     return skill_table(model, build_tokenizer())
 
 
-def train_command(base: Path, work: Path, out: Path, name: str, steps: int | None) -> list[str]:
+def train_command(
+    base: Path, work: Path, out: Path, name: str, steps: int | None, more: Sequence[str] = ()
+) -> list[str]:
+    """The training of one adapter, with `more` flags, which win over its own."""
     flags = f"{ADAPTERS[name]} {COMMON}".split()
     if steps is not None:
         flags += ["--steps", str(steps)]
     files = ("--model", str(base), "--data", str(work / f"{name}.jsonl"), "--out", str(out / name))
-    return python("-m", "tucka_runtime.cli.train", *files, *flags)
+    return python("-m", "tucka_runtime.cli.train", *files, *flags, *more)
 
 
-def train_all(base: Path, work: Path, out: Path, names: list[str], jobs: int, steps: int | None, log: Any) -> None:
+def train_all(
+    base: Path,
+    work: Path,
+    out: Path,
+    names: list[str],
+    jobs: int,
+    steps: int | None,
+    log: Any,
+    more: Sequence[str] = (),
+) -> None:
     """Train the adapters, `jobs` at a time."""
     waiting = list(names)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -78,7 +91,7 @@ def train_all(base: Path, work: Path, out: Path, names: list[str], jobs: int, st
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
-            command = train_command(base, work, out, name, steps)
+            command = train_command(base, work, out, name, steps, more)
             log(f"training {name}: tucka train ... {' '.join(command[10:])}")
             running[name] = subprocess.Popen(command, env=environment)
         time.sleep(0.2)
