@@ -41,7 +41,7 @@ RULES = {
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
-    "bench": f"{SHARED} llm adapters engine.environment",
+    "bench bench_reuse": f"{SHARED} llm adapters engine.environment bench",
 }
 
 # Neither these nor anything that they import may name torch.
