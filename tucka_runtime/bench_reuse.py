@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, str | None]] = {
 
 
 @dataclass(frozen=True)
-class Turn:
+class PromptCost:
     """A prompt's tokens, those of them that were computed, and the seconds to the first token of the answer."""
 
     prompt: int
@@ -54,7 +54,7 @@ def draw(seed: str, count: int, vocab: int) -> list[int]:
     return [make.randrange(10, vocab) for _ in range(count)]
 
 
-def ask(llm: LLM, case: str, prompt: list[int]) -> tuple[Turn, list[int]]:
+def ask(llm: LLM, case: str, prompt: list[int]) -> tuple[PromptCost, list[int]]:
     """One request alone, and its answer."""
     adapter, scope = CASES[case]
     sampling = SamplingParams(max_tokens=ANSWERS, temperature=0, ignore_eos=True)
@@ -62,10 +62,10 @@ def ask(llm: LLM, case: str, prompt: list[int]) -> tuple[Turn, list[int]]:
     answer = output.outputs[0]
     assert answer.timing is not None
     seconds = answer.timing.first_token - answer.timing.arrived
-    return Turn(len(prompt), len(prompt) - output.cached_tokens, seconds), answer.token_ids
+    return PromptCost(len(prompt), len(prompt) - output.cached_tokens, seconds), answer.token_ids
 
 
-def chat(llm: LLM, case: str, seed: str, first: int) -> Iterator[Turn]:
+def chat(llm: LLM, case: str, seed: str, first: int) -> Iterator[PromptCost]:
     """A conversation whose first prompt has `first` tokens."""
     vocab = llm.engine.info.vocab_size
     text = draw(f"{seed} {case} first", first, vocab)
@@ -75,7 +75,7 @@ def chat(llm: LLM, case: str, seed: str, first: int) -> Iterator[Turn]:
         text = [*text, *answer, *draw(f"{seed} {case} {turn}", SAYS, vocab)]
 
 
-def few_shot(llm: LLM, case: str, seed: str) -> Iterator[Turn]:
+def few_shot(llm: LLM, case: str, seed: str) -> Iterator[PromptCost]:
     """Questions behind the same shots."""
     vocab = llm.engine.info.vocab_size
     shots = draw(f"{seed} {case} shots", SHOTS * SHOT, vocab)
@@ -83,9 +83,9 @@ def few_shot(llm: LLM, case: str, seed: str) -> Iterator[Turn]:
         yield ask(llm, case, [*shots, *draw(f"{seed} {case} {turn}", SAYS, vocab)])[0]
 
 
-def measure(llm: LLM, rounds: int) -> dict[str, dict[str, list[list[Turn]]]]:
+def measure(llm: LLM, rounds: int) -> dict[str, dict[str, list[list[PromptCost]]]]:
     """The turns of every round, by what was asked and by case. Rounds are interleaved; the first warms up."""
-    found: dict[str, dict[str, list[list[Turn]]]] = {}
+    found: dict[str, dict[str, list[list[PromptCost]]]] = {}
     for number in range(rounds + 1):
         for case in CASES:
             asked = {
@@ -99,7 +99,7 @@ def measure(llm: LLM, rounds: int) -> dict[str, dict[str, list[list[Turn]]]]:
     return found
 
 
-def show(found: dict[str, dict[str, list[list[Turn]]]]) -> None:
+def show(found: dict[str, dict[str, list[list[PromptCost]]]]) -> None:
     """Prints a table for each thing that was asked: computed tokens and the median milliseconds, turn by turn."""
     for what, cases in found.items():
         prompts = ", ".join(str(turn.prompt) for turn in next(iter(cases.values()))[0])

@@ -28,11 +28,10 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
         service, prompts, "prompt", body.add_special_tokens is not False, body.split_special_tokens is True
     )
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
-    grammar = structured.grammar(body)
+    grammar = structured.grammar(body, service)
     sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
-    for param, needed in (("stop", bool(sampling.stop)), ("response_format", grammar is not None)):
-        if needed:
-            service.text_tokenizer(param)
+    if sampling.stop:
+        service.text_tokenizer("stop")
     request = context.request(body, ids, sampling, n)
     answer = CompletionAnswer(body, options, request, context.adapter, service.tokenizer)
     if body.echo:

@@ -3,72 +3,62 @@
 """
 
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.bodies import GenerationBody, JsonObjectFormat, JsonSchemaFormat, TextFormat
+from tucka_runtime.server.service.service import Service
 
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAX_GRAMMAR_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
 
 
-def grammar(body: GenerationBody) -> str | None:
+def grammar(body: GenerationBody, service: Service) -> str | None:
     """The grammar that the answer has to match; None where it is free. Raises InvalidRequestError."""
-    given = [made for made in (_response_format(body.response_format), *_by_name(body)) if made is not None]
+    given = [(name, value, make) for name, value, make in _given(body) if value is not None]
+    if not given:
+        return None
+    names = [name for name, _, _ in given]
+    field = names[-1].partition(".")[0]
     if len(given) > 1:
-        names = ", ".join(f"`{param}`" for param, _ in given)
+        named = ", ".join(f"`{name}`" for name in names)
         raise InvalidRequestError(
-            f"An answer can be held to one thing, and this request has {names}.", _field(given[1][0])
+            f"An answer can be held to one thing, and this request has {named}. Leave out all but one.", field
         )
-    return given[0][1] if given else None
+    service.text_tokenizer(field)
+    _, value, make = given[0]
+    return make(value, field)
 
 
-def _by_name(body: GenerationBody) -> list[tuple[str, str] | None]:
-    """(name, grammar) of each field that has one of its own."""
-    outputs = body.structured_outputs
-    objects = outputs is not None and outputs.json_object
-    schemas = {
-        "guided_json": body.guided_json,
-        "json_schema": body.json_schema,
-        "structured_outputs.json": outputs.json_ if outputs else None,
-        "structured_outputs.json_object": {"type": "object"} if objects else None,
-    }
-    regexes = {
-        "guided_regex": body.guided_regex,
-        "regex": body.regex,
-        "structured_outputs.regex": outputs.regex if outputs else None,
-    }
-    choices = {
-        "guided_choice": body.guided_choice,
-        "structured_outputs.choice": outputs.choice if outputs else None,
-    }
-    texts = {
-        "guided_grammar": body.guided_grammar,
-        "ebnf": body.ebnf,
-        "structured_outputs.grammar": outputs.grammar if outputs else None,
-    }
-    return [
-        *((name, _of_schema(value, _field(name))) for name, value in schemas.items() if value is not None),
-        *((name, _of_regex(value, _field(name))) for name, value in regexes.items() if value is not None),
-        *((name, _of_choice(value, _field(name))) for name, value in choices.items() if value is not None),
-        *((name, _of_text(value, _field(name))) for name, value in texts.items() if value is not None),
-    ]
+def _given(body: GenerationBody) -> Iterator[tuple[str, Any, Callable[[Any, str], str]]]:
+    """Every name that there is for it, its value, and what makes a grammar of that; an error is about the field, which
+    that is told too."""
+    yield "response_format", _schema(body.response_format), _of_schema
+    yield "guided_json", body.guided_json, _of_schema
+    yield "json_schema", body.json_schema, _of_schema
+    yield "guided_regex", body.guided_regex, _of_regex
+    yield "regex", body.regex, _of_regex
+    yield "guided_choice", body.guided_choice, _of_choice
+    yield "guided_grammar", body.guided_grammar, _of_text
+    yield "ebnf", body.ebnf, _of_text
+    if (outputs := body.structured_outputs) is not None:
+        yield "structured_outputs.json", outputs.json_, _of_schema
+        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, _of_schema
+        yield "structured_outputs.regex", outputs.regex, _of_regex
+        yield "structured_outputs.choice", outputs.choice, _of_choice
+        yield "structured_outputs.grammar", outputs.grammar, _of_text
 
 
-def _field(name: str) -> str:
-    """The body's field that an error is about."""
-    return name.partition(".")[0]
-
-
-def _response_format(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> tuple[str, str] | None:
-    """`json_object` without a schema is any object."""
+def _schema(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
+    """The JSON schema of a `response_format`, if it has one."""
     if value is None or isinstance(value, TextFormat):
         return None
     if isinstance(value, JsonSchemaFormat):
-        schema: dict[str, Any] | None = value.json_schema.schema_
-    else:
-        schema = value.schema_ if value.value is None else value.value
-    return "response_format", _of_schema({"type": "object"} if schema is None else schema, "response_format")
+        return value.json_schema.schema_
+    own = value.schema_ if value.value is None else value.value
+    return ANY_OBJECT if own is None else own
 
 
 def _of_schema(schema: dict[str, Any] | str, param: str) -> str:

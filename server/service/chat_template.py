@@ -13,7 +13,7 @@ import signal
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tucka_runtime.children import end_with_parent, python
@@ -54,27 +54,22 @@ class ChatTemplate:
 
     def __init__(self, template: str, special_tokens: dict[str, str], tool_template: str | None = None):
         self._template = template
-        self._tool_template = tool_template or template
+        self.with_tools = tool_template or template
+        """The template of conversations with tools."""
+        self.takes_tools = re.search(r"\btools\b", self.with_tools) is not None
+        """Whether that knows of functions that may be called."""
         self._special_tokens = special_tokens
         self._child: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
-    @property
-    def with_tools(self) -> str:
-        """The template of conversations with tools."""
-        return self._tool_template
-
-    @property
-    def takes_tools(self) -> bool:
-        """Whether it knows of functions that may be called."""
-        return re.search(r"\btools\b", self._tool_template) is not None
-
     async def render(self, messages: list[dict[str, Any]], rendering: Rendering = _PLAIN) -> str:
         """The prompt that asks for the assistant's next turn. Raises InvalidRequestError, TuckaError."""
-        template = self._tool_template if rendering.tools else self._template
+        template = self.with_tools if rendering.tools else self._template
         async with self._lock:
             try:
-                answer = await self._answer({"messages": messages, **asdict(rendering)})
+                answer = await self._answer(
+                    {"messages": messages} | {f.name: getattr(rendering, f.name) for f in fields(rendering)}
+                )
             except BaseException:  # cancelled: an answer that nobody read must not be taken for the next one
                 await self.stop()
                 raise
@@ -139,7 +134,7 @@ class ChatTemplate:
             start_new_session=True,  # Ctrl-C in the terminal is the parent's to answer
         )
         setting = {
-            "templates": (self._template, self._tool_template),
+            "templates": (self._template, self.with_tools),
             "special_tokens": self._special_tokens,
             "seconds": RENDER_SECONDS,
         }

@@ -4,6 +4,7 @@ A parser is a generator that is resumed with each piece of text and yields where
 decides depends on the characters alone, never on how they were cut into pieces.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ Step = Generator[None, None, T]
 """A part of a parser, which returns a T and may wait for text on the way."""
 
 
-class StreamParser:
+class StreamParser(ABC):
     """`text` is what was pushed and not yet taken, `marks` as in `OutputParser`."""
 
     marks: tuple[str, ...] = ()
@@ -26,9 +27,9 @@ class StreamParser:
         self._run = self.run()
         next(self._run)
 
+    @abstractmethod
     def run(self) -> Step[None]:
         """All of the parser. Ends when `closed` is set and the text is taken."""
-        raise NotImplementedError
 
     def push(self, text: str) -> list[Event]:
         self.text += text

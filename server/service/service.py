@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from tucka_runtime.config import ServerConfig
@@ -123,14 +124,14 @@ class Service:
 
         return await template.render(*await asyncio.to_thread(shielded))
 
-    @property
+    @cached_property
     def call_format(self) -> str:
         """The name of the format of calls: what is set, or what the chat template teaches."""
         if self.config.tool_call_parser != "auto":
             return self.config.tool_call_parser
         return format_name(self.template.with_tools) if self.template and self.template.takes_tools else "json"
 
-    @property
+    @cached_property
     def thinks(self) -> bool:
         """Whether answers may begin with a thought: what is set, or what the chat template says."""
         if self.config.reasoning_parser != "auto":

@@ -10,8 +10,8 @@ from tests.support.driving import ask, build, prompt, run, save_lora, save_model
 from tucka_runtime import machine
 from tucka_runtime.adapters.format import Adapter, LoRAModule, LoRASpec, TuckAModule, read_adapter
 from tucka_runtime.engine.adapters.fold import folded_bytes, locate
+from tucka_runtime.engine.launched import Launched
 from tucka_runtime.engine.memory import AdapterMemory
-from tucka_runtime.engine.model_runner import Launched
 from tucka_runtime.errors import AdapterCapacityError
 from tucka_runtime.machine import Memory
 from tucka_runtime.messages import AdapterKey, Route

@@ -11,7 +11,8 @@ from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.fold import describe
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.block_manager import BlockManager
-from tucka_runtime.engine.model_runner import Launched, ModelRunner, Result
+from tucka_runtime.engine.launched import Launched, Result
+from tucka_runtime.engine.model_runner import ModelRunner
 from tucka_runtime.engine.pace import Pace
 from tucka_runtime.engine.rehearsal import Rehearsal
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,19 +20,20 @@ from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.fold import fold, folded_bytes
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
-from tucka_runtime.engine.adapters.segment import Routes, RouteSum
+from tucka_runtime.engine.adapters.segment import RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
 from tucka_runtime.engine.batch import Batch, Chosen, row_order
 from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.kv_cache import count_blocks, make_caches
+from tucka_runtime.engine.launched import Launched, Result, Stages
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.pooler import Pooler
 from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, NonFiniteError, TuckaError
+from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
@@ -40,69 +41,6 @@ from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 from tucka_runtime.tokenizer import Tokenizer
 
 SCORED_ROWS = 256  # prompt rows whose logits exist at once
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """Seconds of one pass on the host: packing the batch; routes and cores known from token ids; the layers, the head
-    and the prompts' scores; the choice of tokens and their log-probabilities. A graph does all of a step as
-    `forward`."""
-
-    batch: float
-    route: float
-    forward: float
-    sample: float
-
-
-@dataclass(eq=False)
-class Launched:
-    """A pass that the device was given: its chunks in row order, the segment of each, those that bring a token."""
-
-    chunks: list[ScheduledChunk]
-    segment_of: list[int | None]
-    due: list[int]
-    choice: Choice | None
-    tokens: Tensor | None
-    """The chosen ones, on the host once `done` has passed; so are the routes."""
-    routes: list[Routes]
-    done: torch.cuda.Event | None
-    scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
-    """Log-probabilities of prompts that are scored, by chunk."""
-    embeddings: dict[int, Tensor] = field(default_factory=dict)
-    """What `Pooler.pool` made of prompts that end here, by chunk; on the host once `done` has passed."""
-    stages: Stages = Stages(0.0, 0.0, 0.0, 0.0)
-
-    @property
-    def due_sequences(self) -> list[Sequence]:
-        """The sequences that get a token."""
-        return [self.chunks[i].seq for i in self.due]
-
-    @property
-    def settles(self) -> bool:
-        """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, a grammar, log-probabilities, which are computed on the host."""
-        return any(_settles(chunk.seq) for chunk in self.chunks)
-
-
-def _settles(seq: Sequence) -> bool:
-    p = seq.sampling
-    unrouted = seq.routes_itself and seq.route is None
-    held = p.penalised or p.grammar is not None
-    return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
-
-
-@dataclass(eq=False)
-class Result:
-    """What one chunk brought: the next token if it was due, or the error that keeps it from being chosen; its segment
-    and that one's route; the prompt's scores or embedding."""
-
-    segment: int | None = None
-    token: int | None = None
-    logprob: TokenLogprob | None = None
-    route: Route | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    embedding: "array[float] | None" = None
-    error: TuckaError | None = None
 
 
 class ModelRunner:

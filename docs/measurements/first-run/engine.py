@@ -24,7 +24,7 @@ from tucka_runtime.messages import AdapterKey, Request
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Session:
+class EngineRun:
     """One engine and the adapters of the sections."""
 
     def __init__(self, report: Report, folder: Path):
@@ -157,7 +157,7 @@ class Session:
 if __name__ == "__main__":
     report = Report("engine", __doc__)
     with tempfile.TemporaryDirectory() as scratch:
-        session = Session(report, Path(scratch))
+        session = EngineRun(report, Path(scratch))
         steps: list[Callable[[], Figures]] = [
             session.start, session.graphs, session.throughput, session.mixed, session.quiet, session.full
         ]  # fmt: skip

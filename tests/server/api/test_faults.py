@@ -208,6 +208,7 @@ def test_without_tokenizer_ids_are_served(start_fake) -> None:
         ({"model": "base", "prompt": "text"}, "prompt"),
         ({"model": "base", "prompt": [5], "stop": "x"}, "stop"),
         ({"model": "base", "prompt": [5], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"model": "base", "prompt": [5], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ):
         error = server.post("/v1/completions", body).json()["error"]
         assert error["param"] == param and "tokenizer" in error["message"]

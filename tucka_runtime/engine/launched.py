@@ -1,0 +1,77 @@
+"""A forward pass that the device was given, and what its chunks bring."""
+
+from array import array
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.engine.adapters.segment import Routes
+from tucka_runtime.engine.sampler import Choice
+from tucka_runtime.engine.scheduler import ScheduledChunk
+from tucka_runtime.engine.sequence import Sequence
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.messages import Route, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Seconds of one pass on the host: packing the batch; routes and cores known from token ids; the layers, the head
+    and the prompts' scores; the choice of tokens and their log-probabilities. A graph does all of a step as
+    `forward`."""
+
+    batch: float
+    route: float
+    forward: float
+    sample: float
+
+
+@dataclass(eq=False)
+class Launched:
+    """A pass that the device was given: its chunks in row order, the segment of each, those that bring a token."""
+
+    chunks: list[ScheduledChunk]
+    segment_of: list[int | None]
+    due: list[int]
+    choice: Choice | None
+    tokens: Tensor | None
+    """The chosen ones, on the host once `done` has passed; so are the routes."""
+    routes: list[Routes]
+    done: torch.cuda.Event | None
+    scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    """Log-probabilities of prompts that are scored, by chunk."""
+    embeddings: dict[int, Tensor] = field(default_factory=dict)
+    """What `Pooler.pool` made of prompts that end here, by chunk; on the host once `done` has passed."""
+    stages: Stages = Stages(0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def due_sequences(self) -> list[Sequence]:
+        """The sequences that get a token."""
+        return [self.chunks[i].seq for i in self.due]
+
+    @property
+    def settles(self) -> bool:
+        """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
+        tokens so far, a grammar, log-probabilities, which are computed on the host."""
+        return any(_settles(chunk.seq) for chunk in self.chunks)
+
+
+def _settles(seq: Sequence) -> bool:
+    p = seq.sampling
+    unrouted = seq.routes_itself and seq.route is None
+    held = p.penalised or p.grammar is not None
+    return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
+
+
+@dataclass(eq=False)
+class Result:
+    """What one chunk brought: the next token if it was due, or the error that keeps it from being chosen; its segment
+    and that one's route; the prompt's scores or embedding."""
+
+    segment: int | None = None
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    route: Route | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    embedding: "array[float] | None" = None
+    error: TuckaError | None = None
