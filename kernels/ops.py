@@ -14,6 +14,7 @@ reads what lies on the device (addresses, ranks, tiles, block tables), which is 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
@@ -30,6 +31,28 @@ class LowRank:
     h: Tensor
     site: DeltaSite
     plan: SitePlan
+
+
+class Linear(Protocol):
+    """A base linear: y = x Wᵀ + b, its weight in the layout that a backend multiplies fastest. x (T, in) in the
+    weight's type -> y (T, out), rounded once from sums in fp32."""
+
+    shape: torch.Size
+    """(out, in)."""
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) as it was given; it may be a copy."""
+        ...
+
+
+class MakeLinear(Protocol):
+    """A linear of a weight (out, in) and its bias (out,), on their device. Keeps no reference to the weight where it
+    lays it out anew, so that a model is not twice in memory."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
 
 
 class Norm(Protocol):
@@ -173,6 +196,7 @@ class Ops:
     """It takes the factors in fp32, whatever the rows' type; else in the rows' own."""
     graphs: bool
     """Every op runs on tables of fixed places and sizes, so that a decode step can be one CUDA graph."""
+    linear: MakeLinear
     norm: Norm
     select: Select
     route_ids: RouteIds

@@ -24,7 +24,7 @@ POLICY = "engine.scheduler engine.block_manager engine.route_cache engine.sequen
 RULES = {
     "kernels": "kernels",
     SHARED: SHARED,
-    "models": f"{SHARED} models",
+    "models": f"{SHARED} models kernels.ops",
     "adapters": f"{SHARED} models adapters",
     CLIENT: f"{SHARED} {CLIENT}",
     POLICY: f"{SHARED} {POLICY}",

@@ -11,12 +11,14 @@ from tucka_runtime.kernels.fused.route import route_hidden, route_ids, select
 from tucka_runtime.kernels.fused.sample import filter_logits, sample
 from tucka_runtime.kernels.fused.shrink_core import shrink_core
 from tucka_runtime.kernels.ops import Ops
+from tucka_runtime.kernels.reference.linear import linear
 
 OPS = Ops(
     name="fused",
     by_address=True,
     fp32_factors=False,
     graphs=True,
+    linear=linear,
     norm=norm,
     select=select,
     route_ids=route_ids,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.kernels.native import library
+from tucka_runtime.kernels.native.linear import linear
 from tucka_runtime.kernels.ops import LowRank, Ops
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import RoutePlan
@@ -149,6 +150,7 @@ OPS = Ops(
     by_address=True,
     fp32_factors=False,
     graphs=False,
+    linear=linear,
     norm=norm,
     select=select,
     route_ids=route_ids,

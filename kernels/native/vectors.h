@@ -9,10 +9,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -69,6 +71,14 @@ inline void store_pair(T* p, Pair x, int64_t count) {
   T buffer[kStep];
   store_pair(buffer, x);
   std::memcpy(p, buffer, count * sizeof(T));
+}
+
+// f(0) to f(N - 1), each number a type of its own: what arrays are indexed with is a constant from the start, so that GCC
+// keeps them in registers. It leaves an array of Pairs, or one that a loop indexes, in memory: half as fast.
+template <int N, class F>
+inline __attribute__((always_inline)) void each(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }
+  (std::make_integer_sequence<int, N>());
 }
 
 // f(i, count) for every step of n elements; count is kStep but for the last.

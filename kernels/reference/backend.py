@@ -7,6 +7,7 @@ from tucka_runtime.kernels.reference.expand import expand
 from tucka_runtime.kernels.reference.expand_qkv_rope_kv import expand_qkv_rope_kv
 from tucka_runtime.kernels.reference.expand_residual import expand_residual
 from tucka_runtime.kernels.reference.expand_swiglu import expand_swiglu
+from tucka_runtime.kernels.reference.linear import linear
 from tucka_runtime.kernels.reference.norm import norm
 from tucka_runtime.kernels.reference.route import route_hidden, route_ids, select
 from tucka_runtime.kernels.reference.sample import filter_logits, sample
@@ -19,6 +20,7 @@ OPS = Ops(
     # site against 38 in fp32).
     fp32_factors=True,
     graphs=False,
+    linear=linear,
     norm=norm,
     select=select,
     route_ids=route_ids,

@@ -58,7 +58,7 @@ class ModelRunner:
             raise ModelLoadError(str(e)) from e
         pretrained, arch = read_config(folder)
         torch.set_num_threads(config.num_threads or machine.threads(arch.hidden, torch.get_num_threads()))
-        weights, self.dtype = load_weights(folder, arch, config.dtype, self.device)
+        weights, self.dtype = load_weights(folder, arch, config.dtype, self.device, self.ops.linear)
         self.arch = arch
         max_len = _max_len(config, pretrained, arch)
         self.model = Decoder(pretrained, arch, weights, max_len, self.ops)

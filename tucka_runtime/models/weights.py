@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tucka_runtime.base_files import read_json
 from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.kernels.ops import Linear, MakeLinear
 from tucka_runtime.models.architecture import Architecture, parameter_shapes
 from tucka_runtime.models.families import FAMILIES
-from tucka_runtime.models.linear import Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -174,8 +174,11 @@ class _Checkpoint:
                 raise ModelLoadError(f"The checkpoint {kind} tensors: {', '.join(names[:5])}{more}.")
 
 
-def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.device) -> tuple[Weights, torch.dtype]:
-    """Reads, checks and packs the weights; `dtype` "auto" keeps the stored type. Raises ModelLoadError."""
+def load_weights(
+    folder: Path, arch: Architecture, dtype: str, device: torch.device, linear: MakeLinear
+) -> tuple[Weights, torch.dtype]:
+    """Reads and checks the weights, of which `linear` makes linears; `dtype` "auto" keeps the stored type. Raises
+    ModelLoadError."""
     checkpoint = _Checkpoint(folder, arch)
     kind = DTYPES.get(dtype) or checkpoint.dtype()
     if kind == torch.float64:
@@ -203,7 +206,7 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
             parts = [read(arch.path(i, f"{target}.weight")) for target in site.targets]
             bias = [read(arch.path(i, f"{target}.bias")) for target in site.targets] if site.bias else None
             packed = torch.cat([p.T if arch.transposed else p for p in parts]).contiguous()
-            linears.append(Linear(packed, torch.cat(bias) if bias else None))
+            linears.append(linear(packed, torch.cat(bias) if bias else None))
         norms = [read(arch.path(i, f"{name}.weight")) for name in arch.head_norms or ()]
         layers.append(
             LayerWeights(
@@ -220,4 +223,4 @@ def load_weights(folder: Path, arch: Architecture, dtype: str, device: torch.dev
         if not arch.tied or not torch.equal(own, embed):  # as transformers: what is saved twice and differs is not tied
             head = own
     checkpoint.check()
-    return Weights(embed, positions, layers, final_norm, Linear(head)), kind
+    return Weights(embed, positions, layers, final_norm, linear(head, None)), kind

@@ -1,8 +1,10 @@
-"""A base linear: its weight in the layout that the device multiplies fastest."""
+"""Base linears: the weight is packed for oneDNN where that is on a CPU, as it is elsewhere."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
+
+from tucka_runtime.kernels.ops import Linear
 
 PACKED_ROWS = 8
 """Rows that oneDNN packs the weight for. A small batch gains most and a large one loses nothing; measured on one core
@@ -10,31 +12,36 @@ PACKED_ROWS = 8
 """
 
 
-def _packable(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def packable(weight: Tensor) -> bool:
+    """Whether oneDNN packs a weight of this type here: bf16 only where the CPU multiplies it."""
+    if weight.dim() != 2 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
 
 
-class Linear:
-    """y = x Wᵀ + b. On a CPU the weight (out, in) is kept packed for oneDNN, which in bf16 changes no bit of y."""
+class TorchLinear:
+    """ops.Linear by torch. Packing changes no bit of y in bf16."""
 
     __slots__ = ("_weight", "bias", "shape")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         self.shape = weight.shape
         self.bias = bias
-        packable = weight.dim() == 2 and _packable(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS) if packable else weight
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS) if packable(weight) else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._weight.is_mkldnn:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
             return y
-        return linear(x, self._weight, self.bias)
+        return functional.linear(x, self._weight, self.bias)
 
     def dense(self) -> Tensor:
         """The weight (out, in) as it was given; a copy where it is packed."""
         return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """ops.MakeLinear."""
+    return TorchLinear(weight, bias)

@@ -1,0 +1,153 @@
+// ops.Linear: y = x Wᵀ + b of a weight that linear.py laid out in panels.
+#include "vectors.h"
+
+namespace tucka {
+
+// Columns of y, which are rows of W, in a panel: (panels, d_in, kPanel).
+constexpr int64_t kPanel = kStep;
+// Rows of y that are summed up at once, two vectors each: what the registers hold beside a step of the panel.
+#if defined(CPU_CAPABILITY_AVX2)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 12;
+#endif
+// Inputs that are summed up before the next ones': so much of a panel, in fp32, stays in the L1 cache.
+constexpr int64_t kDepth = 256;
+// Tiles, and panels, of one item of work of a long batch: its inputs and its sums stay in the L2 cache.
+constexpr int64_t kBlockTiles = 96 / kTileRows, kBlockPanels = 128 / kPanel;
+// Bytes of a panel that are asked for ahead: the hardware itself does not look beyond a page.
+constexpr int64_t kAhead = 2048;
+
+// One step of a panel. In bf16 the columns c and c + kLanes lie side by side: a shift and a mask make fp32 of them.
+template <class T>
+inline Pair load_panel(const T* p) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    using Words = at::vec::Vectorized<int32_t>;
+    const Words words = Words::loadu(p);
+    return {at::vec::cast<float>(words << Words(16)), at::vec::cast<float>(words & Words(~0xFFFF))};
+  } else {
+    return load_pair(p);
+  }
+}
+
+// sums (R, kPanel) += x (depth, R) w (depth, kPanel), from zero on for the first inputs.
+template <int R, class T>
+void add_tile(const float* x, const T* w, int64_t depth, bool first, float* sums, int64_t stride) {
+  Vec a[R], b[R];
+  each<R>([&](auto r) {
+    a[r] = first ? Vec(0.f) : Vec::loadu(sums + r * stride);
+    b[r] = first ? Vec(0.f) : Vec::loadu(sums + r * stride + kLanes);
+  });
+  for (int64_t k = 0; k < depth; k++, x += R, w += kPanel) {
+    __builtin_prefetch(w + kAhead / sizeof(T));
+    const Pair y = load_panel(w);
+    each<R>([&](auto r) {
+      const Vec value(x[r]);
+      a[r] = at::vec::fmadd(value, y.a, a[r]);
+      b[r] = at::vec::fmadd(value, y.b, b[r]);
+    });
+  }
+  each<R>([&](auto r) {
+    a[r].store(sums + r * stride);
+    b[r].store(sums + r * stride + kLanes);
+  });
+}
+
+template <class T>
+using AddTile = void (*)(const float*, const T*, int64_t, bool, float*, int64_t);
+
+template <class T, int... R>
+constexpr std::array<AddTile<T>, sizeof...(R)> tiles_of(std::integer_sequence<int, R...>) {
+  return {add_tile<R + 1, T>...};
+}
+
+// Rows of a batch in tiles of nearly the same size.
+struct Tiles {
+  int64_t rows, count;
+  explicit Tiles(int64_t n) : rows(n), count((n + kTileRows - 1) / kTileRows) {}
+  int64_t first(int64_t i) const { return rows * i / count; }
+  int64_t size(int64_t i) const { return first(i + 1) - first(i); }
+};
+
+template <class T>
+struct Product {
+  const T *x, *w, *bias;
+  T* y;
+  int64_t x_stride, d_in, d_out;
+  Tiles tiles;
+
+  // The inputs of a tile in fp32, (d_in, rows of it).
+  void turn(int64_t tile, float* to) const {
+    const int64_t first = tiles.first(tile), size = tiles.size(tile);
+    float* row = scratch(d_in);
+    for (int64_t r = 0; r < size; r++) {
+      to_float(x + (first + r) * x_stride, row, d_in);
+      for (int64_t k = 0; k < d_in; k++) to[k * size + r] = row[k];
+    }
+  }
+
+  // The panels first..end of the tiles begin..stop; `turned` has all tiles, one after the other.
+  void block(const float* turned, int64_t begin, int64_t stop, int64_t first, int64_t end) const {
+    static constexpr auto add = tiles_of<T>(std::make_integer_sequence<int, kTileRows>());
+    const int64_t top = tiles.first(begin), rows = tiles.first(stop) - top, width = (end - first) * kPanel;
+    float* sums = scratch(rows * width);
+    for (int64_t k = 0; k < d_in; k += kDepth) {
+      const int64_t depth = std::min(kDepth, d_in - k);
+      for (int64_t panel = first; panel < end; panel++)
+        for (int64_t tile = begin; tile < stop; tile++) {
+          const int64_t size = tiles.size(tile), row = tiles.first(tile);
+          add[size - 1](turned + row * d_in + k * size, w + (panel * d_in + k) * kPanel, depth, k == 0,
+                        sums + (row - top) * width + (panel - first) * kPanel, width);
+        }
+    }
+    const int64_t column = first * kPanel, count = std::min(width, d_out - column);
+    for (int64_t r = 0; r < rows; r++) {
+      const float* row = sums + r * width;
+      T* to = y + (top + r) * d_out + column;
+      if (bias == nullptr) {
+        from_float(row, to, count);
+        continue;
+      }
+      steps(count, [&](int64_t i, int64_t some) {
+        const Pair a = load_step(row + i, some), b = load_step(bias + column + i, some);
+        store_step(to + i, Pair{a.a + b.a, a.b + b.b}, some);
+      });
+    }
+  }
+
+  void run(int64_t panels) const {
+    const auto turned = std::make_unique_for_overwrite<float[]>(tiles.rows * d_in);
+    deal(tiles.count, kTileRows * d_in, [&](int64_t i) { turn(i, turned.get() + tiles.first(i) * d_in); });
+    const int64_t blocks = (tiles.count + kBlockTiles - 1) / kBlockTiles, wide = blocks > 1 ? kBlockPanels : 1;
+    const int64_t parts = (panels + wide - 1) / wide;
+    deal(blocks * parts, kTileRows * d_in * kPanel * wide, [&](int64_t item) {
+      const int64_t part = item / blocks, at = item % blocks;
+      block(turned.get(), at * kBlockTiles, std::min((at + 1) * kBlockTiles, tiles.count), part * wide,
+            std::min((part + 1) * wide, panels));
+    });
+  }
+};
+
+Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t d_out) {
+  check_type(panels, x);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.stride(1) == 1 && panels.is_contiguous() && panels.size(2) == kPanel &&
+                        panels.size(1) == x.size(1),
+                    "x must have contiguous rows as long as the panels of this library's layout");
+  Tensor y = at::empty({x.size(0), d_out}, x.options());
+  if (bias) check_type(*bias, x);
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const Product<T> product{x.const_data_ptr<T>(), panels.const_data_ptr<T>(),
+                             bias ? bias->const_data_ptr<T>() : nullptr,
+                             y.data_ptr<T>(), x.stride(0), x.size(1), d_out, Tiles(x.size(0))};
+    if (x.size(0)) product.run(panels.size(0));
+  });
+  return y;
+}
+
+TORCH_LIBRARY_FRAGMENT(tucka, m) {
+  m.def("linear", &linear);
+  m.def("panel() -> int", [] { return kPanel; });
+}
+
+}  // namespace tucka
