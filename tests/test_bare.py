@@ -9,7 +9,10 @@ import pytest
 
 from tests.support import ROOT
 
-ABSENT = "fastapi starlette pydantic uvicorn prometheus_client llguidance opentelemetry aiohttp peft matplotlib"
+ABSENT = (
+    "fastapi starlette pydantic uvicorn uvloop msgspec prometheus_client llguidance opentelemetry aiohttp peft "
+    "matplotlib"
+)
 """What the project needs besides, which none of the four brings along."""
 
 BLOCK = f"""

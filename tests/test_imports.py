@@ -14,7 +14,7 @@ from tests.support import ROOT
 OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
-SHARED = "errors config messages logs grammars base_files tokenizer client extras embedded machine children"
+SHARED = "errors config messages channel logs grammars base_files tokenizer client extras embedded machine children"
 """What both processes may know."""
 
 CLIENT = "engine.client engine.child engine.output_stream"

@@ -1,4 +1,4 @@
-"""Everything that crosses the border between the API's process and the engine's. Standard library only.
+"""Everything that crosses the border between the API's process and the engine's (channel.py). Standard library only.
 
 A request holds one or several prompts and asks `n` answers of each; every (prompt, answer) pair is a sequence, and its
 `index` (prompt · n + answer) is the OpenAI choice index.
@@ -8,10 +8,15 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import TuckaError
+
+if TYPE_CHECKING:
+    Floats = array[float]
+else:
+    Floats = array  # Python 3.11 has no other name for it when it runs, and channel.py reads the fields' types then
 
 
 class RouteScope(StrEnum):
@@ -182,7 +187,7 @@ class SequenceOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    embedding: "array[float] | None" = None
+    embedding: Floats | None = None
     finish: Finish | None = None
     route: RouteReport | None = None
     cached_tokens: int = 0
@@ -269,8 +274,8 @@ class EngineLoad:
     preemptions: int
 
 
-# What goes through the channel (engine/client.py, engine/process.py). Messages are ordered, which is what leases rely
-# on: a request that is sent before an unload is taken on before it.
+# What goes through the channel (channel.py). Messages are ordered, which is what leases rely on: a request that is sent
+# before an unload is taken on before it.
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.driving import GREEDY, Answer, ask, build, prompt, run, save_lora, save_model, save_tucka
 from tests.support.processes import PATIENCE, check_ends_with_parent
+from tucka_runtime import channel
+from tucka_runtime.channel import PROTOCOL
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine import child as engine_child
 from tucka_runtime.engine import client as engine_client
@@ -476,6 +478,25 @@ def test_starting_has_a_limit(loop: asyncio.Runner, config: EngineConfig, monkey
         await client.stop(PATIENCE)
         assert client._last is not None
         assert client._last._process.returncode == -signal.SIGKILL
+
+    loop.run(patiently(main()))
+
+
+def test_an_engine_of_other_files_is_not_spoken_to(
+    loop: asyncio.Runner, config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As after an upgrade under a running server, whose engine is then started anew."""
+    monkeypatch.setattr(engine_child, "PROTOCOL", bytes(len(PROTOCOL)))
+
+    async def main() -> None:
+        client = Watched(config)
+        monkeypatch.setattr(channel, "PROTOCOL", bytes(len(PROTOCOL)))  # what this process expects in return
+        with pytest.raises(EngineDeadError):
+            await client.start()
+        assert "restart it" in caplog.text
+        await client.stop(PATIENCE)
+        assert client._last is not None
+        assert client._last._process.returncode not in (0, None)
 
     loop.run(patiently(main()))
 

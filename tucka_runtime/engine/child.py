@@ -2,27 +2,30 @@
 
 import asyncio
 import contextlib
+import logging
 import os
-import queue
 import socket
 import subprocess
-import threading
+from collections import deque
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 
+from tucka_runtime.channel import PROTOCOL, READ_BYTES, ChannelError, Reader, frame
 from tucka_runtime.children import python
 from tucka_runtime.messages import FromEngine, Start, ToEngine
+
+logger = logging.getLogger(__name__)
 
 END_SECONDS = 10  # for a process whose channel has closed, or that was killed; the kernel may have much memory to free
 
 
 class EngineChild:
-    """One engine process and our end of its channel, which two threads serve: one reads, the other writes, for a
-    process that hangs reads nothing and its socket is full after some hundred messages.
+    """One engine process and our end of its channel, which the event loop reads and writes itself: a thread between
+    the two would cost every step its wake-up. What a process that hangs does not read is kept here, for its socket is
+    full after some hundred messages.
 
-    `on_message` is called in the event loop with every message, and `on_end` once, with the exit status (None: it
-    cannot even be killed), when the channel has ended. Is made in the event loop's thread, which has to live as long as
-    the process (`children.end_with_parent`). Raises OSError if there can be no process.
+    `on_message` is called with every message, and `on_end` once, with the exit status (None: it cannot even be killed),
+    when the channel has ended. Is made in the event loop's thread, which has to live as long as the process
+    (`children.end_with_parent`). Raises OSError if there can be no process.
     """
 
     def __init__(
@@ -32,7 +35,9 @@ class EngineChild:
     ):
         self._loop = asyncio.get_running_loop()
         self._on_message, self._on_end = on_message, on_end
-        self._unsent: queue.SimpleQueue[Start | ToEngine | None] = queue.SimpleQueue()
+        self._unsent: deque[bytes | bytearray | memoryview] = deque()
+        self._ending: asyncio.Task[None] | None = None
+        self._reader = Reader()
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:
@@ -44,9 +49,9 @@ class EngineChild:
             except BaseException:
                 self._socket.close()
                 raise
-        channel = Connection(os.dup(self._socket.fileno()))
-        for work in (self._read, self._write):
-            threading.Thread(target=work, args=(channel,), name=f"engine-channel{work.__name__}", daemon=True).start()
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket.fileno(), self._read)
+        self._put(PROTOCOL)
 
     @property
     def pid(self) -> int:
@@ -55,11 +60,11 @@ class EngineChild:
     @property
     def unsent(self) -> int:
         """How many messages the process has not taken yet, but for those that the socket holds."""
-        return self._unsent.qsize()
+        return len(self._unsent)
 
     def send(self, message: Start | ToEngine) -> None:
         """Never waits. To a process that is gone it sends nothing: its end is told by `on_end`."""
-        self._unsent.put(message)
+        self._put(frame(message))
 
     def kill(self) -> None:
         """Ends process and channel at once; the channel also where the kernel cannot end the process."""
@@ -78,19 +83,54 @@ class EngineChild:
             return False
         return True
 
-    def _write(self, channel: Connection) -> None:
-        with contextlib.suppress(OSError):  # the reading thread finds out as well
-            while (message := self._unsent.get()) is not None:
-                channel.send(message)
+    def _put(self, data: bytes | bytearray) -> None:
+        if self._ending is not None:
+            return
+        self._unsent.append(data)
+        if len(self._unsent) == 1:
+            self._write()
+            if self._unsent:
+                self._loop.add_writer(self._socket.fileno(), self._write)
 
-    def _read(self, channel: Connection) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            with contextlib.suppress(EOFError, OSError):
-                while True:
-                    self._loop.call_soon_threadsafe(self._on_message, self, channel.recv())
-            self._unsent.put(None)
-            if not self._wait(END_SECONDS):
-                self.kill()
-                self._wait(END_SECONDS)
-            self._socket.close()
-            self._loop.call_soon_threadsafe(self._on_end, self, self._process.returncode)
+    def _write(self) -> None:
+        """Writes what the socket takes."""
+        try:
+            while self._unsent:
+                first = self._unsent[0]
+                sent = self._socket.send(first)
+                if sent < len(first):
+                    self._unsent[0] = memoryview(first)[sent:]
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError:  # `_read` finds out as well
+            self._unsent.clear()
+        self._loop.remove_writer(self._socket.fileno())
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        try:
+            for message in self._reader.feed(data):
+                self._on_message(self, message)
+        except ChannelError as error:
+            logger.error("the engine's channel: %s. If the server was upgraded, restart it.", error)
+            self.kill()
+            data = b""
+        if not data:
+            self._unsent.clear()
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
+            self._ending = self._loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        if not await self.ended(END_SECONDS):
+            self.kill()
+            await self.ended(END_SECONDS)
+        self._socket.close()
+        self._on_end(self, self._process.returncode)

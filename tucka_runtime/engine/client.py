@@ -235,9 +235,8 @@ class EngineClient:
         # Clients that leave make room in the queue, but not among what an engine that hangs has not read.
         if self.in_flight + request.num_sequences > room or self._child.unsent >= room + BURST:
             raise OverloadedError("The queue is full. Try again later.")
-        stream = OutputStream(self, request)
-        self._streams[request.id] = stream
         self._send(Submit(request))
+        stream = self._streams[request.id] = OutputStream(self, request)
         return stream
 
     def forget(self, stream: OutputStream) -> None:

@@ -1,8 +1,8 @@
 """The engine's own process, and its end of the channel.
 
 The API process's EngineClient starts `python -m tucka_runtime.engine.process` with one end of a socket pair, and speaks
-the pickled messages of messages.py over it: nobody else can write there. The process ends when its channel closes, and
-with its parent, so it never outlives it, whatever it is doing.
+the messages of messages.py over it (channel.py). The process ends when its channel closes, and with its parent, so it
+never outlives it, whatever it is doing.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from tucka_runtime.children import end_with_parent
@@ -42,6 +41,7 @@ from tucka_runtime.messages import (
 )
 
 if TYPE_CHECKING:
+    from tucka_runtime.channel import Channel
     from tucka_runtime.engine.adapters.folded import FoldedAdapter
     from tucka_runtime.engine.engine import Engine
 
@@ -74,8 +74,16 @@ def main() -> None:
     end_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = Connection(int(sys.argv[1]))
-    start: Start = channel.recv()
+    from tucka_runtime.channel import (  # with msgspec, which the engine does without where it is used offline
+        Channel,
+        ChannelError,
+    )
+
+    channel = Channel(int(sys.argv[1]))
+    try:
+        start: Start = channel.receive()
+    except (ChannelError, EOFError) as error:
+        sys.exit(f"the engine's process cannot start: {error or 'its parent is gone'}")
     set_up_logging(start.log_format, "engine")
     environment.prepare()
     from torch import OutOfMemoryError
@@ -106,7 +114,7 @@ def main() -> None:
     os._exit(0)  # a loader thread may still be reading a file; nobody waits for it
 
 
-def serve(engine: "Engine", channel: Connection) -> None:
+def serve(engine: "Engine", channel: "Channel") -> None:
     """Steps while there is work, listens in between. Returns when asked to stop; raises EOFError when the parent is
     gone. Any other error is a fault: it ends the process, and the parent starts a new one."""
     inbox: _Inbox = queue.SimpleQueue()
@@ -127,7 +135,7 @@ def serve(engine: "Engine", channel: Connection) -> None:
                 channel.send(StepDone(outputs, stats, engine.load))
 
 
-def _received(engine: "Engine", channel: Connection, inbox: _Inbox) -> Iterator[_Message]:
+def _received(engine: "Engine", channel: "Channel", inbox: _Inbox) -> Iterator[_Message]:
     """All that has come; an engine without work waits for the first."""
     if not engine.busy:
         yield _idle(engine, channel, inbox)
@@ -136,7 +144,7 @@ def _received(engine: "Engine", channel: Connection, inbox: _Inbox) -> Iterator[
             yield inbox.get_nowait()
 
 
-def _idle(engine: "Engine", channel: Connection, inbox: _Inbox) -> _Message:
+def _idle(engine: "Engine", channel: "Channel", inbox: _Inbox) -> _Message:
     """Waits for the next message. Until it comes, prepares what loaded adapters will need, says once a second that the
     process lives, and checks the books once."""
     checked = False
@@ -153,7 +161,7 @@ def _idle(engine: "Engine", channel: Connection, inbox: _Inbox) -> _Message:
 
 def _handle(
     engine: "Engine",
-    channel: Connection,
+    channel: "Channel",
     message: Submit | Abort | UnloadAdapter | _Prepared | AdapterRefused | _Closed,
 ) -> None:
     match message:
@@ -180,11 +188,11 @@ def _handle(
             raise EOFError
 
 
-def _read(channel: Connection, inbox: _Inbox) -> None:
+def _read(channel: "Channel", inbox: _Inbox) -> None:
     """The thread that reads the channel."""
     try:
         while True:
-            inbox.put(channel.recv())
+            inbox.put(channel.receive())
     except (EOFError, OSError):
         inbox.put(_Closed())
 

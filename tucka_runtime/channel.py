@@ -1,0 +1,130 @@
+"""The channel between the API's process and the engine's: a socket pair with the messages of messages.py on it, each as
+its length, its kind and its fields by name in msgpack.
+
+Nobody else can write there, but the files may have changed since the API's process read them (an upgrade under a
+running server), and an engine that is started then is another version's. So both ends say `PROTOCOL` first.
+"""
+
+import hashlib
+import socket
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from tucka_runtime import __version__, errors, messages
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.errors import TuckaError
+from tucka_runtime.messages import FromEngine, Start, ToEngine
+
+Message = Start | ToEngine | FromEngine
+
+READ_BYTES = 1 << 16  # at once; a step's message has some 200 bytes for each of its sequences
+_HEAD = struct.Struct("!IB")  # the length of what follows, and the message's place in _KINDS
+_KINDS = get_args(Message)
+
+
+def _protocol() -> bytes:
+    """The version, and a digest of what the messages and all that they hold are made of; as long for every version."""
+    layouts: list[Any] = [EngineConfig, *(found for found in vars(messages).values() if is_dataclass(found))]
+    described = repr([(layout.__qualname__, [(f.name, str(f.type)) for f in fields(layout)]) for layout in layouts])
+    return hashlib.sha256(f"{__version__} {described} {_KINDS}".encode()).digest()
+
+
+PROTOCOL = _protocol()
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec does not know, as what it does."""
+    if isinstance(value, TuckaError):
+        return type(value).__name__, value.message, value.param
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, array):
+        return value.tobytes()
+    raise NotImplementedError(f"a {type(value).__name__} cannot cross the channel")
+
+
+def _typed(wanted: Any, value: Any) -> Any:
+    """The way back."""
+    if issubclass(wanted, TuckaError):
+        name, message, param = value
+        return getattr(errors, name)(message, param)
+    return array("f", value) if wanted is array else wanted(value)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+_decoders = [msgspec.msgpack.Decoder(kind, dec_hook=_typed) for kind in _KINDS]
+
+
+class ChannelError(Exception):
+    """What came is no message of ours."""
+
+
+def frame(message: Message) -> bytearray:
+    """A message as it goes through the socket."""
+    framed = bytearray(_HEAD.size)
+    _encoder.encode_into(message, framed, _HEAD.size)
+    _HEAD.pack_into(framed, 0, len(framed) - _HEAD.size, _KINDS.index(type(message)))
+    return framed
+
+
+class Reader:
+    """Makes messages of what comes through the socket. It begins with the other end's `PROTOCOL`."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._greeted = False
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """The messages that are complete with this. Raises ChannelError; after that nothing more may be fed."""
+        self._rest += data
+        begin = 0
+        try:
+            if not self._greeted and len(self._rest) >= len(PROTOCOL):
+                begin, self._greeted = len(PROTOCOL), True
+                if self._rest[:begin] != PROTOCOL:
+                    raise ChannelError("the other process was started from other files than this one")
+            while self._greeted and len(self._rest) - begin >= _HEAD.size:
+                length, kind = _HEAD.unpack_from(self._rest, begin)
+                body, end = begin + _HEAD.size, begin + _HEAD.size + length
+                if len(self._rest) < end:
+                    break
+                begin = end
+                yield _decode(kind, self._rest[body:end])
+        finally:
+            del self._rest[:begin]
+
+
+def _decode(kind: int, body: bytearray) -> Any:
+    try:
+        return _decoders[kind].decode(body)
+    except (msgspec.DecodeError, IndexError) as error:
+        raise ChannelError(f"a message cannot be read: {error}") from error
+
+
+class Channel:
+    """The engine's end: it waits for what it reads and for what it writes."""
+
+    def __init__(self, descriptor: int):
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.sendall(PROTOCOL)
+        self._messages = self._read()
+
+    def send(self, message: FromEngine) -> None:
+        """Raises OSError when the parent is gone."""
+        self._socket.sendall(frame(message))
+
+    def receive(self) -> Any:
+        """The next message. Raises EOFError or OSError when the parent is gone, ChannelError."""
+        return next(self._messages)
+
+    def _read(self) -> Iterator[Any]:
+        reader = Reader()
+        while data := self._socket.recv(READ_BYTES):
+            yield from reader.feed(data)
+        raise EOFError
