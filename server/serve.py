@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,10 +38,21 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     try:
         engine_config, config = with_embedded_default(engine_config, config)
         _check_names_and_folders(engine_config, config)
-        return asyncio.run(_run(engine_config, config))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_run(engine_config, config))
     except TuckaError as error:
         log.error("%s", error.message)
         return 1
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's event loop where it is installed: `python -m tucka_runtime.server.bench_stream` shows what it saves."""
+    try:
+        import uvloop
+    except ImportError:
+        log.warning("uvloop is not installed here: asyncio's own event loop serves, which takes more of the processor")
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
 
 
 def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) -> None:

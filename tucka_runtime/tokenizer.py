@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 import secrets
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,11 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._added = {id_: str(token.content) for id_, token in added.items()}
         self._special = {id_: self._added[id_] for id_, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special)
         self._unknown: int | None = tokenizer.unk_token_id
         self._byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
         self._bytes: dict[int, bytes] = {}
+        self.whole = _Whole(self)
         template = tokenizer.chat_template
         templates: dict[str, str | None] = template if isinstance(template, dict) else {"default": template}
         self.chat_template = templates.get("default")
@@ -223,6 +225,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
+    def special_tokens_but(self, shown: Collection[int]) -> frozenset[int]:
+        """The ids of the special tokens that are not among `shown`."""
+        return self._special_ids if not shown else self._special_ids - frozenset(shown)
+
     def token(self, token_id: int) -> str | None:
         """The token as the files spell it; None if there is none of that id."""
         token: str | None = self._backend.id_to_token(token_id)
@@ -254,6 +260,22 @@ class Tokenizer:
     @cached_property
     def _anchor(self) -> int:
         return self.encode("a", add_special_tokens=False)[-1]
+
+
+class _Whole(dict[int, str | None]):
+    """The texts of tokens, by their ids; None for those that are not whole characters, which must be put together.
+    Each is found when it is first needed."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            self[token_id] = self._tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            self[token_id] = None
+        return self[token_id]
 
 
 def unshielded(text: str) -> str:
@@ -290,25 +312,26 @@ class Detokenizer:
     """One sequence's ids to text. Every token is a known run of bytes; a UTF-8 character leaves when it is whole.
     `shown` are special tokens that are not skipped."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: Container[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: Collection[int] = ()):
         self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
-        self._shown = shown
+        self._skipped = tokenizer.special_tokens_but(shown) if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    @property
-    def pending(self) -> bool:
+        self.pending = False
         """True while a character waits for its last bytes."""
-        return bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; may be empty."""
-        if self._skip_special and self._tokenizer.is_special(token_id) and token_id not in self._shown:
+        if token_id in self._skipped:
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if not self.pending and (whole := self._tokenizer.whole[token_id]) is not None:
+            return whole
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        self.pending = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What is left when no token follows: the replacement character for an unfinished one."""
+        self.pending = False
         return self._decoder.decode(b"", final=True)
 
 

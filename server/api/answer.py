@@ -9,8 +9,9 @@ from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Request, RouteReport
 from tucka_runtime.server.api.bodies import GenerationBody, StreamOptions
 from tucka_runtime.server.api.logprobs import Labels
-from tucka_runtime.server.http.answers import encode_json
+from tucka_runtime.server.http.answers import encode_json, encode_text
 from tucka_runtime.server.http.errors import envelope
+from tucka_runtime.server.service.events import Text
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.tokenizer import Tokenizer
@@ -68,6 +69,8 @@ class OpenAIAnswer(Answer, Generic[G]):
         }
         self._before = b"data: " + encode_json(self.head)[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+        self._plain = not body.return_token_ids and request.sampling.logprobs is None
+        self._prepared: dict[int, tuple[bytes, bytes]] = {}
 
     @abstractmethod
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
@@ -81,7 +84,19 @@ class OpenAIAnswer(Answer, Generic[G]):
         after = self._after
         if self.options.include_usage and self.options.continuous_usage_stats:
             after = b'],"usage":' + encode_json(usage_json(usage)) + b"}\n\n"
+        if self._plain and not delta.first and delta.finish_reason is None:
+            match delta.events:
+                case [Text(text)]:
+                    before, behind = self._prepared.get(delta.index) or self._prepare(delta.index)
+                    return before + encode_text(text) + behind + after
         return b"".join(self._before + encode_json(choice) + after for choice in self.chunks(delta))
+
+    def _prepare(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text in a chunk that has nothing else, as most do."""
+        (choice,) = self.chunks(ChoiceDelta(index, False, self.request.id, [Text(self.request.id)]))
+        before, behind = encode_json(choice).split(encode_text(self.request.id))
+        self._prepared[index] = self._before + before, behind
+        return self._prepared[index]
 
     def ending(self, usage: Usage) -> bytes:
         last = event({**self.head, "choices": [], "usage": usage_json(usage)}) if self.options.include_usage else b""

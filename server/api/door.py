@@ -118,12 +118,13 @@ def generating(door: Door[S, Answer]) -> Endpoint:
 async def finished(generation: Generation) -> list[ChoiceDelta]:
     """All choices, each with all of its deltas in one."""
     choices: dict[int, ChoiceDelta] = {}
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            if delta.index in choices:
-                choices[delta.index].extend(delta)
-            else:
-                choices[delta.index] = delta
+    async with aclosing(generation.steps()) as steps:
+        async for deltas in steps:
+            for delta in deltas:
+                if delta.index in choices:
+                    choices[delta.index].extend(delta)
+                else:
+                    choices[delta.index] = delta
     return [choices[i] for i in sorted(choices)]
 
 
@@ -131,11 +132,11 @@ async def _frames(answer: Answer, generation: Generation, http: HTTPRequest) -> 
     """A failure before the first frame is raised: it still has a status code of its own."""
     begun = False
     try:
-        async with aclosing(generation.deltas()) as deltas:
-            async for delta in deltas:
-                if frame := answer.frame(delta, generation.usage):
+        async with aclosing(generation.steps()) as steps:
+            async for deltas in steps:
+                if frames := b"".join([answer.frame(delta, generation.usage) for delta in deltas]):
                     begun = True
-                    yield frame
+                    yield frames
         yield answer.ending(generation.usage)
     except TuckaError as error:
         if not begun:

@@ -21,8 +21,8 @@ import uuid
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.flow_control import CLOSE_HEADER
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER, FlowControl
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.server.http.errors import RETRY_AFTER_SECONDS, RequestTimeoutError, crowded, envelope
@@ -91,6 +91,7 @@ class Connection(H11Protocol):
         if self.cycle is not before:  # a head was complete; its application has not run yet
             self.cycle.transport = _Writer(self, self.transport)  # type: ignore[assignment]
             state = self.scope["state"]
+            state["writer"] = _BodyWriter(self.cycle, self.transport, self.flow)
             state["received"] = self._received or time.monotonic()
             state["crowded"] = self._is_crowded()
             self._received = None
@@ -277,6 +278,23 @@ class _Writer:
         self.close = connection.close
         self.write = transport.write
         self.is_closing = transport.is_closing
+
+
+class _BodyWriter:
+    """stream.BodyWriter. ASGI's send has every piece made an event and take h11 from state to state."""
+
+    def __init__(self, cycle: RequestResponseCycle, transport: asyncio.Transport, flow: FlowControl):
+        self._cycle, self._transport, self._flow = cycle, transport, flow
+        self._chunked = cycle.scope["http_version"] == "1.1"  # as h11 decides: older clients read until the end
+        self.drain = flow.drain
+
+    @property
+    def full(self) -> bool:
+        return self._flow.write_paused and not self._cycle.disconnected
+
+    def write(self, piece: bytes) -> None:
+        if not self._cycle.disconnected:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
 
 
 def connection_class(max_connections: int) -> type[Connection]:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -30,6 +30,18 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
+class BodyWriter(Protocol):
+    """A response's body as its connection takes it, one piece after another, without the way through ASGI's messages:
+    `scope["state"]["writer"]`, for responses that have begun and that have no Content-Length."""
+
+    full: bool
+    """Whether the client's side takes no more for now; `drain` waits until it does, or until it has left."""
+
+    def write(self, piece: bytes) -> None: ...
+
+    async def drain(self) -> None: ...
+
+
 class EventStream(Response):
     """Frames of server-sent events, one write for each.
 
@@ -45,14 +57,16 @@ class EventStream(Response):
         self._frames = frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send(send))
+        await until_disconnect(receive, self._send(send, scope["state"]["writer"]))
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, writer: BodyWriter) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._frames) as frames:
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            writer.write(self._first)
             async for frame in frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if writer.full:
+                    await writer.drain()
+                writer.write(frame)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -117,6 +117,16 @@ class Metrics:
         self._processes = CollectorRegistry()
         ProcessCollector(registry=self._processes)
         self._vllm = VLLMMetrics(model_name, self._families) if vllm else None
+        # What every token and every step is counted in is looked up once.
+        self._generated = self._values["generation_tokens_total"].labels()
+        self._between_tokens = self._histograms["inter_token_seconds"].labels()
+        self._steps = self._values["steps_total"].labels()
+        self._stages = [(stage, self._values["step_seconds_total"].labels(stage)) for stage in STAGES]
+        self._prefilled, self._decoded = (self._values["step_tokens_total"].labels(of) for of in ("prefill", "decode"))
+        self._step_figures = [
+            self._histograms[name].labels()
+            for name in ("step_duration_seconds", "batch_tokens", "batch_sequences", "batch_adapters")
+        ]
 
     def _define(self, spec: Spec) -> None:
         """Makes a family, and at once the series whose labels are known: a scrape shows them from the beginning."""
@@ -191,12 +201,12 @@ class Metrics:
 
     def tokens(self, count: int) -> None:
         """A step brought a sequence so many tokens."""
-        self._inc("generation_tokens", count)
+        self._generated.inc(count)
 
     def waited(self, seconds: float, count: int) -> None:
         """A sequence's next `count` tokens were sent `seconds` after the ones before."""
         if count:
-            self._observe("inter_token_seconds", seconds / count)
+            self._between_tokens.observe(seconds / count)
 
     def finished(self, model: str, reason: FinishReason, count: int = 1, route_changes: int | None = None) -> None:
         """`count` sequences ended. `route_changes` None: they had no route."""
@@ -229,15 +239,15 @@ class Metrics:
         """Takes the figures of one engine step, and what the engine holds after it."""
         self._load = load
         self._active = {key.name for key in stats.adapters} if load.running else set()
-        self._inc("steps")
-        for stage in STAGES:
-            self._inc("step_seconds", max(getattr(stats, stage), 0.0), stage)
-        self._observe("step_duration_seconds", stats.seconds)
-        self._inc("step_tokens", stats.prefill_tokens, "prefill")
-        self._inc("step_tokens", stats.decode_tokens, "decode")
-        self._observe("batch_tokens", stats.prefill_tokens + stats.decode_tokens)
-        self._observe("batch_sequences", stats.sequences)
-        self._observe("batch_adapters", len(stats.adapters))
+        self._steps.inc()
+        for stage, series in self._stages:
+            series.inc(max(getattr(stats, stage), 0.0))
+        self._prefilled.inc(stats.prefill_tokens)
+        self._decoded.inc(stats.decode_tokens)
+        tokens = stats.prefill_tokens + stats.decode_tokens
+        figures = (stats.seconds, tokens, stats.sequences, len(stats.adapters))
+        for histogram, figure in zip(self._step_figures, figures, strict=True):
+            histogram.observe(figure)
         for key, route in stats.routes:
             self.adapters.routed(key, route)
         # The engine counts from its own start: a smaller number is a new engine's.

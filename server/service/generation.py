@@ -1,17 +1,19 @@
 """One request in the engine: submitted, its outputs turned into text per choice, aborted when nobody waits any more."""
 
 import asyncio
+import time
 from array import array
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import FinishReason, Request, RouteReport, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.events import CallBegun, Event, ParserFactory, PlainText
 from tucka_runtime.server.service.leases import Lease
 from tucka_runtime.server.service.request_log import Origin, RequestLog
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.stops import stop_table
-from tucka_runtime.server.service.text import SequenceText, TextDelta, Token
+from tucka_runtime.server.service.text import SequenceText, Token
 
 
 @dataclass(slots=True)
@@ -44,17 +46,17 @@ class ChoiceDelta:
         self.called = later.called
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
-    """Tokens that the engine worked on; those of a stop string that was cut are among them."""
+    """Tokens that the engine worked on so far; those of a stop string that was cut are among them."""
 
     prompt: int
-    completion: int
-    cached: int
+    completion: int = 0
+    cached: int = 0
 
 
 class Generation:
-    """Created by submitting. Takes the lease over once it is: `deltas` gives it back. `parser` makes each choice's.
+    """Created by submitting. Takes the lease over once it is: `steps` gives it back. `parser` makes each choice's.
 
     Raises InvalidRequestError, OverloadedError, EngineDeadError.
     """
@@ -73,54 +75,63 @@ class Generation:
         self._called: set[int] = set()
         self._stream = service.engine.submit(request)
         self._log = RequestLog(request, lease.adapter, origin, service.sinks)
+        self.usage = Usage(self._log.prompt_tokens)
 
-    @property
-    def usage(self) -> Usage:
-        return Usage(self._log.prompt_tokens, sum(text.generated for text in self._texts), self._log.cached_tokens)
+    async def steps(self) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """The deltas of one step at a time, or of several that came while the reader was busy. Ends when every choice
+        has its finish reason. Raises EngineDeadError or TuckaError when the engine fails.
 
-    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """Ends when every choice has its finish reason. Raises EngineDeadError or TuckaError when the engine fails.
-
-        Whoever iterates comes back for the next delta when it has sent this one: the metrics' times are those.
+        Whoever iterates comes back for the next ones when it has sent these: the metrics' times are those.
         """
         unfinished = len(self._texts)
+        error: TuckaError | None = None
         try:
-            async for output in self._stream:
-                text = self._texts[output.index]
-                if text.finished:  # by a stop string: what still comes, at last its "abort", is nobody's
-                    continue
-                if output.finish is not None and output.finish.error is not None:
-                    raise output.finish.error
-                delta = text.push(output)
-                if text.finished and output.finish is None:  # a stop string: the engine does not know of those
-                    self._stream.end(output.index)
-                self._log.output(output)
-                yield self._choice_delta(output, delta)
-                self._log.sent(output, self._is_seen(delta))
-                if delta.finish_reason is not None:
-                    self._log.finished(output, delta.finish_reason)
-                unfinished -= text.finished
+            async for outputs in self._stream:
+                taken: list[tuple[SequenceOutput, ChoiceDelta]] = []
+                for output in outputs:
+                    if output.finish is not None and (error := output.finish.error) is not None:
+                        break
+                    if not self._texts[output.index].finished:
+                        taken.append((output, self._take(output)))
+                    # Else it ended with a stop string: what still comes, at last its "abort", is nobody's.
+                if taken:
+                    yield [delta for _, delta in taken]
+                    self._sent(taken)
+                if error is not None:
+                    raise error
+                unfinished -= sum(delta.finish_reason is not None for _, delta in taken)
                 if not unfinished:
                     break
         except (asyncio.CancelledError, GeneratorExit):  # the client left
             raise
-        except BaseException as error:
-            self._log.error = error
+        except BaseException as failure:
+            self._log.error = failure
             raise
         finally:
             self._stream.abort()
             self._lease.release()
             self._log.close()
 
-    def _choice_delta(self, output: SequenceOutput, delta: TextDelta) -> ChoiceDelta:
+    def _take(self, output: SequenceOutput) -> ChoiceDelta:
+        """What an output brings its choice."""
         index, parser = output.index, self._parsers[output.index]
+        text = self._texts[index]
+        before = text.generated
+        delta = text.push(output)
+        if text.finished and output.finish is None:  # a stop string: the engine does not know of those
+            self._stream.end(index)
+        self._log.output(output)
+        self.usage.completion += text.generated - before
         first = index not in self._begun
-        self._begun.add(index)
+        if first:
+            self._begun.add(index)
+            self.usage.cached = self._log.cached_tokens
         events = parser.push(delta.text)
         if delta.finish_reason is not None:
             events += parser.finish()
-        if index not in self._called and any(isinstance(event, CallBegun) for event in events):
-            self._called.add(index)
+        for event in events:
+            if type(event) is CallBegun:
+                self._called.add(index)
         return ChoiceDelta(
             index,
             first,
@@ -135,6 +146,12 @@ class Generation:
             output.embedding,
         )
 
-    def _is_seen(self, delta: TextDelta) -> bool:
-        """Whether a reader sees something new: not so with half a character, or with a token that has no text."""
-        return bool(delta.text or delta.finish_reason or (delta.tokens and self._service.tokenizer is None))
+    def _sent(self, taken: list[tuple[SequenceOutput, ChoiceDelta]]) -> None:
+        """Books what the reader has done with. A client sees nothing new in half a character, nor in a token that has
+        no text."""
+        now, tokens_alone = time.monotonic(), self._service.tokenizer is None
+        for output, delta in taken:
+            ends = delta.finish_reason
+            self._log.sent(output, bool(delta.text or ends or (tokens_alone and delta.tokens)), now)
+            if ends is not None:
+                self._log.finished(output, ends)

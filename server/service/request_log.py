@@ -99,10 +99,10 @@ class RequestLog:
             sequence.cached_tokens = output.cached_tokens if output.index % self.request.n == 0 else 0
         self._metrics.tokens(len(output.token_ids))
 
-    def sent(self, output: SequenceOutput, shown: bool) -> None:
+    def sent(self, output: SequenceOutput, shown: bool, now: float) -> None:
         """What this output brought has been written to the client, or is kept for a whole answer. `shown`: there was
-        something to see in it."""
-        now, sequence = time.monotonic(), self.sequences[output.index]
+        something to see in it. `now` is `time.monotonic()`."""
+        sequence = self.sequences[output.index]
         if shown and not sequence.first:
             sequence.first = now
             self._metrics.first_token(self.model, now - self.origin.received, sequence.cached_tokens, sequence.timing)

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from tucka_runtime.messages import Finish, FinishReason, SamplingParams, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.stops import StopStrings, StopTable
 from tucka_runtime.tokenizer import Detokenizer, Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A generated token; its text begins at character `start` of the answer."""
 
     id: int
@@ -55,7 +55,7 @@ class SequenceText:
         min_tokens: int = 0,
     ):
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops) if stops else None
         self._reasons = reasons or {}
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -82,6 +82,9 @@ class SequenceText:
 
     def push(self, output: SequenceOutput) -> TextDelta:
         """Takes one step's tokens. After a delta with `finish_reason` nothing more may be pushed."""
+        ids = output.token_ids
+        if len(ids) == 1 and output.finish is None and not self._tokens and self._stops is None and self._detokenizer:
+            return self._pass(ids[0], output.logprobs[0] if output.logprobs else None, self._detokenizer)
         delta = TextDelta()
         stop_token_id = output.finish.stop_token_id if output.finish else None
         for i, token_id in enumerate(output.token_ids):
@@ -99,6 +102,17 @@ class SequenceText:
             self._finish(output.finish, delta)
         return delta
 
+    def _pass(self, token_id: int, logprob: TokenLogprob | None, detokenizer: Detokenizer) -> TextDelta:
+        """`push` where nothing is held and no stop string can begin, as with most tokens of most answers."""
+        token = Token(token_id, self._released, logprob)
+        piece = detokenizer.push(token_id)
+        self.generated += 1
+        self._released += len(piece)
+        if piece or not detokenizer.pending:
+            return TextDelta(piece, [token])
+        self._tokens.append(token)
+        return TextDelta()
+
     def _finish(self, finish: Finish, delta: TextDelta) -> None:
         if self._detokenizer and self._append(self._detokenizer.flush(), delta):
             return
@@ -113,7 +127,7 @@ class SequenceText:
         """Adds text; True if a stop string ended the answer."""
         before = self._released + len(self._tail)
         self._tail += piece
-        match = self._stops.feed(piece, counts=self.generated > self._min_tokens)
+        match = self._stops.feed(piece, counts=self.generated > self._min_tokens) if self._stops else None
         if match is None:
             return False
         length, stop = match
@@ -126,7 +140,7 @@ class SequenceText:
         return True
 
     def _release(self, delta: TextDelta) -> None:
-        count = len(self._tail) - self._stops.held
+        count = len(self._tail) - (self._stops.held if self._stops else 0)
         delta.text += self._tail[:count]
         self._tail = self._tail[count:]
         self._released += count

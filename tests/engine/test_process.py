@@ -126,16 +126,17 @@ async def patiently(work: Coroutine[Any, Any, Any]) -> Any:
 
 async def collect(stream: OutputStream) -> list[Answer]:
     answers: dict[int, Answer] = {}
-    async for out in stream:
-        answers.setdefault(out.index, Answer()).take(out)
+    async for outputs in stream:
+        for out in outputs:
+            answers.setdefault(out.index, Answer()).take(out)
     assert all(answer.finish_reason is not None for answer in answers.values())
     return [answers[i] for i in sorted(answers)]
 
 
 async def leftovers(stream: OutputStream) -> None:
     """Reads to the end of a stream that will not end by itself."""
-    async for out in stream:
-        assert out.finish is None
+    async for outputs in stream:
+        assert not any(out.finish for out in outputs)
 
 
 async def first(stream: OutputStream) -> None:
@@ -206,9 +207,9 @@ def test_adapters_come_and_go_beside_requests(client: Watched, loop: asyncio.Run
         with pytest.raises(ModelNotFoundError):
             await collect(client.submit(ask(prompt(3), id="late", sampling=SHORT, adapter=LORA)))
         answer = Answer()
-        answer.take(early)
-        async for out in stream:
-            answer.take(out)
+        for outputs in (early, *[outputs async for outputs in stream]):
+            for out in outputs:
+                answer.take(out)
         await client.load_adapter(LORA, folder / "lora")  # its place was freed with the last lease
         client.unload_adapter(LORA)
         client.unload_adapter(AdapterKey("never heard of", 1))
@@ -566,10 +567,11 @@ def test_one_sequence_ends_and_its_siblings_go_on(client: Watched, loop: asyncio
     async def one_of_two() -> dict[int, list[FinishReason | None]]:
         stream = client.submit(ask(prompt(5), id="two", sampling=replace(GREEDY, max_tokens=40), n=2))
         reasons: dict[int, list[FinishReason | None]] = {0: [], 1: []}
-        async for output in stream:
-            reasons[output.index].append(output.finish.reason if output.finish else None)
-            if len(reasons[0]) == 2 and output.index == 0:
-                stream.end(0)
+        async for outputs in stream:
+            for output in outputs:
+                reasons[output.index].append(output.finish.reason if output.finish else None)
+                if len(reasons[0]) == 2 and output.index == 0:
+                    stream.end(0)
         return reasons
 
     reasons = loop.run(one_of_two())
@@ -597,7 +599,8 @@ def test_a_process_that_cannot_be_started_is_tried_again(
         await client.noticed.wait()
         assert client._restart is not None
         await client._restart
-        return [token async for output in client.submit(ask(prompt(4), sampling=SHORT)) for token in output.token_ids]
+        (answer,) = await collect(client.submit(ask(prompt(4), sampling=SHORT)))
+        return answer.token_ids
 
     assert len(loop.run(main())) == SHORT.max_tokens
     assert len(refused) == 1

@@ -78,14 +78,14 @@ class FakeEngine:
         self.loaded.pop(key, None)
 
 
-class FakeStream(AsyncIterator[SequenceOutput]):
+class FakeStream(AsyncIterator[list[SequenceOutput]]):
     def __init__(self, engine: FakeEngine, request: Request):
         self._engine = engine
         self.request_id = request.id
         self._outputs = self._run(request)
 
-    async def __anext__(self) -> SequenceOutput:
-        return await anext(self._outputs)
+    async def __anext__(self) -> list[SequenceOutput]:
+        return [await anext(self._outputs)]
 
     def end(self, index: int) -> None:
         self._engine.ended.add((self.request_id, index))

@@ -11,32 +11,47 @@ if TYPE_CHECKING:
     from tucka_runtime.engine.client import EngineClient
 
 
-class OutputStream(AsyncIterator[SequenceOutput]):
-    """The outputs of one request, sequences interleaved; ends when each has had its finish reason.
+class OutputStream(AsyncIterator[list[SequenceOutput]]):
+    """The outputs of one request, sequences interleaved, as many at once as have come: those of one step, unless its
+    one reader was slower. Ends when each sequence has had its finish reason.
 
     Raises EngineDeadError if the engine dies, and the engine's error if it refused the request.
     """
 
     def __init__(self, client: "EngineClient", request: Request):
         self._client = client
-        self._queue: asyncio.Queue[SequenceOutput | TuckaError] = asyncio.Queue()
+        self._came: list[SequenceOutput] = []
+        self._error: TuckaError | None = None
+        self._waiting: asyncio.Future[None] | None = None
         self.request_id = request.id
         self.unfinished = request.num_sequences
 
-    async def __anext__(self) -> SequenceOutput:
-        if not self.unfinished and self._queue.empty():
-            raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, TuckaError):
-            raise item
-        return item
+    async def __anext__(self) -> list[SequenceOutput]:
+        if not self._came and self._error is None:
+            if not self.unfinished:
+                raise StopAsyncIteration
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        if self._came:
+            came, self._came = self._came, []
+            return came
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
 
     def put(self, item: SequenceOutput | TuckaError) -> None:
         if isinstance(item, TuckaError):
+            self._error = item
             self.unfinished = 0
-        elif item.finish is not None:
-            self.unfinished -= 1
-        self._queue.put_nowait(item)
+        else:
+            self._came.append(item)
+            if item.finish is not None:
+                self.unfinished -= 1
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def end(self, index: int) -> None:
         """Ends one sequence in the engine, whose last output then says "abort"; the others go on."""

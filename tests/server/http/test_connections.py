@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import io
 import json
 import logging
 import resource
@@ -237,3 +238,21 @@ def test_other_errors_of_the_loop_keep_their_traceback(caplog: pytest.LogCapture
     listener.close()
     assert "ValueError: x" in caplog.text
     assert http_server.BACKLOG >= 1024
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_stream_is_framed_as_its_client_reads_it(start_fake, version: str) -> None:
+    """By chunks, or by the connection's end where a client is too old for them."""
+    request = ask(version, stream=True, n=2).replace(b"Host: x", b"Host: x\r\nConnection: close")
+    head, _, body = start_fake().raw(request).partition(b"\r\n\r\n")
+    assert (b"chunked" in head.lower()) == (version == "1.1")
+    if version == "1.1":
+        data, chunks = b"", io.BytesIO(body)
+        while size := int(chunks.readline(), 16):
+            data += chunks.read(size)
+            assert chunks.read(2) == b"\r\n"
+        assert chunks.read() == b"\r\n"
+        body = data
+    events = body.decode().split("\n\n")
+    assert len(events) == 2 * 8 + 2 and events[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events[:-2])

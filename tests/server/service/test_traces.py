@@ -19,6 +19,7 @@ from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ConfigError, EngineDeadError
 from tucka_runtime.messages import Request, SequenceOutput, Timing
 from tucka_runtime.server.api.app import create_app
+from tucka_runtime.server.http.server import HTTPServer, bind
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.service import Service
@@ -66,9 +67,16 @@ def spans(tmp_path: Path, tokenizer: Tokenizer):
             names.ready = True
             config = ServerConfig()
             service = Service(config, "base", engine, tokenizer, None, names, metrics, Traces(provider))  # type: ignore[arg-type]
-            transport = httpx.ASGITransport(create_app(service))
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-                await client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4} | body, headers=headers)
+            with bind("127.0.0.1", 0) as listener:
+                server = HTTPServer(create_app(service), config, listener)
+                serving = asyncio.ensure_future(server.serve())
+                while not server.started:
+                    await asyncio.sleep(0.01)
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+                async with httpx.AsyncClient() as client:
+                    await client.post(url, json={"prompt": "hello", "max_tokens": 4} | body, headers=headers)
+                server.should_exit = True
+                await serving
             registry.close()
 
         asyncio.run(ask())
