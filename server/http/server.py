@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import resource
 import socket
 import time
 from collections.abc import Generator
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,14 +14,13 @@ from starlette.types import ASGIApp
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.server.http.connection import RESERVE, Connection, connection_class
+from tucka_runtime.server.http.listener import COMPLAINT_SECONDS, Listener
 from tucka_runtime.server.http.middleware import MAX_HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
 OTHER_FILES = 256  # open files of the process that are no connections: adapters' files, pipes, libraries
 BACKLOG = 1024  # connections that the kernel keeps until they are accepted
-COMPLAINT_SECONDS = 60.0
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class HTTPServer(uvicorn.Server):
@@ -41,20 +38,27 @@ class HTTPServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                # asyncio accepts so many at once, and fails as often when files run out; `startup` sets the queue.
-                backlog=1,
                 h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
                 timeout_keep_alive=config.keep_alive_timeout,
             )
         )
-        self._listener = listener
-        self._quiet_until = 0.0
+        self._socket = listener
         logging.getLogger("uvicorn.error").addFilter(_OnceAMinute("Invalid HTTP request received."))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_error)
-        await super().startup([self._listener])
-        self._listener.listen(BACKLOG)
+        await super().startup([])
+        self._socket.listen(BACKLOG)
+        self._listener = Listener(self._socket, self._connection)
+
+    def _connection(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._listener.close()
+        await super().shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -65,19 +69,6 @@ class HTTPServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
                 connection.transport.abort()
-
-    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """asyncio tries to accept again every second when files or memory have run out: that is said once a minute."""
-        error = context.get("exception")
-        if not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
-            loop.default_exception_handler(context)
-        elif time.monotonic() >= self._quiet_until:
-            self._quiet_until = time.monotonic() + COMPLAINT_SECONDS
-            log.error(
-                "new connections cannot be accepted: %s. Lower --max-connections or raise the limit (ulimit -n, "
-                "LimitNOFILE=). (said at most once a minute)",
-                error.strerror,
-            )
 
 
 class _OnceAMinute(logging.Filter):

@@ -17,9 +17,8 @@ import pytest
 from tests.support.servers import Server, read_all, series
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.server.http import connection
-from tucka_runtime.server.http import server as http_server
-from tucka_runtime.server.http.server import HTTPServer, allow_open_files, bind
+from tucka_runtime.server.http import connection, listener
+from tucka_runtime.server.http.server import allow_open_files
 
 ASK = {"model": "base", "prompt": "hi", "max_tokens": 8}
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -181,11 +180,11 @@ def test_a_client_that_reads_slowly_is_served(start_fake, small_buffers: None, m
     server = start_fake()
     with slow_reader(server) as client:
         got, began = 0, time.monotonic()
-        while time.monotonic() - began < 2.5:
-            got += len(client.recv(2000))
+        while got < 100_000 or time.monotonic() - began < 5 * connection.SEND_SECONDS:
+            received = client.recv(2000)
+            assert received, "it was given up"
+            got += len(received)
             time.sleep(0.02)
-        assert got > 100_000
-        assert client.recv(1000)
 
 
 def test_idle_connections_are_kept_as_long_as_the_setting_says(start_fake) -> None:
@@ -209,7 +208,7 @@ def test_a_limit_of_open_files_that_is_too_low_ends_the_start(monkeypatch: pytes
 
 
 def test_accepting_without_descriptors_is_said_once(start_fake, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio tries again every second; what the kernel says is made up, the loop and its listener are real."""
+    """What the kernel says is made up, the loop and its listener are real."""
     server = start_fake()
     left = [30]
     accept = socket.socket.accept
@@ -221,23 +220,12 @@ def test_accepting_without_descriptors_is_said_once(start_fake, monkeypatch, cap
         return accept(self)
 
     monkeypatch.setattr(socket.socket, "accept", without)
-    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(listener, "RETRY_SECONDS", 0.01)
     with caplog.at_level(logging.INFO):
         assert httpx.get(server.url + "/health", timeout=30).status_code == 200
     assert left == [0]
     (said,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert "cannot be accepted: Too many open files" in said.getMessage() and said.exc_info is None
-
-
-def test_other_errors_of_the_loop_keep_their_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    listener = bind("127.0.0.1", 0)
-    loop = asyncio.new_event_loop()
-    made = HTTPServer(None, ServerConfig(), listener)  # type: ignore[arg-type]
-    made._on_error(loop, {"message": "odd", "exception": ValueError("x")})
-    loop.close()
-    listener.close()
-    assert "ValueError: x" in caplog.text
-    assert http_server.BACKLOG >= 1024
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
