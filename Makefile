@@ -7,7 +7,7 @@ install: ## make .venv with all that the tests need
 	sh deploy/install.sh test
 
 test: ## the whole suite, some ten minutes on two cores
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: ## ruff and the type check, as CI runs them
 	sh deploy/lint.sh
