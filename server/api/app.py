@@ -19,6 +19,7 @@ from tucka_runtime.server.api.door import Endpoint, generating
 from tucka_runtime.server.api.embeddings import embeddings
 from tucka_runtime.server.api.models import get_model, list_models
 from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
+from tucka_runtime.server.api.responses import RESPONSE
 from tucka_runtime.server.http.body import read
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
 from tucka_runtime.server.http.keys import Auth
@@ -33,6 +34,7 @@ def create_app(service: Service) -> ASGIApp:
     routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/v1/completions", generating(COMPLETION)),
         ("POST", "/v1/chat/completions", generating(CHAT)),
+        ("POST", "/v1/responses", generating(RESPONSE)),
         ("POST", "/v1/embeddings", embeddings),
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{name:path}", get_model),

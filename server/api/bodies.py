@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tucka_runtime.server.api.conversation import Messages, NamedTool, RenderingFields
+from tucka_runtime.server.api.conversation import ChatFields, Messages, NamedTool
 from tucka_runtime.server.api.values import (
     MAX_CHOICES,
     MAX_EXPERTS,
@@ -171,13 +171,9 @@ class SamplingBody(ModelBody):
     include_route: bool | None = None
 
 
-class GenerationBody(SamplingBody, WithoutEffect, Unsupported):
-    """What completions and chat have in common."""
+class FormatFields(Body):
+    """What an answer has to match, by vLLM's and SGLang's names."""
 
-    n: Annotated[int, Field(ge=1)] | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: NonEmpty | None = None
@@ -186,6 +182,15 @@ class GenerationBody(SamplingBody, WithoutEffect, Unsupported):
     json_schema: dict[str, Any] | str | None = None
     regex: NonEmpty | None = None
     ebnf: NonEmpty | None = None
+
+
+class GenerationBody(SamplingBody, FormatFields, WithoutEffect, Unsupported):
+    """What completions and chat have in common."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream_options: StreamOptions | None = None
@@ -206,7 +211,7 @@ class ChatUnsupported(Body, without_effect=True):
     function_call: Literal["auto", "none"] | None = None
 
 
-class ChatBody(GenerationBody, RenderingFields, ChatUnsupported):
+class ChatBody(GenerationBody, ChatFields, ChatUnsupported):
     messages: Messages
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -233,7 +238,7 @@ class EmbeddingBody(ModelBody, EmbeddingUnsupported):
     split_special_tokens: bool | None = None
 
 
-class TokenizeBody(RenderingFields):
+class TokenizeBody(ChatFields):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None

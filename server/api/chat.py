@@ -34,7 +34,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             max_tokens=max_tokens,
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
-            grammar=structured.grammar(body, service),
+            grammar=structured.grammar(body, "response_format", structured.schema_of(body.response_format), service),
             thoughts=body.separate_reasoning is not False,
             max_tokens_param=param,
         ),

@@ -28,7 +28,7 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
         service, prompts, "prompt", body.add_special_tokens is not False, body.split_special_tokens is True
     )
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
-    grammar = structured.grammar(body, service)
+    grammar = structured.grammar(body, "response_format", structured.schema_of(body.response_format), service)
     sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
     if sampling.stop:
         service.text_tokenizer("stop")

@@ -128,7 +128,12 @@ class TemplateFields(Body, without_effect=True):
 class RenderingFields(TemplateFields):
     """What messages are rendered with. `chat_template_kwargs` are further variables of the template."""
 
-    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+
+class ChatFields(RenderingFields):
+    """The same with the functions that the model is told of."""
+
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None

@@ -18,12 +18,14 @@ from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.server.api import bodies
+from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.answers import JSONAnswer
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
+    "/v1/responses": ResponseBody,
     "/v1/embeddings": bodies.EmbeddingBody,
     "/v1/adapters": bodies.LoadAdapterBody,
     "/v1/load_lora_adapter": bodies.LoadLoraBody,

@@ -29,6 +29,7 @@ async def root(request: Request) -> Response:
             "models": "/v1/models",
             "chat": "/v1/chat/completions",
             "completions": "/v1/completions",
+            "responses": "/v1/responses",
             "adapters": "/v1/adapters",
             "ready": "/ready",
             "metrics": "/metrics",

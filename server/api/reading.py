@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from starlette.requests import Request
 
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.conversation import Echoed, ForeignPart, Unspoken
-from tucka_runtime.server.api.values import Body
+from tucka_runtime.server.api.values import Body, Skipped
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
@@ -19,18 +20,35 @@ SHOWN = 32  # names in that header
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Fields of other servers for what has another name here.
-_ELSEWHERE = dict.fromkeys(("adapter_id", "lora_path"), "Name the adapter in `model`.")
+_ELSEWHERE = {
+    "adapter_id": "Name the adapter in `model`.",
+    "lora_path": "Name the adapter in `model`.",
+    "previous_response_id": "No answer is kept: send the whole conversation in `input`.",
+    "conversation": "None is kept: send all of it in `input`.",
+    "max_tokens": "Send `max_output_tokens`.",
+    "max_completion_tokens": "Send `max_output_tokens`.",
+    "response_format": "Send `text` with a `format`.",
+}
+
+# Lists whose items differ by a field, and what `_SENTENCES` calls that.
+_TAGS = {"messages": "role", "input": "item"}
 
 # What pydantic's messages would repeat of the input, or say of its own inside.
 _SENTENCES = {
-    "role": "A message's `role` must be system, developer, user, assistant or tool",
+    "role": "A message's `role` must be system, developer, user or assistant, or in chat tool",
+    "item": "An item must be a message with `role` and `content`, or of the `type` function_call, function_call_output "
+    "or reasoning: an item_reference needs answers that were kept, and others tools that this server does not have",
     "content": "A message's `content` must be a string or a list of text parts: images, audio, video and files are not "
     "supported",
     "prompt": "It must be a non-empty string, a list of such strings, a list of token ids, or a list of such lists",
+    "input": "It must be a non-empty string or a non-empty list: of items for a response, of strings or token ids to "
+    "embed",
     "messages": "It must be a non-empty list of objects, each with `role` and `content`",
     "stop": "It must be a string or a list of at most 16 strings, of 1 to 1024 characters each",
     "response_format": 'It must be {"type": "text"}, {"type": "json_object"} or '
     '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}',
+    "format": 'It must be {"type": "text"}, {"type": "json_object"} or '
+    '{"type": "json_schema", "name": …, "schema": {…}}',
 }
 
 B = TypeVar("B", bound=Body)
@@ -70,6 +88,9 @@ def ignored_names(body: Body) -> set[str]:
 def _note_ignored(body: Body, place: str, found: set[str]) -> None:
     """Looks at nothing but what was sent, by pydantic's slots: a conversation has many messages."""
     kind, sent = type(body), body.__pydantic_fields_set__
+    if isinstance(body, Skipped):
+        found.add(place + body.type if _NAME.fullmatch(body.type) else "?")
+        return
     if extra := body.__pydantic_extra__:
         for name, value in extra.items():
             if value is not None:
@@ -102,8 +123,8 @@ def _error(kind: type[Body], error: ValidationError) -> InvalidRequestError:
     if param == "model" and found["type"] == "string_too_short":
         return InvalidRequestError("`model` is empty. GET /v1/models lists what it can be.", param)
     place, names = _place(found["loc"])
-    if found["type"].startswith("union_tag") and names[-1] == "messages":
-        names.append("role")
+    if found["type"].startswith("union_tag") and names[-1] in _TAGS:
+        names.append(_TAGS[names[-1]])
     if len(names) > 1 and names[-1] in _NESTED_IGNORED:
         return InvalidRequestError(f"`{place}`: what it asks for is not supported by this server.", param)
     return InvalidRequestError(f"`{place}`: {_SENTENCES.get(names[-1], found['msg'])}.", param)
@@ -116,7 +137,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
     for before, part in pairwise(loc):
         if isinstance(part, int):
             place += f"[{part}]"
-        elif isinstance(before, str) and part in _DECLARED and part != names[-1]:
+        elif isinstance(before, str) and part in _declared() and part != names[-1]:
             place, names = f"{place}.{part}", [*names, part]
     return place, names
 
@@ -127,5 +148,10 @@ def _subclasses(kind: type[Body]) -> Iterator[type[Body]]:
         yield from _subclasses(sub)
 
 
-_DECLARED = {name for kind in _subclasses(Body) for name in kind.model_fields} | {"schema"}
+@cache
+def _declared() -> set[str]:
+    """The fields of all bodies. Asked for when a body is wrong: by then every door's are there."""
+    return {name for kind in _subclasses(Body) for name in kind.model_fields} | {"schema"}
+
+
 _NESTED_IGNORED = Echoed.ignored | Unspoken.ignored | ForeignPart.ignored | {"include_obfuscation"}

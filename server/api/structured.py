@@ -1,5 +1,6 @@
-"""What an answer has to match, by every name that clients have for it: OpenAI's `response_format`, vLLM's
-`structured_outputs` and `guided_*`, SGLang's `json_schema`, `regex` and `ebnf`. It comes out as one grammar.
+"""What an answer has to match, by every name that clients have for it: OpenAI's `response_format`, or the `format` of a
+response's text, vLLM's `structured_outputs` and `guided_*`, SGLang's `json_schema`, `regex` and `ebnf`. It comes out as
+one grammar.
 """
 
 import json
@@ -8,16 +9,18 @@ from typing import Any
 
 from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.bodies import GenerationBody, JsonObjectFormat, JsonSchemaFormat, TextFormat
+from tucka_runtime.server.api.bodies import FormatFields, JsonObjectFormat, JsonSchema, JsonSchemaFormat, TextFormat
 from tucka_runtime.server.service.service import Service
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAX_GRAMMAR_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
 
 
-def grammar(body: GenerationBody, service: Service) -> str | None:
-    """The grammar that the answer has to match; None where it is free. Raises InvalidRequestError."""
-    given = [(name, value, make) for name, value, make in _given(body) if value is not None]
+def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, service: Service) -> str | None:
+    """The grammar that the answer has to match; None where it is free. `schema` is what the door's own field for it
+    asks, `own` that field's name. Raises InvalidRequestError."""
+    asked = ((own, schema, _of_schema), *_given(body))
+    given = [(name, value, make) for name, value, make in asked if value is not None]
     if not given:
         return None
     names = [name for name, _, _ in given]
@@ -32,10 +35,9 @@ def grammar(body: GenerationBody, service: Service) -> str | None:
     return make(value, field)
 
 
-def _given(body: GenerationBody) -> Iterator[tuple[str, Any, Callable[[Any, str], str]]]:
-    """Every name that there is for it, its value, and what makes a grammar of that; an error is about the field, which
-    that is told too."""
-    yield "response_format", _schema(body.response_format), _of_schema
+def _given(body: FormatFields) -> Iterator[tuple[str, Any, Callable[[Any, str], str]]]:
+    """Every other name that there is for it, its value, and what makes a grammar of that; an error is about the field,
+    which that is told too."""
     yield "guided_json", body.guided_json, _of_schema
     yield "json_schema", body.json_schema, _of_schema
     yield "guided_regex", body.guided_regex, _of_regex
@@ -51,12 +53,14 @@ def _given(body: GenerationBody) -> Iterator[tuple[str, Any, Callable[[Any, str]
         yield "structured_outputs.grammar", outputs.grammar, _of_text
 
 
-def _schema(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
-    """The JSON schema of a `response_format`, if it has one."""
+def schema_of(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | JsonSchema | None) -> dict[str, Any] | None:
+    """The JSON schema of a format as OpenAI has them, if it has one."""
     if value is None or isinstance(value, TextFormat):
         return None
     if isinstance(value, JsonSchemaFormat):
-        return value.json_schema.schema_
+        value = value.json_schema
+    if isinstance(value, JsonSchema):
+        return value.schema_
     own = value.schema_ if value.value is None else value.value
     return ANY_OBJECT if own is None else own
 

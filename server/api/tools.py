@@ -105,7 +105,9 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
     for function, schema in zip(forced, schemas, strict=True):
         if reason := grammars.check_schema(schema):
             place = tools.functions.index(function)
-            raise InvalidRequestError(f"`tools[{place}].function.parameters` cannot be followed: {reason}.", "tools")
+            raise InvalidRequestError(
+                f"The parameters of the {place + 1}. function of the `tools` cannot be followed: {reason}.", "tools"
+            )
     rules = []
     for i, (function, schema) in enumerate(zip(forced, schemas, strict=True)):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')

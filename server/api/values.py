@@ -17,7 +17,7 @@ MAX_EXPERTS = 4096  # weights of a pinned route
 
 class Body(BaseModel):
     """`ignored` are the declared fields that change nothing about an answer, whatever value they are allowed; `nested`
-    those that hold other bodies."""
+    those that hold other bodies. A subclass that declares such a field again acts upon it."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
@@ -33,7 +33,8 @@ class Body(BaseModel):
         bases = [base for base in cls.__bases__ if issubclass(base, Body)]
         inherited = frozenset[str]().union(*(base.ignored for base in bases))
         known = {name for base in bases for name in base.model_fields}
-        cls.ignored = inherited | (cls.model_fields.keys() - known) if without_effect else inherited
+        own = cls.__annotations__.keys()
+        cls.ignored = inherited | (cls.model_fields.keys() - known) if without_effect else inherited - own
         cls.nested = frozenset(name for name, field in cls.model_fields.items() if _holds_bodies(field.annotation))
 
 
@@ -41,6 +42,12 @@ def _holds_bodies(annotation: Any) -> bool:
     if isinstance(annotation, type) and not get_args(annotation):
         return issubclass(annotation, Body)
     return any(_holds_bodies(part) for part in get_args(annotation))
+
+
+class Skipped(Body):
+    """What is taken and left out whole. The client is told of it by its `type`."""
+
+    type: str
 
 
 def _at_most(size: int) -> Callable[[Any], Any]:

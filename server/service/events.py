@@ -23,6 +23,11 @@ class Reasoning:
 
 
 @dataclass(slots=True)
+class ReasoningEnded:
+    """The thought is complete. It does not come where the answer was cut off."""
+
+
+@dataclass(slots=True)
 class CallBegun:
     """A call of the function `name`; `index` counts the choice's calls from 0."""
 
@@ -46,7 +51,7 @@ class CallEnded:
     index: int
 
 
-Event = Text | Reasoning | CallBegun | CallArguments | CallEnded
+Event = Text | Reasoning | ReasoningEnded | CallBegun | CallArguments | CallEnded
 
 
 class OutputParser(Protocol):

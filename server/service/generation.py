@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import FinishReason, Request, RouteReport, SequenceOutput, TokenLogprob
-from tucka_runtime.server.service.events import CallBegun, Event, ParserFactory, PlainText
+from tucka_runtime.server.service.events import CallBegun, Event, ParserFactory, PlainText, Reasoning, ReasoningEnded
 from tucka_runtime.server.service.leases import Lease
 from tucka_runtime.server.service.request_log import Origin, RequestLog
 from tucka_runtime.server.service.service import Service
@@ -48,11 +48,13 @@ class ChoiceDelta:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens that the engine worked on so far; those of a stop string that was cut are among them."""
+    """Tokens that the engine worked on so far; those of a stop string that was cut are among them. `reasoning` are
+    those of the completion up to the end of its thought."""
 
     prompt: int
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
 
 
 class Generation:
@@ -73,6 +75,7 @@ class Generation:
         self._texts = [SequenceText.of(sampling, service.tokenizer, table, parser.marks) for parser in self._parsers]
         self._begun: set[int] = set()
         self._called: set[int] = set()
+        self._thought: dict[int, int] = {}  # tokens of a choice's thought, by its index
         self._stream = service.engine.submit(request)
         self._log = RequestLog(request, lease.adapter, origin, service.sinks)
         self.usage = Usage(self._log.prompt_tokens)
@@ -132,6 +135,9 @@ class Generation:
         for event in events:
             if type(event) is CallBegun:
                 self._called.add(index)
+            elif type(event) is Reasoning or type(event) is ReasoningEnded:
+                self.usage.reasoning += text.generated - self._thought.get(index, 0)
+                self._thought[index] = text.generated
         return ChoiceDelta(
             index,
             first,

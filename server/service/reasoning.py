@@ -3,7 +3,7 @@
 Templates of models that always think write the opening tag into the prompt; then the answer begins with the thought.
 """
 
-from tucka_runtime.server.service.events import OutputParser, Reasoning
+from tucka_runtime.server.service.events import OutputParser, Reasoning, ReasoningEnded
 from tucka_runtime.server.service.parsing import Step, StreamParser
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -47,6 +47,7 @@ class ThinkParser(StreamParser):
             yield
         self._think(end)
         self.take(len(self.text) - len(self.text.lstrip()) + len(CLOSE))
+        self.events.append(ReasoningEnded())
         self.take((yield from self.skip_blanks(0)))
 
     def _think(self, count: int) -> None:

@@ -10,6 +10,7 @@ from tucka_runtime import errors
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.server.api import app, conversation, reading
 from tucka_runtime.server.api import bodies as protocol
+from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.http import errors as http_errors
 from tucka_runtime.server.http import keys as auth
 from tucka_runtime.server.metrics.metrics import Metrics
@@ -69,9 +70,23 @@ def test_every_other_field_is_named() -> None:
                 assert f"`{name}`" in section(title), name
 
 
+def test_every_field_of_a_response_is_named() -> None:
+    """Those that it has from chat are named there."""
+    fields, chat = ResponseBody.model_fields.keys(), protocol.ChatBody
+    missing = (chat.model_fields.keys() - chat.ignored) - (fields - ResponseBody.ignored)
+    own = fields - chat.model_fields.keys() | ResponseBody.ignored - chat.ignored | missing - {"messages"}
+    text = section("Responses")
+    assert not [name for name in own if f"`{name}`" not in text]
+    named = names("Responses") - {"role", "content", "function_call", "function_call_output", "reasoning"}
+    assert named <= fields and ResponseBody.ignored <= named | names("Fields without effect") | set(
+        re.findall(r"`(\w+)`", text.split("These change nothing:")[1]) + list(reading._ELSEWHERE)
+    )
+
+
 def test_every_field_without_effect_is_named() -> None:
-    elsewhere = reading._ELSEWHERE.keys()
-    assert names("Fields without effect") == (protocol.CompletionBody.ignored | protocol.ChatBody.ignored) - elsewhere
+    ignored = protocol.CompletionBody.ignored | protocol.ChatBody.ignored
+    elsewhere = reading._ELSEWHERE.keys() & ignored
+    assert names("Fields without effect") == ignored - elsewhere
     text = section("Fields without effect")
     assert all(f"`{name}`" in text for name in elsewhere | conversation.Unspoken.ignored - {"audio", "function_call"})
 

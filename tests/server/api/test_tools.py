@@ -9,19 +9,10 @@ import jsonschema
 import openai
 import pytest
 
+from tests.support.chat_templates import HERMES, LLAMA, MISTRAL, PLAIN, THINKS
 from tests.support.server_fixtures import StartFake
 from tests.support.servers import Server, make_base, start_command
 
-HERMES = (
-    "{% for tool in tools or [] %}# {{ tool | tojson }}\n{% endfor %}"
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
-    "{{ call.function | tojson }}</tool_call>{% endfor %}{{ mood | default('') }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-THINKS = HERMES.replace("assistant:{%", "assistant:<think>\n{%") + "{# </think> #}"
-LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>").replace("</tool_call>", "")
-MISTRAL = HERMES.replace("<tool_call>", "[TOOL_CALLS]").replace("</tool_call>", "")
-PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 WEATHER = {
     "type": "object",
     "properties": {"city": {"enum": ["Bern", "Zürich"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},

@@ -17,6 +17,7 @@ from tucka_runtime.server.service.events import (
     Message,
     OutputParser,
     PlainText,
+    ReasoningEnded,
 )
 from tucka_runtime.server.service.reasoning import ThinkParser
 
@@ -132,8 +133,10 @@ def test_a_call_that_is_cut_off_has_no_end() -> None:
 )  # fmt: skip
 def test_thoughts(begun: bool, text: str, message: Message) -> None:
     for pieces in ([text], list(text)):
-        found, _ = parsed(parser("hermes", begun), *pieces)
+        found, events = parsed(parser("hermes", begun), *pieces)
         assert found == message
+        ends = "</think>" in text and (begun or text.startswith("<think>"))
+        assert [event for event in events if isinstance(event, ReasoningEnded)] == [ReasoningEnded()] * ends
 
 
 WORDS = st.sampled_from([
