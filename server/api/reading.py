@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -69,6 +70,9 @@ def ignored_names(body: Body) -> set[str]:
 
 def _note_ignored(body: Body, place: str, found: set[str]) -> None:
     """Looks at nothing but what was sent, by pydantic's slots: a conversation has many messages."""
+    if (skipped := body.skipped) is not None:
+        found.add(place + skipped if _NAME.fullmatch(skipped) else "?")
+        return
     kind, sent = type(body), body.__pydantic_fields_set__
     if extra := body.__pydantic_extra__:
         for name, value in extra.items():
@@ -106,7 +110,8 @@ def _error(kind: type[Body], error: ValidationError) -> InvalidRequestError:
         names.append("role")
     if len(names) > 1 and names[-1] in _NESTED_IGNORED:
         return InvalidRequestError(f"`{place}`: what it asks for is not supported by this server.", param)
-    return InvalidRequestError(f"`{place}`: {_SENTENCES.get(names[-1], found['msg'])}.", param)
+    sentence = kind.sentences.get(names[-1]) or _SENTENCES.get(names[-1], found["msg"])
+    return InvalidRequestError(f"`{place}`: {sentence}.", param)
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
@@ -116,7 +121,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
     for before, part in pairwise(loc):
         if isinstance(part, int):
             place += f"[{part}]"
-        elif isinstance(before, str) and part in _DECLARED and part != names[-1]:
+        elif isinstance(before, str) and part in _declared() and part != names[-1]:
             place, names = f"{place}.{part}", [*names, part]
     return place, names
 
@@ -127,5 +132,10 @@ def _subclasses(kind: type[Body]) -> Iterator[type[Body]]:
         yield from _subclasses(sub)
 
 
-_DECLARED = {name for kind in _subclasses(Body) for name in kind.model_fields} | {"schema"}
+@cache
+def _declared() -> frozenset[str]:
+    """The names of all fields of all bodies, once every door has been imported."""
+    return frozenset(name for kind in _subclasses(Body) for name in kind.model_fields) | {"schema"}
+
+
 _NESTED_IGNORED = Echoed.ignored | Unspoken.ignored | ForeignPart.ignored | {"include_obfuscation"}

@@ -35,17 +35,17 @@ def grammar(body: GenerationBody, service: Service) -> str | None:
 def _given(body: GenerationBody) -> Iterator[tuple[str, Any, Callable[[Any, str], str]]]:
     """Every name that there is for it, its value, and what makes a grammar of that; an error is about the field, which
     that is told too."""
-    yield "response_format", _schema(body.response_format), _of_schema
-    yield "guided_json", body.guided_json, _of_schema
-    yield "json_schema", body.json_schema, _of_schema
+    yield "response_format", _schema(body.response_format), of_schema
+    yield "guided_json", body.guided_json, of_schema
+    yield "json_schema", body.json_schema, of_schema
     yield "guided_regex", body.guided_regex, _of_regex
     yield "regex", body.regex, _of_regex
     yield "guided_choice", body.guided_choice, _of_choice
     yield "guided_grammar", body.guided_grammar, _of_text
     yield "ebnf", body.ebnf, _of_text
     if (outputs := body.structured_outputs) is not None:
-        yield "structured_outputs.json", outputs.json_, _of_schema
-        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, _of_schema
+        yield "structured_outputs.json", outputs.json_, of_schema
+        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, of_schema
         yield "structured_outputs.regex", outputs.regex, _of_regex
         yield "structured_outputs.choice", outputs.choice, _of_choice
         yield "structured_outputs.grammar", outputs.grammar, _of_text
@@ -61,8 +61,8 @@ def _schema(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> d
     return ANY_OBJECT if own is None else own
 
 
-def _of_schema(schema: dict[str, Any] | str, param: str) -> str:
-    """Of a JSON schema, which vLLM and SGLang take as text too."""
+def of_schema(schema: dict[str, Any] | str, param: str) -> str:
+    """The grammar of a JSON schema, which vLLM and SGLang take as text too. Raises InvalidRequestError."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
     _check_length(text, param)
     if reason := grammars.check_schema(text):

@@ -86,7 +86,7 @@ def tools_of(
             raise InvalidRequestError("`tool_choice` names a function that is not among the `tools`.", "tool_choice")
         return made
     if choice == "required" and not functions:
-        raise InvalidRequestError("`tool_choice` is `required`, but there are no `tools` to call.", "tool_choice")
+        raise InvalidRequestError("`tool_choice` asks for a call, but there are no `tools` to call.", "tool_choice")
     return Tools(functions, choice or "auto", parallel=parallel is not False)
 
 
@@ -105,7 +105,9 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
     for function, schema in zip(forced, schemas, strict=True):
         if reason := grammars.check_schema(schema):
             place = tools.functions.index(function)
-            raise InvalidRequestError(f"`tools[{place}].function.parameters` cannot be followed: {reason}.", "tools")
+            raise InvalidRequestError(
+                f"The schema of function {place + 1} of the `tools` cannot be followed: {reason}.", "tools"
+            )
     rules = []
     for i, (function, schema) in enumerate(zip(forced, schemas, strict=True)):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
