@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Scope
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
 from tucka_runtime.server.api import openapi, ops
+from tucka_runtime.server.api.anthropic_messages import MESSAGES, count_tokens
 from tucka_runtime.server.api.chat import CHAT
 from tucka_runtime.server.api.completions import COMPLETION
 from tucka_runtime.server.api.door import Endpoint, generating
@@ -35,6 +36,8 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/v1/completions", generating(COMPLETION)),
         ("POST", "/v1/chat/completions", generating(CHAT)),
         ("POST", "/v1/responses", generating(RESPONSE)),
+        ("POST", "/v1/messages", generating(MESSAGES)),
+        ("POST", "/v1/messages/count_tokens", count_tokens),
         ("POST", "/v1/embeddings", embeddings),
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{name:path}", get_model),

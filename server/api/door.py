@@ -35,12 +35,14 @@ S = TypeVar("S", bound=SamplingBody)
 
 @dataclass(frozen=True)
 class Context:
-    """What a request has beside its body. `id` is the answer's, and the request's in the engine."""
+    """What a request has beside its body. `id` is the answer's, and the request's in the engine; `request_id` is what
+    the client knows the HTTP request by."""
 
     service: Service
     adapter: LoadedAdapter | None
     cache_salt: str
     id: str
+    request_id: str
 
     def request(
         self,
@@ -91,7 +93,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
     lease = service.resolve(body.model)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
-        opened = await door.open(Context(service, lease.adapter, http.state.cache_salt, answer_id), body)
+        context = Context(service, lease.adapter, http.state.cache_salt, answer_id, http.state.request_id)
+        opened = await door.open(context, body)
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
         origin = Origin.of(http, door.operation, model, shown)

@@ -7,7 +7,7 @@ FastAPI describes the routes and does not serve them: its own handling of a body
 import re
 from collections.abc import Sequence
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
@@ -17,15 +17,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tucka_runtime import __version__
-from tucka_runtime.server.api import bodies
+from tucka_runtime.server.api import anthropic_bodies, bodies
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.answers import JSONAnswer
+from tucka_runtime.server.http.errors import speaks_anthropic
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
     "/v1/responses": ResponseBody,
+    "/v1/messages": anthropic_bodies.MessagesBody,
+    "/v1/messages/count_tokens": anthropic_bodies.CountTokensBody,
     "/v1/embeddings": bodies.EmbeddingBody,
     "/v1/adapters": bodies.LoadAdapterBody,
     "/v1/load_lora_adapter": bodies.LoadLoraBody,
@@ -47,6 +50,17 @@ class ErrorDetail(BaseModel):
 
 class ErrorBody(BaseModel):
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+    request_id: str
 
 
 def document(routes: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -85,5 +99,10 @@ def _described(method: str, path: str) -> APIRoute:
         response_model=None,
         operation_id="_".join([method.lower(), *re.findall(r"\w+", path.replace(":path", ""))]),
         summary=f"{method} {path.replace(':path', '')}",
-        responses={"default": {"model": ErrorBody, "description": "An error"}},
+        responses={
+            "default": {
+                "model": AnthropicErrorBody if speaks_anthropic(path) else ErrorBody,
+                "description": "An error",
+            }
+        },
     )

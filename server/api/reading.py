@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.conversation import Echoed, ForeignPart, Unspoken
-from tucka_runtime.server.api.values import Body, Skipped
+from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.service import Service
 
@@ -87,10 +87,10 @@ def ignored_names(body: Body) -> set[str]:
 
 def _note_ignored(body: Body, place: str, found: set[str]) -> None:
     """Looks at nothing but what was sent, by pydantic's slots: a conversation has many messages."""
-    kind, sent = type(body), body.__pydantic_fields_set__
-    if isinstance(body, Skipped):
-        found.add(place + body.type if _NAME.fullmatch(body.type) else "?")
+    if (skipped := body.skipped) is not None:
+        found.add(place + skipped if _NAME.fullmatch(skipped) else "?")
         return
+    kind, sent = type(body), body.__pydantic_fields_set__
     if extra := body.__pydantic_extra__:
         for name, value in extra.items():
             if value is not None:
@@ -127,7 +127,8 @@ def _error(kind: type[Body], error: ValidationError) -> InvalidRequestError:
         names.append(_TAGS[names[-1]])
     if len(names) > 1 and names[-1] in _NESTED_IGNORED:
         return InvalidRequestError(f"`{place}`: what it asks for is not supported by this server.", param)
-    return InvalidRequestError(f"`{place}`: {_SENTENCES.get(names[-1], found['msg'])}.", param)
+    sentence = kind.sentences.get(names[-1]) or _SENTENCES.get(names[-1], found["msg"])
+    return InvalidRequestError(f"`{place}`: {sentence}.", param)
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
@@ -149,9 +150,9 @@ def _subclasses(kind: type[Body]) -> Iterator[type[Body]]:
 
 
 @cache
-def _declared() -> set[str]:
-    """The fields of all bodies. Asked for when a body is wrong: by then every door's are there."""
-    return {name for kind in _subclasses(Body) for name in kind.model_fields} | {"schema"}
+def _declared() -> frozenset[str]:
+    """The names of all fields of all bodies, once every door has been imported."""
+    return frozenset(name for kind in _subclasses(Body) for name in kind.model_fields) | {"schema"}
 
 
 _NESTED_IGNORED = Echoed.ignored | Unspoken.ignored | ForeignPart.ignored | {"include_obfuscation"}

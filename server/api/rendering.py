@@ -32,12 +32,7 @@ def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 def rendering(body: RenderingFields) -> Rendering:
     """How the messages are to be rendered. Raises InvalidRequestError."""
-    variables = body.chat_template_kwargs or {}
-    if not _RESERVED.isdisjoint(variables):
-        raise InvalidRequestError(
-            "`chat_template_kwargs` has a name that the server sets itself, from the field of that name.",
-            "chat_template_kwargs",
-        )
+    variables = template_variables(body.chat_template_kwargs)
     goes_on = bool(body.continue_final_message)
     if goes_on and body.add_generation_prompt:
         raise InvalidRequestError(
@@ -49,6 +44,17 @@ def rendering(body: RenderingFields) -> Rendering:
         add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
         continue_final_message=goes_on,
     )
+
+
+def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:
+    """`chat_template_kwargs`. Raises InvalidRequestError."""
+    variables = given or {}
+    if not _RESERVED.isdisjoint(variables):
+        raise InvalidRequestError(
+            "`chat_template_kwargs` has a name that the server sets itself, from the field of that name.",
+            "chat_template_kwargs",
+        )
+    return variables
 
 
 def _for_template(message: UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tucka_runtime.server.api.bodies import (
     WithoutEffect,
 )
 from tucka_runtime.server.api.conversation import MAX_TOOLS, FunctionBody, RefusalPart, RenderingFields
-from tucka_runtime.server.api.values import Body, NonEmpty, Nothing, Off, On, Skipped
+from tucka_runtime.server.api.values import Body, NonEmpty, Nothing, Off, On
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -114,10 +114,14 @@ class FunctionTool(FunctionBody):
     type: Literal["function"]
 
 
-class OtherTool(Skipped):
+class OtherTool(Body):
     """One that OpenAI runs itself, or that is no function: the model is not told of it."""
 
     type: Annotated[str, Field(json_schema_extra={"not": {"const": "function"}})]
+
+    @property
+    def skipped(self) -> str:
+        return self.type
 
 
 def _tool_kind(value: Any) -> str:

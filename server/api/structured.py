@@ -19,7 +19,7 @@ MAX_GRAMMAR_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s o
 def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, service: Service) -> str | None:
     """The grammar that the answer has to match; None where it is free. `schema` is what the door's own field for it
     asks, `own` that field's name. Raises InvalidRequestError."""
-    asked = ((own, schema, _of_schema), *_given(body))
+    asked = ((own, schema, of_schema), *_given(body))
     given = [(name, value, make) for name, value, make in asked if value is not None]
     if not given:
         return None
@@ -38,16 +38,16 @@ def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, service
 def _given(body: FormatFields) -> Iterator[tuple[str, Any, Callable[[Any, str], str]]]:
     """Every other name that there is for it, its value, and what makes a grammar of that; an error is about the field,
     which that is told too."""
-    yield "guided_json", body.guided_json, _of_schema
-    yield "json_schema", body.json_schema, _of_schema
+    yield "guided_json", body.guided_json, of_schema
+    yield "json_schema", body.json_schema, of_schema
     yield "guided_regex", body.guided_regex, _of_regex
     yield "regex", body.regex, _of_regex
     yield "guided_choice", body.guided_choice, _of_choice
     yield "guided_grammar", body.guided_grammar, _of_text
     yield "ebnf", body.ebnf, _of_text
     if (outputs := body.structured_outputs) is not None:
-        yield "structured_outputs.json", outputs.json_, _of_schema
-        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, _of_schema
+        yield "structured_outputs.json", outputs.json_, of_schema
+        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, of_schema
         yield "structured_outputs.regex", outputs.regex, _of_regex
         yield "structured_outputs.choice", outputs.choice, _of_choice
         yield "structured_outputs.grammar", outputs.grammar, _of_text
@@ -65,8 +65,8 @@ def schema_of(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | JsonSche
     return ANY_OBJECT if own is None else own
 
 
-def _of_schema(schema: dict[str, Any] | str, param: str) -> str:
-    """Of a JSON schema, which vLLM and SGLang take as text too."""
+def of_schema(schema: dict[str, Any] | str, param: str) -> str:
+    """The grammar of a JSON schema, which vLLM and SGLang take as text too. Raises InvalidRequestError."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
     _check_length(text, param)
     if reason := grammars.check_schema(text):

@@ -86,7 +86,7 @@ def tools_of(
             raise InvalidRequestError("`tool_choice` names a function that is not among the `tools`.", "tool_choice")
         return made
     if choice == "required" and not functions:
-        raise InvalidRequestError("`tool_choice` is `required`, but there are no `tools` to call.", "tool_choice")
+        raise InvalidRequestError("`tool_choice` asks for a call, but there are no `tools` to call.", "tool_choice")
     return Tools(functions, choice or "auto", parallel=parallel is not False)
 
 

@@ -1,6 +1,6 @@
 """What the bodies are made of: the strict model that all of them are, and the types of values that several have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -17,12 +17,19 @@ MAX_EXPERTS = 4096  # weights of a pinned route
 
 class Body(BaseModel):
     """`ignored` are the declared fields that change nothing about an answer, whatever value they are allowed; `nested`
-    those that hold other bodies. A subclass that declares such a field again acts upon it."""
+    those that hold other bodies. `sentences` says of fields by name what they may be, where one door differs. A subclass
+    that declares an ignored field again acts upon it."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     nested: ClassVar[frozenset[str]] = frozenset()
+    sentences: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def skipped(self) -> str | None:
+        """The name of what is left out as a whole, whatever its fields say; None for what is acted upon."""
+        return None
 
     def __init_subclass__(cls, without_effect: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -42,12 +49,6 @@ def _holds_bodies(annotation: Any) -> bool:
     if isinstance(annotation, type) and not get_args(annotation):
         return issubclass(annotation, Body)
     return any(_holds_bodies(part) for part in get_args(annotation))
-
-
-class Skipped(Body):
-    """What is taken and left out whole. The client is told of it by its `type`."""
-
-    type: str
 
 
 def _at_most(size: int) -> Callable[[Any], Any]:

@@ -1,4 +1,5 @@
-"""The error envelope `{"error": {"message", "type", "param", "code"}}` and the errors that only HTTP knows.
+"""The error envelope `{"error": {"message", "type", "param", "code"}}`, Anthropic's below its own path, and the errors
+that only HTTP knows.
 
 Messages never contain what the client sent.
 """
@@ -12,6 +13,15 @@ from tucka_runtime.errors import InvalidRequestError, OverloadedError, TuckaErro
 from tucka_runtime.server.http.answers import JSONAnswer
 
 RETRY_AFTER_SECONDS = {429: 1, 503: 5}
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class UnauthorizedError(TuckaError):
@@ -90,9 +100,23 @@ class UnsupportedVersionError(InvalidRequestError):
 
 
 def envelope(error: TuckaError) -> dict[str, Any]:
+    return {"error": {"message": _sentence(error), "type": error.type, "param": error.param, "code": error.code}}
+
+
+def anthropic_envelope(error: TuckaError, request_id: str) -> dict[str, Any]:
+    """The same in the shape of Anthropic's API, whose types are those of its status codes."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": _sentence(error)}, "request_id": request_id}
+
+
+def speaks_anthropic(path: str) -> bool:
+    """Whether the doors at this path are those of Anthropic's API, whether they exist or not."""
+    return path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
+
+
+def _sentence(error: TuckaError) -> str:
     """Sentences begin with a capital here; in the log and after a command's name they go on as they are."""
-    message = error.message[:1].upper() + error.message[1:]
-    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
+    return error.message[:1].upper() + error.message[1:]
 
 
 def reason(error: BaseException) -> str:
@@ -117,13 +141,17 @@ def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> 
     return _ErrorResponse(error, headers)
 
 
-class _ErrorResponse(JSONAnswer):
-    """Leaves the error's reason in `state.error` for the access log."""
+class _ErrorResponse(Response):
+    """Takes its shape when it learns whose path it answers, and leaves the error's reason in `state.error` for the
+    access log."""
 
     def __init__(self, error: TuckaError, headers: dict[str, str]):
-        super().__init__(envelope(error), error.status, headers)
-        self._reason = reason(error)
+        super().__init__(status_code=error.status)
+        self._error, self._added = error, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["error"] = self._reason
-        await super().__call__(scope, receive, send)
+        error, state = self._error, scope["state"]
+        state["error"] = reason(error)
+        anthropic = speaks_anthropic(scope["path"])
+        content = anthropic_envelope(error, state["request_id"]) if anthropic else envelope(error)
+        await JSONAnswer(content, error.status, self._added)(scope, receive, send)

@@ -1,4 +1,4 @@
-"""API keys. Decides on the decoded path that the router will see, and on nothing else of the request but the header."""
+"""API keys. Decides on the decoded path that the router will see, and on two of its headers."""
 
 import hashlib
 import hmac
@@ -46,22 +46,25 @@ class Auth:
         """The salt of the request's key. Raises UnauthorizedError, ForbiddenError."""
         if not self._api_keys or scope["path"] in PROBES:
             return ""
-        given = _bearer(scope)
+        given = _key(scope)
         admin = given is not None and _matches(given, self._admin_keys)
         if given is None or (not _matches(given, self._api_keys) and not admin):
-            raise UnauthorizedError("A valid API key is required. Send it as `Authorization: Bearer KEY`.")
+            raise UnauthorizedError(
+                "A valid API key is required. Send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+            )
         if not admin and _is_admin_path(scope["path"]):
             raise ForbiddenError("This key may not manage adapters. Use one of the server's admin keys.")
         return hashlib.sha256(given).hexdigest()
 
 
-def _bearer(scope: Scope) -> bytes | None:
-    """The key that the request carries; None without one."""
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, key = value.partition(b" ")
-            return (key.strip() or None) if kind.lower() == b"bearer" else None
-    return None
+def _key(scope: Scope) -> bytes | None:
+    """The key that the request carries; None without one. `Authorization` counts alone where it is sent, else the
+    `x-api-key` of Anthropic's clients."""
+    headers = dict(reversed(scope["headers"]))  # of several of a name the first
+    if (value := headers.get(b"authorization")) is not None:
+        kind, _, key = value.partition(b" ")
+        return (key.strip() or None) if kind.lower() == b"bearer" else None
+    return headers.get(b"x-api-key", b"").strip() or None
 
 
 def _matches(given: bytes, keys: list[bytes]) -> bool:

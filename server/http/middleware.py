@@ -13,7 +13,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tucka_runtime.errors import EngineDeadError, TuckaError
 from tucka_runtime.logs import fields
-from tucka_runtime.server.http.errors import HeadersTooLargeError, crowded, error_response, internal_error
+from tucka_runtime.server.http.errors import (
+    HeadersTooLargeError,
+    crowded,
+    error_response,
+    internal_error,
+    speaks_anthropic,
+)
 from tucka_runtime.server.http.keys import PROBES, may_use_reserve
 
 log = logging.getLogger("tucka_runtime.server.access")
@@ -26,7 +32,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class RequestScope:
-    """The outermost layer. Every answer gets `x-request-id`: the client's own if it is well-formed, else a new one."""
+    """The outermost layer. Every answer gets `x-request-id`: the client's own if it is well-formed, else a new one. At
+    Anthropic's doors it has that under their own name too."""
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None], route_of: Callable[[Scope], str | None]):
         """`count` is told of every answer's route, method and status code; `route_of` gives the template of the route
@@ -49,7 +56,10 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                named = [(b"x-request-id", request_id.encode())]
+                if speaks_anthropic(scope["path"]):
+                    named.append((b"request-id", request_id.encode()))
+                message["headers"] = [*message.get("headers", []), *named]
             await send(message)
 
         try:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from tests.support import ROOT
 from tucka_runtime import errors
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.server.api import app, conversation, reading
+from tucka_runtime.server.api import anthropic_bodies, app, conversation, reading
 from tucka_runtime.server.api import bodies as protocol
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.http import errors as http_errors
@@ -64,9 +64,11 @@ def test_every_other_field_is_named() -> None:
         "Adapters": (protocol.LoadAdapterBody, protocol.LoadLoraBody, protocol.UnloadLoraBody),
         "Embeddings": (protocol.EmbeddingBody,),
         "Tokenizer": (protocol.TokenizeBody, protocol.DetokenizeBody),
+        "Messages": (anthropic_bodies.MessagesBody, anthropic_bodies.CountTokensBody),
     }.items():
         for body in bodies:
             for name in body.model_fields.keys() - conversation.TemplateFields.ignored:
+                name = body.model_fields[name].alias or name
                 assert f"`{name}`" in section(title), name
 
 

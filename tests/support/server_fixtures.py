@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,19 @@ StartFake = Callable[..., Server]
 
 @pytest.fixture
 def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
+    with fake_servers(tokenizer, tmp_path) as start:
+        yield start
+
+
+@contextmanager
+def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
+    """The same for as long as the context is entered; the servers' states lie in the folder."""
     running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry, Callable[[], None]]] = []
 
     def start(with_tokenizer: bool = True, template: str | None = None, **settings: object) -> Server:
         config = ServerConfig(**{"port": 0, "adapter_root": (str(GOLDEN),)} | settings)  # type: ignore[arg-type]
         engine, metrics = FakeEngine(), Metrics()
-        registry = AdapterRegistry(tmp_path / f"state{len(running)}")
+        registry = AdapterRegistry(folder / f"state{len(running)}")
         adapters = AdapterNames(engine, registry, "base", metrics)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]

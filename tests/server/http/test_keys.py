@@ -14,7 +14,7 @@ PATHS = (
     "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/base", "/v1/adapters", "/v1/adapters/x",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/version", "/tokenize", "/detokenize", "/",
     "/v1/embeddings", "/tokenizer_info", "/load_lora_adapter", "/unload_lora_adapter",
-    "/docs", "/openapi.json", "/nowhere",
+    "/v1/messages", "/v1/messages/count_tokens", "/docs", "/openapi.json", "/nowhere",
 )  # fmt: skip
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE")
 
@@ -29,7 +29,8 @@ def status(server: Server, method: str, path: str, headers: str = "", host: str 
         f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n{headers}\r\n".encode()
     )
     if answer.split()[1] == b"401" and method != "HEAD":
-        assert b'"code":"invalid_api_key"' in answer and b"www-authenticate: Bearer" in answer
+        assert (b'"code":"invalid_api_key"' in answer) != (b'"type":"authentication_error"' in answer)
+        assert b"www-authenticate: Bearer" in answer
     return int(answer.split()[1])
 
 
@@ -79,10 +80,29 @@ def test_keys(server: Server, header: str, expected: int) -> None:
     assert httpx.get(server.url + "/v1/models", headers=headers).status_code == expected
 
 
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([("x-api-key", "user-1")], 200), ([("X-Api-Key", "admin")], 200), ([("x-api-key", "user-")], 401),
+        ([("x-api-key", "Bearer user-1")], 401), ([("x-api-key", "")], 401), ([("x-api-key", "é")], 401),
+        # An `Authorization` counts alone, whatever it says, and of several of a name the first.
+        ([("authorization", "Bearer user-1"), ("x-api-key", "x")], 200),
+        ([("authorization", "Bearer x"), ("x-api-key", "user-1")], 401),
+        ([("x-api-key", "user-1"), ("authorization", "")], 401),
+        ([("x-api-key", "user-1"), ("authorization", "Basic user-1")], 401),
+        ([("x-api-key", "x"), ("x-api-key", "user-1")], 401),
+        ([("authorization", "Bearer x"), ("authorization", "Bearer user-1")], 401),
+    ],
+)  # fmt: skip
+def test_keys_as_anthropics_clients_send_them(server: Server, headers: list[tuple[str, str]], expected: int) -> None:
+    sent = [(name.encode(), value.encode()) for name, value in headers]
+    assert httpx.get(server.url + "/v1/models", headers=sent).status_code == expected
+
+
 def test_no_key_is_no_key(server: Server) -> None:
     for headers in ({}, {"authorization": ""}, {"authorization": "Bearer"}):
         assert httpx.get(server.url + "/v1/models", headers=headers).status_code == 401
-        assert auth._bearer({"headers": [(k.encode(), v.encode()) for k, v in headers.items()]}) is None
+        assert auth._key({"headers": [(k.encode(), v.encode()) for k, v in headers.items()]}) is None
 
 
 def test_row_25_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +122,10 @@ def test_row_25_every_key_is_compared_in_constant_time(monkeypatch: pytest.Monke
     ],
 )  # fmt: skip
 def test_row_26_a_users_key_manages_no_adapters(server: Server, method: str, path: str) -> None:
-    answer = httpx.request(method, server.url + path, headers={"authorization": "Bearer user-1"})
-    assert answer.status_code == 403
-    assert answer.json()["error"]["code"] == "admin_key_required"
+    for user in ({"authorization": "Bearer user-1"}, {"x-api-key": "user-1"}):
+        answer = httpx.request(method, server.url + path, headers=user)
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "admin_key_required"
     answer = httpx.request(method, server.url + path, headers={"authorization": "Bearer admin"})
     assert answer.status_code in (200, 400, 404)
 
@@ -115,12 +136,11 @@ def test_without_admin_keys_api_keys_manage(start_fake) -> None:
 
 
 def test_keys_salt_the_cache(server: Server) -> None:
-    for key in ("user-1", "user-2", "user-1"):
-        server.post(
-            "/v1/completions", {"model": "base", "prompt": "a"}, headers={"authorization": f"Bearer {key}"}
-        ).raise_for_status()
-    first, second, third = (request.cache_salt for request in server.engine.requests)
-    assert first == third != second and "user" not in first
+    sent = [{"authorization": f"Bearer {key}"} for key in ("user-1", "user-2", "user-1")]
+    for headers in (*sent, {"x-api-key": "user-1"}):
+        server.post("/v1/completions", {"model": "base", "prompt": "a"}, headers=headers).raise_for_status()
+    first, second, third, fourth = (request.cache_salt for request in server.engine.requests)
+    assert first == third == fourth != second and "user" not in first
 
 
 def test_without_keys_everything_is_open(start_fake) -> None:

@@ -1,0 +1,157 @@
+"""From a conversation in Anthropic's shape to what chat templates know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.anthropic_bodies import (
+    AssistantBlock,
+    AssistantTurn,
+    ConversationBody,
+    CustomTool,
+    SystemTurn,
+    TextBlock,
+    ThinkingBlock,
+    ToolChoice,
+    ToolResultBlock,
+    ToolUseBlock,
+    UserTurn,
+)
+from tucka_runtime.server.api.conversation import FunctionBody, NamedFunction, NamedTool, ToolBody
+from tucka_runtime.server.api.rendering import template_variables
+from tucka_runtime.server.api.tools import Tools, tools_of
+from tucka_runtime.server.service.chat_template import Rendering
+
+ERROR = "Error: "
+"""Stands before what a failed call returned: chat templates have no other way to say so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a prompt is made of."""
+
+    messages: list[dict[str, Any]]
+    tools: Tools
+    rendering: Rendering
+
+
+def conversation(body: ConversationBody) -> Conversation:
+    """The body's conversation. Where it ends with words of the assistant, the answer goes on with them. Raises
+    InvalidRequestError."""
+    messages = _messages(body)
+    goes_on = messages[-1]["role"] == "assistant"
+    if goes_on and "tool_calls" in messages[-1]:
+        raise InvalidRequestError(
+            "The last message calls tools. Send what they returned, as `tool_result` blocks of a user's message.",
+            "messages",
+        )
+    return Conversation(
+        messages,
+        _tools(body),
+        Rendering(variables=_variables(body), add_generation_prompt=not goes_on, continue_final_message=goes_on),
+    )
+
+
+def _variables(body: ConversationBody) -> dict[str, Any]:
+    """Whether to think is `enable_thinking` to Qwen's and GLM's templates, `thinking` to Granite's and DeepSeek's."""
+    given = template_variables(body.chat_template_kwargs)
+    if body.thinking is None:
+        return given
+    thinks = body.thinking.type != "disabled"
+    return {"enable_thinking": thinks, "thinking": thinks, **given}
+
+
+def _tools(body: ConversationBody) -> Tools:
+    tools = [
+        ToolBody(
+            type="function",
+            function=FunctionBody(name=tool.name, description=tool.description, parameters=tool.input_schema),
+        )
+        for tool in body.tools or ()
+        if isinstance(tool, CustomTool)
+    ]
+    asked = body.tool_choice or ToolChoice(type="auto")
+    return tools_of(tools, _choice(asked), not asked.disable_parallel_tool_use)
+
+
+def _choice(asked: ToolChoice) -> Literal["auto", "none", "required"] | NamedTool:
+    if (asked.type == "tool") != (asked.name is not None):
+        raise InvalidRequestError("A `tool_choice` has a `name` if its `type` is `tool`, and only then.", "tool_choice")
+    if asked.name is not None:
+        return NamedTool(type="function", function=NamedFunction(name=asked.name))
+    return "required" if asked.type == "any" else "none" if asked.type == "none" else "auto"
+
+
+def _messages(body: ConversationBody) -> list[dict[str, Any]]:
+    """At least one message. Turns of one role that follow each other are one, as Anthropic has it: many templates
+    refuse such. Raises InvalidRequestError."""
+    made: list[dict[str, Any]] = []
+    if body.system and (text := _joined(body.system)):
+        made.append({"role": "system", "content": text})
+    names: dict[str, str] = {}
+    for turn in body.messages:
+        for message in _turn(turn, names):
+            if made and made[-1]["role"] == message["role"] in ("user", "assistant"):
+                _extend(made[-1], message)
+            else:
+                made.append(message)
+    last = made[-1] if made else {}
+    if last.get("role") == "assistant" and not last["content"].strip() and "tool_calls" not in last:
+        made.pop()  # Anthropic allows an empty last turn of the assistant: it goes on nothing
+    if not made:
+        raise InvalidRequestError("The messages have no content. Send some text.", "messages")
+    return made
+
+
+def _extend(message: dict[str, Any], later: dict[str, Any]) -> None:
+    for key in ("content", "reasoning_content"):
+        if text := "\n".join(filter(None, (message.get(key), later.get(key)))):
+            message[key] = text
+    if calls := [*message.get("tool_calls", ()), *later.get("tool_calls", ())]:
+        message["tool_calls"] = calls
+
+
+def _turn(turn: UserTurn | AssistantTurn | SystemTurn, names: dict[str, str]) -> list[dict[str, Any]]:
+    """A turn's messages; `names` are the functions of the calls so far by id, and gets those of the turn."""
+    if isinstance(turn, SystemTurn):
+        return [{"role": "system", "content": _joined(turn.content)}]
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    if isinstance(turn, AssistantTurn):
+        return [_said(turn.content, names)]
+    made: list[dict[str, Any]] = []
+    for block in turn.content:
+        if isinstance(block, ToolResultBlock):
+            made.append(_returned(block, names))
+        else:
+            made.append({"role": "user", "content": block.text})
+    return made
+
+
+def _said(blocks: Sequence[AssistantBlock], names: dict[str, str]) -> dict[str, Any]:
+    """The assistant's message."""
+    calls = [block for block in blocks if isinstance(block, ToolUseBlock)]
+    names.update((call.id, call.name) for call in calls)
+    found: dict[str, Any] = {
+        "role": "assistant",
+        "content": "\n".join(block.text for block in blocks if isinstance(block, TextBlock)),
+    }
+    if thought := "\n".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):
+        found["reasoning_content"] = thought
+    if calls:
+        found["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.input}, "id": call.id}
+            for call in calls
+        ]
+    return found
+
+
+def _returned(block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any]:
+    text = _joined(block.content or "")
+    found = {"role": "tool", "content": ERROR + text if block.is_error else text, "tool_call_id": block.tool_use_id}
+    return found | ({"name": names[block.tool_use_id]} if block.tool_use_id in names else {})
+
+
+def _joined(content: str | Sequence[TextBlock]) -> str:
+    return content if isinstance(content, str) else "\n".join(block.text for block in content)

@@ -1,0 +1,53 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API."""
+
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from tucka_runtime.server.api import structured
+from tucka_runtime.server.api.answer import Answer
+from tucka_runtime.server.api.anthropic_answer import MessageAnswer
+from tucka_runtime.server.api.anthropic_bodies import CountTokensBody, MessagesBody
+from tucka_runtime.server.api.anthropic_history import conversation
+from tucka_runtime.server.api.door import Context, Door, Opened
+from tucka_runtime.server.api.reading import read_body
+from tucka_runtime.server.api.turn import ChatTurn, ask, render
+from tucka_runtime.server.http.answers import JSONAnswer
+from tucka_runtime.server.service.service import Service
+
+
+async def open_messages(context: Context, body: MessagesBody) -> Opened[Answer]:
+    """The assistant's next turn. Raises InvalidRequestError."""
+    told = conversation(body)
+    asked = await ask(
+        context,
+        ChatTurn(
+            body=body,
+            messages=told.messages,
+            tools=told.tools,
+            rendering=told.rendering,
+            max_tokens=body.max_tokens,
+            grammar=_grammar(body),
+        ),
+    )
+    answer = MessageAnswer(body, context, asked.request)
+    return Opened(asked.request, answer, asked.prompt_for_log, asked.parser)
+
+
+MESSAGES = Door("chat", "msg_", MessagesBody, open_messages)
+
+
+async def count_tokens(request: HTTPRequest) -> Response:
+    """`{"input_tokens"}`: the tokens of the prompt that the same body would be answered to."""
+    service: Service = request.app.state.service
+    body = await read_body(request, CountTokensBody)
+    service.resolve(body.model).release()
+    told = conversation(body)
+    prompt = await render(service, told.messages, told.tools, told.rendering, "messages")
+    (ids,) = await service.encode([prompt], body.add_special_tokens is True, "messages")
+    return JSONAnswer({"input_tokens": len(ids)})
+
+
+def _grammar(body: MessagesBody) -> str | None:
+    """What `output_config` holds the answer to."""
+    form = body.output_config.format if body.output_config else None
+    return None if form is None else structured.of_schema(form.schema_, "output_config")
