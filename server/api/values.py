@@ -17,8 +17,8 @@ MAX_EXPERTS = 4096  # weights of a pinned route
 
 class Body(BaseModel):
     """`ignored` are the declared fields that change nothing about an answer, whatever value they are allowed; `nested`
-    those that hold other bodies. `sentences` says of fields by name what they may be, where one door differs. A subclass
-    that declares an ignored field again acts upon it."""
+    those that hold other bodies. `sentences` says of fields by name what they may be, where one door differs. A field
+    that a subclass declares again is acted upon."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
