@@ -23,7 +23,7 @@ _ELSEWHERE = dict.fromkeys(("adapter_id", "lora_path"), "Name the adapter in `mo
 
 # What pydantic's messages would repeat of the input, or say of its own inside.
 _SENTENCES = {
-    "role": "A message's `role` must be system, developer, user, assistant or tool",
+    "role": "A message's `role` must be system, developer, user, assistant, tool or function",
     "content": "A message's `content` must be a string or a list of text parts: images, audio, video and files are not "
     "supported",
     "prompt": "It must be a non-empty string, a list of such strings, a list of token ids, or a list of such lists",
