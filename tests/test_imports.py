@@ -14,7 +14,9 @@ from tests.support import ROOT
 OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
-SHARED = "errors config messages channel logs grammars base_files tokenizer client extras embedded machine children"
+SHARED = (
+    "errors config messages channel logs grammars schemas base_files tokenizer client extras embedded machine children"
+)
 """What both processes may know."""
 
 CLIENT = "engine.client engine.child engine.output_stream"
@@ -41,7 +43,7 @@ RULES = {
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
-    "bench bench_reuse": f"{SHARED} llm adapters engine.environment bench",
+    "bench bench_reuse bench_json": f"{SHARED} llm adapters engine.environment bench",
 }
 
 # Neither these nor anything that they import may name torch.

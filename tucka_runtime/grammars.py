@@ -6,10 +6,13 @@ on for ever.
 """
 
 import json
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
+
+from tucka_runtime import schemas
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -31,8 +34,10 @@ JSON_OPTIONS: "JsonCompileOptions" = {
 
 
 def of_schema(schema: str) -> str:
-    """The grammar of a JSON schema, an object as text. Raises ValueError if it is no such text."""
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    """The grammar of a JSON schema, an object as text. Raises ValueError if it is no such text, or cannot be
+    followed."""
+    text = json.dumps(schemas.followable(json.loads(schema)))
+    return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
 
 
 def of_regex(regex: str) -> str:
@@ -75,27 +80,56 @@ REASONS = {
     "oneOf": "the cases of a `oneOf` overlap; use `anyOf`",
     "Pointer": "a `$ref` points to nothing in it",
     "Resource": "a `$ref` points out of it",
-    "regex": "a `pattern` is no regular expression that is supported",
+    "regex": "a `pattern` is no regular expression that is supported; look-around is not, but at its beginning",
     "Unknown format": "a `format` is not supported",
     "Unsatisfiable": "nothing can match it",
     "schema too large": "it is too large",
     "recursion": "it is nested too deeply",
     "Expecting object": "it must be an object",
 }
-UNSUPPORTED = (
-    "not if then else dependentSchemas dependentRequired propertyNames unevaluatedItems unevaluatedProperties contains "
-    "minContains maxContains uniqueItems"
-).split()
+MOST_PLACES = 64  # schemas within one that are left out in turn to find where its fault is
 
 
 def check_schema(schema: str) -> str | None:
-    """Why a JSON schema cannot be used; None if it can."""
+    """Why a JSON schema cannot be used, and where, as a JSON pointer; None if it can."""
     try:
-        message = LLMatcher.validate_grammar(of_schema(schema), limits=LIMITS)
-    except ValueError as error:
-        message = str(error)
+        made = schemas.followable(json.loads(schema))
+        message = _fault(made)
+    except schemas.UnfollowableError as error:
+        return str(error)
+    except (ValueError, RecursionError) as error:
+        return REASONS["recursion"] if isinstance(error, RecursionError) else "it is no JSON schema"
     if not message:
         return None
     reason = next((ours for theirs, ours in REASONS.items() if message.startswith(theirs)), "it is no JSON schema")
-    named = [word for word in UNSUPPORTED if f'"{word}"' in message]
-    return f"{reason} ({', '.join(named)})" if named and reason == REASONS["Unimplemented keys"] else reason
+    return f"{reason} (at `{schemas.pointer(_place(made))}`)"
+
+
+def _fault(schema: Any) -> str:
+    """llguidance's message about a schema; empty if there is none."""
+    try:
+        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+        return LLMatcher.validate_grammar(text, limits=LIMITS)
+    except ValueError as error:
+        return str(error)
+
+
+def _place(schema: Any) -> schemas.Path:
+    """The smallest schema within one without which it could be used."""
+    found: schemas.Path = ()
+    for path in islice(schemas.places(schema), MOST_PLACES):
+        if path[: len(found)] == found and not _fault(_without(schema, path)):
+            found = path
+    return found
+
+
+def _without(schema: Any, path: schemas.Path) -> Any:
+    """The same schema with anything at all allowed at a place; among alternatives with one that says little, since
+    beside anything at all the others would not be looked at."""
+    first, *rest = path
+    copy = list(schema) if isinstance(schema, list) else dict(schema)
+    if first in ("anyOf", "oneOf") and len(rest) == 1:
+        copy[first] = [{"const": "-"} if i == rest[0] else each for i, each in enumerate(schema[first])]
+    else:
+        copy[first] = _without(schema[first], tuple(rest)) if rest else {}
+    return copy

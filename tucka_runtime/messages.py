@@ -56,7 +56,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
-    `allowed_token_ids`, if any, are the only ones that may be chosen. `max_tokens` 0 scores the prompt and generates
+    `allowed_token_ids`, if any, are the only ones that may be chosen. `bad_words` are runs of token ids that the answer
+    may not have, unless nothing else may follow. `max_tokens` 0 scores the prompt and generates
     nothing. `grammar` (grammars.py) is what the answer has to match: it ends when it does, whatever `min_tokens` and
     `ignore_eos` say. The stop strings `stop` and the two fields after it are for who turns the tokens into text; the
     engine does not read them.
@@ -73,6 +74,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -210,6 +212,11 @@ class EngineInfo:
     kernels: str
     num_threads: int
     hidden_size: int
+
+    @property
+    def context(self) -> int:
+        """The tokens that a prompt and its answer can have together."""
+        return min(self.max_model_len, self.kv_cache_tokens)
 
 
 @dataclass(frozen=True)

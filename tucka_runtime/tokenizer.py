@@ -99,6 +99,10 @@ class Tokenizer:
             ids = self._prefix + ids
         return ids
 
+    def num_start(self, ids: list[int]) -> int:
+        """How many of these ids are what the tokenizer puts before every text."""
+        return len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
+
     def encode_completion(self, prompt: str, completion: str, add_special_tokens: bool) -> list[int]:
         """The ids of a text that goes on `prompt`: the prompt is tokenised alone, as it is when an answer is asked for,
         and these ids, detokenised behind it, are `completion` to the letter wherever the tokenizer can spell it.

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Request, RouteReport
 from tucka_runtime.server.api.bodies import GenerationBody, StreamOptions
-from tucka_runtime.server.api.logprobs import Labels
+from tucka_runtime.server.api.logprobs import Labels, prompt_logprobs
 from tucka_runtime.server.http.answers import encode_json, encode_text
 from tucka_runtime.server.http.errors import envelope
 from tucka_runtime.server.service.events import Text
@@ -61,6 +61,7 @@ class OpenAIAnswer(Answer, Generic[G]):
     ):
         self.body, self.options, self.request, self.adapter = body, options, request, adapter
         self.labels = Labels(tokenizer, bool(body.return_tokens_as_token_ids))
+        self.tokenizer = tokenizer
         self.head = {
             "id": request.id,
             "object": self.chunk_name if body.stream else self.object_name,
@@ -111,6 +112,10 @@ class OpenAIAnswer(Answer, Generic[G]):
     def prompt_of(self, index: int) -> tuple[int, ...]:
         """The prompt that the choice of that index answers."""
         return self.request.prompts[index // self.request.n]
+
+    def prompt_logprobs(self, delta: ChoiceDelta) -> list[dict[str, dict[str, Any]] | None]:
+        """The scores of the choice's prompt; `delta` is all of it."""
+        return prompt_logprobs(self.tokenizer, delta.prompt_logprobs or [None] * len(self.prompt_of(delta.index)))
 
     def extras(self, delta: ChoiceDelta) -> dict[str, Any]:
         """What a choice has beside OpenAI's fields."""

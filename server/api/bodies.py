@@ -9,15 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tucka_runtime.server.api.conversation import ChatFields, Messages, NamedTool
+from tucka_runtime.server.api.conversation import (
+    MAX_TOOLS,
+    ChatFields,
+    FunctionBody,
+    Messages,
+    NamedFunction,
+    NamedTool,
+)
 from tucka_runtime.server.api.values import (
     MAX_CHOICES,
     MAX_EXPERTS,
     MAX_STOP_CHARS,
     AllowedTokenIds,
+    BadWords,
     Body,
     CacheSalt,
-    EmptyList,
     LogitBias,
     NonEmpty,
     Nothing,
@@ -123,9 +130,6 @@ class Unsupported(Body, without_effect=True):
     no_stop_trim: Off = None
     return_hidden_states: Off = None
     priority: Annotated[int, Field(ge=0, le=0)] | None = None
-    bad_words: Nothing = None
-    prompt_logprobs: None = None
-    truncate_prompt_tokens: None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     prompt_embeds: Nothing = None
     audio: Nothing = None
@@ -147,7 +151,14 @@ class ModelBody(Body):
     route: Literal["batch", "request", "prefix"] | None = None
 
 
-class SamplingBody(ModelBody):
+class TruncationFields(Body):
+    """vLLM's: how many tokens of a prompt are kept, and which side of it is cut; -1 is as many as fit."""
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+
+
+class SamplingBody(ModelBody, TruncationFields):
     """What is asked of it at every door that generates."""
 
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -160,6 +171,7 @@ class SamplingBody(ModelBody):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: AllowedTokenIds | None = None
+    bad_words: BadWords | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Stops | None = None
     stop_token_ids: StopTokenIds | None = None
@@ -191,6 +203,7 @@ class GenerationBody(SamplingBody, FormatFields, WithoutEffect, Unsupported):
     best_of: int | None = None
     max_tokens: int | None = None
     response_format: ResponseFormat | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream_options: StreamOptions | None = None
@@ -207,14 +220,14 @@ class ChatUnsupported(Body, without_effect=True):
     """The same for what only chat has."""
 
     echo: Off = None
-    functions: EmptyList | None = None
-    function_call: Literal["auto", "none"] | None = None
 
 
 class ChatBody(GenerationBody, ChatFields, ChatUnsupported):
     messages: Messages
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    function_call: Literal["auto", "none"] | NamedFunction | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
     max_completion_tokens: int | None = None
@@ -226,10 +239,9 @@ class EmbeddingUnsupported(Body, without_effect=True):
     """What an embedding could be asked for and is not, with the values that ask for nothing."""
 
     normalize: On = None
-    truncate_prompt_tokens: None = None
 
 
-class EmbeddingBody(ModelBody, EmbeddingUnsupported):
+class EmbeddingBody(ModelBody, TruncationFields, EmbeddingUnsupported):
     input: NonEmpty | Texts | TokenIds | Prompts
     pooling: Literal["mean", "last"] | None = None
     encoding_format: Literal["float", "base64"] | None = None

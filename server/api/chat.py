@@ -8,14 +8,15 @@ from tucka_runtime.messages import FinishReason
 from tucka_runtime.server.api import fields, structured
 from tucka_runtime.server.api.answer import Answer, OpenAIAnswer
 from tucka_runtime.server.api.bodies import ChatBody
+from tucka_runtime.server.api.conversation import NamedFunction
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import chat_logprobs
 from tucka_runtime.server.api.rendering import for_template, rendering
-from tucka_runtime.server.api.sampling import num_logprobs, num_sequences
-from tucka_runtime.server.api.tools import tools_of
+from tucka_runtime.server.api.sampling import num_logprobs, num_prompt_logprobs, num_sequences
+from tucka_runtime.server.api.tools import Tools, functions_of, tools_of
 from tucka_runtime.server.api.turn import ChatTurn, ask
 from tucka_runtime.server.service.events import CallArguments, CallBegun, Event, Message, Reasoning, Text
-from tucka_runtime.server.service.generation import ChoiceDelta
+from tucka_runtime.server.service.generation import ChoiceDelta, Usage
 from tucka_runtime.server.service.service import Service
 
 
@@ -29,11 +30,12 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
         ChatTurn(
             body=body,
             messages=for_template(body.messages),
-            tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),
+            tools=_tools(body),
             rendering=rendering(body),
             max_tokens=max_tokens,
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
+            prompt_logprobs=num_prompt_logprobs(body, service),
             grammar=structured.grammar(body, "response_format", structured.schema_of(body.response_format), service),
             thoughts=body.separate_reasoning is not False,
             max_tokens_param=param,
@@ -44,6 +46,14 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
 
 
 CHAT = Door("chat", "chatcmpl-", ChatBody, open_chat)
+
+
+def _tools(body: ChatBody) -> Tools:
+    if not body.functions and not isinstance(body.function_call, NamedFunction):
+        return tools_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if body.tools:
+        raise InvalidRequestError("`functions` are the older form of `tools`. Send one of them.", "functions")
+    return functions_of(body.functions or [], body.function_call)
 
 
 def _logprobs(body: ChatBody, service: Service) -> int | None:
@@ -69,16 +79,26 @@ class ChatAnswer(OpenAIAnswer[ChatBody]):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+        found = super().whole(choices, usage)
+        if self.body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self.prompt_logprobs(choices[0])
+        return found
+
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         said = Message.of(delta.events)
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         message |= self._thought(said.reasoning)
         if said.calls:
             message["content"] = said.content or None
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in said.calls
-            ]
+            functions = [{"name": call.name, "arguments": call.arguments} for call in said.calls]
+            if self.body.functions:
+                message["function_call"] = functions[0]
+            else:
+                message["tool_calls"] = [
+                    {"id": call.id, "type": "function", "function": function}
+                    for call, function in zip(said.calls, functions, strict=True)
+                ]
         return self._choice("message", message, delta)
 
     def chunks(self, delta: ChoiceDelta) -> Sequence[dict[str, Any]]:
@@ -102,14 +122,24 @@ class ChatAnswer(OpenAIAnswer[ChatBody]):
                     made.append(self._thought(event.text))
                 case CallBegun():
                     function = {"name": event.name, "arguments": ""}
-                    made.append(_call({"index": event.index, "id": event.id, "type": "function", "function": function}))
+                    made += self._call(event.index, {"id": event.id, "type": "function"}, function)
                 case CallArguments():
-                    made.append(_call({"index": event.index, "function": {"arguments": event.text}}))
+                    made += self._call(event.index, {}, {"arguments": event.text})
         return made
+
+    def _call(self, index: int, head: dict[str, str], function: dict[str, str]) -> list[dict[str, Any]]:
+        """A piece of a call. Functions in the older form have one call an answer."""
+        if self.body.functions:
+            return [] if index else [{"function_call": function}]
+        return [{"tool_calls": [{"index": index, **head, "function": function}]}]
 
     def _thought(self, reasoning: str) -> dict[str, str]:
         """Under both names that clients look for; nothing where there was no thought."""
         return {"reasoning": reasoning, "reasoning_content": reasoning} if reasoning and self._shows_thoughts else {}
+
+    @property
+    def _called(self) -> str:
+        return "function_call" if self.body.functions else "tool_calls"
 
     @property
     def _shows_thoughts(self) -> bool:
@@ -121,10 +151,6 @@ class ChatAnswer(OpenAIAnswer[ChatBody]):
             "index": delta.index,
             name: message,
             "logprobs": chat_logprobs(self.labels, delta.tokens) if self.body.logprobs else None,
-            "finish_reason": "tool_calls" if called else delta.finish_reason,
+            "finish_reason": self._called if called else delta.finish_reason,
             **self.extras(delta),
         }
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    return {"tool_calls": [call]}

@@ -10,7 +10,13 @@ from tucka_runtime.server.api.bodies import CompletionBody
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import completion_logprobs
 from tucka_runtime.server.api.prompts import listed, tokenize
-from tucka_runtime.server.api.sampling import max_tokens_for, num_logprobs, num_sequences, sampling_params
+from tucka_runtime.server.api.sampling import (
+    max_tokens_for,
+    num_logprobs,
+    num_prompt_logprobs,
+    num_sequences,
+    sampling_params,
+)
 from tucka_runtime.server.service.generation import ChoiceDelta
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -25,26 +31,35 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
     n = num_sequences(body, len(prompts), service.config)
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
     ids = await tokenize(
-        service, prompts, "prompt", body.add_special_tokens is not False, body.split_special_tokens is True
+        service,
+        prompts,
+        "prompt",
+        body.add_special_tokens is not False,
+        body.split_special_tokens is True,
+        fields.truncation(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, service.info),
     )
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
     grammar = structured.grammar(body, "response_format", structured.schema_of(body.response_format), service)
-    sampling = sampling_params(body, service.info, max_tokens, logprobs, logprobs if body.echo else None, grammar)
+    scored = num_prompt_logprobs(body, service)
+    if scored is None and body.echo:
+        scored = logprobs
+    sampling = sampling_params(body, service, max_tokens, logprobs, scored, grammar)
     if sampling.stop:
         service.text_tokenizer("stop")
     request = context.request(body, ids, sampling, n)
     answer = CompletionAnswer(body, options, request, context.adapter, service.tokenizer)
     if body.echo:
-        answer.echoes = [_echo(request, i, prompt, service.tokenizer) for i, prompt in enumerate(prompts)]
+        whole = body.truncate_prompt_tokens is None
+        answer.echoes = [_echo(request, i, prompt, whole, service.tokenizer) for i, prompt in enumerate(prompts)]
     return Opened(request, answer, lambda: body.prompt)
 
 
 COMPLETION = Door("text_completion", "cmpl-", CompletionBody, open_completion)
 
 
-def _echo(request: Request, index: int, prompt: str | list[int], tokenizer: Tokenizer | None) -> str:
-    """The prompt's text, as it was sent or as its ids spell it."""
-    if isinstance(prompt, str):
+def _echo(request: Request, index: int, prompt: str | list[int], whole: bool, tokenizer: Tokenizer | None) -> str:
+    """The prompt's text, as it was sent if that is `whole` or as its ids spell it."""
+    if isinstance(prompt, str) and whole:
         return prompt
     return tokenizer.decode(list(request.prompts[index]), request.sampling.skip_special_tokens) if tokenizer else ""
 
@@ -73,6 +88,8 @@ class CompletionAnswer(OpenAIAnswer[CompletionBody]):
             if delta.first and self.body.echo:
                 entries = self._prompt_entries(self.prompt_of(delta.index), echo, delta.prompt_logprobs) + entries
             found["logprobs"] = completion_logprobs(self.labels, entries)
+        if delta.first and self.body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self.prompt_logprobs(delta)
         return found
 
     def _prompt_entries(

@@ -39,7 +39,6 @@ class Echoed(Body, without_effect=True):
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
-    function_call: None = None
 
 
 class Unspoken(Echoed, without_effect=True):
@@ -48,6 +47,7 @@ class Unspoken(Echoed, without_effect=True):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: EmptyList | None = None
+    function_call: None = None
 
 
 class UserMessage(Unspoken):
@@ -71,7 +71,8 @@ class ToolCall(Body):
 
 
 class AssistantMessage(Echoed):
-    """Without content where there was nothing to say but a call or a refusal."""
+    """Without content where there was nothing to say but a call or a refusal. `function_call` is the older name of one
+    call."""
 
     role: Literal["assistant"]
     content: str | Parts | None = None
@@ -79,6 +80,7 @@ class AssistantMessage(Echoed):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ToolMessage(Unspoken):
@@ -90,7 +92,15 @@ class ToolMessage(Unspoken):
     name: str | None = None
 
 
-ChatMessage = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(Unspoken):
+    """The older form of the same, of the function `name`."""
+
+    role: Literal["function"]
+    content: str | Parts | None = None
+    name: NonEmpty
+
+
+ChatMessage = Annotated[UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")]
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Pooling, SamplingParams
+from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import EmbeddingBody
 from tucka_runtime.server.api.door import Context, Door, Opened, begin, finished
 from tucka_runtime.server.api.prompts import listed, tokenize
@@ -32,7 +33,12 @@ async def open_embeddings(context: Context, body: EmbeddingBody) -> Opened[dict[
     most, setting = engine.max_num_seqs + engine.max_queue, "--max-num-seqs plus --max-queue"
     prompts = listed(body.input, info.vocab_size, "input", most, setting)
     ids = await tokenize(
-        service, prompts, "input", body.add_special_tokens is not False, body.split_special_tokens is True
+        service,
+        prompts,
+        "input",
+        body.add_special_tokens is not False,
+        body.split_special_tokens is True,
+        fields.truncation(body, 0, info, side="right"),
     )
     max_tokens_for(0, 0, max(map(len, ids)), info, prompt_param="input")
     request = context.request(body, ids, SamplingParams(max_tokens=0), 1, Pooling(body.pooling or Pooling.MEAN))

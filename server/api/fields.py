@@ -1,8 +1,12 @@
 """What a body's fields mean for this model and server: the checks that its types cannot say."""
 
+from typing import Literal
+
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.messages import Route
-from tucka_runtime.server.api.bodies import PinnedRoute, StreamOptions
+from tucka_runtime.messages import EngineInfo, Route
+from tucka_runtime.server.api.bodies import PinnedRoute, StreamOptions, TruncationFields
+from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.truncation import Truncation
 
 
 def token_ids(value: list[int], vocab_size: int, param: str) -> list[int]:
@@ -38,6 +42,37 @@ def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
             raise InvalidRequestError("`logit_bias` names the same token id twice.", "logit_bias")
         biases[int(key)] = bias
     return tuple(biases.items())
+
+
+def bad_words(value: list[str] | None, service: Service) -> tuple[tuple[int, ...], ...]:
+    """The words as token ids, as vLLM makes them: each as it begins a text and, where that is another token of its own,
+    behind a space."""
+    words: list[tuple[int, ...]] = []
+    for text in value or ():
+        tokenizer = service.text_tokenizer("bad_words")
+        plain, spaced = (tuple(tokenizer.encode(before + text.lstrip(), False)) for before in ("", " "))
+        if not plain:
+            raise InvalidRequestError("`bad_words` has a word of which no token is made. Leave it out.", "bad_words")
+        words += [plain, spaced] if plain[0] != spaced[0] and len(plain) == len(spaced) else [plain]
+        token_ids(list(plain + spaced), service.info.vocab_size, "bad_words")
+    return tuple(words)
+
+
+def truncation(
+    body: TruncationFields, answer: int, info: EngineInfo, side: Literal["left", "right"] = "left"
+) -> Truncation | None:
+    """How the prompts are to be cut, on `side` unless the body names one, where the context has to hold `answer` tokens
+    beside them."""
+    asked = body.truncate_prompt_tokens
+    if asked is None:
+        return None
+    most = max(info.context - answer, 1)
+    if asked == 0 or asked > most:
+        raise InvalidRequestError(
+            f"`truncate_prompt_tokens` must be -1 or between 1 and {most}, the context less the answer.",
+            "truncate_prompt_tokens",
+        )
+    return Truncation(most if asked < 0 else asked, body.truncation_side or side)
 
 
 def stream_options(stream: bool, options: StreamOptions | None) -> StreamOptions:

@@ -57,6 +57,32 @@ def chat_logprobs(labels: Labels, tokens: Sequence[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
+def prompt_logprobs(
+    tokenizer: Tokenizer | None, entries: Sequence[TokenLogprob | None]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """A prompt's log-probabilities as vLLM writes them: by token id, the prompt's own token first, then the
+    alternatives; None for the first token."""
+
+    def text(token_id: int) -> str | None:
+        return tokenizer.token_bytes(token_id).decode(errors="replace") if tokenizer else None
+
+    made: list[dict[str, dict[str, Any]] | None] = []
+    for found in entries:
+        if found is None:
+            made.append(None)
+            continue
+        scores = {found.token_id: (found.logprob, found.rank)}
+        for rank, (token_id, logprob) in enumerate(found.top, 1):
+            scores.setdefault(token_id, (logprob, rank))
+        made.append(
+            {
+                str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": text(token_id)}
+                for token_id, (logprob, rank) in scores.items()
+            }
+        )
+    return made
+
+
 def _top(labels: Labels, found: TokenLogprob) -> dict[str, float]:
     top: dict[str, float] = {}
     for token_id, logprob in (*found.top, (found.token_id, found.logprob)):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.truncation import Truncation
 
 
 def listed(
@@ -29,12 +30,14 @@ async def tokenize(
     param: str,
     add_special_tokens: bool,
     split_special_tokens: bool,
+    truncation: Truncation | None,
 ) -> list[list[int]]:
-    """The prompts as token ids, none of them empty. Raises InvalidRequestError."""
+    """The prompts as token ids, cut by `truncation`, none of them empty. Raises InvalidRequestError."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
-        return [prompt for prompt in prompts if not isinstance(prompt, str)]
-    ids = await service.encode(texts, add_special_tokens, param, split_special_tokens)
+        ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        return ids if truncation is None else [truncation.ids(prompt) for prompt in ids]
+    ids = await service.encode(texts, add_special_tokens, param, split_special_tokens, truncation)
     if not all(ids):
         raise InvalidRequestError("A prompt has no tokens. Send text that the tokenizer knows.", param)
     return ids

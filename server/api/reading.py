@@ -35,7 +35,7 @@ _TAGS = {"messages": "role", "input": "item"}
 
 # What pydantic's messages would repeat of the input, or say of its own inside.
 _SENTENCES = {
-    "role": "A message's `role` must be system, developer, user or assistant, or in chat tool",
+    "role": "A message's `role` must be system, developer, user or assistant, or in chat tool or function",
     "item": "An item must be a message with `role` and `content`, or of the `type` function_call, function_call_output "
     "or reasoning: an item_reference needs answers that were kept, and others tools that this server does not have",
     "content": "A message's `content` must be a string or a list of text parts: images, audio, video and files are not "

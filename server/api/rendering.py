@@ -9,11 +9,11 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.conversation import (
     AssistantMessage,
     ChatMessage,
+    FunctionMessage,
     RenderingFields,
     TextPart,
     ToolCall,
     ToolMessage,
-    UserMessage,
 )
 from tucka_runtime.server.api.tools import Tools
 from tucka_runtime.server.service.chat_template import Rendering
@@ -26,8 +26,13 @@ _RESERVED = {
 
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """The messages as chat templates know them. `developer` is the newer name of `system`; content that is null is
-    empty, since templates join strings; arguments of calls are objects."""
-    return [_for_template(message) for message in messages]
+    empty, since templates join strings; arguments of calls are objects. The older `function_call` and its result are a
+    call and a tool's message, told by the place of the call."""
+    made, place = [], 0
+    for i, message in enumerate(messages):
+        place = i if isinstance(message, AssistantMessage) and message.function_call else place
+        made.append(_for_template(message, f"call{place}"))
+    return made
 
 
 def rendering(body: RenderingFields) -> Rendering:
@@ -57,8 +62,8 @@ def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:
     return variables
 
 
-def _for_template(message: UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
+def _for_template(message: ChatMessage, legacy_id: str) -> dict[str, Any]:
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     found: dict[str, Any] = {"role": role, "content": _text(message)}
     if message.name:
         found["name"] = message.name
@@ -67,8 +72,12 @@ def _for_template(message: UserMessage | AssistantMessage | ToolMessage) -> dict
             found["reasoning_content"] = thought
         if message.tool_calls:
             found["tool_calls"] = [_call(call) for call in message.tool_calls]
+        elif message.function_call:
+            found["tool_calls"] = [_call(ToolCall(id=legacy_id, function=message.function_call))]
     elif isinstance(message, ToolMessage) and message.tool_call_id:
         found["tool_call_id"] = message.tool_call_id
+    elif isinstance(message, FunctionMessage):
+        found["tool_call_id"] = legacy_id
     return found
 
 
@@ -85,7 +94,7 @@ def _object(arguments: str) -> Any:
         return arguments
 
 
-def _text(message: UserMessage | AssistantMessage | ToolMessage) -> str:
+def _text(message: ChatMessage) -> str:
     content = message.content or ""
     if isinstance(content, str):
         return content

@@ -5,18 +5,19 @@ from tucka_runtime.errors import ContextLengthError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, SamplingParams
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import GenerationBody, SamplingBody
+from tucka_runtime.server.service.service import Service
 
 
 def sampling_params(
     body: SamplingBody,
-    info: EngineInfo,
+    service: Service,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     grammar: str | None = None,
 ) -> SamplingParams:
     """`max_tokens`, the logprobs and the grammar are already checked. Raises InvalidRequestError."""
-    min_tokens = body.min_tokens or 0
+    info, min_tokens = service.info, body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequestError(
             "`min_tokens` is larger than `max_tokens`, or than what the context leaves.", "min_tokens"
@@ -34,6 +35,7 @@ def sampling_params(
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
         allowed_token_ids=_allowed(body, info, min_tokens, grammar),
+        bad_words=fields.bad_words(body.bad_words, service),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
         ignore_eos=bool(body.ignore_eos),
@@ -83,6 +85,17 @@ def num_logprobs(value: int | None, param: str, config: ServerConfig) -> int | N
     return value
 
 
+def num_prompt_logprobs(body: GenerationBody, service: Service) -> int | None:
+    """The number of alternatives wanted for each token of the prompt; -1 asks for the whole vocabulary. Raises
+    InvalidRequestError."""
+    asked = body.prompt_logprobs
+    if asked is None:
+        return None
+    if body.stream:
+        raise InvalidRequestError("`prompt_logprobs` are not sent in streams. Leave out `stream`.", "prompt_logprobs")
+    return num_logprobs(service.info.vocab_size if asked < 0 else asked, "prompt_logprobs", service.config)
+
+
 def max_tokens_for(
     asked: int | None,
     default: int | None,
@@ -93,7 +106,7 @@ def max_tokens_for(
 ) -> int:
     """Tokens that may be generated: what is asked, as far as the context has room for it. `default` None is: up to the
     end of the context. Raises ContextLengthError where there is no room, or more is asked than the context holds."""
-    context = min(info.max_model_len, info.kv_cache_tokens)
+    context = info.context
     if asked is not None and not 0 <= asked <= context:
         raise ContextLengthError(
             f"This model's maximum context length is {context} tokens: `{param}` must lie between 0 and that.", param

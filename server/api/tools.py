@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tucka_runtime import grammars
+from tucka_runtime import grammars, schemas
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.conversation import NamedTool, ToolBody
+from tucka_runtime.server.api.conversation import FunctionBody, NamedFunction, NamedTool, ToolBody
 from tucka_runtime.server.api.structured import MAX_GRAMMAR_CHARS
 from tucka_runtime.server.service.calls import CallFormat
 from tucka_runtime.tokenizer import Tokenizer
@@ -75,19 +75,34 @@ def tools_of(
     parallel: bool | None,
 ) -> Tools:
     """What OpenAI's three fields ask for. Raises InvalidRequestError."""
-    functions = tuple(
-        Function(tool.function.name, tool.function.description, tool.function.parameters) for tool in tools or ()
-    )
-    if len({function.name for function in functions}) < len(functions):
-        raise InvalidRequestError("Two of the `tools` have the same name.", "tools")
+    functions = _functions([tool.function for tool in tools or ()], "tools")
     if isinstance(choice, NamedTool):
-        made = Tools(functions, named=choice.function.name, parallel=False)
-        if not made.forced:
-            raise InvalidRequestError("`tool_choice` names a function that is not among the `tools`.", "tool_choice")
-        return made
+        return _named(functions, choice.function.name, "tool_choice", "tools")
     if choice == "required" and not functions:
         raise InvalidRequestError("`tool_choice` asks for a call, but there are no `tools` to call.", "tool_choice")
     return Tools(functions, choice or "auto", parallel=parallel is not False)
+
+
+def functions_of(functions: list[FunctionBody], choice: Literal["auto", "none"] | NamedFunction | None) -> Tools:
+    """What the two older fields ask for: one call at most. Raises InvalidRequestError."""
+    known = _functions(functions, "functions")
+    if isinstance(choice, NamedFunction):
+        return _named(known, choice.name, "function_call", "functions")
+    return Tools(known, choice or "auto", parallel=False)
+
+
+def _functions(bodies: list[FunctionBody], param: str) -> tuple[Function, ...]:
+    functions = tuple(Function(body.name, body.description, body.parameters) for body in bodies)
+    if len({function.name for function in functions}) < len(functions):
+        raise InvalidRequestError(f"Two of the `{param}` have the same name.", param)
+    return functions
+
+
+def _named(functions: tuple[Function, ...], name: str, param: str, among: str) -> Tools:
+    made = Tools(functions, named=name, parallel=False)
+    if not made.forced:
+        raise InvalidRequestError(f"`{param}` names a function that is not among the `{among}`.", param)
+    return made
 
 
 def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str | None:
@@ -95,23 +110,23 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
     Raises InvalidRequestError."""
     if not (forced := tools.forced):
         return None
-    schemas = [json.dumps(_NO_PARAMETERS if f.parameters is None else f.parameters) for f in forced]
-    if sum(map(len, schemas)) > MAX_GRAMMAR_CHARS:
+    texts = [json.dumps(_NO_PARAMETERS if f.parameters is None else f.parameters) for f in forced]
+    if sum(map(len, texts)) > MAX_GRAMMAR_CHARS:
         raise InvalidRequestError(
             f"The functions one of which has to be called have schemas of more than {MAX_GRAMMAR_CHARS} characters. "
             "Name the one to call in `tool_choice`, or leave the choice to the model.",
             "tools",
         )
-    for function, schema in zip(forced, schemas, strict=True):
+    for function, schema in zip(forced, texts, strict=True):
         if reason := grammars.check_schema(schema):
             place = tools.functions.index(function)
             raise InvalidRequestError(
-                f"The parameters of the {place + 1}. function of the `tools` cannot be followed: {reason}.", "tools"
+                f"The schema of function {place + 1} of the `tools` cannot be followed: {reason}.", "tools"
             )
     rules = []
-    for i, (function, schema) in enumerate(zip(forced, schemas, strict=True)):
+    for i, (function, schema) in enumerate(zip(forced, texts, strict=True)):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
-        options = {**json.loads(schema), "x-guidance": grammars.JSON_OPTIONS}
+        options = {**schemas.followable(json.loads(schema)), "x-guidance": grammars.JSON_OPTIONS}
         rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {json.dumps(options)}"]
     body = " | ".join(f"f{i}" for i in range(len(forced)))
     return "\n".join([f"start: {_calls(form, tools.parallel, tokenizer)}", f"body: {body}", *rules])

@@ -9,6 +9,7 @@ from typing import Any
 from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request
+from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import SamplingBody
 from tucka_runtime.server.api.door import Context
 from tucka_runtime.server.api.rendering import with_short_ids, without_tools
@@ -36,6 +37,7 @@ class ChatTurn:
     max_tokens: int | None = None
     n: int = 1
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: str | None = None
     thoughts: bool = True
     messages_param: str = "messages"
@@ -68,7 +70,9 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     body, service = turn.body, context.service
     grammar = _grammar(service, turn)
     prompt = await render(service, turn.messages, turn.tools, turn.rendering, turn.messages_param)
-    (ids,) = await service.encode([prompt], body.add_special_tokens is True, turn.messages_param)
+    cut = fields.truncation(body, 1 if turn.max_tokens is None else turn.max_tokens, service.info)
+    adds_special = body.add_special_tokens is True
+    (ids,) = await service.encode([prompt], adds_special, turn.messages_param, truncation=cut)
     if not ids:
         raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", turn.messages_param)
     max_tokens = max_tokens_for(
@@ -78,7 +82,7 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     thinks = turn.thoughts and service.thinks
     if grammar is not None and service.thinks:
         grammar = grammars.after_thought(grammar, begun, OPEN, CLOSE)
-    sampling = sampling_params(body, service.info, max_tokens, turn.logprobs, grammar=grammar)
+    sampling = sampling_params(body, service, max_tokens, turn.logprobs, turn.prompt_logprobs, grammar)
     parser = _parser(service, turn.tools, begun if thinks else None)
     return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
 

@@ -11,6 +11,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_CHOICES = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_CHARS = 256
 MAX_CACHE_SALT_CHARS = 256
 MAX_EXPERTS = 4096  # weights of a pinned route
 
@@ -72,6 +74,8 @@ StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX
 AllowedTokenIds = Annotated[
     list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_LOGIT_BIAS, fail_fast=True)
 ]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+BadWords = Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],

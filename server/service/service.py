@@ -18,6 +18,7 @@ from tucka_runtime.server.service.leases import Lease, LoadedAdapter
 from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.traces import Traces
+from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import Tokenizer, unshielded
 
 
@@ -81,17 +82,30 @@ class Service:
         return self.tokenizer
 
     async def encode(
-        self, texts: list[str], add_special_tokens: bool, param: str, split_special_tokens: bool = False
+        self,
+        texts: list[str],
+        add_special_tokens: bool,
+        param: str,
+        split_special_tokens: bool = False,
+        truncation: Truncation | None = None,
     ) -> list[list[int]]:
-        """Token ids, made off the event loop. A text that does not fit the context is refused, without being read where
-        its length says so."""
+        """Token ids, made off the event loop, cut by `truncation`. A text that does not fit the context is refused,
+        without being read where its length says so; one that is to be cut is not read where it surely will be."""
         tokenizer, context = self.text_tokenizer(param), self.info.max_model_len
+        readable = context * tokenizer.longest_token
+        if truncation is not None:
+            texts = [truncation.text(text, readable) for text in texts]
         longest = max(len(unshielded(text)) for text in texts)
-        if longest > context * tokenizer.longest_token:
+        if longest > readable:
             raise ContextLengthError.too_long(context, f"{longest} characters", param)
-        encoded = await asyncio.to_thread(
-            lambda: [tokenizer.encode(text, add_special_tokens, split_special_tokens) for text in texts]
-        )
+
+        def encode(text: str) -> list[int]:
+            ids = tokenizer.encode(text, add_special_tokens, split_special_tokens)
+            if truncation is None:
+                return ids
+            return truncation.ids(ids, tokenizer.num_start(ids) if add_special_tokens else 0)
+
+        encoded = await asyncio.to_thread(lambda: [encode(text) for text in texts])
         if (most := max(map(len, encoded))) > context:
             raise ContextLengthError.too_long(context, f"{most} tokens", param)
         if max((max(ids, default=0) for ids in encoded), default=0) >= self.info.vocab_size:

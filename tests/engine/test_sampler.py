@@ -53,7 +53,8 @@ class Recorded(Sampler):
 
 def plain(logits: Tensor, seq: Sequence) -> list[float]:
     """The probabilities to choose from, from the definitions: repetition penalty (prompt and answer), frequency and
-    presence penalty (answer), bias, no end before min_tokens, temperature, top-k, top-p, min-p."""
+    presence penalty (answer), bias, no end before min_tokens, no bad word, temperature,
+    top-k, top-p, min-p."""
     p = seq.sampling
     x = logits.double().tolist()
     generated = seq.tokens[seq.num_prompt :]
@@ -67,6 +68,9 @@ def plain(logits: Tensor, seq: Sequence) -> list[float]:
     if len(generated) < p.min_tokens:
         for token in set(p.stop_token_ids) | (set() if p.ignore_eos else EOS):
             x[token] = -math.inf
+    for *before, last in p.bad_words:
+        if generated[len(generated) - len(before) :] == before:
+            x[last] = -math.inf
     if p.temperature == 0:
         best = max(range(VOCAB), key=lambda i: (x[i], -i))
         return [float(i == best) for i in range(VOCAB)]
@@ -97,6 +101,7 @@ samplings = st.builds(
     logit_bias=st.sampled_from(((), ((3, 100.0), (4, -100.0)), ((2, 1.5),))),
     min_tokens=st.integers(0, 3),
     stop_token_ids=st.sampled_from(((), (7, 8))),
+    bad_words=st.sampled_from(((), ((3,), (4, 5), (1, 2, 3), (9, 9, 9, 9, 9, 9)))),
     ignore_eos=st.booleans(),
 )
 
@@ -243,6 +248,13 @@ def test_what_ends_a_sequence():
     assert sampler.stops(sequence(GREEDY)) == frozenset()
     assert sampler.stops(sequence(replace(GREEDY, stop_token_ids=(5,)))) == {5}
     assert sampler.stops(sequence(replace(HOT, stop_token_ids=(5, 2)))) == {2, 5, 40}
+
+
+def test_a_bad_word_is_let_through_where_nothing_else_may_follow():
+    sampling = replace(GREEDY, allowed_token_ids=(7, 8), bad_words=((7,), (8, 8)))
+    for generated, expected in (((), 8), ((8,), None), ((8, 7), 8)):
+        tokens, _ = pick(Recorded(), logits_of(6), [sequence(sampling, generated)])
+        assert tokens[0] in (7, 8) if expected is None else tokens == [expected]
 
 
 def test_a_ban_on_ending_that_leaves_one_token():

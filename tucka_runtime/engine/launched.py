@@ -52,14 +52,14 @@ class Launched:
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, a grammar, log-probabilities, which are computed on the host."""
+        tokens so far, a grammar, bad words of several tokens, log-probabilities, which are computed on the host."""
         return any(_settles(chunk.seq) for chunk in self.chunks)
 
 
 def _settles(seq: Sequence) -> bool:
     p = seq.sampling
     unrouted = seq.routes_itself and seq.route is None
-    held = p.penalised or p.grammar is not None
+    held = p.penalised or p.grammar is not None or any(len(word) > 1 for word in p.bad_words)
     return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 

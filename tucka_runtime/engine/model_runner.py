@@ -167,6 +167,7 @@ class ModelRunner:
         begin = time.monotonic()
         for chunk in chunks:
             self._start_routing(chunk)
+        self.sampler.begin([chunk.seq for chunk in chunks if chunk.due])
         keys = {chunk.seq.adapter for chunk in chunks if chunk.seq.adapter is not None}
         active = self.adapters.activate(keys) if keys else None
         bucket = self.graphs.find(chunks, active) if self.graphs is not None else None

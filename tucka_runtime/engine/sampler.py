@@ -1,5 +1,5 @@
-"""From logits to tokens: penalties, bias, schemas, filters, choice, log-probabilities. Whole batch at once; rows that
-do not ask for a step do not pay for it.
+"""From logits to tokens: penalties, bias, schemas, bad words, filters, choice, log-probabilities. Whole batch at
+once; rows that do not ask for a step do not pay for it.
 """
 
 from collections.abc import Sequence as Rows
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tucka_runtime.engine.bad_words import BadWords
 from tucka_runtime.engine.grammar import Grammars
 from tucka_runtime.engine.sequence import Sequence
 from tucka_runtime.errors import TuckaError
@@ -31,7 +32,7 @@ class Choice:
 
 
 class Sampler:
-    """Chooses tokens. Keeps token counts of the sequences that have penalties, until `forget`."""
+    """Chooses tokens. Keeps, until `forget`, token counts of the sequences that have penalties, and bad words."""
 
     def __init__(self, ops: Ops, vocab: int, eos: frozenset[int], device: torch.device, tokenizer: Tokenizer | None):
         """JSON schemas are followed with the model's tokenizer."""
@@ -41,9 +42,13 @@ class Sampler:
         self.eos = eos
         self.device = device
         self.counts: dict[tuple[str, int], tuple[Tensor, Tensor, int]] = {}
+        self.bad_words: dict[tuple[str, int], BadWords] = {}
+        self.bits = (torch.arange(256)[:, None] >> torch.arange(8) & 1 == 0).to(device)
+        """Which bits of a byte are not set, the lowest first (256, 8)."""
 
     def forget(self, seq: Sequence) -> None:
         self.counts.pop(seq.key, None)
+        self.bad_words.pop(seq.key, None)
         self.grammars.forget(seq)
 
     def stops(self, seq: Sequence) -> frozenset[int]:
@@ -60,7 +65,7 @@ class Sampler:
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        held = p.grammar is not None or p.allowed_token_ids
+        held = p.grammar is not None or p.allowed_token_ids or p.bad_words
         bound = held or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
         return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
 
@@ -72,6 +77,7 @@ class Sampler:
         finite = finite_rows(logits)
         wants = [i for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
         raw = logits[wants].clone() if wants else None
+        self._hold(logits, seqs)
         for i, seq in enumerate(seqs):
             self._adjust(logits[i], seq)
         heats = [temperature(seq) for seq in seqs]
@@ -92,8 +98,23 @@ class Sampler:
                 out[i] = entry
         return out
 
+    def begin(self, seqs: Rows[Sequence]) -> None:
+        """Begins, beside the forward pass, what `choose` will need for sequences that get a token by it."""
+        self.grammars.begin([seq for seq in seqs if seq.sampling.grammar is not None])
+
+    def _hold(self, logits: Tensor, seqs: Rows[Sequence]) -> None:
+        """What grammars allow, in place, all rows at once. logits (N, vocab)."""
+        rows = [i for i, seq in enumerate(seqs) if seq.sampling.grammar is not None]
+        if not rows:
+            return
+        masks, at = place([self.grammars.masks([seqs[i] for i in rows]), torch.tensor(rows)], self.device)
+        bits = self.bits.index_select(0, masks.view(torch.uint8).flatten().int())
+        banned = bits.view(len(rows), -1)[:, : self.vocab]
+        own = logits.index_select(0, at).masked_fill_(banned, float("-inf"))
+        logits.index_copy_(0, at, own)
+
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
-        """Penalties, bias, what a grammar allows and the ban on ending early, in place. row (vocab,)."""
+        """Penalties, bias, allowed tokens, the ban on ending early and bad words, in place. row (vocab,)."""
         p = seq.sampling
         if p.penalised:
             seen, counts = self._count(seq)
@@ -108,11 +129,19 @@ class Sampler:
             (ids_left,) = place([torch.tensor(p.allowed_token_ids)], self.device)
             kept = row.index_select(0, ids_left)
             row.fill_(float("-inf")).index_copy_(0, ids_left, kept)
-        if p.grammar is not None:
-            allowed = torch.frombuffer(bytearray(self.grammars.allowed(seq)), dtype=torch.uint8)
-            row.masked_fill_(place([allowed], self.device)[0] == 0, float("-inf"))
+
         if seq.num_generated < p.least_tokens and (stops := self.stops(seq)):
             row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
+        if p.bad_words and (banned := self._banned(seq)):
+            without = row.index_fill(0, place([torch.tensor(banned)], self.device)[0], float("-inf"))
+            row.copy_(torch.where(without.isneginf().all(), row, without))
+
+    def _banned(self, seq: Sequence) -> list[int]:
+        """The tokens that would complete a bad word."""
+        words = self.bad_words.get(seq.key)
+        if words is None:
+            words = self.bad_words[seq.key] = BadWords(seq.sampling.bad_words)
+        return words.after(seq.tokens, seq.num_prompt)
 
     def _count(self, seq: Sequence) -> tuple[Tensor, Tensor]:
         """Which tokens the prompt has (vocab,) bool, and how often each was generated (vocab,) fp32."""

@@ -78,7 +78,7 @@ def test_more_prompts_than_answers_may_be_asked(live: Server) -> None:
         ({"encoding_format": "int8"}, "encoding_format"),
         ({"pooling": "cls"}, "pooling"),
         ({"normalize": False}, "normalize"),
-        ({"truncate_prompt_tokens": 8}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"route": "pinned"}, "route"),
         ({"model": "nobody"}, "model"),
     ],

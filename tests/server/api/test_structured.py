@@ -4,8 +4,10 @@ import json
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 
+from tests.support import ROOT
 from tests.support.servers import Server
 
 ONE = {"const": [1]}
@@ -54,6 +56,18 @@ def test_grammars_in_gbnf_and_in_lark(live: Server, field: str) -> None:
         assert re.fullmatch(form, said(live, "one", fields))
 
 
+@pytest.mark.parametrize("made", ["pydantic/Enums", "zod/records", "zod-to-json-schema/unions", "typebox/Evaluated"])
+def test_schemas_as_libraries_make_them(live: Server, made: str) -> None:
+    library, name = made.split("/")
+    schema = json.loads((ROOT / "tests" / "schemas" / f"{library}.json").read_text())["schemas"][name]
+    form = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+    body = {"model": "one", "prompt": "Hello", "max_tokens": 200, "seed": 5, "response_format": form}
+    choice = live.post("/v1/completions", body).raise_for_status().json()["choices"][0]
+    if choice["finish_reason"] == "stop":
+        jsonschema.validate(json.loads(choice["text"]), schema)
+    assert choice["text"].lstrip().startswith("{")
+
+
 def test_in_chat(live: Server) -> None:
     body = {"model": "one", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 120, "guided_regex": DATE}
     answer = live.post("/v1/chat/completions", body).json()
@@ -73,6 +87,7 @@ def test_in_chat(live: Server) -> None:
         ({"ebnf": 'start: "a" missing'}, "ebnf"),
         ({"guided_json": "no schema"}, "guided_json"),
         ({"json_schema": {"not": {}}}, "json_schema"),
+        ({"json_schema": {"items": {"contains": {"const": 1}}}}, "json_schema"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),

@@ -103,6 +103,70 @@ def test_a_history_of_calls_is_rendered(start_fake: StartFake) -> None:
     assert f'{{"name": "get_weather", "arguments": {BERN}}}\nuser: get_weather returned:\nsunny' in texts[1]
 
 
+def test_functions_in_their_older_form(start_fake: StartFake) -> None:
+    """`functions` and `function_call` are tools in other words: the same prompt, one call, its own shape of answer."""
+    server = start_fake(template=HERMES)
+    assert server.engine
+    older: dict[str, Any] = {"functions": [tool["function"] for tool in TOOLS]}
+    server.engine.script = f'I will.<tool_call>{{"name": "get_weather", "arguments": {BERN}}}</tool_call>'
+    server.engine.script += '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    whole = client(server).chat.completions.create(**ASK, **older).choices[0]
+    assert whole.finish_reason == "function_call" and whole.message.content == "I will."
+    assert whole.message.tool_calls is None and whole.message.function_call is not None
+    assert (whole.message.function_call.name, whole.message.function_call.arguments) == ("get_weather", BERN)
+    name, arguments, said, finish = "", "", "", None
+    for chunk in client(server).chat.completions.create(**ASK, **older, stream=True):
+        (choice,) = chunk.choices
+        assert choice.delta.tool_calls is None
+        said, finish = said + (choice.delta.content or ""), choice.finish_reason or finish
+        if call := choice.delta.function_call:
+            name, arguments = name + (call.name or ""), arguments + (call.arguments or "")
+    assert (said, name, arguments, finish) == ("I will.", "get_weather", BERN, "function_call")
+    client(server).chat.completions.create(**ASK, tools=TOOLS)
+    assert server.engine.requests[-1].prompts == server.engine.requests[0].prompts
+    forced = client(server).chat.completions.create(**ASK, **older, function_call={"name": "now"})
+    named = client(server).chat.completions.create(
+        **ASK, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}}
+    )
+    one, two = server.engine.requests[-2:]
+    assert one.sampling.grammar == two.sampling.grammar and one.sampling.grammar
+    assert forced.choices[0].message.function_call and named.choices[0].message.tool_calls
+    none = client(server).chat.completions.create(**ASK, **older, function_call="none").choices[0]
+    assert none.message.content == server.engine.script and none.finish_reason == "stop"
+
+
+def test_a_history_of_functions_in_their_older_form(start_fake: StartFake) -> None:
+    server = start_fake(template=HERMES.replace("{{ m.role }}", "{{ m.role }}{{ m.tool_call_id }}"))
+    call = {"name": "get_weather", "arguments": BERN}
+    older = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "get_weather", "content": "sunny"},
+    ]
+    newer = [
+        older[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "call1", "type": "function", "function": call}]},
+        {"role": "tool", "name": "get_weather", "tool_call_id": "call1", "content": "sunny"},
+    ]
+    one, two = (server.post("/tokenize", {"messages": m}).raise_for_status().json()["tokens"] for m in (older, newer))
+    assert one == two and b"toolcall1: sunny" in bytes(token - 3 for token in one)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"functions": [{"name": "now"}], "tools": TOOLS}, "functions"),
+        ({"functions": [{"name": "now"}, {"name": "now"}]}, "functions"),
+        ({"functions": [{"name": "now"}], "function_call": {"name": "then"}}, "function_call"),
+        ({"function_call": {"name": "now"}}, "function_call"),
+        ({"functions": [{"name": "now"}], "function_call": "required"}, "function_call"),
+    ],
+)
+def test_what_is_wrong_with_the_older_form(start_fake: StartFake, fields: dict[str, Any], param: str) -> None:
+    answer = start_fake(template=HERMES).post("/v1/chat/completions", ASK | fields)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
 def test_mistrals_ids_have_nine_letters(start_fake: StartFake) -> None:
     server = start_fake(template=MISTRAL.replace("{{ call.function", "{{ call.id }}{{ call.function"))
     assert server.engine

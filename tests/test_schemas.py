@@ -1,0 +1,130 @@
+"""Schemas as pydantic, zod, zod-to-json-schema and TypeBox made them (tests/schemas): all can be followed but what no
+grammar can, which is refused with its place, and whatever is said under one of them is of it."""
+
+import json
+import random
+from functools import cache
+from typing import Any
+
+import jsonschema
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from tests.support import ROOT
+from tucka_runtime.embedded import FOLDER
+from tucka_runtime.grammars import LIMITS, check_schema, of_schema
+from tucka_runtime.schemas import followable
+from tucka_runtime.tokenizer import Tokenizer
+
+SETS = {path.stem: json.loads(path.read_text())["schemas"] for path in (ROOT / "tests" / "schemas").glob("*.json")}
+SCHEMAS = {f"{made}/{name}": schema for made, schemas in SETS.items() for name, schema in schemas.items()}
+REFUSED = {
+    "pydantic/Collections": ("uniqueItems", "#/properties/unique"),
+    "pydantic/Validated": ("not", "#/properties/not_it"),
+    "typebox/Arrays": ("uniqueItems", "#/properties/u"),
+    "typebox/Contains": ("contains", "#"),
+    "zod-to-json-schema/refined": ("nothing can match", "#/properties/s/allOf/0"),
+    "zod-to-json-schema/set": ("uniqueItems", "#/properties/tags"),
+}
+
+
+@cache
+def tokens() -> tuple[Tokenizer, LLTokenizer]:
+    tokenizer = Tokenizer.load(FOLDER / "base")
+    assert tokenizer is not None
+    return tokenizer, LLTokenizer(tokenizer.serialised, eos_token=sorted(tokenizer.ends))
+
+
+def said(schema: Any, seed: int, most: int = 1200) -> str | None:
+    """What somebody says who draws from what is allowed, and rather ends than goes on; None if it does not end."""
+    tokenizer, known = tokens()
+    closing = {tokenizer.encode(char, False)[0] for char in '"}]'} | set(tokenizer.ends)
+    matcher = LLMatcher(known, of_schema(json.dumps(schema)), log_level=0, limits=LIMITS)
+    chance, ids = random.Random(seed), []
+    for _ in range(most):
+        allowed = [i for i, bias in enumerate(matcher.compute_logit_bias()) if bias]
+        assert allowed and not matcher.is_error()
+        ends = [i for i in allowed if i in closing]
+        ids.append(chance.choice(ends if ends and chance.random() < 0.4 else allowed))
+        matcher.consume_token(ids[-1])
+        if matcher.is_stopped() or ids[-1] in tokenizer.ends:
+            return tokenizer.decode(ids, skip_special_tokens=True)
+    return None
+
+
+def test_there_are_enough() -> None:
+    assert len(SCHEMAS) >= 100 and set(SETS) == {"pydantic", "zod", "zod-to-json-schema", "typebox"}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_a_schema_as_it_is_made(name: str) -> None:
+    schema = SCHEMAS[name]
+    reason = check_schema(json.dumps(schema))
+    if name in REFUSED:
+        word, place = REFUSED[name]
+        assert reason is not None and word in reason and f"(at `{place}`)" in reason
+        return
+    assert reason is None
+    if name.endswith("/formats2"):
+        del schema["properties"]["emoji"]["pattern"]  # Python's re has no \p
+    if name.endswith("/openai"):
+        schema["$schema"] = "http://json-schema.org/draft-04/schema#"  # which it is: `exclusiveMinimum` is true
+    answers = [answer for seed in range(3) if (answer := said(schema, seed)) is not None]
+    for answer in answers:
+        jsonschema.validate(json.loads(answer, strict=False), schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": "array", "items": {"enum": ["a", 1]}, "uniqueItems": True}, ["a", 1], [1, 1]),
+        ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 2}, [True, False], [True]),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 1}, [3], [3, 4]),
+        ({"propertyNames": {"$ref": "#/$defs/N"}, "$defs": {"N": {"enum": ["x"]}}}, {"x": 1}, {"y": 1}),
+        ({"propertyNames": {"pattern": "^x"}, "additionalProperties": {"const": 2}}, {"xy": 2}, {"y": 2}),
+        ({"type": "string", "pattern": "^(?=.*[0-9])(?=.*[a-z])[0-9a-z]{3,}$"}, "ab1", "abc"),
+        ({"not": {"type": ["null", "number"]}}, "x", 1),
+        ({"type": ["integer", "string"], "not": {"type": "number"}}, "x", 1),
+        ({"enum": ["a", "b"], "not": {"const": "b"}}, "a", "b"),
+        ({"type": "object", "properties": {"a": {"not": {}}, "b": {"const": 1}}}, {"b": 1}, {"a": 1}),
+        (
+            {"type": "object", "unevaluatedProperties": False, "allOf": [
+                {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]},
+                {"type": "object", "properties": {"b": {"const": 2}}}]},
+            {"a": 1, "b": 2}, {"a": 1, "c": 3},
+        ),
+        ({"type": "string", "format": "no-such"}, "x", 1),
+        ({"type": "array", "contains": {"const": 1}, "minContains": 0}, [2], {}),
+        ({"then": {"const": 1}, "const": 2}, 2, 1),
+    ],
+)  # fmt: skip
+def test_what_is_put_into_other_words_means_the_same(schema: dict[str, Any], right: object, wrong: object) -> None:
+    _, known = tokens()
+    tokenizer, _ = tokens()
+    for value, accepted in ((right, True), (wrong, False)):
+        matcher = LLMatcher(known, of_schema(json.dumps(schema)), log_level=0, limits=LIMITS)
+        ids = tokenizer.encode(json.dumps(value), add_special_tokens=False)
+        taken = matcher.validate_tokens(ids)
+        assert (taken == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()) == accepted
+        assert jsonschema.Draft202012Validator(schema).is_valid(value) == accepted
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"properties": {"a": {"items": {"type": "thing"}}}}, "#/properties/a/items"),
+        ({"anyOf": [{"type": "string"}, {"type": "string", "pattern": "(?<=a)b"}]}, "#/anyOf/1"),
+        ({"$defs": {"N": {"if": {"type": "null"}, "then": {"const": 1}}}, "$ref": "#/$defs/N"}, "#/$defs/N"),
+        ({"properties": {"a secret": {"not": {"pattern": "x"}}}}, "#/properties/?"),
+        ({"type": "array", "items": {"enum": [1, 2, 3, 4, 5]}, "uniqueItems": True}, "#"),
+    ],
+)
+def test_where_it_cannot_be_followed(schema: dict[str, Any], place: str) -> None:
+    reason = check_schema(json.dumps(schema))
+    assert reason is not None and f"(at `{place}`)" in reason
+
+
+def test_what_is_no_schema_is_left_as_it_is() -> None:
+    for value in (1, "x", None, [], {"properties": [1]}, {"allOf": {"a": 1}}, {"items": 3}, {"$ref": "#/a/b"}):
+        assert followable(value) == value
+        check_schema(json.dumps(value))
