@@ -35,7 +35,7 @@ def test_wheel_has_one_top_level_package(tmp_path):
             ("tucka_runtime", ROOT / "tucka_runtime"),
             *((f"tucka_runtime/{name}", ROOT / name) for name in ("kernels", "server", "loadtest")),
         )
-        for pattern in ("*.py", "*.cpp", "*.h")
+        for pattern in ("*.py", "*.cpp", "*.h", "*.html", "*.css", "*.js", "*.svg")
         for path in folder.rglob(pattern)
     }
     assert sources <= set(names), sources - set(names)

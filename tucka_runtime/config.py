@@ -115,6 +115,7 @@ class ServerConfig:
         metavar="ORIGIN",
     )
     docs: bool = _setting(True, "answer /openapi.json and /docs")
+    console: bool = _setting(True, "answer GET / in a browser with a page to ask models and manage adapters")
     max_body_bytes: int = _setting(16 * 2**20, "largest request body")
     max_logprobs: int = _setting(20, "most alternatives a request may ask log-probabilities of")
     max_n: int = _setting(64, "most sequences (prompts x n) in one request")

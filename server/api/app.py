@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Scope
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
-from tucka_runtime.server.api import openapi, ops
+from tucka_runtime.server.api import console, openapi, ops
 from tucka_runtime.server.api.anthropic_messages import MESSAGES, count_tokens
 from tucka_runtime.server.api.chat import CHAT
 from tucka_runtime.server.api.completions import COMPLETION
@@ -30,6 +30,7 @@ from tucka_runtime.server.service.service import Service
 
 def create_app(service: Service) -> ASGIApp:
     """Request id and log outermost, then the keys, then the routes."""
+    config = service.config
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     routes: list[tuple[str, str, Endpoint]] = [
@@ -49,7 +50,7 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
         ("POST", "/load_lora_adapter", admin.load_as_sglang),
         ("POST", "/unload_lora_adapter", admin.unload_as_sglang),
-        ("GET", "/", ops.root),
+        ("GET", "/", console.page_or(ops.root) if config.console else ops.root),
         ("GET", "/health", ops.health),
         ("GET", "/ping", ops.health),
         ("POST", "/ping", ops.health),
@@ -60,7 +61,8 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/detokenize", ops.detokenize),
         ("GET", "/tokenizer_info", ops.tokenizer_info),
     ]
-    config = service.config
+    if config.console:
+        routes.append(("GET", console.FOLDER + "{name}", console.file))
     if config.docs:
         routes += [("GET", "/openapi.json", openapi.openapi), ("GET", "/docs", openapi.docs)]
         app.state.openapi = openapi.document([(method, path) for method, path, _ in routes])
@@ -69,7 +71,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(TuckaError, _tucka_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    keyed = Auth(app, config.api_key, config.admin_key)
+    keyed = Auth(app, config.api_key, config.admin_key, console.serves if config.console else lambda scope: False)
     return RequestScope(_cors(keyed, config.cors_origin), service.metrics.answered, _templates(app))
 
 

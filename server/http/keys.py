@@ -1,7 +1,9 @@
-"""API keys. Decides on the decoded path that the router will see, and on two of its headers."""
+"""API keys. Decides on the decoded path that the router will see, and on two of its headers. What is open beside the
+probes is for the caller to say."""
 
 import hashlib
 import hmac
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,14 +21,22 @@ _ADMIN_PATHS = (
 
 
 class Auth:
-    """Without keys the server is open. With them every path but the probes needs one, whether it exists or not.
+    """Without keys the server is open. With them every path but the probes, and what `is_open` says is, needs one,
+    whether it exists or not.
 
     Admin keys are good for everything; where there are none, every API key is. Sets `state.cache_salt`, which keeps
     one key's cached prompts from another's.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], admin_keys: tuple[str, ...]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: tuple[str, ...],
+        admin_keys: tuple[str, ...],
+        is_open: Callable[[Scope], bool],
+    ):
         self._app = app
+        self._is_open = is_open
         self._api_keys = [key.encode() for key in api_keys]
         self._admin_keys = [key.encode() for key in admin_keys or api_keys]
 
@@ -44,7 +54,7 @@ class Auth:
 
     def _check(self, scope: Scope) -> str:
         """The salt of the request's key. Raises UnauthorizedError, ForbiddenError."""
-        if not self._api_keys or scope["path"] in PROBES:
+        if not self._api_keys or scope["path"] in PROBES or self._is_open(scope):
             return ""
         given = _key(scope)
         admin = given is not None and _matches(given, self._admin_keys)

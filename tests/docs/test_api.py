@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from tests.support import ROOT
 from tucka_runtime import errors
 from tucka_runtime.config import EngineConfig, ServerConfig
-from tucka_runtime.server.api import anthropic_bodies, app, conversation, reading
+from tucka_runtime.server.api import anthropic_bodies, app, console, conversation, reading
 from tucka_runtime.server.api import bodies as protocol
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.http import errors as http_errors
@@ -48,7 +48,8 @@ def test_every_route_is_named_with_its_key() -> None:
     assert set(rows) == routes()
     for route, key in rows.items():
         path = route.split()[1]
-        expected = "none" if path in auth.PROBES else "admin" if auth._is_admin_path(path) else "user"
+        is_open = path in auth.PROBES or path.startswith(console.FOLDER)
+        expected = "none" if is_open else "admin" if auth._is_admin_path(path) else "user"
         assert key == expected, route
 
 

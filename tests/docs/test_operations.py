@@ -69,5 +69,5 @@ def test_the_rules_and_the_dashboard_name_real_metrics() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = {"--" + field.name.replace("_", "-") for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
-    known |= {"--no-vllm-metrics", "--replace", "--interval", "--once", "--balance"}
+    known |= {"--no-vllm-metrics", "--no-console", "--replace", "--interval", "--once", "--balance"}
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known

@@ -148,7 +148,19 @@ def test_cors(start_fake: StartFake) -> None:
     assert mine.headers["access-control-allow-origin"] == "https://app.example.org"
     assert HEADER in mine.headers["access-control-expose-headers"]
     assert "access-control-allow-credentials" not in mine.headers
-    assert server.get("/v1/models", headers={"origin": "https://app.example.org"}).status_code == 401
+    locked = server.get("/v1/models", headers={"origin": "https://app.example.org"})
+    assert locked.status_code == 401, "a preflight's freedom is nobody else's"
+    for answer in (locked, server.get("/nowhere", headers=key | {"origin": "https://app.example.org"})):
+        assert answer.headers["access-control-allow-origin"] == "https://app.example.org", "its error can be read too"
+        assert "x-request-id" in answer.headers
+    ask = {"model": "base", "prompt": "a", "max_tokens": 2, "stream": True}
+    stream = server.post("/v1/completions", ask, headers=key | {"origin": "https://app.example.org"})
+    assert stream.headers["access-control-allow-origin"] == "https://app.example.org" and "[DONE]" in stream.text
+    delete = {"origin": "https://app.example.org", "access-control-request-method": "DELETE"}
+    assert (
+        "DELETE"
+        in server.client.options(server.url + "/v1/adapters/x", headers=delete).headers["access-control-allow-methods"]
+    )
     other = server.get("/v1/models", headers=key | {"origin": "https://evil.example.org"})
     assert "access-control-allow-origin" not in other.headers
 
