@@ -100,20 +100,16 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "log2").read_text()
 
 
-def test_what_it_says_to_try_shows_an_adapter_and_its_root_says_where_to_go(tmp_path: Path) -> None:
-    process, url = start_command("--shutdown-timeout", "1", log=tmp_path / "log")
-    try:
-        (command,) = re.findall(r"^  (curl .*)$", (tmp_path / "log").read_text(), re.MULTILINE)
-        words = shlex.split(command)
-        headers = {"Content-Type": "application/json"}
-        assert words[0] == "curl" and words[2:5] == ["-H", "Content-Type: application/json", "-d"]
-        answer = httpx.post(words[1], content=words[5], headers=headers, timeout=30).json()
-        assert answer["choices"][0]["message"]["content"] == "5 March 2024"
-        found = httpx.get(url + "/").json()
-        assert httpx.get(url + found["models"]).status_code == 200 and "/v1/chat/completions" in found["message"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+def test_what_it_says_to_try_shows_an_adapter_and_its_root_says_where_to_go(embedded: tuple[str, Path]) -> None:
+    url, log = embedded
+    (command,) = re.findall(r"^  (curl .*)$", log.read_text(), re.MULTILINE)
+    words = shlex.split(command)
+    headers = {"Content-Type": "application/json"}
+    assert words[0] == "curl" and words[2:5] == ["-H", "Content-Type: application/json", "-d"]
+    answer = httpx.post(words[1], content=words[5], headers=headers, timeout=30).json()
+    assert answer["choices"][0]["message"]["content"] == "5 March 2024"
+    found = httpx.get(url + "/").json()
+    assert httpx.get(url + found["models"]).status_code == 200 and "/v1/chat/completions" in found["message"]
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:

@@ -1,5 +1,6 @@
-"""Two servers over real sockets: `live`, the command `tucka serve` with the real engine, and `start_fake`, the
-application in a thread of the tests' own process with a fake engine, for faults and for settings of all kinds.
+"""Three servers over real sockets: `live`, the command `tucka serve` with the real engine, `embedded`, the same with
+the embedded default, and `start_fake`, the application in a thread of the tests' own process with a fake engine, for
+faults and for settings of all kinds.
 """
 
 import asyncio
@@ -52,6 +53,16 @@ def live(tmp_path_factory: pytest.TempPathFactory, roots: Path) -> Iterator[Serv
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0, "Ctrl-C must end the server with status 0"
     assert "Traceback" not in (folder / "log").read_text()
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """`tucka serve` as it is started without arguments: its address and its log."""
+    log = tmp_path_factory.mktemp("embedded") / "log"
+    process, url = start_command("--shutdown-timeout", "1", log=log)
+    yield url, log
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
 
 
 @pytest.fixture(scope="session")
