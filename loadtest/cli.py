@@ -9,6 +9,7 @@ from typing import Any
 
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.loadtest import settings, slo
+from tucka_runtime.loadtest.conform import command as conform
 from tucka_runtime.loadtest.settings import Settings
 
 EXAMPLES = """
@@ -25,9 +26,12 @@ examples
       the highest rate that meets the SLO
   tucka loadtest compare before.json after.json
       what changed, and whether it is more than noise
+  tucka loadtest conform http://127.0.0.1:8000 --base /models/llama --folder /srv/adapters/kit
+      does any request get another adapter's answer? docs/conform.md
 
 Exit status: 0; 1 if the server or the arguments are wrong, or no request was answered; 2 if answers were wrong (a
-canary answered as another adapter, an unloaded adapter answered). docs/loadtest.md defines every figure.
+canary answered as another adapter, an unloaded adapter answered). `conform`: 1 if a row fails.
+docs/loadtest.md defines every figure.
 """
 
 
@@ -47,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparer = actions.add_parser("compare", help="two results side by side (vllm bench's JSON is read as well)")
     comparer.add_argument("a", metavar="A.json")
     comparer.add_argument("b", metavar="B.json")
+    conformer = actions.add_parser("conform", help="hold a server's adapters to what isolation asks, row by row")
+    conform.add_flags(conformer)
     reporter = actions.add_parser("report", help="make the HTML report of a JSON result again")
     reporter.add_argument("result", metavar="RESULT.json")
     reporter.add_argument("page", metavar="REPORT.html")
@@ -64,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "report":
             write_page(report.read(args.result), args.page)
             return 0
+        if args.action == "conform":
+            return conform.run(args)
         test = settings.from_args(args)
         for path in (test.json, test.html):
             if path and not Path(path).resolve().parent.is_dir():

@@ -33,6 +33,7 @@ class ModelCard:
     name: str
     parent: str | None
     root: str | None
+    max_model_len: int | None = None
 
 
 class EventReader:
@@ -122,7 +123,7 @@ class LoadClient:
                     if response.status != 200:
                         raise ServerError(f"/v1/models answered {response.status}: is the URL right, is a key needed?")
                     cards = (await response.json())["data"]
-            return [ModelCard(c["id"], c.get("parent"), c.get("root")) for c in cards]
+            return [ModelCard(c["id"], c.get("parent"), c.get("root"), c.get("max_model_len")) for c in cards]
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ServerError(f"no answer from {self.url}: {type(error).__name__}. Is the server up?") from None
         except (KeyError, TypeError, ValueError):

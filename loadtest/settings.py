@@ -191,10 +191,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, *, defaults: bool = True) -> None:
-    """One flag per field. Without `defaults` only the flags that were given appear in the parsed namespace."""
-    groups = {name: parser.add_argument_group(name) for name in {f.metadata["group"]: 0 for f in fields(Settings)}}
-    for f in fields(Settings):
+def add_flags(parser: argparse.ArgumentParser, *, defaults: bool = True, only: str | None = None) -> None:
+    """One flag per field, `only` of one group. Without `defaults` only those given appear in the parsed namespace."""
+    wanted = [f for f in fields(Settings) if only in (None, f.metadata["group"])]
+    groups = {name: parser.add_argument_group(name) for name in {f.metadata["group"]: 0 for f in wanted}}
+    for f in wanted:
         shown = f.metadata["help"].replace("%", "%%")
         if f.default not in (None, False, ()) and "(default" not in shown:
             shown += f" (default {f.default})"

@@ -37,15 +37,15 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
     try:
         engine_config, config = with_embedded_default(engine_config, config)
-        _check_names_and_folders(engine_config, config)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        check_settings(engine_config, config)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_run(engine_config, config))
     except TuckaError as error:
         log.error("%s", error.message)
         return 1
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """uvloop's event loop where it is installed: `python -m tucka_runtime.server.bench_stream` shows what it saves."""
     try:
         import uvloop
@@ -55,7 +55,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def _check_names_and_folders(engine_config: EngineConfig, config: ServerConfig) -> None:
+def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
     """Raises ConfigError for what is wrong at first sight: the engine takes seconds until it finds out."""
     folder = Path(engine_config.model or "")
     if not os.path.isdir(folder):
@@ -89,8 +89,7 @@ def keep_compiled(state_dir: str | None) -> None:
 async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     allow_open_files(config.max_connections)
     listener = bind(config.host, config.port)
-    keep_compiled(config.state_dir)
-    engine = EngineClient(engine_config, config.log_format)
+    parts = Parts(engine_config, config)
     stopping, at_once = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -102,10 +101,8 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    registry = await asyncio.to_thread(AdapterRegistry, Path(config.state_dir) if config.state_dir else None)
-    service: Service | None = None
     try:
-        starting = asyncio.ensure_future(_start(engine, engine_config, config, registry))
+        starting = asyncio.ensure_future(parts.start())
         await _unless(stopping, starting)
         if not starting.done():
             starting.cancel()
@@ -116,18 +113,42 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         _greet(service, listener)
         gc.collect()
         gc.freeze()  # imported modules stay: no collection walks them again
-        await _serve_until_stopped(server, engine, stopping, at_once, config.shutdown_timeout)
+        await _serve_until_stopped(server, parts.engine, stopping, at_once, config.shutdown_timeout)
         return 0
     finally:
-        await engine.stop(0 if service is None else STOP_ENGINE_SECONDS)  # one that still loads does not listen
+        await parts.stop(STOP_ENGINE_SECONDS)
+        listener.close()
+
+
+class Parts:
+    """All of a server but its HTTP: what `start` brings up, `stop` takes down, however far that came."""
+
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig):
+        self._engine_config, self._config = engine_config, config
+        keep_compiled(config.state_dir)
+        self.engine = EngineClient(engine_config, config.log_format)
+        self._registry: AdapterRegistry | None = None
+        self._service: Service | None = None
+
+    async def start(self) -> Service:
+        """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, TuckaError."""
+        state = self._config.state_dir
+        self._registry = await asyncio.to_thread(AdapterRegistry, Path(state) if state else None)
+        self._service = await _start(self.engine, self._engine_config, self._config, self._registry)
+        return self._service
+
+    async def stop(self, timeout: int) -> None:
+        """The engine gets `timeout` seconds to end, and none while it still loads: then it does not listen."""
+        service = self._service
+        await self.engine.stop(0 if service is None else timeout)
         if service is not None and service.template is not None:
             await service.template.stop()
         if service is not None and service.traces is not None:
             await asyncio.to_thread(service.traces.close)
         if service is not None:
             service.adapters.close()
-        registry.close()
-        listener.close()
+        if self._registry is not None:
+            self._registry.close()
 
 
 async def _start(

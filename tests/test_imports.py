@@ -15,7 +15,8 @@ OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
 SHARED = (
-    "errors config messages channel logs grammars schemas base_files tokenizer client extras embedded machine children"
+    "errors config messages channel logs grammars schemas base_files tokenizer client extras embedded machine children "
+    "progress"
 )
 """What both processes may know."""
 
@@ -41,7 +42,7 @@ RULES = {
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
-    "cli": f"{SHARED} server.serve cli loadtest.cli",
+    "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     "bench bench_reuse bench_json": f"{SHARED} llm adapters engine.environment bench",
 }

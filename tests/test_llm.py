@@ -107,3 +107,18 @@ def test_texts_and_chats_of_the_embedded_model() -> None:
     (text,) = llm.generate("Once upon", SamplingParams(temperature=0, max_tokens=5))
     assert isinstance(text.outputs[0].text, str) and len(text.outputs[0].token_ids) <= 5
     assert not llm.engine.busy and not llm.engine.requests
+
+
+def test_thousands_of_prompts_each_with_its_adapter(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than a server's queue takes. docs/measurements/offline-2026-11-26.md has what a step costs beside them."""
+    count = 1500
+    names = [(None, "plain", "pinned")[i % 3] for i in range(count)]
+    prompts = [prompt(4 + i % 3, i) for i in range(count)]
+    outputs = llm.generate(prompts, replace(SHORT, max_tokens=2), adapter=names, progress=True)
+    assert [o.prompt_token_ids for o in outputs] == prompts
+    assert all(len(o.outputs[0].token_ids) == 2 for o in outputs)
+    for i in (0, 1, 700, count - 1):
+        (alone,) = llm.generate(prompts[i], replace(SHORT, max_tokens=2), adapter=names[i])
+        assert outputs[i].outputs[0].token_ids == alone.outputs[0].token_ids
+    said = capsys.readouterr().err
+    assert f"{count}/{count}" in said and "tok/s" in said

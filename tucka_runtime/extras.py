@@ -13,7 +13,7 @@ class Extra:
 
 
 EXTRAS = {
-    "train": Extra(("peft", "matplotlib", "tqdm"), "tucka train"),
+    "train": Extra(("peft", "matplotlib"), "tucka train"),
     "loadtest": Extra(("aiohttp",), "tucka loadtest"),
     "otel": Extra(("opentelemetry.exporter.otlp.proto.http",), "traces: tucka serve --otlp-traces-endpoint"),
 }

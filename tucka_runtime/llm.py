@@ -30,6 +30,7 @@ from tucka_runtime.messages import (
     Timing,
     TokenLogprob,
 )
+from tucka_runtime.progress import Progress
 from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, stopping
 from tucka_runtime.tokenizer import Tokenizer
@@ -104,16 +105,18 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         route: RouteScope | str | None = None,
         n: int = 1,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Continues prompts, texts or token ids, all at once; the outputs come in their order.
 
         `sampling` and `adapter` (a name, None for the base) are one for all, or one each. `route` is the route scope:
-        by default what the adapter was trained for, else "batch". Raises InvalidRequestError for a prompt that cannot
+        by default what the adapter was trained for, else "batch". `progress` shows on stderr how many are done, and
+        tokens per second. Raises InvalidRequestError for a prompt that cannot
         be read or does not fit, ModelNotFoundError for an unknown adapter.
         """
         listed: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         ids = [self._ids(prompt, True) for prompt in listed]
-        return self._run(ids, sampling, adapter, route, n)
+        return self._run(ids, sampling, adapter, route, n, progress)
 
     def chat(
         self,
@@ -122,13 +125,14 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         route: RouteScope | str | None = None,
         n: int = 1,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """The assistant's next turn in one conversation, or in each of several; else as `generate`."""
         listed: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise InvalidRequestError("The base model has no chat template. Use generate().", "messages")
         ids = [self._ids(self.tokenizer.render(conversation), False) for conversation in listed]
-        return self._run(ids, sampling, adapter, route, n)
+        return self._run(ids, sampling, adapter, route, n, progress)
 
     def _ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -144,6 +148,7 @@ class LLM:
         adapter: str | Sequence[str | None] | None,
         route: RouteScope | str | None,
         n: int,
+        progress: bool,
     ) -> list[RequestOutput]:
         count = len(prompts)
         names = _each(adapter if adapter is None or isinstance(adapter, str) else list(adapter), count, "adapter")
@@ -152,10 +157,15 @@ class LLM:
         running = {request.id: _Running(request, self.tokenizer) for request in made}
         for request in made:
             self.engine.add(request)
-        while self.engine.busy:
-            for out in self.engine.step()[0]:
-                if out.request_id in running and running[out.request_id].take(out):
-                    self.engine.abort(out.request_id, out.index)
+        with Progress(count * n, progress) as bar:
+            while self.engine.busy:
+                for out in self.engine.step()[0]:
+                    if (own := running.get(out.request_id)) is None:
+                        continue
+                    ended = own.take(out)
+                    if ended:
+                        self.engine.abort(out.request_id, out.index)
+                    bar.note(len(out.token_ids), ended or out.finish is not None)
         return [running[request.id].output for request in made]
 
     def _request(

@@ -140,7 +140,7 @@ def test_what_is_wrong_at_first_sight_starts_no_engine(
 def test_weights_that_this_user_may_not_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda file, mode: not str(file).endswith(".safetensors"))  # root may read all
     with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .* chmod"):
-        serve._check_names_and_folders(EngineConfig(model=BASE), ServerConfig())
+        serve.check_settings(EngineConfig(model=BASE), ServerConfig())
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

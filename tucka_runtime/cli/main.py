@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tucka_runtime import __version__
 from tucka_runtime.cli import settings
@@ -15,6 +16,13 @@ from tucka_runtime.extras import EXTRAS, how_to_install
 from tucka_runtime.logs import set_up_logging
 
 log = logging.getLogger("tucka_runtime.cli")
+
+BATCH = (
+    "Answers requests from a file (custom_id, method, url, body; one JSON object a line) as the server would: "
+    "/v1/completions, /v1/chat/completions, /v1/embeddings. A line that is wrong gets its error and stops nothing. "
+    "Answers are written as they are ready; a run that was ended is gone on with by the same command. "
+    "Settings are those of tucka serve."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.usage = "%(prog)s [--model DIR] [--adapter NAME=PATH ...] [flags]"
     settings.add_flags(serve)
     serve.set_defaults(run=_serve)
+
+    batch = commands.add_parser("batch", help="answer a file of requests, without a server", description=BATCH)
+    batch.usage = "%(prog)s IN.jsonl OUT.jsonl [--model DIR] [--adapter NAME=PATH ...] [flags of tucka serve]"
+    batch.add_argument("source", type=Path, metavar="IN.jsonl", help="requests, in OpenAI's batch format")
+    batch.add_argument("target", type=Path, metavar="OUT.jsonl", help="answers; what is there is not asked again")
+    settings.add_flags(batch)
+    batch.set_defaults(run=_batch)
 
     adapters = commands.add_parser("adapters", help="list, load and unload a server's adapters")
     add_actions(adapters)
@@ -101,6 +116,14 @@ def _serve(flags: argparse.Namespace) -> int:
         logging.shutdown()
         os._exit(0)
     return status
+
+
+def _batch(flags: argparse.Namespace) -> int:
+    engine_config, server_config = settings.from_environment(flags)
+    set_up_logging(server_config.log_format, "server")
+    from tucka_runtime.server.batch import batch
+
+    return batch(engine_config, server_config, flags.source, flags.target)
 
 
 def _doctor(flags: argparse.Namespace) -> int:
