@@ -158,7 +158,7 @@ class TruncationFields(Body):
     truncation_side: Literal["left", "right"] | None = None
 
 
-class SamplingBody(ModelBody, TruncationFields):
+class SamplingBody(ModelBody):
     """What is asked of it at every door that generates."""
 
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -196,7 +196,7 @@ class FormatFields(Body):
     ebnf: NonEmpty | None = None
 
 
-class GenerationBody(SamplingBody, FormatFields, WithoutEffect, Unsupported):
+class GenerationBody(SamplingBody, TruncationFields, FormatFields, WithoutEffect, Unsupported):
     """What completions and chat have in common."""
 
     n: Annotated[int, Field(ge=1)] | None = None

@@ -38,6 +38,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             prompt_logprobs=num_prompt_logprobs(body, service),
             grammar=structured.grammar(body, "response_format", structured.schema_of(body.response_format), service),
             thoughts=body.separate_reasoning is not False,
+            truncation=fields.truncation(body, 1 if max_tokens is None else max_tokens, service.info),
             max_tokens_param=param,
         ),
     )

@@ -9,7 +9,6 @@ from typing import Any
 from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request
-from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import SamplingBody
 from tucka_runtime.server.api.door import Context
 from tucka_runtime.server.api.rendering import with_short_ids, without_tools
@@ -20,6 +19,7 @@ from tucka_runtime.server.service.chat_template import Rendering
 from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
 from tucka_runtime.server.service.reasoning import CLOSE, OPEN, ThinkParser
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import unshielded
 
 
@@ -40,6 +40,7 @@ class ChatTurn:
     prompt_logprobs: int | None = None
     grammar: str | None = None
     thoughts: bool = True
+    truncation: Truncation | None = None
     messages_param: str = "messages"
     max_tokens_param: str = "max_tokens"
 
@@ -70,9 +71,8 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     body, service = turn.body, context.service
     grammar = _grammar(service, turn)
     prompt = await render(service, turn.messages, turn.tools, turn.rendering, turn.messages_param)
-    cut = fields.truncation(body, 1 if turn.max_tokens is None else turn.max_tokens, service.info)
     adds_special = body.add_special_tokens is True
-    (ids,) = await service.encode([prompt], adds_special, turn.messages_param, truncation=cut)
+    (ids,) = await service.encode([prompt], adds_special, turn.messages_param, truncation=turn.truncation)
     if not ids:
         raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", turn.messages_param)
     max_tokens = max_tokens_for(
