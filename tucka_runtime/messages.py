@@ -109,7 +109,8 @@ class Pooling(StrEnum):
 class Request:
     """What the engine is asked for: by the HTTP doors, by `LLM`, or to warm up. `prompts` are token ids; `cache_salt`
     separates tenants' KV reuse; `route_scope` counts for adapters that have a router. With `pooling` each prompt is
-    embedded, and `max_tokens` is 0."""
+    embedded, and `max_tokens` is 0. Turns are shared out between tenants and adapters; of one tenant's requests to one
+    adapter the least `priority` goes first."""
 
     id: str
     prompts: tuple[tuple[int, ...], ...]
@@ -119,6 +120,8 @@ class Request:
     route_scope: RouteScope | None = RouteScope.BATCH
     cache_salt: str = ""
     pooling: Pooling | None = None
+    tenant: str = ""
+    priority: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -265,13 +268,14 @@ class StepStats:
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What stands in the engine's books: sequences in the batch and before it, KV blocks, and how many sequences were
-    set back since the engine's process started."""
+    set back since the engine's process started, for want of blocks and for another flow's turn."""
 
     running: int
     waiting: int
     blocks_used: int
     blocks_total: int
     preemptions: int
+    displacements: int
 
 
 # What goes through the channel (channel.py). Messages are ordered, which is what leases rely on: a request that is sent

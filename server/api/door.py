@@ -35,7 +35,8 @@ S = TypeVar("S", bound=SamplingBody)
 
 @dataclass(frozen=True)
 class Context:
-    """What a request has beside its body. `id` is the answer's, and the request's in the engine."""
+    """What a request has beside its body. `id` is the answer's, and the request's in the engine; `cache_salt` stands
+    for the request's key."""
 
     service: Service
     adapter: LoadedAdapter | None
@@ -60,6 +61,8 @@ class Context:
             route_scope=self.service.scope(self.adapter, RouteScope(body.route) if body.route else None),
             cache_salt=self.cache_salt + (f"\0{body.cache_salt}" if body.cache_salt else ""),
             pooling=pooling,
+            tenant=self.cache_salt,
+            priority=body.priority or 0,
         )
 
 

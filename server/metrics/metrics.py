@@ -84,6 +84,7 @@ SPECS = (
     _gauge("kv_blocks_used", "KV blocks in use"),
     _gauge("kv_blocks", "KV blocks there are"),
     _counter("preemptions", "sequences set back to make room"),
+    _counter("displacements", "sequences set back for another flow's turn"),
     _gauge("adapters_loaded", "adapters loaded"),
     _gauge("adapters_lost", "adapters that were loaded, not unloaded, and cannot be brought back"),
     _gauge("adapter_slots", "adapters that can be loaded"),
@@ -113,7 +114,8 @@ class Metrics:
         self._in_flight: Multiset[str] = Multiset()  # sequences by model
         self._load: EngineLoad | None = None
         self._active: set[str] = set()  # adapters that had rows in the last step
-        self._preemptions = self._restarts = 0
+        self._set_back = {"preemptions": 0, "displacements": 0}  # what the engine said last
+        self._restarts = 0
         self._processes = CollectorRegistry()
         ProcessCollector(registry=self._processes)
         self._vllm = VLLMMetrics(model_name, self._families) if vllm else None
@@ -251,9 +253,10 @@ class Metrics:
         for key, route in stats.routes:
             self.adapters.routed(key, route)
         # The engine counts from its own start: a smaller number is a new engine's.
-        new = load.preemptions - self._preemptions
-        self._inc("preemptions", new if new >= 0 else load.preemptions)
-        self._preemptions = load.preemptions
+        for name, before in self._set_back.items():
+            total: int = getattr(load, name)
+            self._inc(name, total - before if total >= before else total)
+            self._set_back[name] = total
 
     def render(
         self,

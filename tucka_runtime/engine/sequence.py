@@ -5,6 +5,9 @@ from enum import Enum
 
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS, Request, Route, RouteScope, TokenLogprob
 
+FlowKey = tuple[str, str | None]
+"""Whose turn a sequence is in: the tenant and the adapter's name, None for the base."""
+
 
 class Status(Enum):
     WAITING = 1
@@ -15,10 +18,10 @@ class Status(Enum):
 class Sequence:
     """What the engine's books have of one sequence.
 
-    Three write in it. The scheduler: `status`, `num_computed`, `block_table`, `block_hashes`, `cached_tokens`, and
-    `route` where an earlier prompt had it. The runner: `routing`, when it finds a prompt that must be routed first. The
-    engine: the rest, as outcomes arrive, `pending` and `scheduled_at` when a step is launched, and, once a prompt is
-    routed, `num_computed` back to 0.
+    Four write in it. The queue: `number` and `charged`. The scheduler: `status`, `num_computed`, `block_table`,
+    `block_hashes`, `cached_tokens`, `displaced`, and `route` where an earlier prompt had it. The runner: `routing`,
+    when it finds a prompt that must be routed first. The engine: the rest, as outcomes arrive, `pending` and
+    `scheduled_at` when a step is launched, and, once a prompt is routed, `num_computed` back to 0.
 
     `num_computed` tokens have their KV in the blocks of `block_table`, or will once the device has done what it was
     given. `pending` counts the tokens that are chosen there and not known here yet: they count as tokens, but `tokens`
@@ -31,11 +34,14 @@ class Sequence:
         "block_hashes",
         "block_table",
         "cached_tokens",
+        "charged",
+        "displaced",
         "first_token_at",
         "index",
         "last_group",
         "num_computed",
         "num_prompt",
+        "number",
         "pending",
         "prompt_logprobs",
         "prompt_route",
@@ -77,6 +83,9 @@ class Sequence:
         self.pending = 0
         self.num_computed = 0
         self.cached_tokens = 0
+        self.number = 0  # of its arrival
+        self.charged = 0  # tokens that its flow was charged for
+        self.displaced = 0  # how often it gave its seat to another flow
         self.block_table = array("i")
         self.block_hashes: list[bytes] = []
         self.status = Status.WAITING
@@ -92,6 +101,10 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens) + self.pending
+
+    @property
+    def flow(self) -> FlowKey:
+        return self.request.tenant, self.adapter.name if self.adapter is not None else None
 
     @property
     def routes_itself(self) -> bool:

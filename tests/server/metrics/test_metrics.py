@@ -101,8 +101,9 @@ def test_a_dead_engine_runs_nothing(metrics: Metrics) -> None:
 
 def test_preemptions_go_on_counting_after_a_restart(metrics: Metrics) -> None:
     for total in (2, 5, 1):
-        metrics.on_step(*step(preemptions=total))
+        metrics.on_step(*step(preemptions=total, displacements=2 * total))
     assert value(metrics, "tucka_preemptions_total") == 6
+    assert value(metrics, "tucka_displacements_total") == 12
 
 
 def test_steps_by_stage(metrics: Metrics) -> None:
