@@ -122,7 +122,13 @@ class ServerConfig:
     keep_alive_timeout: int = _setting(
         75, "seconds that an idle connection is kept: longer than a load balancer in front keeps it, which is often 60"
     )
+    drain_delay: int = _setting(
+        0, "seconds that a server told to stop goes on taking requests: until nobody sends any to what is not ready"
+    )
     shutdown_timeout: int = _setting(30, "seconds that running requests get to finish when the server stops")
+    sse_heartbeat: float = _setting(
+        0.0, "seconds of silence after which a stream gets a comment, which keeps proxies from cutting it; 0: never"
+    )
     vllm_metrics: bool = _setting(True, "show vLLM's metric names as well, which routers and dashboards read")
     log_format: str = _setting("text", "how log lines look", choices=LOG_FORMATS)
     log_prompts: bool = _setting(False, "put every request's prompt into its log line")
@@ -136,7 +142,7 @@ class ServerConfig:
             _check_at_least(self, name, 1)
         if not 0 <= self.port <= 65535:
             raise ConfigError("port must be between 0 and 65535; 0 takes a free one")
-        for name in ("max_logprobs", "shutdown_timeout"):
+        for name in ("max_logprobs", "drain_delay", "shutdown_timeout", "sse_heartbeat"):
             _check_at_least(self, name, 0)
         for name in ("api_key", "admin_key"):
             if not all(key.strip() for key in getattr(self, name)):

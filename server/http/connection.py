@@ -38,9 +38,11 @@ RESERVE = 64
 
 
 class Connection(H11Protocol):
-    """`max_connections` is set on a subclass by `connection_class`."""
+    """`max_connections` is set on a subclass by `connection_class`, and `draining` when the server is to stop: each
+    connection ends with its next answer, which says so."""
 
     max_connections = 1024
+    draining = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -94,6 +96,8 @@ class Connection(H11Protocol):
             state["writer"] = _BodyWriter(self.cycle, self.transport, self.flow)
             state["received"] = self._received or time.monotonic()
             state["crowded"] = self._is_crowded()
+            if self.draining:
+                self.cycle.default_headers = [*self.cycle.default_headers, CLOSE_HEADER]
             self._received = None
         if self._received is None and self.conn.their_state is not h11.SEND_BODY and self.conn.trailing_data[0]:
             self._received = time.monotonic()  # the next request has begun in what the last one ended in
