@@ -17,7 +17,7 @@ PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("ke
 SHARED = "errors config messages channel logs grammars base_files tokenizer client extras embedded machine children"
 """What both processes may know."""
 
-CLIENT = "engine.client engine.child engine.output_stream"
+CLIENT = "engine.client engine.child engine.output_stream engine.queue_wait"
 POLICY = "engine.scheduler engine.flows engine.block_manager engine.route_cache engine.sequence engine.pace"
 
 # Who may import what of ours, a package standing for all that is in it. The first row that names a module is its own.

@@ -42,6 +42,9 @@ class EngineConfig:
         "how many times as long as without them prompts may make a decoding step; 0: they take all the tokens above",
     )
     max_queue: int = _setting(1024, "most sequences waiting; more are refused with 429")
+    max_queue_seconds: int | None = _setting(
+        None, "longest wait that a request may expect; where it would be longer it is refused with 429 (default: any)"
+    )
     block_size: int = _setting(16, "tokens in one KV block")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
     max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
@@ -71,7 +74,7 @@ class EngineConfig:
             _check_at_least(self, name, 1)
         if self.decode_stretch and self.decode_stretch <= 1:
             raise ConfigError(f"decode_stretch must be over 1, or 0 for no limit, not {self.decode_stretch}.")
-        for name in ("max_model_len", "kv_cache_tokens", "num_threads"):
+        for name in ("max_model_len", "max_queue_seconds", "kv_cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _check_at_least(self, name, 1)
         if self.max_num_seqs > self.max_num_batched_tokens:

@@ -40,6 +40,10 @@ class AdapterKey:
     generation: int
 
 
+FlowKey = tuple[str, str | None]
+"""Who takes turns: a tenant with an adapter's name, None for the base."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """The chosen expert group and its experts' weights, t of them: a router's are in [0.269, 0.731], a pinned route's
@@ -126,6 +130,10 @@ class Request:
     @property
     def num_sequences(self) -> int:
         return len(self.prompts) * self.n
+
+    @property
+    def flow(self) -> FlowKey:
+        return self.tenant, self.adapter.name if self.adapter is not None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,13 @@ async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     engine = service.engine
     text = service.metrics.render(
-        service.ready, engine.restarts, engine.info, __version__, engine.silence, service.adapters.lost
+        service.ready,
+        engine.restarts,
+        engine.info,
+        __version__,
+        engine.silence,
+        service.adapters.lost,
+        engine.waiting,
     )
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER, FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
-from tucka_runtime.server.http.errors import RETRY_AFTER_SECONDS, RequestTimeoutError, crowded, envelope
+from tucka_runtime.server.http.errors import RequestTimeoutError, crowded, envelope, retry_after
 from tucka_runtime.server.http.framing import Parser
 
 RECEIVE_SECONDS = 8.0
@@ -180,8 +180,8 @@ class Connection(H11Protocol):
                 (b"x-request-id", uuid.uuid4().hex.encode()),
                 CLOSE_HEADER,
             ]
-            if error.status in RETRY_AFTER_SECONDS:
-                headers.append((b"retry-after", str(RETRY_AFTER_SECONDS[error.status]).encode()))
+            if (seconds := retry_after(error)) is not None:
+                headers.append((b"retry-after", seconds.encode()))
             response = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

@@ -5,7 +5,7 @@ docs/operations.md lists every series; a test compares it with this file.
 """
 
 from collections import Counter as Multiset
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ SPECS = (
     _histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES),
     _gauge("requests_running", "sequences in the batch"),
     _gauge("requests_waiting", "sequences accepted and not in the batch"),
+    _gauge("oldest_waiting_seconds", "age of the oldest request without a first token"),
     _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device", "kernels"),
     _gauge("engine_threads", "CPU threads of the engine"),
     _gauge("engine_up", "1 while the engine process serves"),
@@ -266,9 +267,12 @@ class Metrics:
         version: str = "",
         silence: float = 0.0,
         lost: int = 0,
+        oldest: Mapping[str | None, float] | None = None,
     ) -> bytes:
         """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
-        what it never gave back shows."""
+        what it never gave back shows. `oldest` is EngineClient.waiting's."""
+        ages = {self.adapters.base_name if name is None else name: age for name, age in (oldest or {}).items()}
+        self._set("oldest_waiting_seconds", max(ages.values(), default=0.0))
         held = self._load if up else None
         running, waiting, used, blocks = 0, 0, 0, 0
         if held is not None:
@@ -290,7 +294,7 @@ class Metrics:
             self._set("engine_info", 1, version, info.model_type, info.dtype, info.device, info.kernels)
             self._set("engine_threads", info.num_threads)
         own = "".join([family.render() for family in self._families.values()])
-        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
+        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render(ages)]
         if self._vllm is not None:
             active = {name for name in self._active if name in self.adapters} if running else set()
             asked = {name for name in self._in_flight if name in self.adapters}

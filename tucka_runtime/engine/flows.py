@@ -10,7 +10,8 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterator
 
-from tucka_runtime.engine.sequence import FlowKey, Sequence
+from tucka_runtime.engine.sequence import Sequence
+from tucka_runtime.messages import FlowKey
 
 PROMPT_TOKEN, ANSWER_TOKEN = 1, 2
 """What a computed token counts: the paper's weights. Tokens that the cache had count nothing."""

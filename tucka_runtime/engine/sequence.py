@@ -5,9 +5,6 @@ from enum import Enum
 
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS, Request, Route, RouteScope, TokenLogprob
 
-FlowKey = tuple[str, str | None]
-"""Whose turn a sequence is in: the tenant and the adapter's name, None for the base."""
-
 
 class Status(Enum):
     WAITING = 1
@@ -37,6 +34,7 @@ class Sequence:
         "charged",
         "displaced",
         "first_token_at",
+        "flow",
         "index",
         "last_group",
         "num_computed",
@@ -73,6 +71,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.adapter = request.adapter
+        self.flow = request.flow
         self.scope = scope
         self.sampling = request.sampling
         self.seed = seed
@@ -101,10 +100,6 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens) + self.pending
-
-    @property
-    def flow(self) -> FlowKey:
-        return self.request.tenant, self.adapter.name if self.adapter is not None else None
 
     @property
     def routes_itself(self) -> bool:
