@@ -59,7 +59,7 @@ class FairQueue:
     @property
     def num_active(self) -> int:
         """Flows that wait or run."""
-        return sum(flow.active for flow in self.flows.values())
+        return len([flow for flow in self.flows.values() if flow.running or flow.waiting])
 
     def of(self, seq: Sequence) -> Flow:
         """The flow of a sequence that waits or runs."""
@@ -76,7 +76,13 @@ class FairQueue:
     def next(self) -> Flow | None:
         """The flow whose turn it is: the one served least, of several the one that runs least, then the first come."""
         waiting = [flow for flow in self.flows.values() if flow.waiting]
-        return min(waiting, key=lambda flow: (flow.served, flow.running, flow.waiting[0].number), default=None)
+        if len(waiting) < 2:
+            return waiting[0] if waiting else None
+        least = min([flow.served for flow in waiting])
+        return min(
+            [flow for flow in waiting if flow.served == least],
+            key=lambda flow: (flow.running, flow.waiting[0].number),
+        )
 
     def take(self, flow: Flow) -> Sequence:
         """The flow's first sequence, which runs from now on."""
@@ -105,10 +111,11 @@ class FairQueue:
     def charge(self, seq: Sequence, start: int, end: int) -> None:
         """Counts a sequence's tokens `start` to `end` as served to its flow, each once: what is computed again because
         the sequence had to give way is not counted."""
-        start = max(start, seq.charged)
+        if start < seq.charged:
+            start = seq.charged
         if end > start:
-            prompt = max(min(end, seq.num_prompt) - start, 0)
-            self.of(seq).served += PROMPT_TOKEN * prompt + ANSWER_TOKEN * (end - start - prompt)
+            prompt = max(min(end, seq.num_prompt) - start, 0) if start < seq.num_prompt else 0
+            self.flows[seq.flow].served += PROMPT_TOKEN * prompt + ANSWER_TOKEN * (end - start - prompt)
             seq.charged = end
 
     def _put(self, seq: Sequence) -> None:
