@@ -1,4 +1,5 @@
-"""`tucka loadtest`: run, sweep, compare, report. The help needs no extra: what does is imported when it runs."""
+"""`tucka loadtest`: run, sweep, fairness, compare, report. The help needs no extra: what does is imported when it
+runs."""
 
 import argparse
 import asyncio
@@ -24,6 +25,8 @@ examples
       what adapters cost: adapter / base, from interleaved pairs, with 95% intervals
   tucka loadtest sweep --goodput ttft:500 tpot:50
       the highest rate that meets the SLO
+  tucka loadtest fairness --concurrency 100 --repeats 3 --ignore-eos
+      the last adapter's first token, while 100 requests are in flight to the first, or evenly to all others
   tucka loadtest compare before.json after.json
       what changed, and whether it is more than noise
   tucka loadtest conform http://127.0.0.1:8000 --base /models/llama --folder /srv/adapters/kit
@@ -48,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sweeper.add_argument("--start-rate", type=float, default=1.0, help="first rate tried (default 1)")
     sweeper.add_argument("--tolerance", type=float, default=0.1, help="how narrow to search, relative (default 0.1)")
     sweeper.add_argument("--most-runs", type=int, default=15, help="stop after this many runs (default 15)")
+    fair = actions.add_parser("fairness", help="does one adapter's flood make another wait?")
+    settings.add_flags(fair, defaults=False)
+    fair.add_argument("--quiet-rate", type=float, default=2.0, help="requests per second of the quiet one (default 2)")
     comparer = actions.add_parser("compare", help="two results side by side (vllm bench's JSON is read as well)")
     comparer.add_argument("a", metavar="A.json")
     comparer.add_argument("b", metavar="B.json")
@@ -73,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "conform":
             return conform.run(args)
         test = settings.from_args(args)
+        if args.action == "fairness":
+            return run_fairness(test, args)
         for path in (test.json, test.html):
             if path and not Path(path).resolve().parent.is_dir():
                 raise ConfigError(f"{path} cannot be written: its folder does not exist")
@@ -129,6 +137,20 @@ async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
         "correct": all(p["result"]["correct"] for p in search.points),
         "points": search.points,
     }
+
+
+def run_fairness(test: Settings, args: argparse.Namespace) -> int:
+    """0, or 1 where the quiet adapter got no answer. Raises ConfigError, ServerError."""
+    from tucka_runtime.loadtest import fairness
+    from tucka_runtime.loadtest.report import report
+
+    if args.quiet_rate <= 0:
+        raise ConfigError("--quiet-rate must be positive")
+    outcome = asyncio.run(fairness.Fairness(test, args.quiet_rate).execute())
+    if test.json:
+        report.write(outcome, test.json)
+    print(fairness.render(outcome))
+    return 0 if outcome["ratio"] is not None else 1
 
 
 def write_page(result: dict[str, Any], path: str) -> None:

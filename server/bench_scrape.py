@@ -80,7 +80,7 @@ def serve(metrics: Metrics, key: AdapterKey) -> None:
     """One request with two steps, as the server counts it."""
     route = Route(random.randrange(GROUPS), (0.3, 0.5, 0.7))
     stats = StepStats(0.001, 0.001, 0.001, 0.01, 0.001, 0.001, 9, 1, 1, (key,), ((key, route),))
-    load = EngineLoad(running=1, waiting=0, blocks_used=3, blocks_total=99, preemptions=0)
+    load = EngineLoad(running=1, waiting=0, blocks_used=3, blocks_total=99, preemptions=0, displacements=0)
     metrics.admitted(key.name, 10, 1)
     metrics.on_step(stats, load)
     metrics.first_token(key.name, random.random(), 0, Timing(0.0, 0.1, 0.2, 0.0))

@@ -113,7 +113,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         _greet(service, listener)
         gc.collect()
         gc.freeze()  # imported modules stay: no collection walks them again
-        await _serve_until_stopped(server, parts.engine, stopping, at_once, config.shutdown_timeout)
+        await _serve_until_stopped(server, service, stopping, at_once)
         return 0
     finally:
         await parts.stop(STOP_ENGINE_SECONDS)
@@ -196,18 +196,25 @@ def _first_adapters(config: ServerConfig) -> dict[str, Path]:
 
 
 async def _serve_until_stopped(
-    server: HTTPServer, engine: EngineClient, stopping: asyncio.Event, at_once: asyncio.Event, timeout: int
+    server: HTTPServer, service: Service, stopping: asyncio.Event, at_once: asyncio.Event
 ) -> None:
-    """Serves; once told to stop lets running requests finish for `timeout` seconds or until `at_once`, then ends them
-    with an error: the engine's end is theirs."""
+    """Serves. Once told to stop it is not ready any more, but takes requests for --drain-delay seconds; then lets
+    running ones finish for --shutdown-timeout seconds. `at_once` cuts both short. What is left then ends with an error:
+    the engine's end is theirs."""
+    delay, timeout = service.config.drain_delay, service.config.shutdown_timeout
     serving = asyncio.ensure_future(server.serve())
     await _unless(stopping, serving)
+    if not serving.done() and delay:
+        log.info("stopping: not ready any more, requests are taken for %d s (once more to stop at once)", delay)
+        service.draining = True
+        server.drain()
+        await _unless(at_once, serving, delay)
     if not serving.done():
         log.info("stopping: running requests get up to %d s (once more to stop at once)", timeout)
         server.should_exit = True
         await _unless(at_once, serving, timeout)
     if not serving.done():
-        await engine.stop(0 if at_once.is_set() else STOP_ENGINE_SECONDS)
+        await service.engine.stop(0 if at_once.is_set() else STOP_ENGINE_SECONDS)
         await asyncio.wait((serving,), timeout=LAST_WORDS_SECONDS)
     if not serving.done():
         server.drop_connections()

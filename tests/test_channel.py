@@ -43,7 +43,7 @@ from tucka_runtime.messages import (
     UnloadAdapter,
 )
 
-KEY, ROUTE, LOAD = AdapterKey("a", 2), Route(1, (0.25, 0.5)), EngineLoad(1, 2, 3, 4, 5)
+KEY, ROUTE, LOAD = AdapterKey("a", 2), Route(1, (0.25, 0.5)), EngineLoad(1, 2, 3, 4, 5, 6)
 SAMPLING = SamplingParams(
     max_tokens=0,
     temperature=0.1,

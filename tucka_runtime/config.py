@@ -42,6 +42,9 @@ class EngineConfig:
         "how many times as long as without them prompts may make a decoding step; 0: they take all the tokens above",
     )
     max_queue: int = _setting(1024, "most sequences waiting; more are refused with 429")
+    max_queue_seconds: int | None = _setting(
+        None, "longest wait that a request may expect; where it would be longer it is refused with 429 (default: any)"
+    )
     block_size: int = _setting(16, "tokens in one KV block")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
     max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
@@ -71,7 +74,7 @@ class EngineConfig:
             _check_at_least(self, name, 1)
         if self.decode_stretch and self.decode_stretch <= 1:
             raise ConfigError(f"decode_stretch must be over 1, or 0 for no limit, not {self.decode_stretch}.")
-        for name in ("max_model_len", "kv_cache_tokens", "num_threads"):
+        for name in ("max_model_len", "max_queue_seconds", "kv_cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _check_at_least(self, name, 1)
         if self.max_num_seqs > self.max_num_batched_tokens:
@@ -123,7 +126,13 @@ class ServerConfig:
     keep_alive_timeout: int = _setting(
         75, "seconds that an idle connection is kept: longer than a load balancer in front keeps it, which is often 60"
     )
+    drain_delay: int = _setting(
+        0, "seconds that a server told to stop goes on taking requests: until nobody sends any to what is not ready"
+    )
     shutdown_timeout: int = _setting(30, "seconds that running requests get to finish when the server stops")
+    sse_heartbeat: float = _setting(
+        0.0, "seconds of silence after which a stream gets a comment, which keeps proxies from cutting it; 0: never"
+    )
     vllm_metrics: bool = _setting(True, "show vLLM's metric names as well, which routers and dashboards read")
     log_format: str = _setting("text", "how log lines look", choices=LOG_FORMATS)
     log_prompts: bool = _setting(False, "put every request's prompt into its log line")
@@ -137,7 +146,7 @@ class ServerConfig:
             _check_at_least(self, name, 1)
         if not 0 <= self.port <= 65535:
             raise ConfigError("port must be between 0 and 65535; 0 takes a free one")
-        for name in ("max_logprobs", "shutdown_timeout"):
+        for name in ("max_logprobs", "drain_delay", "shutdown_timeout", "sse_heartbeat"):
             _check_at_least(self, name, 0)
         for name in ("api_key", "admin_key"):
             if not all(key.strip() for key in getattr(self, name)):

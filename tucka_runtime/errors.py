@@ -13,7 +13,7 @@ TuckaError
 │   └── AdapterCapacityError    503  every slot is taken, or no memory is left; unload one first
 ├── StorageError           503  the state folder's disk refuses, or a copy in it is damaged
 ├── NonFiniteError         500  a forward pass overflowed: no token can be chosen
-├── OverloadedError        429  the queue is full; try again later
+├── OverloadedError        429  the queue is full or too slow; try again later
 └── EngineDeadError        503  the engine process is down or restarting
 
 `status`, `type` and `code` are what the HTTP door answers with. Messages say what happened, why and what to do, and
@@ -29,6 +29,8 @@ class TuckaError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retry_after: int | None = None
+    """Seconds after which the same request may be served, where that is known better than by the status."""
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -143,11 +145,18 @@ class NonFiniteError(TuckaError):
 
 
 class OverloadedError(TuckaError):
-    """The waiting queue is full."""
+    """The waiting queue is full, or too slow; `retry_after` in seconds."""
 
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: int | None = None):
+        super().__init__(message, param)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.__class__, (self.message, self.param, self.retry_after)
 
 
 class EngineDeadError(TuckaError):

@@ -40,6 +40,10 @@ class AdapterKey:
     generation: int
 
 
+FlowKey = tuple[str, str | None]
+"""Who takes turns: a tenant with an adapter's name, None for the base."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """The chosen expert group and its experts' weights, t of them: a router's are in [0.269, 0.731], a pinned route's
@@ -111,7 +115,8 @@ class Pooling(StrEnum):
 class Request:
     """What the engine is asked for: by the HTTP doors, by `LLM`, or to warm up. `prompts` are token ids; `cache_salt`
     separates tenants' KV reuse; `route_scope` counts for adapters that have a router. With `pooling` each prompt is
-    embedded, and `max_tokens` is 0."""
+    embedded, and `max_tokens` is 0. Turns are shared out between tenants and adapters; of one tenant's requests to one
+    adapter the least `priority` goes first."""
 
     id: str
     prompts: tuple[tuple[int, ...], ...]
@@ -121,10 +126,16 @@ class Request:
     route_scope: RouteScope | None = RouteScope.BATCH
     cache_salt: str = ""
     pooling: Pooling | None = None
+    tenant: str = ""
+    priority: int = 0
 
     @property
     def num_sequences(self) -> int:
         return len(self.prompts) * self.n
+
+    @property
+    def flow(self) -> FlowKey:
+        return self.tenant, self.adapter.name if self.adapter is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,13 +283,14 @@ class StepStats:
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What stands in the engine's books: sequences in the batch and before it, KV blocks, and how many sequences were
-    set back since the engine's process started."""
+    set back since the engine's process started, for want of blocks and for another flow's turn."""
 
     running: int
     waiting: int
     blocks_used: int
     blocks_total: int
     preemptions: int
+    displacements: int
 
 
 # What goes through the channel (channel.py). Messages are ordered, which is what leases rely on: a request that is sent

@@ -129,7 +129,6 @@ class Unsupported(Body, without_effect=True):
     spaces_between_special_tokens: On = None
     no_stop_trim: Off = None
     return_hidden_states: Off = None
-    priority: Annotated[int, Field(ge=0, le=0)] | None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     prompt_embeds: Nothing = None
     audio: Nothing = None
@@ -148,6 +147,7 @@ class ModelBody(Body):
 
     model: NonEmpty
     cache_salt: CacheSalt | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     route: Literal["batch", "request", "prefix"] | None = None
 
 

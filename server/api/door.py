@@ -17,7 +17,7 @@ from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.errors import internal_error, reason
-from tucka_runtime.server.http.stream import EventStream, until_disconnect
+from tucka_runtime.server.http.stream import HEARTBEAT, EventStream, until_disconnect, with_silences
 from tucka_runtime.server.service.events import ParserFactory, PlainText
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation
 from tucka_runtime.server.service.leases import LoadedAdapter
@@ -36,7 +36,7 @@ S = TypeVar("S", bound=SamplingBody)
 @dataclass(frozen=True)
 class Context:
     """What a request has beside its body. `id` is the answer's, and the request's in the engine; `request_id` is what
-    the client knows the HTTP request by."""
+    the client knows the HTTP request by; `cache_salt` stands for the request's key."""
 
     service: Service
     adapter: LoadedAdapter | None
@@ -62,6 +62,8 @@ class Context:
             route_scope=self.service.scope(self.adapter, RouteScope(body.route) if body.route else None),
             cache_salt=self.cache_salt + (f"\0{body.cache_salt}" if body.cache_salt else ""),
             pooling=pooling,
+            tenant=self.cache_salt,
+            priority=body.priority or 0,
         )
 
 
@@ -131,16 +133,26 @@ async def finished(generation: Generation) -> list[ChoiceDelta]:
     return [choices[i] for i in sorted(choices)]
 
 
+async def _written(answer: Answer, generation: Generation) -> AsyncGenerator[bytes, None]:
+    async with aclosing(generation.steps()) as steps:
+        async for deltas in steps:
+            if frames := b"".join([answer.frame(delta, generation.usage) for delta in deltas]):
+                yield frames
+    yield answer.ending(generation.usage)
+
+
 async def _frames(answer: Answer, generation: Generation, http: HTTPRequest) -> AsyncGenerator[bytes, None]:
-    """A failure before the first frame is raised: it still has a status code of its own."""
+    """A failure before the first frame, or the first heartbeat, is raised: it still has a status code of its own."""
+    heartbeat = http.app.state.service.config.sse_heartbeat
     begun = False
     try:
-        async with aclosing(generation.steps()) as steps:
-            async for deltas in steps:
-                if frames := b"".join([answer.frame(delta, generation.usage) for delta in deltas]):
-                    begun = True
-                    yield frames
-        yield answer.ending(generation.usage)
+        async with (
+            aclosing(_written(answer, generation)) as frames,
+            aclosing(with_silences(frames, heartbeat)) as heard,
+        ):
+            async for frame in heard:
+                begun = True
+                yield HEARTBEAT if frame is None else frame
     except TuckaError as error:
         if not begun:
             raise

@@ -43,8 +43,11 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 while requests can be served: the engine is up and every adapter that was promised is in. 503 otherwise."""
+    """200 while requests can be served: the engine is up and every adapter that was promised is in. 503 otherwise, and
+    as soon as the server is told to stop."""
     service: Service = request.app.state.service
+    if service.draining:
+        return JSONAnswer({"status": "stopping"}, 503, {"Retry-After": "1"})
     if not service.ready:
         return JSONAnswer({"status": "starting"}, 503, {"Retry-After": "1"})
     if lost := service.adapters.lost:
@@ -62,7 +65,13 @@ async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     engine = service.engine
     text = service.metrics.render(
-        service.ready, engine.restarts, engine.info, __version__, engine.silence, service.adapters.lost
+        service.ready,
+        engine.restarts,
+        engine.info,
+        __version__,
+        engine.silence,
+        service.adapters.lost,
+        engine.waiting,
     )
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

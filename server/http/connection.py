@@ -25,7 +25,7 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER, FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
-from tucka_runtime.server.http.errors import RETRY_AFTER_SECONDS, RequestTimeoutError, crowded, envelope
+from tucka_runtime.server.http.errors import RequestTimeoutError, crowded, envelope, retry_after
 from tucka_runtime.server.http.framing import Parser
 
 RECEIVE_SECONDS = 8.0
@@ -38,9 +38,11 @@ RESERVE = 64
 
 
 class Connection(H11Protocol):
-    """`max_connections` is set on a subclass by `connection_class`."""
+    """`max_connections` is set on a subclass by `connection_class`, and `draining` when the server is to stop: each
+    connection ends with its next answer, which says so."""
 
     max_connections = 1024
+    draining = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -94,6 +96,8 @@ class Connection(H11Protocol):
             state["writer"] = _BodyWriter(self.cycle, self.transport, self.flow)
             state["received"] = self._received or time.monotonic()
             state["crowded"] = self._is_crowded()
+            if self.draining:
+                self.cycle.default_headers = [*self.cycle.default_headers, CLOSE_HEADER]
             self._received = None
         if self._received is None and self.conn.their_state is not h11.SEND_BODY and self.conn.trailing_data[0]:
             self._received = time.monotonic()  # the next request has begun in what the last one ended in
@@ -176,8 +180,8 @@ class Connection(H11Protocol):
                 (b"x-request-id", uuid.uuid4().hex.encode()),
                 CLOSE_HEADER,
             ]
-            if error.status in RETRY_AFTER_SECONDS:
-                headers.append((b"retry-after", str(RETRY_AFTER_SECONDS[error.status]).encode()))
+            if (seconds := retry_after(error)) is not None:
+                headers.append((b"retry-after", seconds.encode()))
             response = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

@@ -134,10 +134,16 @@ def crowded() -> OverloadedError:
     return OverloadedError("The server has too many connections open. Try again later.")
 
 
+def retry_after(error: TuckaError) -> str | None:
+    """The header `Retry-After` of an error's answer, if it has one."""
+    seconds = error.retry_after or RETRY_AFTER_SECONDS.get(error.status)
+    return None if seconds is None else str(seconds)
+
+
 def error_response(error: TuckaError, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
-    if error.status in RETRY_AFTER_SECONDS:
-        headers["Retry-After"] = str(RETRY_AFTER_SECONDS[error.status])
+    if (seconds := retry_after(error)) is not None:
+        headers["Retry-After"] = seconds
     return _ErrorResponse(error, headers)
 
 

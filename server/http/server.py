@@ -28,10 +28,11 @@ class HTTPServer(uvicorn.Server):
     signal's status."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig, listener: socket.socket):
+        self._connections = connections = connection_class(config.max_connections)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=connection_class(config.max_connections),
+                http=connections,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -63,6 +64,11 @@ class HTTPServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    def drain(self) -> None:
+        """Goes on serving, but ends every connection with the answer to its next request, so that clients turn to
+        another server: a proxy would go on using those that it has."""
+        self._connections.draining = True
 
     def drop_connections(self) -> None:
         """Ends what has not ended by itself."""

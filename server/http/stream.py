@@ -11,6 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+HEARTBEAT = b": still here\n\n"
+"""A comment of server-sent events: readers pass over it."""
+
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client leaves: then raises ClientDisconnect.
@@ -40,6 +43,26 @@ class BodyWriter(Protocol):
     def write(self, piece: bytes) -> None: ...
 
     async def drain(self) -> None: ...
+
+
+async def with_silences(items: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T | None, None]:
+    """The items as they come, and None whenever none has come for so many seconds; 0: never."""
+    if not seconds:
+        async for item in items:
+            yield item
+        return
+    while True:
+        coming = asyncio.ensure_future(anext(items))
+        try:
+            while not (await asyncio.wait((coming,), timeout=seconds))[0]:
+                yield None
+            item = coming.result()
+        except StopAsyncIteration:
+            return
+        finally:  # also where nobody waits any more
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        yield item
 
 
 class EventStream(Response):

@@ -5,6 +5,7 @@ due. Rows stand in blocks whose text is joined already: 15,000 short texts all o
 """
 
 import math
+from collections.abc import Mapping
 
 from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, Route
 from tucka_runtime.server.metrics.exposition import Histogram, head, label
@@ -35,6 +36,7 @@ _FAMILIES = (
     ("load_balance", "gauge", "normalised entropy of the last ~1,000 selections: 1 is even, 0 is one group only"),
 )
 _PREFIX = "tucka_adapter_"
+_OLDEST = ("oldest_waiting_seconds", "gauge", "age of the oldest request without a first token")
 FAMILIES = tuple(_PREFIX + name for name, _, _ in _FAMILIES)
 _HEADS = tuple(head(_PREFIX + name, kind, help).encode() for name, kind, help in _FAMILIES)
 
@@ -115,14 +117,20 @@ class AdapterMetrics:
             row.experts.select(route)
             self._changed(key.name)
 
-    def render(self) -> list[bytes]:
-        """The exposition text, in parts."""
+    def render(self, ages: Mapping[str, float] | None = None) -> list[bytes]:
+        """The exposition text, in parts. `ages` are those of the oldest requests that wait: only who waits has that
+        series."""
         self._write_stale()
         parts: list[bytes] = []
         for lines, column in zip(_HEADS, zip(*[block.text for block in self._blocks], strict=True), strict=True):
             parts.append(lines)
             parts += column
-        return parts
+        waiting = [
+            _line(_OLDEST[0], self._rows[name].label, f"{age:.3f}")
+            for name, age in (ages or {}).items()
+            if name in self._rows
+        ]
+        return [*parts, "".join([head(_PREFIX + _OLDEST[0], *_OLDEST[1:]), *waiting]).encode()] if waiting else parts
 
     def _add(self, name: str) -> "_Row":
         block = next((block for block in self._blocks if len(block.rows) < BLOCK), None)

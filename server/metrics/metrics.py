@@ -5,7 +5,7 @@ docs/operations.md lists every series; a test compares it with this file.
 """
 
 from collections import Counter as Multiset
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ SPECS = (
     _histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES),
     _gauge("requests_running", "sequences in the batch"),
     _gauge("requests_waiting", "sequences accepted and not in the batch"),
+    _gauge("oldest_waiting_seconds", "age of the oldest request without a first token"),
     _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device", "kernels"),
     _gauge("engine_threads", "CPU threads of the engine"),
     _gauge("engine_up", "1 while the engine process serves"),
@@ -84,6 +85,7 @@ SPECS = (
     _gauge("kv_blocks_used", "KV blocks in use"),
     _gauge("kv_blocks", "KV blocks there are"),
     _counter("preemptions", "sequences set back to make room"),
+    _counter("displacements", "sequences set back for another flow's turn"),
     _gauge("adapters_loaded", "adapters loaded"),
     _gauge("adapters_lost", "adapters that were loaded, not unloaded, and cannot be brought back"),
     _gauge("adapter_slots", "adapters that can be loaded"),
@@ -113,7 +115,8 @@ class Metrics:
         self._in_flight: Multiset[str] = Multiset()  # sequences by model
         self._load: EngineLoad | None = None
         self._active: set[str] = set()  # adapters that had rows in the last step
-        self._preemptions = self._restarts = 0
+        self._set_back = {"preemptions": 0, "displacements": 0}  # what the engine said last
+        self._restarts = 0
         self._processes = CollectorRegistry()
         ProcessCollector(registry=self._processes)
         self._vllm = VLLMMetrics(model_name, self._families) if vllm else None
@@ -251,9 +254,10 @@ class Metrics:
         for key, route in stats.routes:
             self.adapters.routed(key, route)
         # The engine counts from its own start: a smaller number is a new engine's.
-        new = load.preemptions - self._preemptions
-        self._inc("preemptions", new if new >= 0 else load.preemptions)
-        self._preemptions = load.preemptions
+        for name, before in self._set_back.items():
+            total: int = getattr(load, name)
+            self._inc(name, total - before if total >= before else total)
+            self._set_back[name] = total
 
     def render(
         self,
@@ -263,9 +267,12 @@ class Metrics:
         version: str = "",
         silence: float = 0.0,
         lost: int = 0,
+        oldest: Mapping[str | None, float] | None = None,
     ) -> bytes:
         """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
-        what it never gave back shows."""
+        what it never gave back shows. `oldest` is EngineClient.waiting's."""
+        ages = {self.adapters.base_name if name is None else name: age for name, age in (oldest or {}).items()}
+        self._set("oldest_waiting_seconds", max(ages.values(), default=0.0))
         held = self._load if up else None
         running, waiting, used, blocks = 0, 0, 0, 0
         if held is not None:
@@ -287,7 +294,7 @@ class Metrics:
             self._set("engine_info", 1, version, info.model_type, info.dtype, info.device, info.kernels)
             self._set("engine_threads", info.num_threads)
         own = "".join([family.render() for family in self._families.values()])
-        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render()]
+        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render(ages)]
         if self._vllm is not None:
             active = {name for name in self._active if name in self.adapters} if running else set()
             asked = {name for name in self._in_flight if name in self.adapters}

@@ -24,7 +24,8 @@ from tucka_runtime.tokenizer import Tokenizer, unshielded
 
 @dataclass
 class Service:
-    """One server. `tokenizer` and `template` are None where the model's folder has none."""
+    """One server. `tokenizer` and `template` are None where the model's folder has none. While `draining` it serves,
+    and says that it is not ready."""
 
     config: ServerConfig
     model_name: str
@@ -34,6 +35,7 @@ class Service:
     adapters: AdapterNames
     metrics: Metrics
     traces: Traces | None = None
+    draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

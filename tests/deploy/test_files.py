@@ -108,6 +108,23 @@ def test_the_readmes_python_runs_after_its_install() -> None:
     assert needed <= installed | {re.split(r"\W", name)[0] for name in dependencies} | {"tucka_runtime"}
 
 
+def test_kubernetes_gives_the_server_the_time_it_is_told_to_take() -> None:
+    deployment, service = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    settings = {item["name"]: item["value"] for item in server["env"]}
+    known = {f"TUCKA_{field.name.upper()}" for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    assert set(settings) <= known and not pod["enableServiceLinks"], "TUCKA_PORT would be the Service's"
+    delay, timeout = int(settings["TUCKA_DRAIN_DELAY"]), int(settings["TUCKA_SHUTDOWN_TIMEOUT"])
+    assert pod["terminationGracePeriodSeconds"] >= delay + timeout + 5
+    assert delay > server["readinessProbe"]["periodSeconds"] * server["readinessProbe"]["failureThreshold"]
+    assert {server[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")} == {"/ready"}
+    assert server["livenessProbe"]["httpGet"]["path"] == "/health"
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == labels
+    assert server["image"] == "tucka-runtime:cpu", "as compose.yaml builds it"
+
+
 @pytest.fixture(scope="module")
 def compose() -> dict:
     return yaml.safe_load((DEPLOY / "compose.yaml").read_text())

@@ -23,7 +23,7 @@ def shown() -> dict[str, tuple[str, set[str]]]:
     metrics.answered("/health", "GET", "200")
     info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64)
     found = {}
-    for family in text_string_to_metric_families(metrics.render(info=info).decode()):
+    for family in text_string_to_metric_families(metrics.render(info=info, oldest={"fin": 1.0}).decode()):
         if family.name.startswith("process_"):
             continue
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}

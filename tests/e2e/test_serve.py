@@ -24,6 +24,14 @@ BASE = str(GOLDEN / "bases" / "llama-tiny")
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
 
 
+def wait_until_draining(url: str) -> None:
+    """Until the server has seen its signal, which /ready says."""
+    deadline = time.monotonic() + 10
+    while (answer := httpx.get(url + "/ready")).status_code != 503:
+        assert time.monotonic() < deadline
+    assert answer.json() == {"status": "stopping"} and answer.headers["retry-after"]
+
+
 def held(client: httpx.Client) -> list[str]:
     """What the engine is said to hold."""
     gauges = ("tucka_requests_running ", "tucka_requests_waiting ", "tucka_kv_blocks_used ")
@@ -76,7 +84,7 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
     said = (tmp_path / "log").read_text()
     assert "Traceback" not in said and "leaked" not in said
 
-    process, url = start_command(*arguments, log=tmp_path / "log2")
+    process, url = start_command(*arguments, "--drain-delay", "60", log=tmp_path / "log2")
     assert httpx.post(url + "/v1/completions", json=ask, timeout=30).json()["choices"] == expected
     whole = threading.Thread(
         target=lambda: answers.append(httpx.post(url + "/v1/completions", json=long | {"stream": False}, timeout=30))
@@ -88,7 +96,7 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
         whole.start()
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        wait_until_draining(url)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         seen = [line for line in lines if line]
@@ -110,6 +118,22 @@ def test_what_it_says_to_try_shows_an_adapter_and_its_root_says_where_to_go(embe
     assert answer["choices"][0]["message"]["content"] == "5 March 2024"
     found = httpx.get(url + "/").json()
     assert httpx.get(url + found["models"]).status_code == 200 and "/v1/chat/completions" in found["message"]
+
+
+def test_a_port_stays_open_for_the_drain_delay(tmp_path: Path) -> None:
+    process, url = start_command("--drain-delay", "4", "--shutdown-timeout", "5", log=tmp_path / "log")
+    with httpx.Client(timeout=30, base_url=url) as pooled:
+        assert pooled.get("/ready").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        wait_until_draining(url)
+        ask = {"model": "base", "prompt": "Hello", "max_tokens": 4}
+        answer = pooled.post("/v1/completions", json=ask)
+        assert answer.status_code == 200, "what still comes is served, on a connection of before"
+        assert answer.headers["connection"] == "close", "and goes elsewhere the next time"
+        assert pooled.post("/v1/completions", json=ask).status_code == 200, "on a new connection too"
+    assert process.wait(20) == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url + "/ready")
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:

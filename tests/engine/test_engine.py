@@ -188,6 +188,7 @@ def test_tokens_are_those_of_a_run_alone(
         assert step < 3000
     check_idle(engine)
     event(f"preemptions: {min(engine.scheduler.num_preemptions, 3)}")
+    event(f"displacements: {min(engine.scheduler.num_displacements, 3)}")
     last = [answer.last for answer in answers.values() if answer.last is not None]
     event(f"KV of routed adapters was reused: {any(out.route and out.cached_tokens for out in last)}")
     for request in requests:
@@ -630,6 +631,34 @@ def test_a_seed_gives_the_same_text_in_any_company(folder: Path):
     assert len({tuple(a.token_ids) for a in alone}) == 3, "the answers of one request differ"
     ((*other,),) = run(serve(folder), ask(prompt(9), sampling=replace(sampling, seed=1235), n=3))
     assert not {tuple(a.token_ids) for a in other} & {tuple(a.token_ids) for a in alone}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("loud", "scope"), [(LORA, BATCH), (TUCKA, REQUEST), (INNER, PREFIX), (None, BATCH)])
+def test_who_gives_way_to_another_flow_says_the_same(
+    folder: Path, loud: AdapterKey | None, scope: RouteScope, overlap: bool
+):
+    """One request holds every seat when three other flows come, one after the other."""
+    sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, frequency_penalty=0.5)
+    hog = ask(prompt(9), id="hog", sampling=sampling, n=8, adapter=loud, scope=scope)
+    others = [
+        ask(prompt(6, i), id=str(i), sampling=sampling, adapter=key, scope=REQUEST)
+        for i, key in enumerate(key for key in (None, TUCKA, LORA, INNER) if key != loud)
+    ]
+    roomy = serve(folder)
+    alone = {(r.id, i): a.token_ids for r in (hog, *others) for i, a in enumerate(run(roomy, r)[0])}
+    engine = serve(folder, max_num_seqs=4, max_num_batched_tokens=40, block_size=4)
+    engine.overlap = overlap
+    answers: Answers = {key: Answer() for key in alone}
+    engine.add(hog)
+    for request in others:
+        for _ in range(4):
+            for out in engine.step()[0]:
+                answers[out.request_id, out.index].take(out)
+        engine.add(request)
+    drain(engine, answers)
+    assert engine.scheduler.num_displacements > 0 and not engine.scheduler.num_preemptions
+    assert {key: answer.token_ids for key, answer in answers.items()} == alone
 
 
 def test_without_a_seed_texts_differ_but_the_engines_seed_fixes_them(folder: Path):

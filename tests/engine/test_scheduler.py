@@ -25,7 +25,7 @@ def sequences(request: Request, scope: RouteScope | None = None) -> list[Sequenc
 
 
 def add(scheduler: Scheduler, *lengths: int, scope: RouteScope | None = None, n: int = 1) -> list[Sequence]:
-    """One request with a prompt of each length."""
+    """One request with a prompt of each length, to an adapter where there is a scope."""
     key = KEY if scope else None
     request = ask(*(prompt(n) for n in lengths), id=str(lengths), sampling=SCORED, n=n, adapter=key)
     made = sequences(request, scope)
@@ -140,12 +140,22 @@ def test_a_group_waits_for_seats_and_pages_too(blocks: int, seqs: int):
     taken = add(scheduler, 7) + add(scheduler, 7)
     step(scheduler)
     group = add(scheduler, 3, 4, 7, scope=RouteScope.BATCH)
-    later = add(scheduler, 2)
+    later = add(scheduler, 2, scope=RouteScope.BATCH)
     assert {s for s, _, _ in step(scheduler)} == set(taken)
     for seq in taken:
         scheduler.finish(seq)
     first = [s for s, _, _ in step(scheduler)]
     assert first[:3] == group and set(first) <= {*group, *later}
+
+
+def test_a_group_is_torn_rather_than_hold_another_flow_up():
+    scheduler = make(seqs=4)
+    taken = add(scheduler, 7) + add(scheduler, 7)
+    step(scheduler)
+    group = add(scheduler, 1, 1, 1, scope=RouteScope.BATCH)
+    assert [s for s, _, _ in step(scheduler)] == taken
+    add(scheduler, 2)
+    assert [s for s, _, _ in step(scheduler)] == [*taken, *group[:2]]
 
 
 def test_a_group_beyond_the_budget_is_torn_rather_than_starved():
@@ -269,7 +279,7 @@ def test_everything_is_computed_in_order_and_comes_to_an_end(
     for _ in range(2000):
         if not left:
             break
-        oldest = scheduler.running[0] if scheduler.running else scheduler.waiting[0]
+        oldest = scheduler.running[0] if scheduler.running else scheduler.waiting.next().waiting[0]
         before = {id(s): s.num_computed for s in left}
         works = scheduler.schedule()
         scheduler.check_integrity()

@@ -36,6 +36,7 @@ class FakeEngine:
         self.ready = True
         self.restarts = 0
         self.silence = 0.0
+        self.waiting: dict[str | None, float] = {}
         self.on_step = self.on_idle = None
         self.on_restart = None
         self.seconds_per_token = 0.0

@@ -10,12 +10,19 @@ def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | No
 
 
 def step(
-    running: int = 1, waiting: int = 0, blocks_used: int = 2, preemptions: int = 0, routes=(), adapters=(), **stages
+    running: int = 1,
+    waiting: int = 0,
+    blocks_used: int = 2,
+    preemptions: int = 0,
+    displacements: int = 0,
+    routes=(),
+    adapters=(),
+    **stages,
 ) -> tuple[StepStats, EngineLoad]:
     """What `Metrics.on_step` takes."""
     seconds = dict.fromkeys(("schedule", "batch", "route", "forward", "sample", "output"), 0.001) | stages
     stats = StepStats(**seconds, prefill_tokens=5, decode_tokens=1, sequences=2, adapters=adapters, routes=routes)
-    return stats, EngineLoad(running, waiting, blocks_used, 8, preemptions)
+    return stats, EngineLoad(running, waiting, blocks_used, 8, preemptions, displacements)
 
 
 def serve_one(metrics: Metrics, model: str = "fin") -> None:

@@ -5,6 +5,7 @@ then every stream in flight raises EngineDeadError.
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TypeVar
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.child import END_SECONDS, EngineChild
 from tucka_runtime.engine.output_stream import OutputStream
+from tucka_runtime.engine.queue_wait import QueueWait, oldest
 from tucka_runtime.errors import EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
 from tucka_runtime.messages import (
     Abort,
@@ -70,6 +72,7 @@ class EngineClient:
         self.on_idle: Callable[[EngineLoad | None], None] | None = None
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         self._streams: dict[str, OutputStream] = {}
+        self._wait = QueueWait()
         self._calls: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._numbers = itertools.count()
         self._child: EngineChild | None = None  # None while there is none that can be spoken to
@@ -85,6 +88,11 @@ class EngineClient:
     def in_flight(self) -> int:
         """Sequences that have not finished."""
         return sum(stream.unfinished for stream in self._streams.values())
+
+    @property
+    def waiting(self) -> dict[str | None, float]:
+        """By adapter's name (None: the base) the seconds that its oldest request has waited for its first output."""
+        return oldest(self._streams.values())
 
     @property
     def pid(self) -> int | None:
@@ -150,11 +158,13 @@ class EngineClient:
         match message:
             case StepDone(outputs, stats, load):
                 self._longest_step = max(self._longest_step, stats.seconds)
+                self._wait.note(self._heard, sum(out.finish is not None for out in outputs), load.waiting)
                 for output in outputs:
                     self._deliver(output.request_id, output)
                 if self.on_step is not None:
                     self.on_step(stats, load)
             case Idle(load):
+                self._wait.note(self._heard, 0, load.waiting)
                 if self.on_idle is not None:
                     self.on_idle(load)
             case SequencesAborted(outputs):
@@ -189,6 +199,7 @@ class EngineClient:
     def _lost(self, why: str) -> None:
         """Ends all that waits for the process, and has another one started if it served."""
         served, self.ready = self.ready, False
+        self._wait = QueueWait()
         self._child = None
         if self.on_idle is not None:
             self.on_idle(None)
@@ -222,7 +233,7 @@ class EngineClient:
 
     def submit(self, request: Request) -> OutputStream:
         """Sends a request. Raises InvalidRequestError if it alone is more than the queue takes, OverloadedError if the
-        queue is full, EngineDeadError while there is no engine."""
+        queue is full or takes too long, EngineDeadError while there is no engine."""
         room = self.config.max_num_seqs + self.config.max_queue
         if request.num_sequences > room:
             raise InvalidRequestError(
@@ -234,7 +245,10 @@ class EngineClient:
             raise EngineDeadError(f"The engine is not running. {AGAIN}")
         # Clients that leave make room in the queue, but not among what an engine that hangs has not read.
         if self.in_flight + request.num_sequences > room or self._child.unsent >= room + BURST:
-            raise OverloadedError("The queue is full. Try again later.")
+            soon = math.ceil(self._wait.expected(request.num_sequences, 1))
+            raise OverloadedError("The queue is full. Try again later.", retry_after=soon)
+        if self.config.max_queue_seconds is not None:
+            self._wait.check(request, self._streams.values(), self.config.max_queue_seconds)
         self._send(Submit(request))
         stream = self._streams[request.id] = OutputStream(self, request)
         return stream

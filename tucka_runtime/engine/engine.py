@@ -81,6 +81,7 @@ class Engine:
             blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             blocks_total=self.blocks.num_blocks,
             preemptions=self.scheduler.num_preemptions,
+            displacements=self.scheduler.num_displacements,
         )
 
     def add(self, request: Request) -> None:

@@ -1,6 +1,7 @@
 """What comes of one request, as its reader in the API process sees it."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,16 @@ class OutputStream(AsyncIterator[list[SequenceOutput]]):
         self._error: TuckaError | None = None
         self._waiting: asyncio.Future[None] | None = None
         self.request_id = request.id
+        self.flow = request.flow
+        self.submitted = time.monotonic()
         self.unfinished = request.num_sequences
+        self._begun: set[int] = set()
+        self._num_sequences = request.num_sequences
+
+    @property
+    def waiting(self) -> int:
+        """Sequences of which nothing has come yet."""
+        return self._num_sequences - len(self._begun) if self.unfinished else 0
 
     async def __anext__(self) -> list[SequenceOutput]:
         if not self._came and self._error is None:
@@ -48,6 +58,7 @@ class OutputStream(AsyncIterator[list[SequenceOutput]]):
             self.unfinished = 0
         else:
             self._came.append(item)
+            self._begun.add(item.index)
             if item.finish is not None:
                 self.unfinished -= 1
         if self._waiting is not None and not self._waiting.done():

@@ -1,15 +1,18 @@
 """Which tokens go through the model next. Policy only: no torch.
 
-Each step first serves what runs (a decode, or the next chunk of a prompt), oldest first; then it admits what waits, in
-order of arrival. A sequence gets the blocks of its whole prompt when it is admitted, and one more whenever it needs it;
-when none is left the youngest running sequence gives all of its own back and is computed again later.
+Each step first serves what runs (a decode, or the next chunk of a prompt), oldest first; then it admits what waits,
+flow by flow as flows.py says. A sequence gets the blocks of its whole prompt when it is admitted, and one more whenever
+it needs it; when none is left the youngest sequence of the flow that runs most gives all of its own back and is
+computed again later. The same makes room for a flow that runs less than half of its share: see `Scheduler._displace`.
+The oldest running sequence never gives way to another, so that there is always one that comes to its end.
 """
 
+import itertools
 from array import array
-from collections import deque
 from dataclasses import dataclass
 
 from tucka_runtime.engine.block_manager import BlockManager, chain
+from tucka_runtime.engine.flows import FairQueue, Flow
 from tucka_runtime.engine.route_cache import RouteCache, owner
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.messages import Pooling, Route, RouteScope
@@ -53,12 +56,13 @@ class Scheduler:
         self.routes = RouteCache(blocks.num_blocks, rope_limit)
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_displacements = 0
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.waiting.add(seq)
 
     def schedule(self, prompt_tokens: int | None = None) -> list[ScheduledChunk]:
         """The next step's chunks; empty if there is nothing to do. Every count is at least 1.
@@ -66,6 +70,7 @@ class Scheduler:
         `prompt_tokens` is how many tokens of prompts there may be beside decoding sequences, None for no limit. What is
         routed with its batch is not cut for it: its route is that of the tokens that are computed together.
         """
+        self._displace()
         chunks: list[ScheduledChunk] = []
         budget = self.max_tokens
         decoding = any(len(seq) - seq.num_computed == 1 for seq in self.running)
@@ -79,7 +84,7 @@ class Scheduler:
                 position += 1  # it ends with what the device is at, or waits for room
                 continue
             if not self._grow(seq, seq.num_computed + count):
-                break  # seq itself was the youngest and went back to waiting
+                break  # seq itself was the one and went back to waiting
             room -= count if count > 1 else 0
             budget -= self._take(chunks, seq, count)
             position += 1
@@ -94,22 +99,55 @@ class Scheduler:
         return max(min(left, budget if whole else min(budget, room)), 0)
 
     def _grow(self, seq: Sequence, tokens: int) -> bool:
-        """Blocks for the first `tokens` tokens, taken from younger sequences if need be. False: seq lost its own."""
+        """Blocks for the first `tokens` tokens, taken if need be from sequences that this step has not served yet.
+        False: seq lost its own."""
         need = self.blocks.blocks_for(tokens) - len(seq.block_table)
         while not self.blocks.can_allocate(need):
-            victim = self.running[-1]
+            unserved = self.running[self.running.index(seq) :]
+            most = max(self.waiting.of(other).running for other in unserved)
+            victim = next(other for other in reversed(unserved) if self.waiting.of(other).running == most)
             self._preempt(victim)
+            self.num_preemptions += 1
             if victim is seq:
                 return False
         seq.block_table.extend(self.blocks.allocate(need))
         return True
 
+    def _displace(self) -> None:
+        """Makes room for the flow whose turn it is, if it runs less than half of its share: what runs, split evenly
+        between the flows that are there. Flows that run more than theirs, and more than one, give sequences back, the
+        largest flow first, of its sequences the one that did so least often, then the youngest.
+
+        Half, because flows that are about even are left alone: they get seats as those come free. A flow that gave way
+        has its share, so it does not take the seat back; and each of its sequences gives way before one does twice.
+        """
+        flow = self.waiting.next()
+        if flow is None:
+            return
+        share = len(self.running) / self.waiting.num_active
+        while flow.running < share / 2 and not self._has_room(flow):
+            others = [seq for seq in self.running[1:] if self.waiting.of(seq).running > max(share, 1)]
+            if not others:
+                return
+            most = max(self.waiting.of(seq).running for seq in others)
+            largest = [seq for seq in reversed(others) if self.waiting.of(seq).running == most]
+            victim = min(largest, key=lambda seq: seq.displaced)
+            victim.displaced += 1
+            self.num_displacements += 1
+            self._preempt(victim)
+
+    def _has_room(self, flow: Flow) -> bool:
+        """Whether there are a seat and blocks for the flow's first sequence."""
+        if len(self.running) >= self.max_seqs:
+            return False
+        reuse, need = self._needs(flow.waiting[0])
+        return self.blocks.can_allocate(need, reuse)
+
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._release(seq)
         seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
-        self.num_preemptions += 1
+        self.waiting.put_back(seq)
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table)
@@ -117,12 +155,13 @@ class Scheduler:
         seq.num_computed = 0
 
     def _admit(self, chunks: list[ScheduledChunk], budget: int, room: int) -> None:
-        while self.waiting and budget and len(self.running) < self.max_seqs:
-            if self._should_wait(self._group(), budget):
+        while budget and len(self.running) < self.max_seqs and (flow := self.waiting.next()) is not None:
+            seq = flow.waiting[0]
+            if seq.pending:  # it gave way just now, and its last token is not known yet
                 return
-            if not self._count(self.waiting[0], budget, room) or not self._place(self.waiting[0]):
+            if self._should_wait(flow, budget) or not self._count(seq, budget, room) or not self._place(seq):
                 return
-            seq = self.waiting.popleft()
+            self.waiting.take(flow)
             seq.status = Status.RUNNING
             self.running.append(seq)
             count = self._count(seq, budget, room)
@@ -130,28 +169,27 @@ class Scheduler:
             budget -= self._take(chunks, seq, count)
 
     def _take(self, chunks: list[ScheduledChunk], seq: Sequence, count: int) -> int:
-        """Puts a sequence's next `count` tokens on the list; they count as computed from now on."""
-        chunks.append(ScheduledChunk(seq, seq.num_computed, count, seq.num_computed + count == len(seq)))
-        seq.num_computed += count
+        """Puts a sequence's next `count` tokens on the list; they count as computed, and as served to its flow, from
+        now on."""
+        end = seq.num_computed + count
+        chunks.append(ScheduledChunk(seq, seq.num_computed, count, end == len(seq)))
+        self.waiting.charge(seq, seq.num_computed, end)
+        seq.num_computed = end
         return count
 
-    def _group(self) -> list[Sequence]:
-        """The head of the queue and what should share its first forward pass: under the scope `batch` the prompts of
-        one request are routed together, which only works if they are computed together."""
-        head = self.waiting[0]
+    def _group(self, flow: Flow) -> list[Sequence]:
+        """The first of a flow's waiting and what should share its first forward pass: under the scope `batch` the
+        prompts of one request are routed together, which only works if they are computed together."""
+        head = flow.waiting[0]
         if head.scope is not RouteScope.BATCH or any(s.request is head.request for s in self.running):
             return [head]
-        group = []
-        for seq in self.waiting:
-            if seq.request is not head.request:
-                break
-            group.append(seq)
-        return group
+        return list(itertools.takewhile(lambda seq: seq.request is head.request, flow.waiting))
 
-    def _should_wait(self, group: list[Sequence], budget: int) -> bool:
+    def _should_wait(self, flow: Flow, budget: int) -> bool:
         """Whether a group that does not fit this step would fit one of its own: then it waits rather than being torn
-        apart. The wait ends, since nothing else is admitted meanwhile."""
-        if len(group) == 1:
+        apart. The wait ends, since nothing else is admitted meanwhile; so nobody else may be waiting."""
+        group = self._group(flow)
+        if len(group) == 1 or len(self.waiting) > len(flow.waiting):
             return False
         tokens, blocks = sum(map(len, group)), sum(self.blocks.blocks_for(len(s)) for s in group)
         seats = self.max_seqs - len(self.running)
@@ -161,20 +199,23 @@ class Scheduler:
 
     def _place(self, seq: Sequence) -> bool:
         """Blocks for a waiting sequence, cached ones first; at least its last token is left to compute."""
-        if seq.routes_itself and seq.route is None:
-            seq.route = self.routes.find(seq)
-            seq.routing = seq.routing and seq.route is None
-        size = self.blocks.block_size
-        reuse = self.blocks.match(self._hashes(seq, (len(seq) - 1) // size))
-        need = self.blocks.blocks_for(len(seq)) - len(reuse)
+        reuse, need = self._needs(seq)
         if not self.blocks.can_allocate(need, reuse):
             return False
         self.blocks.hold(reuse)
         seq.block_table = array("i", reuse + self.blocks.allocate(need))
-        seq.num_computed = len(reuse) * size
+        seq.num_computed = len(reuse) * self.blocks.block_size
         if not seq.scheduled_at:  # its own blocks, found again after a preemption, are no gift of the cache
             seq.cached_tokens = seq.num_computed
         return True
+
+    def _needs(self, seq: Sequence) -> tuple[list[int], int]:
+        """The cached blocks of a waiting sequence, and how many fresh ones it needs beside them."""
+        if seq.routes_itself and seq.route is None:
+            seq.route = self.routes.find(seq)
+            seq.routing = seq.routing and seq.route is None
+        reuse = self.blocks.match(self._hashes(seq, (len(seq) - 1) // self.blocks.block_size))
+        return reuse, self.blocks.blocks_for(len(seq)) - len(reuse)
 
     def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
         """Hashes of a sequence's first `count` full blocks, each computed once; none if it does not share its KV."""
@@ -204,10 +245,10 @@ class Scheduler:
 
     def finish(self, seq: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its blocks."""
-        if seq.status is Status.RUNNING:
+        running = seq.status is Status.RUNNING
+        if running:
             self.running.remove(seq)
-        else:
-            self.waiting.remove(seq)
+        self.waiting.ended(seq, running)
         self._release(seq)
         seq.status = Status.FINISHED
 
@@ -218,3 +259,4 @@ class Scheduler:
             raise RuntimeError("scheduler: a sequence is in the wrong queue")
         if any(s.status is not Status.WAITING or s.block_table for s in self.waiting):
             raise RuntimeError("scheduler: a waiting sequence holds blocks")
+        self.waiting.check_integrity(self.running)

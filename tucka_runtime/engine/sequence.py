@@ -15,10 +15,10 @@ class Status(Enum):
 class Sequence:
     """What the engine's books have of one sequence.
 
-    Three write in it. The scheduler: `status`, `num_computed`, `block_table`, `block_hashes`, `cached_tokens`, and
-    `route` where an earlier prompt had it. The runner: `routing`, when it finds a prompt that must be routed first. The
-    engine: the rest, as outcomes arrive, `pending` and `scheduled_at` when a step is launched, and, once a prompt is
-    routed, `num_computed` back to 0.
+    Four write in it. The queue: `number` and `charged`. The scheduler: `status`, `num_computed`, `block_table`,
+    `block_hashes`, `cached_tokens`, `displaced`, and `route` where an earlier prompt had it. The runner: `routing`,
+    when it finds a prompt that must be routed first. The engine: the rest, as outcomes arrive, `pending` and
+    `scheduled_at` when a step is launched, and, once a prompt is routed, `num_computed` back to 0.
 
     `num_computed` tokens have their KV in the blocks of `block_table`, or will once the device has done what it was
     given. `pending` counts the tokens that are chosen there and not known here yet: they count as tokens, but `tokens`
@@ -31,11 +31,15 @@ class Sequence:
         "block_hashes",
         "block_table",
         "cached_tokens",
+        "charged",
+        "displaced",
         "first_token_at",
+        "flow",
         "index",
         "last_group",
         "num_computed",
         "num_prompt",
+        "number",
         "pending",
         "prompt_logprobs",
         "prompt_route",
@@ -67,6 +71,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.adapter = request.adapter
+        self.flow = request.flow
         self.scope = scope
         self.sampling = request.sampling
         self.seed = seed
@@ -77,6 +82,9 @@ class Sequence:
         self.pending = 0
         self.num_computed = 0
         self.cached_tokens = 0
+        self.number = 0  # of its arrival
+        self.charged = 0  # tokens that its flow was charged for
+        self.displaced = 0  # how often it gave its seat to another flow
         self.block_table = array("i")
         self.block_hashes: list[bytes] = []
         self.status = Status.WAITING

@@ -83,12 +83,17 @@ def test_engine_death_after_the_first_token_is_an_event_and_no_end(server: Serve
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(OverloadedError("The queue is full."), 429), (EngineDeadError("The engine is down."), 503)]
+    ("error", "status", "seconds"),
+    [
+        (OverloadedError("The queue is full."), 429, 1),
+        (OverloadedError("The queue is full.", retry_after=17), 429, 17),
+        (EngineDeadError("The engine is down."), 503, 5),
+    ],
 )
-def test_refused_at_once_with_retry_after(server: Server, error: Exception, status: int) -> None:
+def test_refused_at_once_with_retry_after(server: Server, error: Exception, status: int, seconds: int) -> None:
     server.engine.submit_error = error
     answer = server.post("/v1/completions", ASK | {"stream": True})
-    assert answer.status_code == status and int(answer.headers["retry-after"]) > 0
+    assert answer.status_code == status and int(answer.headers["retry-after"]) == seconds
 
 
 def test_not_ready_says_so(server: Server) -> None:

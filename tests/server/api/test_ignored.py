@@ -28,7 +28,7 @@ SPELLED_OUT = {
 
 ACTED_UPON = {
     "top_logprobs", "stop", "logit_bias", "stop_token_ids", "tools", "tool_choice", "chat_template_kwargs",
-    "continue_final_message", "add_generation_prompt", "bad_words", "functions", "function_call",
+    "continue_final_message", "add_generation_prompt", "bad_words", "functions", "function_call", "priority",
 }  # fmt: skip
 
 

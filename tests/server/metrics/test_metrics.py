@@ -13,6 +13,8 @@ from tucka_runtime.server.metrics.adapters import BLOCK, MAX_STALE, AdapterMetri
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.metrics.vllm import ALIASES
 
+AGE = "tucka_adapter_oldest_waiting_seconds"
+
 
 def samples(metrics: Metrics, **state) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     found = {}
@@ -101,8 +103,9 @@ def test_a_dead_engine_runs_nothing(metrics: Metrics) -> None:
 
 def test_preemptions_go_on_counting_after_a_restart(metrics: Metrics) -> None:
     for total in (2, 5, 1):
-        metrics.on_step(*step(preemptions=total))
+        metrics.on_step(*step(preemptions=total, displacements=2 * total))
     assert value(metrics, "tucka_preemptions_total") == 6
+    assert value(metrics, "tucka_displacements_total") == 12
 
 
 def test_steps_by_stage(metrics: Metrics) -> None:
@@ -197,6 +200,16 @@ def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metri
     assert value(metrics, "vllm:time_to_first_token_seconds_bucket", le="0.3", **vllm) == 1
     assert value(metrics, "vllm:request_prompt_tokens_bucket", le="10.0", **vllm) == 1
     assert value(metrics, "vllm:request_generation_tokens_sum", **vllm) == 3
+
+
+def test_the_oldest_that_waits_is_shown_by_name_while_it_waits(metrics: Metrics) -> None:
+    metrics.adapter_loaded(adapter("fin"), {"read": 0.1})
+    found = samples(metrics, oldest={None: 2.5, "fin": 7.0, "gone": 9.0})
+    assert found["tucka_oldest_waiting_seconds", ()] == 9
+    ages = {dict(labels)["model"]: age for (name, labels), age in found.items() if name == AGE}
+    assert ages == {metrics.adapters.base_name: 2.5, "fin": 7.0}, "a name that is not loaded has no series"
+    found = samples(metrics)
+    assert found["tucka_oldest_waiting_seconds", ()] == 0 and AGE not in {name for name, _ in found}
 
 
 def test_vllm_names_can_be_left_out() -> None:
