@@ -217,7 +217,7 @@ class ResponseAnswer(Answer):
     def _event(self, event: dict[str, Any]) -> bytes:
         numbered = event | {"sequence_number": self._events}
         self._events += 1
-        return b"event: " + event["type"].encode() + b"\ndata: " + encode_json(numbered) + b"\n\n"
+        return f"event: {event['type']}\ndata: ".encode() + encode_json(numbered) + b"\n\n"
 
     def _lifecycle(self, kind: str, status: str, **more: Any) -> bytes:
         return self._event({"type": f"response.{kind}", "response": self._response(status, **more)})
