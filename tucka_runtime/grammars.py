@@ -127,7 +127,7 @@ def _without(schema: Any, path: schemas.Path) -> Any:
     """The same schema with anything at all allowed at a place; among alternatives with one that says little, since
     beside anything at all the others would not be looked at."""
     first, *rest = path
-    copy = list(schema) if isinstance(schema, list) else dict(schema)
+    copy: Any = list(schema) if isinstance(schema, list) else dict(schema)
     if first in ("anyOf", "oneOf") and len(rest) == 1:
         copy[first] = [{"const": "-"} if i == rest[0] else each for i, each in enumerate(schema[first])]
     else:

@@ -11,7 +11,15 @@ from tucka_runtime.server.api.anthropic_bodies import MessagesBody
 from tucka_runtime.server.api.door import Context
 from tucka_runtime.server.http.answers import encode_json
 from tucka_runtime.server.http.errors import anthropic_envelope
-from tucka_runtime.server.service.events import CallArguments, CallBegun, CallEnded, Event, Reasoning, Text
+from tucka_runtime.server.service.events import (
+    CallArguments,
+    CallBegun,
+    CallEnded,
+    Event,
+    Reasoning,
+    ReasoningEnded,
+    Text,
+)
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
 
 _CONTEXT = "model_context_window_exceeded"  # the context had no room for all of `max_tokens`
@@ -82,6 +90,8 @@ class MessageAnswer(Answer):
                 return self._begun(_block(event))
             case CallArguments():
                 return [self._delta({"type": "input_json_delta", "partial_json": event.text})]
+            case ReasoningEnded():
+                return self._closed() if self._open == "thinking" else []
             case CallEnded():
                 return self._closed()
 
