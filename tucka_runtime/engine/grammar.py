@@ -31,7 +31,8 @@ class Grammars:
         self.broken: dict[tuple[str, int], TuckaError] = {}
         """The errors that sequences end with whose grammar turned out to be too complex."""
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._begun: Future[Tensor] | None = None
+        self._begun: tuple[dict[tuple[str, int], int], Future[Tensor]] | None = None
+        """The rows of the masks that `begin` asked for, by sequence, and the masks."""
 
     @cached_property
     def tokens(self) -> "LLTokenizer":
@@ -53,15 +54,17 @@ class Grammars:
 
     def begin(self, seqs: Rows[Sequence]) -> None:
         """Finds what may follow the sequences, in a thread of its own: beside the forward pass. No token of theirs may
-        be on its way. `masks` has it, for these sequences, which is the next call."""
-        if seqs:
-            self._begun = self._thread.submit(self._find, list(seqs))
+        be on its way. `masks` has it, in any order of these sequences."""
+        rows = {seq.key: i for i, seq in enumerate(seqs)}
+        self._begun = (rows, self._thread.submit(self._find, list(seqs))) if rows else None
 
     def masks(self, seqs: Rows[Sequence]) -> Tensor:
         """What may follow each sequence: a bit for each token of the vocabulary (N, words) int32, the lowest first, on
         the host. All are set where a grammar broke."""
-        begun, self._begun = self._begun, None
-        return self._find(seqs) if begun is None else begun.result()
+        if self._begun is None:
+            return self._find(seqs)
+        (rows, found), self._begun = self._begun, None
+        return found.result()[[rows[seq.key] for seq in seqs]]
 
     @cached_property
     def _executor(self) -> "LLExecutor":

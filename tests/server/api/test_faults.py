@@ -230,8 +230,8 @@ def test_every_field_of_a_completion_reaches_the_engine_or_the_answer() -> None:
     """A field that is declared but forgotten would be silently ignored: what has no effect is declared as such."""
     import inspect
 
-    from tucka_runtime.server.api import answer, door, sampling, structured
+    from tucka_runtime.server.api import answer, door, fields, sampling, structured
 
-    text = "".join(map(inspect.getsource, (answer, completions, door, sampling, structured)))
+    text = "".join(map(inspect.getsource, (answer, completions, door, fields, sampling, structured)))
     for name in CompletionBody.model_fields.keys() - CompletionBody.ignored:
         assert f"body.{name}" in text or f"_body.{name}" in text, name

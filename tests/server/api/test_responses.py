@@ -358,7 +358,7 @@ def test_what_cannot_be_called_is_the_place_of_a_function(start_fake: StartFake)
     """The place is counted among the functions, whatever tools stand between them."""
     tools = [TOOLS[1], {"type": "x"}, {"type": "function", "name": "f", "parameters": {"not": {}}}]
     answer = start_fake(template=HERMES).post("/v1/responses", ASK | {"tools": tools, "tool_choice": "required"})
-    assert "2. function" in answer.json()["error"]["message"]
+    assert "of function 2 of" in answer.json()["error"]["message"]
 
 
 def test_no_logprobs_where_a_model_thinks(start_fake: StartFake) -> None:
