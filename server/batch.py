@@ -19,9 +19,9 @@ from starlette.types import ASGIApp, Message, Scope
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.progress import Progress
+from tucka_runtime.progress import AnswerProgress
 from tucka_runtime.server.api.app import create_app
-from tucka_runtime.server.batch_file import Item, Output, answer, read_items
+from tucka_runtime.server.batch_file import AnswerFile, Item, answer, read_items
 from tucka_runtime.server.serve import STOP_ENGINE_SECONDS, Parts, check_settings, loop_factory
 from tucka_runtime.server.service.service import Service
 
@@ -47,7 +47,7 @@ def batch(engine_config: EngineConfig, config: ServerConfig, source: Path, targe
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError("The two files are the same one: answers need a file of their own.")
     ids = [item.id for item in read_items(source)]  # before the model is loaded: the file may not be there
-    output = Output(target)
+    output = AnswerFile(target)
     try:
         known = set(ids)
         if foreign := len(output.done - known):
@@ -67,7 +67,7 @@ def batch(engine_config: EngineConfig, config: ServerConfig, source: Path, targe
         output.close()
 
 
-async def _run(engine_config: EngineConfig, config: ServerConfig, source: Path, output: Output, left: int) -> int:
+async def _run(engine_config: EngineConfig, config: ServerConfig, source: Path, output: AnswerFile, left: int) -> int:
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -76,7 +76,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig, source: Path, 
     try:
         service = await parts.start()
         items = (item for item in read_items(source) if item.id not in output.done)
-        await Batch(service, output).answer_all(items, left)
+        await FileBatch(service, output).answer_all(items, left)
         return 0
     except asyncio.CancelledError:
         print(f"stopped. {AGAIN}", file=sys.stderr)
@@ -85,10 +85,10 @@ async def _run(engine_config: EngineConfig, config: ServerConfig, source: Path, 
         await parts.stop(STOP_ENGINE_SECONDS)
 
 
-class Batch:
+class FileBatch:
     """So many requests at once that the engine's batch is full, and no more: the rest of the file waits in it."""
 
-    def __init__(self, service: Service, output: Output):
+    def __init__(self, service: Service, output: AnswerFile):
         self._service = service
         self._app: ASGIApp = create_app(service)
         self._output = output
@@ -97,7 +97,7 @@ class Batch:
 
     async def answer_all(self, items: Iterator[Item], total: int) -> None:
         """Writes an answer for every item, in the order in which they are ready. Raises ConfigError where it cannot."""
-        with Progress(total, sys.stderr.isatty()) as bar:
+        with AnswerProgress(total, sys.stderr.isatty()) as bar:
 
             async def work() -> None:
                 for item in items:

@@ -85,7 +85,7 @@ def _fault(value: dict[str, Any]) -> tuple[str | None, str]:
     return None, ""
 
 
-class Output:
+class AnswerFile:
     """The file of answers. A line is there whole or not at all: what a killed run left of its last one is cut off.
 
     Raises ConfigError for a file that cannot be written, that another run is writing, or that this command has not.

@@ -5,7 +5,6 @@ lets it answer at once so many requests, free and held to a schema that has no e
 else the machine does hits both alike; the ratio of the medians of a decoding step is the result.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -21,7 +20,7 @@ environment.prepare()  # torch reads it when it is imported
 import torch  # noqa: E402
 
 from tucka_runtime import LLM, SamplingParams, grammars  # noqa: E402
-from tucka_runtime.bench import make_model, small  # noqa: E402
+from tucka_runtime.bench import arguments, make_model, small  # noqa: E402
 
 TICKET = {
     "type": "object",
@@ -78,18 +77,10 @@ def measure(llm: LLM, concurrency: int, new: int, rounds: int) -> tuple[list[flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tucka_runtime.bench_json",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser = arguments("bench_json", __doc__, rounds=5)
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--new", type=int, default=96, help="tokens of each answer")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats; medians are printed")
-    parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as many as a server takes)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         known = make_tokenizer(Path(folder), args.vocab)

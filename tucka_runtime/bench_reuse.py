@@ -7,7 +7,6 @@ route, which makes it what a LoRA adapter is to the engine. Prints the prompt's 
 to the first token; all tokens are drawn from fixed seeds, and nothing is shared between two rounds.
 """
 
-import argparse
 import random
 import statistics
 import sys
@@ -23,7 +22,7 @@ environment.prepare()  # torch reads it when it is imported
 import torch  # noqa: E402
 
 from tucka_runtime import LLM, Route, SamplingParams  # noqa: E402
-from tucka_runtime.bench import make_adapter, make_model, small  # noqa: E402
+from tucka_runtime.bench import arguments, make_adapter, make_model, small  # noqa: E402
 
 TURNS = 5
 SAYS, ANSWERS = 48, 32
@@ -115,16 +114,8 @@ def show(found: dict[str, dict[str, list[list[PromptCost]]]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tucka_runtime.bench_reuse",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser = arguments("bench_reuse", __doc__, rounds=3)
     parser.add_argument("--targets", default="q_proj,v_proj", help="adapted linears, by name")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved repeats; medians are printed")
-    parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as many as a server takes)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

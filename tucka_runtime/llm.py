@@ -30,7 +30,7 @@ from tucka_runtime.messages import (
     Timing,
     TokenLogprob,
 )
-from tucka_runtime.progress import Progress
+from tucka_runtime.progress import AnswerProgress
 from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, stopping
 from tucka_runtime.tokenizer import Tokenizer
@@ -111,8 +111,8 @@ class LLM:
 
         `sampling` and `adapter` (a name, None for the base) are one for all, or one each. `route` is the route scope:
         by default what the adapter was trained for, else "batch". `progress` shows on stderr how many are done, and
-        tokens per second. Raises InvalidRequestError for a prompt that cannot
-        be read or does not fit, ModelNotFoundError for an unknown adapter.
+        tokens per second. Raises InvalidRequestError for a prompt that cannot be read or does not fit,
+        ModelNotFoundError for an unknown adapter.
         """
         listed: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         ids = [self._ids(prompt, True) for prompt in listed]
@@ -157,7 +157,7 @@ class LLM:
         running = {request.id: _Running(request, self.tokenizer) for request in made}
         for request in made:
             self.engine.add(request)
-        with Progress(count * n, progress) as bar:
+        with AnswerProgress(count * n, progress) as bar:
             while self.engine.busy:
                 for out in self.engine.step()[0]:
                     if (own := running.get(out.request_id)) is None:

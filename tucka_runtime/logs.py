@@ -4,10 +4,26 @@ import json
 import logging
 import re
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Any
 
+COMPLAINT_SECONDS = 60.0
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class OnceAMinute:
+    """For a complaint that could be made again and again: whether it is time for the next."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._quiet_until:
+            return False
+        self._quiet_until = now + COMPLAINT_SECONDS
+        return True
 
 
 class PlainFormatter(logging.Formatter):

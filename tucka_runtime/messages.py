@@ -60,9 +60,9 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
-    `allowed_token_ids`, if any, are the only ones that may be chosen. `bad_words` are runs of token ids that the answer
-    may not have, unless nothing else may follow. `max_tokens` 0 scores the prompt and generates
-    nothing. `grammar` (grammars.py) is what the answer has to match: it ends when it does, whatever `min_tokens` and
+    `allowed_token_ids`, if any, are the only ones that may be chosen. `bad_words` are runs of token ids that the
+    answer may not have, unless nothing else may follow. `max_tokens` 0 scores the prompt and generates nothing.
+    `grammar` (grammars.py) is what the answer has to match: it ends when it does, whatever `min_tokens` and
     `ignore_eos` say. The stop strings `stop` and the two fields after it are for who turns the tokens into text; the
     engine does not read them.
     """

@@ -4,7 +4,7 @@ import sys
 import time
 
 
-class Progress:
+class AnswerProgress:
     """Of `total` answers those that are done, and tokens per second. It counts whether it is shown or not."""
 
     def __init__(self, total: int, shown: bool):
@@ -26,7 +26,7 @@ class Progress:
                 self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s", refresh=False)
             self._bar.update()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "AnswerProgress":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tucka_runtime.loadtest.client import LoadClient, ServerError
-from tucka_runtime.loadtest.conform.oracle import BASE, FIRST, SECOND, STREAM, Answer, Findings, Oracle, label
+from tucka_runtime.loadtest.conform.oracle import BASE, FIRST, SECOND, STREAM, Findings, Judgement, Oracle, label
 from tucka_runtime.loadtest.record import Record
 
 PREFIX = "conform-"  # of the names that the kit loads adapters under
@@ -89,13 +89,13 @@ class Kit:
     async def model_names(self) -> list[str]:
         return [card.name for card in await self.client.models()]
 
-    async def ask(self, name: str, question: int) -> Answer:
+    async def ask(self, name: str, question: int) -> Judgement:
         """`name` may be BASE. Judged by what the name stands for when the request is sent."""
         content = BASE if name == BASE else self.loaded[name]
         model = self.oracle.base if name == BASE else name
         return self.oracle.judge(await self.oracle.ask(model, question), content)
 
-    async def ask_at_once(self, names: list[str], question: int) -> list[Answer]:
+    async def ask_at_once(self, names: list[str], question: int) -> list[Judgement]:
         return list(await asyncio.gather(*(self.ask(name, question) for name in names)))
 
     async def begin(self, name: str) -> "asyncio.Task[Record]":

@@ -24,7 +24,7 @@ Tensors = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Linear:
+class BaseLinear:
     """A weight of the base: its module's path, its sizes and the standard deviation of its numbers."""
 
     path: str
@@ -43,7 +43,7 @@ def make(base: Path, folder: Path, count: int, tucka: bool) -> list[Path]:
     for number in range(1, count + 1):
         kind = "tucka" if tucka and number % 2 == 0 else "lora"
         rng = np.random.default_rng(number)
-        write: Callable[[list[Linear], np.random.Generator], tuple[dict[str, object], Tensors]]
+        write: Callable[[list[BaseLinear], np.random.Generator], tuple[dict[str, object], Tensors]]
         write = tucka_adapter if kind == "tucka" else lora_adapter
         config, tensors = write(linears, rng)
         path = folder / f"{kind}-{number}"
@@ -58,7 +58,7 @@ def make(base: Path, folder: Path, count: int, tucka: bool) -> list[Path]:
     return made
 
 
-def lora_adapter(linears: list[Linear], rng: np.random.Generator) -> tuple[dict[str, object], Tensors]:
+def lora_adapter(linears: list[BaseLinear], rng: np.random.Generator) -> tuple[dict[str, object], Tensors]:
     """A of unit variance, B so that B A has the weight's own spread; lora_alpha is the rank, so nothing scales it."""
     tensors = {}
     for linear in linears:
@@ -70,7 +70,7 @@ def lora_adapter(linears: list[Linear], rng: np.random.Generator) -> tuple[dict[
     return config | {"task_type": "CAUSAL_LM", "bias": "none"}, tensors
 
 
-def tucka_adapter(linears: list[Linear], rng: np.random.Generator) -> tuple[dict[str, object], Tensors]:
+def tucka_adapter(linears: list[BaseLinear], rng: np.random.Generator) -> tuple[dict[str, object], Tensors]:
     """Every block is divided by its norm, so that alpha alone says how much is added (docs/architecture.md has the
     formula): for random blocks the change is a share 1 / (r √(p d_in)) of the input."""
     tensors = {}
@@ -86,7 +86,7 @@ def tucka_adapter(linears: list[Linear], rng: np.random.Generator) -> tuple[dict
     return config | {"task_type": "CAUSAL_LM", "target_modules": list(TARGETS)}, tensors
 
 
-def read_linears(base: Path) -> list[Linear]:
+def read_linears(base: Path) -> list[BaseLinear]:
     """The linears of a base that the adapters adapt, in the order in which they run."""
     found = []
     for file in sorted(base.glob("*.safetensors")):
@@ -100,7 +100,7 @@ def read_linears(base: Path) -> list[Linear]:
     return sorted(found, key=lambda linear: (int(linear.path.split(".")[2]), layer[linear.path.rpartition(".")[2]]))
 
 
-def _of_file(file: Path) -> list[Linear]:
+def _of_file(file: Path) -> list[BaseLinear]:
     """Reads the header (8 bytes of length, then JSON) and a sample of each weight; numpy has no bfloat16, which is the
     upper half of a float32."""
     found = []
@@ -120,7 +120,7 @@ def _of_file(file: Path) -> list[Linear]:
                 else:
                     numbers = np.frombuffer(raw, {"F32": np.float32, "F16": np.float16}[entry["dtype"]])
                 d_out, d_in = entry["shape"]
-                found.append(Linear(path, d_in, d_out, float(numbers.astype(np.float32).std())))
+                found.append(BaseLinear(path, d_in, d_out, float(numbers.astype(np.float32).std())))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"--base: {file} is no safetensors file with weights in F32, F16 or BF16") from None
     return found

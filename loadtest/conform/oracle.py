@@ -31,7 +31,7 @@ SHOWN = 60  # characters of an answer in a line
 
 
 @dataclass(frozen=True)
-class Answer:
+class Judgement:
     """One answer and what it is. `content` is whose it should be, `owner` whose it is where that is another's."""
 
     record: Record
@@ -131,7 +131,7 @@ class Oracle:
                     found.append((other, content))
         return found
 
-    def judge(self, record: Record, content: str) -> Answer:
+    def judge(self, record: Record, content: str) -> Judgement:
         own = self.references[content][record.index]
         outcome, owner = "changed", None
         if not record.ok:
@@ -147,7 +147,7 @@ class Oracle:
                 outcome = "tied"
             elif not self.logprobs or content in self.unstable:
                 outcome = "unsure"
-        return Answer(record, content, outcome, owner, own.text)
+        return Judgement(record, content, outcome, owner, own.text)
 
 
 WRONG = ("other", "changed", "failed")
@@ -157,7 +157,7 @@ WRONG = ("other", "changed", "failed")
 class Findings:
     """What one row saw, and the verdict that follows."""
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Judgement] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     inapplicable: str | None = None

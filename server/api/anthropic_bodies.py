@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
-from tucka_runtime.server.api.conversation import MAX_TOOLS
+from tucka_runtime.server.api.conversation import MAX_TOOLS, SkippedTool
 from tucka_runtime.server.api.values import Body, EmptyList, NonEmpty, Stops
 
 _SENTENCES = {
@@ -113,23 +113,13 @@ class CustomTool(Marked):
     input_schema: dict[str, Any]
 
 
-class ServerTool(Body):
-    """A tool that Anthropic's servers run or whose schema they know, as `web_search_20250305`."""
-
-    type: str
-
-    @property
-    def skipped(self) -> str:
-        return self.type
-
-
 def _kind_of_tool(tool: Any) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
     return "server" if isinstance(kind, str) and kind != "custom" else "custom"
 
 
 Tool = Annotated[
-    Annotated[CustomTool, Tag("custom")] | Annotated[ServerTool, Tag("server")], Discriminator(_kind_of_tool)
+    Annotated[CustomTool, Tag("custom")] | Annotated[SkippedTool, Tag("server")], Discriminator(_kind_of_tool)
 ]
 
 

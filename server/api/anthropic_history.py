@@ -28,7 +28,7 @@ ERROR = "Error: "
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class PromptParts:
     """What a prompt is made of."""
 
     messages: list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Conversation:
     rendering: Rendering
 
 
-def conversation(body: ConversationBody) -> Conversation:
+def conversation(body: ConversationBody) -> PromptParts:
     """The body's conversation. Where it ends with words of the assistant, the answer goes on with them. Raises
     InvalidRequestError."""
     messages = _messages(body)
@@ -46,7 +46,7 @@ def conversation(body: ConversationBody) -> Conversation:
             "The last message calls tools. Send what they returned, as `tool_result` blocks of a user's message.",
             "messages",
         )
-    return Conversation(
+    return PromptParts(
         messages,
         _tools(body),
         Rendering(variables=_variables(body), add_generation_prompt=not goes_on, continue_final_message=goes_on),

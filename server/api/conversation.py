@@ -119,6 +119,17 @@ class ToolBody(Body):
     function: FunctionBody
 
 
+class SkippedTool(Body):
+    """A tool that is no function of the client's, as those that OpenAI or Anthropic run: the model is not told of it,
+    and the client is told that by its `type`."""
+
+    type: str
+
+    @property
+    def skipped(self) -> str:
+        return self.type
+
+
 class NamedFunction(Body):
     name: NonEmpty
 

@@ -13,7 +13,7 @@ from tucka_runtime.server.api.bodies import (
     Unsupported,
     WithoutEffect,
 )
-from tucka_runtime.server.api.conversation import MAX_TOOLS, FunctionBody, RefusalPart, RenderingFields
+from tucka_runtime.server.api.conversation import MAX_TOOLS, FunctionBody, RefusalPart, RenderingFields, SkippedTool
 from tucka_runtime.server.api.values import Body, NonEmpty, Nothing, Off, On
 
 LOGPROBS = "message.output_text.logprobs"
@@ -114,14 +114,8 @@ class FunctionTool(FunctionBody):
     type: Literal["function"]
 
 
-class OtherTool(Body):
-    """One that OpenAI runs itself, or that is no function: the model is not told of it."""
-
+class OtherTool(SkippedTool):
     type: Annotated[str, Field(json_schema_extra={"not": {"const": "function"}})]
-
-    @property
-    def skipped(self) -> str:
-        return self.type
 
 
 def _tool_kind(value: Any) -> str:

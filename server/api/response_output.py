@@ -174,7 +174,7 @@ class CallOutput(OutputItem):
         return [done, self.event("done")]
 
 
-class Output:
+class ResponseOutput:
     """All items of one response. `scores` makes the log-probabilities, where they are asked for: of an answer that can
     be nothing but text."""
 

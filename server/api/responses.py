@@ -36,7 +36,7 @@ from tucka_runtime.server.api.response_body import (
     ReasoningItem,
     ResponseBody,
 )
-from tucka_runtime.server.api.response_output import Output, Scores
+from tucka_runtime.server.api.response_output import ResponseOutput, Scores
 from tucka_runtime.server.api.sampling import num_logprobs
 from tucka_runtime.server.api.tools import Tools, tools_of
 from tucka_runtime.server.api.turn import ChatTurn, ask
@@ -180,7 +180,7 @@ class ResponseAnswer(Answer):
     def __init__(self, body: ResponseBody, request: Request, adapter: LoadedAdapter | None, scores: Scores | None):
         self._body, self._request, self._adapter = body, request, adapter
         self._created = int(time.time())
-        self._output = Output(request.id, scores)
+        self._output = ResponseOutput(request.id, scores)
         self._last: ChoiceDelta | None = None
         self._events = 0
 

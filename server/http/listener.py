@@ -4,13 +4,13 @@ import asyncio
 import errno
 import logging
 import socket
-import time
 from collections.abc import Callable
+
+from tucka_runtime.logs import OnceAMinute
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
-COMPLAINT_SECONDS = 60.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -28,7 +28,7 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self._begun: set[asyncio.Task[object]] = set()
-        self._quiet_until = 0.0
+        self._complaint = OnceAMinute()
         self._socket.setblocking(False)
         self._watch()
 
@@ -60,8 +60,7 @@ class Listener:
         task.add_done_callback(self._begun.discard)
 
     def _complain(self, error: OSError) -> None:
-        if time.monotonic() >= self._quiet_until:
-            self._quiet_until = time.monotonic() + COMPLAINT_SECONDS
+        if self._complaint.due():
             log.error(
                 "new connections cannot be accepted: %s. Lower --max-connections or raise the limit (ulimit -n, "
                 "LimitNOFILE=). (said at most once a minute)",

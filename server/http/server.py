@@ -5,7 +5,6 @@ import contextlib
 import logging
 import resource
 import socket
-import time
 from collections.abc import Generator
 
 import uvicorn
@@ -13,8 +12,9 @@ from starlette.types import ASGIApp
 
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.logs import OnceAMinute
 from tucka_runtime.server.http.connection import RESERVE, Connection, connection_class
-from tucka_runtime.server.http.listener import COMPLAINT_SECONDS, Listener
+from tucka_runtime.server.http.listener import Listener
 from tucka_runtime.server.http.middleware import MAX_HEADER_BYTES
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class HTTPServer(uvicorn.Server):
             )
         )
         self._socket = listener
-        logging.getLogger("uvicorn.error").addFilter(_OnceAMinute("Invalid HTTP request received."))
+        logging.getLogger("uvicorn.error").addFilter(_Seldom("Invalid HTTP request received."))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
@@ -77,21 +77,16 @@ class HTTPServer(uvicorn.Server):
                 connection.transport.abort()
 
 
-class _OnceAMinute(logging.Filter):
+class _Seldom(logging.Filter):
     """Lets one message of a library pass once a minute: anybody can cause it with every packet."""
 
     def __init__(self, message: str):
         super().__init__()
         self._message = message
-        self._quiet_until = 0.0
+        self._complaint = OnceAMinute()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.msg != self._message:
-            return True
-        passes = time.monotonic() >= self._quiet_until
-        if passes:
-            self._quiet_until = time.monotonic() + COMPLAINT_SECONDS
-        return passes
+        return record.msg != self._message or self._complaint.due()
 
 
 def bind(host: str, port: int) -> socket.socket:

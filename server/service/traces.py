@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from tucka_runtime import __version__
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.extras import how_to_install
+from tucka_runtime.logs import OnceAMinute
 from tucka_runtime.server.service.request_log import RequestLog, SequenceRecord
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger(__name__)
-
-COMPLAINT_SECONDS = 60.0  # a collector that is away is said once in so long
 
 
 class Traces:
@@ -46,13 +45,11 @@ class Traces:
         provider = TracerProvider(resource=Resource.create({"service.version": __version__}))
 
         class Exporter(OTLPSpanExporter):
-            quiet_until = 0.0
+            complaint = OnceAMinute()
 
             def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
                 result = super().export(spans)
-                now = time.monotonic()
-                if result is not SpanExportResult.SUCCESS and now >= self.quiet_until:
-                    self.quiet_until = now + COMPLAINT_SECONDS
+                if result is not SpanExportResult.SUCCESS and self.complaint.due():
                     log.warning(
                         "traces do not reach --otlp-traces-endpoint and are dropped: is a collector listening there? "
                         "(said at most once a minute)"

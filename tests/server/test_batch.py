@@ -16,7 +16,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.servers import Server, make_base
 from tucka_runtime.cli.main import main
 from tucka_runtime.errors import ConfigError, EngineDeadError, OverloadedError
-from tucka_runtime.server.batch_file import Output, read_items
+from tucka_runtime.server.batch_file import AnswerFile, read_items
 
 ASK = {"model": "base", "prompt": "hello", "max_tokens": 3, "temperature": 0}
 
@@ -124,18 +124,18 @@ def test_a_full_queue_and_a_restarted_engine_are_waited_for(tmp_path: Path) -> N
 
 def test_an_output_that_is_not_this_runs(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    held = Output(path)
+    held = AnswerFile(path)
     with pytest.raises(ConfigError, match="another run"):
-        Output(path)
+        AnswerFile(path)
     held.close()
     path.write_text('{"id": "batch_req_1_0"}\n{"mine": 1}\n')
     with pytest.raises(ConfigError, match="line 2"):
-        Output(path)
+        AnswerFile(path)
     with pytest.raises(ConfigError, match="cannot be written"):
-        Output(tmp_path / "nowhere" / "out.jsonl")
+        AnswerFile(tmp_path / "nowhere" / "out.jsonl")
     with pytest.raises(ConfigError, match="cannot be read"):
         list(read_items(tmp_path / "nowhere"))
-    for device in (read_items, Output):  # a device may never end
+    for device in (read_items, AnswerFile):  # a device may never end
         with pytest.raises(ConfigError, match="no regular file"):
             list(device(Path("/dev/zero")))
 
@@ -143,14 +143,14 @@ def test_an_output_that_is_not_this_runs(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(line(f"n{i}") for i in range(200)))
-    opened = Output.__init__
+    opened = AnswerFile.__init__
 
-    def on_a_full_disk(self: Output, path: Path) -> None:
+    def on_a_full_disk(self: AnswerFile, path: Path) -> None:
         opened(self, path)
         self._file.close()
-        self._file = Path("/dev/full").open("wb")  # noqa: SIM115  Output closes it
+        self._file = Path("/dev/full").open("wb")  # noqa: SIM115  AnswerFile closes it
 
-    monkeypatch.setattr(Output, "__init__", on_a_full_disk)
+    monkeypatch.setattr(AnswerFile, "__init__", on_a_full_disk)
     with pytest.raises(ConfigError, match="No space left"):
         asyncio.run(answer_all(source, tmp_path / "out.jsonl", FakeEngine()))
 

@@ -12,15 +12,15 @@ from tests.support import GOLDEN
 from tests.support.fake_engine import FakeEngine
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.config import ServerConfig
-from tucka_runtime.server.batch import Batch
-from tucka_runtime.server.batch_file import Output, read_items
+from tucka_runtime.server.batch import FileBatch
+from tucka_runtime.server.batch_file import AnswerFile, read_items
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.tokenizer import Tokenizer
 
 
-async def answer_all(source: Path, target: Path, engine: FakeEngine) -> Batch:
+async def answer_all(source: Path, target: Path, engine: FakeEngine) -> FileBatch:
     """What `tucka batch` does once the engine is there."""
     metrics = Metrics()
     with tempfile.TemporaryDirectory() as state:
@@ -29,8 +29,8 @@ async def answer_all(source: Path, target: Path, engine: FakeEngine) -> Batch:
         adapters.ready = True
         tokenizer = Tokenizer.load(GOLDEN / "bases" / "llama-tiny")
         service = Service(ServerConfig(), "base", engine, tokenizer, None, adapters, metrics)  # type: ignore[arg-type]
-        output = Output(target)
-        made = Batch(service, output)
+        output = AnswerFile(target)
+        made = FileBatch(service, output)
         left = [item for item in read_items(source) if item.id not in output.done]
         try:
             await made.answer_all(iter(left), len(left))

@@ -129,7 +129,6 @@ class Sampler:
             (ids_left,) = place([torch.tensor(p.allowed_token_ids)], self.device)
             kept = row.index_select(0, ids_left)
             row.fill_(float("-inf")).index_copy_(0, ids_left, kept)
-
         if seq.num_generated < p.least_tokens and (stops := self.stops(seq)):
             row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
         if p.bad_words and (banned := self._banned(seq)):

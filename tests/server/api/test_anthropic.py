@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import pytest
 
+from tests.support.functions import WEATHER
 from tests.support.server_fixtures import StartFake, fake_servers
 from tests.support.servers import Server
 from tucka_runtime.errors import EngineDeadError, OverloadedError
@@ -26,12 +27,6 @@ TEMPLATE = (
     "{% if enable_thinking is defined %}{{ ' thinks' if enable_thinking and thinking else ' speaks' }}{% endif %}"
     "{% endif %}"
 )
-WEATHER = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Bern", "Zürich"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
 TOOLS: list[Any] = [
     {"name": "get_weather", "description": "Weather.", "input_schema": WEATHER},
     {"name": "now", "type": "custom", "input_schema": {"type": "object", "properties": {}}},

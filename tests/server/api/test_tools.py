@@ -10,15 +10,10 @@ import openai
 import pytest
 
 from tests.support.chat_templates import HERMES, LLAMA, MISTRAL, PLAIN, THINKS
+from tests.support.functions import WEATHER
 from tests.support.server_fixtures import StartFake
 from tests.support.servers import Server, make_base, start_command
 
-WEATHER = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Bern", "Zürich"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": WEATHER}},
     {"type": "function", "function": {"name": "now", "strict": True}},
