@@ -24,7 +24,7 @@ from tucka_runtime.server.api.responses import RESPONSE
 from tucka_runtime.server.http.body import read
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
 from tucka_runtime.server.http.keys import Auth
-from tucka_runtime.server.http.middleware import RequestScope
+from tucka_runtime.server.http.middleware import Guard, RequestScope
 from tucka_runtime.server.service.service import Service
 
 
@@ -72,7 +72,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     keyed = Auth(app, config.api_key, config.admin_key, console.serves if config.console else lambda scope: False)
-    return RequestScope(_cors(keyed, config.cors_origin), service.metrics.answered, _templates(app))
+    return RequestScope(_cors(Guard(keyed), config.cors_origin), service.metrics.answered, _templates(app))
 
 
 def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
@@ -125,7 +125,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
-    """Starlette calls it for whatever has no handler, and raises that again: RequestScope logs it."""
+    """Starlette calls it for whatever has no handler, and raises that again: Guard logs it."""
     if isinstance(error, ClientDisconnect):
         raise error
     return error_response(internal_error(request.state.request_id))

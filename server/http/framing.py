@@ -1,9 +1,13 @@
 """Where a request begins and ends on its connection: h11's parser, and what RFC 9112 asks beyond it."""
 
+import re
+
 import h11
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.server.http.errors import HeadersTooLargeError, UnsupportedCodingError, UnsupportedVersionError
+
+_ABSOLUTE = re.compile(rb"https?://[^/?]*", re.IGNORECASE)
 
 
 class Parser(h11.Connection):
@@ -24,10 +28,12 @@ class Parser(h11.Connection):
             elif error.error_status_hint == 501:
                 self.fault = UnsupportedCodingError("Of transfer codings only `chunked` is supported.")
             raise
-        if isinstance(event, h11.Request) and (fault := _fault(event)) is not None:
+        if not isinstance(event, h11.Request):
+            return event
+        if (fault := _fault(event)) is not None:
             self.fault = fault
             raise h11.RemoteProtocolError(fault.message)
-        return event
+        return _in_origin_form(event)
 
 
 def _fault(request: h11.Request) -> TuckaError | None:
@@ -42,3 +48,17 @@ def _fault(request: h11.Request) -> TuckaError | None:
     if request.http_version == b"1.0":  # section 6.1: faulty, whatever it says
         return InvalidRequestError("Transfer-Encoding needs HTTP/1.1.")
     return None
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """The request with its path alone as its target. Clients that take this server for a proxy send the whole URL,
+    which every server has to accept (section 3.2.2)."""
+    if (named := _ABSOLUTE.match(request.target)) is None:
+        return request
+    path = request.target[named.end() :]
+    return h11.Request(
+        method=request.method,
+        target=path if path.startswith(b"/") else b"/" + path,
+        headers=list(request.headers),
+        http_version=request.http_version,
+    )

@@ -32,8 +32,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class RequestScope:
-    """The outermost layer. Every answer gets `x-request-id`: the client's own if it is well-formed, else a new one. At
-    Anthropic's doors it has that under their own name too."""
+    """The outermost layer, which notes every request when it is over. Every answer gets `x-request-id`: the client's
+    own if it is well-formed, else a new one. At Anthropic's doors it has that under their own name too."""
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None], route_of: Callable[[Scope], str | None]):
         """`count` is told of every answer's route, method and status code; `route_of` gives the template of the route
@@ -63,20 +63,9 @@ class RequestScope:
             await send(message)
 
         try:
-            if (refusal := _refusal(scope)) is not None:
-                await error_response(refusal, {"Connection": "close"})(scope, receive, send_with_id)
-            else:
-                await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499  # nobody is there to see it; it is for the log
-        except asyncio.CancelledError:  # by the server's end alone, which waits for no request any longer
-            if not status:
-                error = EngineDeadError("The server is stopping. Try again later.")
-                await error_response(error)(scope, receive, send_with_id)
-        except Exception:  # the last resort: no request may take the server down or see a traceback
-            log.exception("request %s failed", request_id)
-            if not status:  # an exception within a route has been answered there
-                await error_response(internal_error(request_id))(scope, receive, send_with_id)
         finally:
             self._note(scope, status, request_id, time.monotonic() - started)
 
@@ -107,6 +96,42 @@ class RequestScope:
                 request_id=request_id,
             ),
         )
+
+
+class Guard:
+    """Refuses what is not even looked at, and answers what nobody within did. It stands inside the layer that lets
+    pages of other origins read answers: they may read its errors as well."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if (refusal := _refusal(scope)) is not None:
+            await error_response(refusal, {"Connection": "close"})(scope, receive, send)
+            return
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except ClientDisconnect:
+            raise
+        except asyncio.CancelledError:  # by the server's end alone, which waits for no request any longer
+            if not begun:
+                error = EngineDeadError("The server is stopping. Try again later.")
+                await error_response(error)(scope, receive, send)
+        except Exception:  # the last resort: no request may take the server down or see a traceback
+            request_id = scope["state"]["request_id"]
+            log.exception("request %s failed", request_id)
+            if not begun:  # an exception within a route has been answered there
+                await error_response(internal_error(request_id))(scope, receive, send)
 
 
 def _request_id(scope: Scope) -> str:

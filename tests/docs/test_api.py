@@ -33,7 +33,7 @@ def names(title: str) -> set[str]:
 
 def routes() -> set[str]:
     service = SimpleNamespace(config=ServerConfig(), metrics=Metrics())
-    made = app.create_app(service)._app._app  # type: ignore[arg-type, attr-defined]
+    made = app.create_app(service)._app._app._app  # type: ignore[arg-type, attr-defined]
     return {
         f"{method} {route.path.replace(':path', '')}" for route in made.routes for method in route.methods - {"HEAD"}
     }

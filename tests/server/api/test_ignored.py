@@ -153,6 +153,10 @@ def test_cors(start_fake: StartFake) -> None:
     for answer in (locked, server.get("/nowhere", headers=key | {"origin": "https://app.example.org"})):
         assert answer.headers["access-control-allow-origin"] == "https://app.example.org", "its error can be read too"
         assert "x-request-id" in answer.headers
+    fat = server.get(
+        "/v1/models", headers=key | {"origin": "https://app.example.org"} | {f"x-{i}": "" for i in range(120)}
+    )
+    assert fat.status_code == 431 and fat.headers["access-control-allow-origin"] and fat.headers["x-request-id"]
     ask = {"model": "base", "prompt": "a", "max_tokens": 2, "stream": True}
     stream = server.post("/v1/completions", ask, headers=key | {"origin": "https://app.example.org"})
     assert stream.headers["access-control-allow-origin"] == "https://app.example.org" and "[DONE]" in stream.text

@@ -46,6 +46,24 @@ def server(start_fake) -> Server:
     return server
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://x/ready", b"200"),
+        ("HTTPS://x:8000/v1/models?a=b", b"200"),
+        ("http://x", b"200"),
+        ("http://x?a=b", b"200"),
+        ("http://x/nowhere", b"404"),
+        ("ftp://x/ready", b"404"),
+    ],
+)
+def test_whole_urls_as_targets(start_fake, target: str, status: bytes) -> None:
+    """RFC 9112, section 3.2.2: clients that take the server for a proxy send them."""
+    with socket.create_connection(start_fake().address, timeout=10) as client:
+        client.sendall(head(f"GET {target} HTTP/1.1", b"Connection: close"))
+        assert read_all(client).split()[1] == status
+
+
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_what_is_malformed_has_done_nothing(server: Server, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """In one packet or byte by byte; what follows it on the connection is no request either."""
