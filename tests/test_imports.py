@@ -15,8 +15,8 @@ OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
 SHARED = (
-    "errors config messages channel logs grammars schemas base_files tokenizer client extras embedded machine children "
-    "progress"
+    "errors config messages channel logs grammars schemas schema_objects schema_values base_files "
+    "tokenizer client extras embedded machine children progress"
 )
 """What both processes may know."""
 

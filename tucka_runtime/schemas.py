@@ -1,14 +1,16 @@
 """JSON schemas as pydantic, zod, TypeBox and people write them, put into the words that llguidance follows. No torch.
 
 What can be said in those words is said in them, meaning the same. What a grammar cannot follow is refused with its
-place as a JSON pointer: that items differ from each other, how many of them are of a kind, what depends on a value
-beside it.
+place as a JSON pointer: that items differ from each other, what depends on a value beside it.
 """
 
 import re
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
+
+from tucka_runtime.schema_objects import held_to_fields, target
+from tucka_runtime.schema_values import TYPES, all_but, is_of
 
 MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
@@ -19,17 +21,15 @@ SINGLE = frozenset(
 DEEPEST = 64
 FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split())
 """Formats that llguidance follows. Others are notes to the reader, as JSON Schema has it."""
-TYPES = ("null", "boolean", "number", "string", "array", "object")
 MOST_UNIQUE = 4  # values whose orders are written out, 64 of them
+MOST_BEFORE = 7  # items before those that an array has to contain: each place is a way of its own to write the array
 _NAME = re.compile(r"[A-Za-z0-9_$-]{1,64}")
 _DEPENDS = "what depends on a value beside it cannot be followed token by token; use `anyOf`"
-_COUNTS = "how many items are of a kind cannot be followed token by token"
 UNFOLLOWABLE = {
     "if": _DEPENDS,
     "dependentSchemas": _DEPENDS,
     "dependentRequired": _DEPENDS,
     "dependencies": _DEPENDS,
-    "contains": _COUNTS,
     "unevaluatedItems": "what no other keyword has looked at cannot be told token by token; use `items`",
 }
 
@@ -50,6 +50,7 @@ def pointer(path: Path) -> str:
 
 def followable(schema: Any) -> Any:
     """The same schema in words that llguidance follows, as far as they are known here. Raises UnfollowableError."""
+    schema = held_to_fields(schema)
     return _Rewriter(schema).schema(schema, ())
 
 
@@ -127,11 +128,9 @@ class _Rewriter:
             made["allOf"] = [*made.get("allOf", []), *({"pattern": part} for part in parts)]
 
     def _arrays(self, made: dict[str, Any], path: Path) -> None:
-        if made.get("contains") is not None and made.get("minContains") == 0 and "maxContains" not in made:
-            del made["contains"], made["minContains"]
-        if "contains" not in made:
-            made.pop("minContains", None)
-            made.pop("maxContains", None)
+        least, most = made.pop("minContains", 1), made.pop("maxContains", None)
+        if "contains" in made:
+            self._contains(made, made.pop("contains"), least, most, path)
         unique = made.pop("uniqueItems", False)
         most = made.get("maxItems")
         if unique is not True or (isinstance(most, int) and most <= 1):
@@ -148,6 +147,35 @@ class _Rewriter:
         orders = [o for count in range(least, min(most, len(values)) + 1) for o in permutations(values, count)]
         made["enum"] = [list(order) for order in orders]
         made.pop("type", None)
+
+    def _contains(self, made: dict[str, Any], wanted: Any, least: int, most: int | None, path: Path) -> None:
+        """The array in all ways that have `least` such items one after the other, with at most MOST_BEFORE before them.
+        That is narrower than the keyword: whatever is written is right, but not all that would be right can be."""
+        if least == 0 and most is None:
+            return
+        if most is not None and most < max(1, least):
+            raise UnfollowableError("`maxContains`: it allows nothing, or no item of the kind alone", path)
+        if "prefixItems" in made or isinstance(made.get("items"), list):
+            raise UnfollowableError("`contains`: it can be followed beside `items` for all items alone", path)
+        any_item = made.pop("items", True)
+        item = any_item if isinstance(any_item, dict) else {}
+        kind = self.schema({"allOf": [item, wanted]} if item else wanted, (*path, "contains"))
+        other = item if most is None else self.schema({**item, "not": wanted}, (*path, "contains"))
+        fewest, longest = made.pop("minItems", 0), made.pop("maxItems", None)
+        room = MOST_BEFORE if longest is None else min(MOST_BEFORE, longest - least)
+        limit = {} if longest is None else {"maxItems": longest}
+        ways = [
+            {"type": "array", "prefixItems": [other] * before + [kind] * least, "items": other,
+             "minItems": max(fewest, before + least), **limit}
+            for before in range(room + 1 if least else 1)
+        ]  # fmt: skip
+        if "array" not in _list(made.get("type", "array")) or any_item is False or not ways:
+            raise UnfollowableError("`contains`: nothing can match", path)
+        if made.get("type") != "array":
+            others = [kind for kind in _list(made.get("type", list(TYPES))) if kind != "array"]
+            ways.append({"type": others})
+        made.pop("type", None)
+        made["allOf"] = [*made.get("allOf", []), {"anyOf": ways}]
 
     def _values(self, items: Any) -> list[Any] | None:
         """All values that there are of a schema, where it names them."""
@@ -212,8 +240,8 @@ class _Rewriter:
             return True
         if other is False:
             return False
-        own = self._values(made)
-        if own is not None and (excluded := self._values(other)) is not None and other.keys() <= {"const", "enum"}:
+        own, excluded = self._values(made), self._excluded(other)
+        if own is not None and excluded is not None:
             made.pop("const", None)
             made["enum"] = [value for value in own if value not in excluded]
             return not made["enum"]
@@ -221,21 +249,26 @@ class _Rewriter:
             allowed = [kind for kind in _list(made.get("type", list(TYPES))) if kind not in kinds]
             made["type"] = [kind for kind in allowed if not (kind == "integer" and "number" in kinds)]
             return not made["type"]
-        raise UnfollowableError(
-            "`not`: what an answer is not can be followed for a type, and for values of an `enum`, alone", path
-        )
+        if excluded is not None:
+            if any(isinstance(value, list | dict) for value in excluded):
+                raise UnfollowableError("`not`: an array or object that an answer is not cannot be followed", path)
+            if not (ways := list(all_but(excluded, _list(made.pop("type", list(TYPES)))))):
+                return True
+            made["allOf"] = [*made.get("allOf", []), {"anyOf": ways}]
+            return False
+        raise UnfollowableError("`not`: what an answer is not can be followed for types and for values alone", path)
+
+    def _excluded(self, other: Any) -> list[Any] | None:
+        """The values that a schema allows, if it does nothing but name them."""
+        other = self._target(other)
+        if not isinstance(other, dict) or other.keys() - {"const", "enum", "type", "title", "description"}:
+            return None
+        values = None if {"const", "enum"} <= other.keys() else self._values(other)
+        kinds = _list(other.get("type", list(TYPES)))
+        return values and [value for value in values if any(is_of(value, kind) for kind in kinds)]
 
     def _target(self, value: Any) -> Any:
-        """What a `$ref` within the schema leads to, if it is one."""
-        for _ in range(DEEPEST):
-            reference = value.get("$ref") if isinstance(value, dict) else None
-            if not isinstance(reference, str) or not reference.startswith("#/"):
-                break
-            found = self.root
-            for part in reference[2:].split("/"):
-                found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
-            value = found
-        return value
+        return target(self.root, value)
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,0 +1,52 @@
+"""Values as JSON Schema tells them apart, and schemas of all but some of them. No torch."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+TYPES = ("null", "boolean", "number", "string", "array", "object")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as JSON Schema has it."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, int | float):
+        return kind == "number" or (kind == "integer" and value == int(value))
+    return value is None if kind == "null" else isinstance(value, {"string": str, "array": list}.get(kind, dict))
+
+
+def all_but(values: list[Any], kinds: list[Any]) -> Iterator[dict[str, Any]]:
+    """Schemas that together are all values of these types but some, none of which is an array or an object."""
+    for kind in kinds:
+        if kind == "string":
+            yield {"type": kind, "pattern": f"^(?:{_no_text_of([v for v in values if isinstance(v, str)])})$"}
+        elif kind in ("number", "integer"):
+            numbers = [v for v in values if type(v) in (int, float) and (kind == "number" or v == int(v))]
+            below = None
+            for above in [*sorted(set(numbers)), None]:
+                low = {} if below is None else {"exclusiveMinimum": below}
+                yield {"type": kind, **low, **({} if above is None else {"exclusiveMaximum": above})}
+                below = above
+        elif kind == "boolean":
+            if left := [v for v in (False, True) if not any(v is value for value in values)]:
+                yield {"enum": left}
+        elif kind == "null":
+            if not any(value is None for value in values):
+                yield {"type": kind}
+        else:
+            yield {"type": kind}
+
+
+def _no_text_of(texts: list[str]) -> str:
+    """A pattern of all texts but these, one character after the other: where they go on, what goes on otherwise."""
+    following: dict[str, list[str]] = {}
+    for text in texts:
+        if text:
+            following.setdefault(text[0], []).append(text[1:])
+    ways = [re.escape(char) + f"(?:{_no_text_of(rest)})" for char, rest in following.items()]
+    others = "".join(re.escape(char) for char in following)
+    ways.append(f"[^{others}][\\s\\S]*" if others else "[\\s\\S]+")
+    if "" not in texts:
+        ways.append("")
+    return "|".join(ways)
