@@ -15,7 +15,7 @@ from tucka_runtime.server.api.conversation import (
     FunctionBody,
     Messages,
     NamedFunction,
-    NamedTool,
+    ToolChoiceOption,
 )
 from tucka_runtime.server.api.values import (
     MAX_CHOICES,
@@ -224,7 +224,7 @@ class ChatUnsupported(Body, without_effect=True):
 
 class ChatBody(GenerationBody, ChatFields, ChatUnsupported):
     messages: Messages
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: ToolChoiceOption = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[FunctionBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     function_call: Literal["auto", "none"] | NamedFunction | None = None

@@ -132,6 +132,14 @@ class FunctionChoice(Body):
     name: NonEmpty
 
 
+class AllowedChoice(Body):
+    """Of the functions those that may be called now."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, fail_fast=True)]
+
+
 class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
 
@@ -196,7 +204,11 @@ class ResponseBody(
     instructions: str | None = None
     max_output_tokens: int | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
+    tool_choice: (
+        Literal["auto", "none", "required"]
+        | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     include: (

@@ -9,6 +9,8 @@ from tucka_runtime.messages import FinishReason, Request
 from tucka_runtime.server.api import structured
 from tucka_runtime.server.api.answer import Answer, route_json
 from tucka_runtime.server.api.conversation import (
+    AllowedFunctions,
+    AllowedTools,
     AssistantMessage,
     CalledFunction,
     ChatMessage,
@@ -25,6 +27,7 @@ from tucka_runtime.server.api.logprobs import Labels, chat_logprobs
 from tucka_runtime.server.api.rendering import for_template, rendering
 from tucka_runtime.server.api.response_body import (
     LOGPROBS,
+    AllowedChoice,
     CallItem,
     CallOutputItem,
     FunctionChoice,
@@ -83,9 +86,15 @@ def _tools(body: ResponseBody) -> Tools:
     functions = [ToolBody(type="function", function=tool) for tool in _functions(body)]
     choice = body.tool_choice
     if isinstance(choice, FunctionChoice):
-        named = NamedTool(type="function", function=NamedFunction(name=choice.name))
-        return tools_of(functions, named, body.parallel_tool_calls)
+        return tools_of(functions, _named(choice), body.parallel_tool_calls)
+    if isinstance(choice, AllowedChoice):
+        allowed = AllowedFunctions(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
+        return tools_of(functions, AllowedTools(type=choice.type, allowed_tools=allowed), body.parallel_tool_calls)
     return tools_of(functions, choice, body.parallel_tool_calls)
+
+
+def _named(choice: FunctionChoice) -> NamedTool:
+    return NamedTool(type="function", function=NamedFunction(name=choice.name))
 
 
 def _functions(body: ResponseBody) -> list[FunctionTool]:
@@ -248,7 +257,9 @@ class ResponseAnswer(Answer):
             "store": False,
             "temperature": sampling.temperature,
             "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
-            "tool_choice": choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
+            "tool_choice": choice.model_dump()
+            if isinstance(choice, FunctionChoice | AllowedChoice)
+            else choice or "auto",
             "tools": [_tool_json(tool) for tool in _functions(body)],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": sampling.top_p,

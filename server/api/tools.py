@@ -6,13 +6,21 @@ from typing import Any, Literal
 
 from tucka_runtime import grammars, schemas
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.conversation import FunctionBody, NamedFunction, NamedTool, ToolBody
+from tucka_runtime.server.api.conversation import (
+    AllowedTools,
+    FunctionBody,
+    NamedFunction,
+    NamedTool,
+    ToolBody,
+    ToolChoiceOption,
+)
 from tucka_runtime.server.api.structured import MAX_GRAMMAR_CHARS
 from tucka_runtime.server.service.calls import CallFormat
 from tucka_runtime.tokenizer import Tokenizer
 
 MOST_CALLS = 16  # of one answer that has to call
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_NOT_AMONG = "`{}` names a function that is not among the `{}`."
 _TOLD = (
     "You can call functions. Each line is one, with the JSON schema of its parameters:\n{functions}\n"
     'To call one, answer with nothing but JSON: {{"name": ..., "arguments": {{...}}}}; for several a list of those.'
@@ -36,24 +44,29 @@ class Function:
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What may be called, and whether something has to be: any of the functions where `choice` is "required", the one
-    that is `named`, if any. `parallel`: several at once."""
+    that is `named`, if any. `allowed`: the names of those that may be called, if not all. `parallel`: several at once.
+    `param` is the field that the functions came in."""
 
     functions: tuple[Function, ...] = ()
     choice: Literal["auto", "none", "required"] = "auto"
     named: str | None = None
+    allowed: frozenset[str] | None = None
     parallel: bool = True
+    param: str = "tools"
 
     @property
     def callable(self) -> tuple[Function, ...]:
         """The functions that may be called."""
-        return () if self.choice == "none" else self.functions
+        if self.choice == "none":
+            return ()
+        return tuple(f for f in self.functions if self.allowed is None or f.name in self.allowed)
 
     @property
     def forced(self) -> tuple[Function, ...]:
         """The functions of which one has to be called."""
         if self.named is not None:
             return tuple(function for function in self.functions if function.name == self.named)
-        return self.functions if self.choice == "required" else ()
+        return self.callable if self.choice == "required" else ()
 
     def for_template(self) -> list[dict[str, Any]] | None:
         """What chat templates know as `tools`. None where nothing may be called: a model that is not told of functions
@@ -69,13 +82,14 @@ class Tools:
 NO_TOOLS = Tools()
 
 
-def tools_of(
-    tools: list[ToolBody] | None,
-    choice: Literal["auto", "none", "required"] | NamedTool | None,
-    parallel: bool | None,
-) -> Tools:
+def tools_of(tools: list[ToolBody] | None, choice: ToolChoiceOption, parallel: bool | None) -> Tools:
     """What OpenAI's three fields ask for. Raises InvalidRequestError."""
     functions = _functions([tool.function for tool in tools or ()], "tools")
+    if isinstance(choice, AllowedTools):
+        names = {tool.function.name for tool in choice.allowed_tools.tools}
+        if names - {function.name for function in functions}:
+            raise InvalidRequestError(_NOT_AMONG.format("tool_choice", "tools"), "tool_choice")
+        return Tools(functions, choice.allowed_tools.mode, parallel=parallel is not False, allowed=frozenset(names))
     if isinstance(choice, NamedTool):
         return _named(functions, choice.function.name, "tool_choice", "tools")
     if choice == "required" and not functions:
@@ -88,7 +102,7 @@ def functions_of(functions: list[FunctionBody], choice: Literal["auto", "none"] 
     known = _functions(functions, "functions")
     if isinstance(choice, NamedFunction):
         return _named(known, choice.name, "function_call", "functions")
-    return Tools(known, choice or "auto", parallel=False)
+    return Tools(known, choice or "auto", parallel=False, param="functions")
 
 
 def _functions(bodies: list[FunctionBody], param: str) -> tuple[Function, ...]:
@@ -99,9 +113,9 @@ def _functions(bodies: list[FunctionBody], param: str) -> tuple[Function, ...]:
 
 
 def _named(functions: tuple[Function, ...], name: str, param: str, among: str) -> Tools:
-    made = Tools(functions, named=name, parallel=False)
+    made = Tools(functions, named=name, parallel=False, param=among)
     if not made.forced:
-        raise InvalidRequestError(f"`{param}` names a function that is not among the `{among}`.", param)
+        raise InvalidRequestError(_NOT_AMONG.format(param, among), param)
     return made
 
 
@@ -114,14 +128,14 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
     if sum(map(len, texts)) > MAX_GRAMMAR_CHARS:
         raise InvalidRequestError(
             f"The functions one of which has to be called have schemas of more than {MAX_GRAMMAR_CHARS} characters. "
-            "Name the one to call in `tool_choice`, or leave the choice to the model.",
-            "tools",
+            "Name the one to call, or leave the choice to the model.",
+            tools.param,
         )
     for function, schema in zip(forced, texts, strict=True):
         if reason := grammars.check_schema(schema):
             place = tools.functions.index(function)
             raise InvalidRequestError(
-                f"The schema of function {place + 1} of the `tools` cannot be followed: {reason}.", "tools"
+                f"The schema of function {place + 1} of the `{tools.param}` cannot be followed: {reason}.", tools.param
             )
     rules = []
     for i, (function, schema) in enumerate(zip(forced, texts, strict=True)):

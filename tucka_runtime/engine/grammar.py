@@ -87,8 +87,7 @@ class Grammars:
                 row.fill_(-1)
                 self.broken[seq.key] = InvalidRequestError(
                     "What the answer is held to (a JSON schema, a grammar) takes too much to follow. Simplify its "
-                    "patterns and alternatives.",
-                    "response_format",
+                    "patterns and alternatives."
                 )
         return made
 

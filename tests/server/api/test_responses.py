@@ -270,7 +270,9 @@ def test_what_has_to_be_called_is_held_to_a_grammar(start_fake: StartFake) -> No
     server = start_fake(template=HERMES)
     assert server.engine
     for choice, held in (("auto", []), ("none", []), ("required", ["get_weather", "now"]),
-                         ({"type": "function", "name": "now"}, ["now"])):  # fmt: skip
+                         ({"type": "function", "name": "now"}, ["now"]),
+                         ({"type": "allowed_tools", "mode": "required",
+                           "tools": [{"type": "function", "name": "get_weather"}]}, ["get_weather"])):  # fmt: skip
         answer = server.post("/v1/responses", ASK | {"tools": TOOLS, "tool_choice": choice, "max_output_tokens": 1})
         assert answer.status_code == 200 and answer.json()["tool_choice"] == choice
         grammar = server.engine.requests[-1].sampling.grammar or ""

@@ -26,6 +26,12 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    """OpenAI's choice among some of the functions."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def streamed(server: Server, **ask: Any) -> tuple[dict[str, Any], str]:
     """The message that a stream's deltas make, put together as OpenAI's clients do, and the finish reason."""
     message: dict[str, Any] = {"content": "", "calls": [], "reasoning": ""}
@@ -223,10 +229,26 @@ def test_what_templates_are_told(start_fake: StartFake) -> None:
     assert text(messages=last, continue_final_message=True) == "user: Hello\nassistant: I am"
 
 
+def test_some_of_the_functions_may_be_called(start_fake: StartFake) -> None:
+    """The model is told of those alone, and held to them where it has to call."""
+    server = start_fake(template=HERMES)
+    assert server.engine
+    for mode, held in (("auto", False), ("required", True)):
+        answer = server.post("/v1/chat/completions", ASK | {"tools": TOOLS, "tool_choice": allowed(mode, "now")})
+        request = server.engine.requests[-1]
+        told = bytes(token - 3 for token in request.prompts[0]).decode()
+        grammar = request.sampling.grammar or ""
+        assert answer.status_code == 200 and "now" in told and "get_weather" not in told
+        assert ("now" in grammar) == held and "get_weather" not in grammar
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "rm")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("none", "now")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
         ({"tools": [{"type": "function"}]}, "tools"),
