@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,8 @@ from tests.support.adapter_files import (
 from tucka_runtime.adapters import format as adapter_format
 from tucka_runtime.adapters import targets
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.config import MAX_CENTROIDS, parse_config
+from tucka_runtime.adapters.config import parse_config
+from tucka_runtime.adapters.config_fields import MAX_CENTROIDS
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, start_digest, strict_json
 from tucka_runtime.adapters.format import (
     LoRAModule,
@@ -346,6 +348,8 @@ def test_configuration_that_is_no_json(tmp_path, base, text, why):
         {"peft_type": "LOHA"},
         {"peft_type": ["TUCKA"]},
         *({name: value} for name in ("auto_mapping", "auto_map", "trust_remote_code") for value in ({"a": "b"}, False)),
+        {"auto_mapping": {"base_model_class": 3}},
+        {"auto_mapping": {"base_model_class": "x" * 5000}},
         {"some_future_field": 1},
         {"base_model_class": "os.system"},
         {"target_modules": ["lm_head"]},
@@ -363,8 +367,8 @@ def test_configuration_that_is_refused(tmp_path, base, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
-        {"lora_bias": True},
+        {"use_dora": True, "lora_bias": True},
+        {"use_dora": 1},
         {"layer_replication": [[0, 1]]},
         {"megatron_config": {"a": 1}},
         {"target_parameters": ["x"]},
@@ -394,17 +398,25 @@ def test_lora_configuration_that_is_refused(tmp_path, base, changes):
 @pytest.mark.parametrize(
     ("changes", "what_to_do"),
     [
-        ({"use_dora": True}, "merge_and_unload"),
-        ({"lora_bias": True}, "merge_and_unload"),
+        ({"use_qalora": True}, "merge_and_unload"),
+        ({"use_dora": True}, "lacks 2 tensors.*lora_magnitude_vector"),
+        ({"lora_bias": True}, "lacks 2 tensors.*lora_B.bias"),
         ({"trainable_token_indices": [1]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        ({"auto_mapping": {"base_model_class": "os", "parent_library": "os"}}, "set it to null"),
+        ({"auto_mapping": {"loader": "os"}}, "Set it to null"),
     ],
     ids=str,
 )
 def test_a_refusal_says_what_to_do(tmp_path, base, changes, what_to_do):
     with pytest.raises(InvalidAdapterError, match=what_to_do):
         read_adapter(put(tmp_path, lora_config(**changes), lora_tensors(base)), base)
+
+
+def test_a_class_that_is_named_for_the_base_is_ignored(tmp_path, base, caplog):
+    mapping = {"base_model_class": "Zen", "parent_library": "this"}
+    folder = put(tmp_path, lora_config(auto_mapping=mapping), lora_tensors(base))
+    assert read_adapter(folder, base).kind == "lora"
+    assert "`auto_mapping`, which is ignored" in caplog.text and "this" not in sys.modules
 
 
 def test_neutral_unknown_fields_are_accepted(tmp_path, base):

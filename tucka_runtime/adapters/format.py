@@ -18,13 +18,13 @@ from safetensors.torch import save
 
 from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import (
-    MAX_NAME,
     AdapterSpec,
     LoRASpec,
     TuckASpec,
     config_as_dict,
     parse_config,
 )
+from tucka_runtime.adapters.config_fields import MAX_NAME
 from tucka_runtime.adapters.files import (
     CONFIG_NAME,
     MAX_WEIGHTS_BYTES,
@@ -80,11 +80,17 @@ class TuckAModule:
 
 @dataclass(frozen=True, eq=False)
 class LoRAModule:
-    """One adapted linear, fp32: a (r, d_in), b (d_out, r); the change is scale · x aᵀ bᵀ."""
+    """One adapted linear, fp32: a (r, d_in), b (d_out, r); the change is scale · x aᵀ bᵀ.
+
+    magnitude (d_out,), of a DoRA: the norms that the rows of W + scale · b a are given. bias (d_out,): what b adds, so
+    that the change is scale · (x aᵀ bᵀ + bias). None where the adapter has none.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +161,13 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
     if isinstance(config, LoRASpec):
         scales = _lora_scales(config, ranks)
         modules = {
-            path: LoRAModule(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], scales[path])
+            path: LoRAModule(
+                tensors[f"{path}.lora_A.weight"],
+                tensors[f"{path}.lora_B.weight"],
+                scales[path],
+                tensors.get(f"{path}.lora_magnitude_vector"),
+                tensors.get(f"{path}.lora_B.bias"),
+            )
             for path in targets
         }
         return Adapter(config, digest.hexdigest(), modules, None, None, saved, training)

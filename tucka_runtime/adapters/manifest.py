@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec, printable
+from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec
+from tucka_runtime.adapters.config_fields import printable
 from tucka_runtime.adapters.safefile import Entry
 from tucka_runtime.adapters.targets import is_all_linear, match_targets
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
 
 PREFIX = "base_model.model."
 
-_ADAPTER_NAME = re.compile(r"\.(lora_[AB]\.\w+\.weight|tucka_(g|c|u|ec)\.\w+)$", re.ASCII)
+_ADAPTER_NAME = re.compile(r"\.(lora_([AB]|magnitude_vector)\.\w+\.(weight|bias)|tucka_(g|c|u|ec)\.\w+)$", re.ASCII)
 """How a tensor is called inside a model that PEFT has put an adapter into: with the adapter's name."""
 
 NAMES_SHOWN = 3  # tensor names in one error message
@@ -116,10 +117,15 @@ def _expected_module(
     d_in, d_out = size
     if isinstance(config, LoRASpec):
         r = config.r if rank is None else rank
-        return {
+        expected = {
             f"{PREFIX}{path}.lora_A.weight": Expected((r, d_in), (False, True)),
             f"{PREFIX}{path}.lora_B.weight": Expected((d_out, r), (True, False)),
         }
+        if config.use_dora:
+            expected[f"{PREFIX}{path}.lora_magnitude_vector"] = Expected((d_out,), (True,))
+        if config.lora_bias:
+            expected[f"{PREFIX}{path}.lora_B.bias"] = Expected((d_out,), (True,))
+        return expected
     k, t, p, r = config.k, config.t, config.p, config.r
     expected = {
         f"{PREFIX}{path}.tucka_g": Expected((k, p, r, r), (False, False, False, False)),
@@ -184,7 +190,7 @@ def _remedy(extra: list[str], base: BaseLayout) -> str:
 
 def _adapted_path(name: str) -> str | None:
     """The module an adapter tensor belongs to; None for other tensors."""
-    match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|lora_\w+(\.weight)?)", name, re.ASCII)
+    match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|lora_\w+(\.weight|\.bias)?)", name, re.ASCII)
     return match and match[1]
 
 

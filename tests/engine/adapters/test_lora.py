@@ -38,6 +38,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
     "dropout": ("llama", {"target_modules": ["q_proj"], "lora_dropout": 0.5}),
     "no-biases-to-train": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "dora": ("llama", {"target_modules": ALL, "use_dora": True}),
+    "dora-and-biases": ("qwen2", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, "r": 2}),
+    "dora-conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
+    "lora-bias": ("qwen2", {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "lora_bias": True}),
+    "no-task-type": ("llama", {"target_modules": ["q_proj"], "task_type": None}),
     "own-head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "own-embedding": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "own-norms": (
@@ -64,7 +69,9 @@ def save_peft(model: Any, folder: Path, seed: int, **settings: Any) -> None:
     peft = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter *= 1 + 0.3 * torch.randn_like(parameter)
+            elif "lora_" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             elif parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
@@ -102,8 +109,6 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path):
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "dora": ("llama", {"use_dora": True}, "merge_and_unload"),
-    "lora-bias": ("qwen2", {"lora_bias": True}, "merge_and_unload"),
     "qalora": ("llama", {"use_qalora": True, "qalora_group_size": 8}, "merge_and_unload"),
     "activated": ("llama", {"alora_invocation_tokens": [3]}, "merge_and_unload"),
     "parameters": ("llama", {"target_parameters": ["k_proj.weight"]}, "merge_and_unload"),
@@ -115,7 +120,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "own-biases": ("qwen2", {"bias": "lora_only"}, "bias='none'"),
     "pissa": ("llama", {"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
     "olora": ("llama", {"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-    "no-task-type": ("llama", {"task_type": None}, "set it to null"),
 }
 
 
@@ -156,12 +160,15 @@ def test_an_adapter_whose_base_was_changed_is_served_once_converted(kind: str, t
     assert relative(recorder.of("r"), theirs) < FP32
 
 
-@pytest.mark.parametrize("tokens", [2048, 12])
-def test_many_kinds_in_one_batch(tokens: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kernels", "tokens"),
+    [("reference", 2048), ("reference", 12), pytest.param("native", 2048, marks=pytest.mark.native)],
+)
+def test_many_kinds_in_one_batch(kernels: str, tokens: int, tmp_path: Path):
     """LoRAs of unequal ranks, targets and saved modules beside TuckA adapters of unequal ranks and the base: every row
     has the logits it has alone, in passes of prompts, of decodes, and of both."""
     base = tmp_path / "base"
-    names = ("every-target", "rank-pattern", "rslora", "own-head", "own-embedding")
+    names = ("every-target", "rank-pattern", "rslora", "dora", "lora-bias", "own-head", "own-embedding")
     for seed, name in enumerate(names):
         save_peft(save_model(base), tmp_path / name, seed, **CASES[name][1])
     layout = build(base).layout
@@ -170,7 +177,7 @@ def test_many_kinds_in_one_batch(tokens: int, tmp_path: Path):
     keys = [AdapterKey(name, 1) for name in (*names, "wide", "inner")]
 
     def engine(**settings: int) -> Any:
-        engine = build(base, **settings)
+        engine = build(base, kernels=kernels, **settings)
         for key in keys:
             engine.load_adapter(key, tmp_path / key.name)
         return engine

@@ -1,7 +1,8 @@
 """From an adapter's files to the form that is served.
 
 An adapter is folded once, at load, into the serving form (docs/architecture.md): y_j += ((x Uᵀ) M) E_j with U = Û and
-E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors.
+E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors. A DoRA, and a LoRA
+with biases, also scale and offset the base's y_j before that.
 """
 
 import torch
@@ -46,21 +47,19 @@ def fold(
     device = weights.embed.device
     where = locate(arch)
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
+    affine: dict[Where, Tensor] = {}
+    base = _BaseLinears(arch, weights)
     cores: list[tuple[Where, Tensor, Tensor]] = []
-    dense_at, dense = (-1, -1), torch.empty(0)
     for path, module in adapter.modules.items():
         at = where[path]
         if isinstance(module, LoRAModule):
-            u, e = module.a.float(), module.b.float().T * module.scale
+            u, e, change = _lora(module, at, base)
+            if change is not None:
+                affine[at] = change
         else:
-            site = arch.sites[at.site]
-            if (at.layer, at.site) != dense_at:  # modules come site by site
-                dense_at, dense = (at.layer, at.site), weights.layers[at.layer].linears[at.site].dense()
-            first = sum(site.widths[: at.target])
-            base = dense[first : first + site.widths[at.target]].float()
             g, c, unit = _normalised(module, device)
             assert isinstance(adapter.config, TuckASpec)
-            u, e = unit.T, (adapter.config.alpha * (base @ unit)).T
+            u, e = unit.T, (adapter.config.alpha * (base.weight(at) @ unit)).T
             if pinned is not None:
                 u = (unit @ _pinned_core(g, c, pinned)).T
             cores.append((at, g, c))
@@ -75,7 +74,7 @@ def fold(
         )
         numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
         routed = TuckACores(torch.tensor(numbers, dtype=torch.int64).to(device), g, c, router)
-    folded = FoldedAdapter(key, factors, routed, saved)
+    folded = FoldedAdapter(key, factors, affine, routed, saved)
     # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
     # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
     if not torch.stack([t.isfinite().all() for t in folded.tensors()]).all():
@@ -97,11 +96,14 @@ def folded_bytes(
         at = where[path]
         site = arch.sites[at.site]
         width = site.widths[at.target]
+        copied = site.d_in * sum(site.widths) * base.itemsize
         if isinstance(module, LoRAModule):
             r = module.a.shape[0]
+            kept += 8 * width if module.magnitude is not None or module.bias is not None else 0
+            if module.magnitude is not None:  # the base's own and its sum with the change
+                passing = max(passing, copied + 2 * site.d_in * width * 4)
         else:
             r = module.u.shape[1]
-            copied = site.d_in * sum(site.widths) * base.itemsize
             passing = max(passing, copied + site.d_in * width * 4)
             # Each linear's number is int64, its parts are fp32.
             kept += 8 + 4 * (module.g.numel() + module.c.numel()) if routed else 0
@@ -151,6 +153,50 @@ def describe(
         route_prefix_tokens=folded.routed.router.prefix_tokens if folded.routed else None,
         load_seconds=load_seconds,
     )
+
+
+class _BaseLinears:
+    """The base's own linears, of which adapters ask site by site: a site's weights are unpacked once."""
+
+    def __init__(self, arch: Architecture, weights: Weights):
+        self.arch = arch
+        self.weights = weights
+        self._unpacked: tuple[tuple[int, int], Tensor] | None = None
+
+    def _columns(self, at: Where) -> slice:
+        site = self.arch.sites[at.site]
+        return slice(site.columns[at.target], site.columns[at.target + 1])
+
+    def weight(self, at: Where) -> Tensor:
+        """(d_out, d_in) fp32."""
+        site = at.layer, at.site
+        if self._unpacked is None or self._unpacked[0] != site:
+            self._unpacked = site, self.weights.layers[at.layer].linears[at.site].dense()
+        return self._unpacked[1][self._columns(at)].float()
+
+    def bias(self, at: Where) -> Tensor:
+        """(d_out,) fp32, zero where the base has none."""
+        columns, bias = self._columns(at), self.weights.layers[at.layer].linears[at.site].bias
+        if bias is None:
+            return torch.zeros(columns.stop - columns.start, device=self.weights.embed.device)
+        return bias[columns].float()
+
+
+def _lora(module: LoRAModule, at: Where, base: _BaseLinears) -> tuple[Tensor, Tensor, Tensor | None]:
+    """U (r, d_in), E (r, d_out), and what is changed of the base's y, (2, d_out), if anything.
+
+    DoRA is y = s ⊙ (W + ΔW) x + b with s = magnitude / ‖W + ΔW‖, row by row: s ⊙ (Wx + b) + (1 - s) ⊙ b + s ⊙ ΔW x.
+    """
+    device = base.weights.embed.device
+    a, b = module.a.to(device).float(), module.b.to(device).float() * module.scale
+    if module.magnitude is not None:
+        norms = torch.linalg.vector_norm(torch.addmm(base.weight(at), b, a), dim=1)
+        scale = module.magnitude.to(device).float() / norms
+        return a, (scale[:, None] * b).T, torch.stack([scale, (1 - scale) * base.bias(at)])
+    if module.bias is not None:
+        offset = module.scale * module.bias.to(device).float()
+        return a, b.T, torch.stack([torch.ones_like(offset), offset])
+    return a, b.T, None
 
 
 def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

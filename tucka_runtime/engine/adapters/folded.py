@@ -49,17 +49,20 @@ class TuckACores:
 
 @dataclass(frozen=True, eq=False)
 class FoldedAdapter:
-    """An adapter in the serving form. `factors` has (U (r, d_in), E (r, d_out)) of each adapted linear; `routed` is
-    None where the core is constant; `saved` replaces parameters of the base by name."""
+    """An adapter in the serving form. `factors` has (U (r, d_in), E (r, d_out)) of each adapted linear, `affine` what
+    it changes of the base's own product there, scale and offset (2, d_out) fp32, where it does; `routed` is None where
+    the core is constant; `saved` replaces parameters of the base by name."""
 
     key: AdapterKey
     factors: Mapping[Where, tuple[Tensor, Tensor]]
+    affine: Mapping[Where, Tensor]
     routed: TuckACores | None
     saved: Mapping[str, Tensor]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds on the device."""
-        tensors = [t for pair in self.factors.values() for t in pair] + list(self.saved.values())
+        tensors = [t for pair in self.factors.values() for t in pair]
+        tensors += [*self.affine.values(), *self.saved.values()]
         if self.routed is not None:
             router = self.routed.router
             tensors += [self.routed.g, self.routed.c, self.routed.linears, router.centroids]
