@@ -399,8 +399,8 @@ def test_lora_configuration_that_is_refused(tmp_path, base, changes):
     ("changes", "what_to_do"),
     [
         ({"use_qalora": True}, "merge_and_unload"),
-        ({"use_dora": True}, "lacks 2 tensors.*lora_magnitude_vector"),
-        ({"lora_bias": True}, "lacks 2 tensors.*lora_B.bias"),
+        ({"use_dora": True}, r"lacks \d+ tensors.*lora_magnitude_vector"),
+        ({"lora_bias": True}, r"lacks \d+ tensors.*lora_B.bias"),
         ({"trainable_token_indices": [1]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"auto_mapping": {"loader": "os"}}, "Set it to null"),

@@ -151,13 +151,13 @@ def check_names(names: Set[str], expected: Set[str], targets: list[str], base: B
             f"the adapter's tensors have an adapter's name in theirs ({_some(named)}), as in a model's own state_dict. "
             "Save it with PEFT's save_pretrained, which leaves the name out (`default.` in lora_A.default.weight)."
         )
-    foreign = [name for name in extra if _adapted_path(name) not in (None, *base.linears)]
+    foreign = [name for name in extra if adapted_path(name) not in (None, *base.linears)]
     if foreign:
         raise BaseModelMismatchError(
             f"the adapter has {len(foreign)} tensors for modules that this base model does not have "
             f"({_some(foreign)}). It was made for another base."
         )
-    present = {_adapted_path(name) for name in names}
+    present = {adapted_path(name) for name in names}
     absent = [path for path in targets if path not in present]
     if absent:
         raise BaseModelMismatchError(
@@ -188,7 +188,7 @@ def _remedy(extra: list[str], base: BaseLayout) -> str:
     return "It is another kind of LoRA than is served, or its two files do not belong together."
 
 
-def _adapted_path(name: str) -> str | None:
+def adapted_path(name: str) -> str | None:
     """The module an adapter tensor belongs to; None for other tensors."""
     match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|lora_\w+(\.weight|\.bias)?)", name, re.ASCII)
     return match and match[1]
