@@ -372,7 +372,12 @@ def test_configuration_that_is_refused(tmp_path, base, changes):
         {"layer_replication": [[0, 1]]},
         {"megatron_config": {"a": 1}},
         {"target_parameters": ["x"]},
-        {"trainable_token_indices": [1]},
+        *(
+            {"trainable_token_indices": value}
+            for value in ([-1], [1, 1], [True], "x", 3, {"lm_head": 3}, {"norm": [1]})
+        ),
+        {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+        {"lora_bias": True, "target_modules": ["q_proj", "embed_tokens"]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
         {"ensure_weight_tying": True},
@@ -401,7 +406,8 @@ def test_lora_configuration_that_is_refused(tmp_path, base, changes):
         ({"use_qalora": True}, "merge_and_unload"),
         ({"use_dora": True}, r"lacks \d+ tensors.*lora_magnitude_vector"),
         ({"lora_bias": True}, r"lacks \d+ tensors.*lora_B.bias"),
-        ({"trainable_token_indices": [1]}, "modules_to_save"),
+        ({"trainable_token_indices": {"norm": [1]}}, "`embed_tokens`, `lm_head`"),
+        ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "one of them"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"auto_mapping": {"loader": "os"}}, "Set it to null"),
     ],
@@ -644,8 +650,13 @@ def test_lora_on_an_embedding_or_with_biases(tmp_path, base):
     with pytest.raises(InvalidAdapterError, match="bias='none'"):
         read_adapter(put(tmp_path / "b", lora_config(bias="lora_only"), biased), base)
     embedded = {**lora_tensors(base), f"{PREFIX}model.embed_tokens.weight": torch.ones(16, 6)}
-    with pytest.raises(InvalidAdapterError, match="save_embedding_layers=False"):
-        read_adapter(put(tmp_path / "c", lora_config(), embedded), base)
+    assert set(read_adapter(put(tmp_path / "c", lora_config(), embedded), base).saved) == {"model.embed_tokens.weight"}
+    grown = {**lora_tensors(base), f"{PREFIX}model.embed_tokens.weight": torch.ones(17, 6)}
+    with pytest.raises(BaseModelMismatchError, match="resize_token_embeddings"):
+        read_adapter(put(tmp_path / "d", lora_config(), grown), base)
+    config = lora_config(trainable_token_indices=[16])
+    with pytest.raises(BaseModelMismatchError, match="resize_token_embeddings"):
+        read_adapter(put(tmp_path / "e", config, lora_tensors(base)), base)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.support import GOLDEN
@@ -46,7 +46,7 @@ def test_inspect_of_a_dora_for_another_base(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_what_is_served_is_within_the_limit(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TuckA routed by token (Llama) and inside the model (GPT-2, or behind another linear), DoRA."""
+    """TuckA routed by token (Llama) and inside the model (GPT-2, or behind another linear), DoRA, adapted tables."""
     save_model(tmp_path / "base", kind)
     layout = build(tmp_path / "base").layout
     first, later = (("c_attn",), ("c_proj",)) if kind == "gpt2" else (("q_proj", "up_proj"), ("o_proj", "down_proj"))
@@ -57,6 +57,13 @@ def test_what_is_served_is_within_the_limit(kind: str, tmp_path: Path, capsys: p
         assert main(["adapters", "verify", str(tmp_path / name), "--model", str(tmp_path / "base")]) == 0
         text = capsys.readouterr().out
         assert "all within 1e-05" in text and ("routes at" in text) is (name != "dora")
+    if kind == "llama":
+        tables = LoraConfig(target_modules=["embed_tokens", "lm_head"], use_dora=True, init_lora_weights=False, r=2)
+        tokens = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[9, 4], init_lora_weights=False, r=2)
+        for name, config in (("tables", tables), ("tokens", tokens)):
+            get_peft_model(save_model(tmp_path / "base"), config).save_pretrained(tmp_path / name)
+            assert main(["adapters", "verify", str(tmp_path / name), "--model", str(tmp_path / "base")]) == 0
+            assert "embed_tokens" in capsys.readouterr().out
     half = ["--model", str(tmp_path / "base"), "--dtype", "float16"]
     assert main(["adapters", "verify", str(tmp_path / "early"), *half]) == 0
 

@@ -41,7 +41,6 @@ _OTHER_LORA_FIELDS = {
     "kasa_config": "it also changes the base",
     "layer_replication": "it runs layers of the base several times",
     "target_parameters": "it adapts parameters that are no linear layers",
-    "trainable_token_indices": "it changes single rows of the embedding. `modules_to_save` replaces all of it",
     "use_bdlora": "its factors are block-diagonal",
     "use_qalora": "its factors act on groups of inputs",
 }
@@ -99,6 +98,7 @@ class LoRASpec:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = True
     bias: str = "none"

@@ -15,6 +15,7 @@ MAX_CENTROIDS = 256  # k * t
 MAX_SLICES = 64
 MAX_SCALE = 1e6  # |alpha|: beyond it the delta leaves the range of fp16 whatever the weights
 MAX_ENTRIES = 4096  # names in a list: more than a large model has linears
+MAX_TOKENS = 65536  # rows of the embedding that an adapter brings by itself
 MAX_NAME = 256
 MAX_TEXT = 4096  # paths, regular expressions
 
@@ -103,6 +104,20 @@ def _pattern(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     return check_table
 
 
+def _tokens(name: str, value: Any) -> None:
+    """A check of `trainable_token_indices`: token ids, or those of each table by its name."""
+    if isinstance(value, dict):
+        _names(name, list(value))
+    for ids in value.values() if isinstance(value, dict) else [value]:
+        if (
+            not isinstance(ids, list)
+            or not 0 < len(ids) <= MAX_TOKENS
+            or not all(type(token) is int and token >= 0 for token in ids)
+            or len(set(ids)) < len(ids)
+        ):
+            raise invalid(f"`{name}` must be a list of 1 to {MAX_TOKENS} different token ids, or an object of those")
+
+
 def _init(name: str, value: Any) -> None:
     if type(value) is not bool:
         text(name, value)
@@ -136,6 +151,7 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "layers_to_transform": optional(_layers),
     "layers_pattern": optional(_layers_pattern),
     "modules_to_save": optional(_names),
+    "trainable_token_indices": optional(_tokens),
     "bias": text,
     "task_type": optional(text),
     "base_model_name_or_path": optional(text),

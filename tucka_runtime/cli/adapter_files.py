@@ -61,7 +61,7 @@ def inspect_adapter(folder: Path, model: Path | None) -> int:
         *_shape(config),
         ("modules", f"{len({adapted_path(PREFIX + name) for name in own})}"),
         *((f"  {name}", text) for name, text in _modules(own)),
-        ("replaced whole", ", ".join(sorted(tensors.keys() - own.keys())) or "nothing"),
+        ("replaced", ", ".join(sorted(tensors.keys() - own.keys())) or "nothing"),
         ("parameters", f"{parameters:,} in {len(tensors)} tensors"),
         ("on disk", f"{stored:,} bytes, {types}"),
         ("trained on", config.base_model_name_or_path or "not said"),
@@ -87,7 +87,8 @@ def verify_adapter(folder: Path, model: Path, dtype: str) -> int:
     limit, worst = LIMITS[factors], dict[str, float]()
     with torch.inference_mode():
         for finding in verify(adapter, arch, weights, ops, factors):
-            what = finding.what if finding.what not in adapter.modules else finding.what.rpartition(".")[2]
+            is_module = finding.what in adapter.modules or finding.what in adapter.tokens
+            what = finding.what.rpartition(".")[2] if is_module else finding.what
             worst[what] = max(worst.get(what, 0.0), finding.error)
     for what, error in worst.items():
         print(f"{what}  {error:.1e}{'' if error <= limit else '  over the limit'}")

@@ -111,7 +111,7 @@ class CudaGraphs:
     def prepare(self, adapters: Collection[FoldedAdapter]) -> bool:
         """Captures one graph that batches of these adapters will want, of each alone or all together, or that others
         wanted; False once there are all."""
-        for shape in [*self._wanted([folded for folded in adapters if not folded.saved]), *self.missed]:
+        for shape in [*self._wanted([folded for folded in adapters if folded.in_deltas]), *self.missed]:
             self.missed.pop(shape, None)
             if shape not in self.buckets and len(self.buckets) < MOST:
                 self._add(shape)
@@ -144,4 +144,4 @@ def _graphable(seq: Sequence, active: ActiveSet) -> bool:
     folded = active.folded[seq.adapter]
     inside = folded.routed is not None and folded.routed.router.table is None
     unknown = seq.route is None and (inside or seq.routes_itself)
-    return not (folded.saved or unknown)
+    return folded.in_deltas and not unknown

@@ -15,7 +15,7 @@ from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAModule, Tuck
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.delta import AdapterDelta
 from tucka_runtime.engine.adapters.fold import fold, locate
-from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedTable
 from tucka_runtime.engine.adapters.segment import Segment
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterKey, Route
@@ -69,6 +69,8 @@ def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dty
                 worst[path] = max(worst[path], _relative(ours[:, own], want))
                 if scale is not None:
                     worst[path] = max(worst[path], _relative(folded.affine[where[path]][0].double(), scale))
+    for path, table in folded.tables.items():
+        worst[path] = _table(adapter, path, table, arch, weights, random)
     yield from (Finding(path, error) for path, error in worst.items())
     if folded.routed is not None:
         yield Finding(f"routes at {adapter.router}", _routing(adapter, folded, arch, weights, ops, dtype, random))
@@ -102,6 +104,30 @@ def _routes(adapter: Adapter, random: torch.Generator) -> list[Route | None]:
         return [None]
     # As fp32 has them, in which routes are kept.
     return [Route(group, tuple(torch.rand(config.t, generator=random).tolist())) for group in range(config.k)]
+
+
+def _table(
+    adapter: Adapter, path: str, table: FoldedTable, arch: Architecture, weights: Weights, random: torch.Generator
+) -> float:
+    """The error of an adapted embedding's rows, or of an adapted head's logits, of random tokens and hidden states."""
+    is_embed, module, rows = path == arch.embed, adapter.modules.get(path), adapter.tokens.get(path)
+    own = adapter.saved.get(f"{path}.weight", weights.embed if is_embed else weights.head.dense()).to(weights.embed)
+    want, offset = own.double(), 0.0
+    if isinstance(module, LoRAModule):
+        product = (module.scale * module.b.double() @ module.a.double()).to(want)
+        moved = (want.T if is_embed else want) + product
+        if module.magnitude is not None:
+            moved = moved * (module.magnitude.to(want) / moved.norm(dim=1))[:, None]
+        want = moved.T if is_embed else moved
+        offset = 0.0 if module.bias is None else module.scale * module.bias.to(want)
+    if rows is not None:
+        want = want.index_copy(0, rows[0].to(want.device), rows[1].to(want))
+    if is_embed:
+        ids = torch.randint(arch.vocab, (ROWS,), generator=random)
+        ids = torch.cat([ids, *([rows[0][:ROWS]] if rows is not None else [])]).to(want.device)
+        return _relative(table.embed(own[ids], ids).double(), want[ids])
+    hidden = torch.randn(ROWS, arch.hidden, generator=random).to(own)
+    return _relative(table.logits((hidden @ own.T).float(), hidden).double(), hidden.double() @ want.T + offset)
 
 
 def _routing(
