@@ -101,7 +101,10 @@ class ShrinkCore(Protocol):
 
 
 class Expand(Protocol):
-    """y_j += h_j E_j for every target j of a site: y (T, columns[-1]), in place, and returned."""
+    """y_j = s_j ⊙ y_j + o_j + h_j E_j for every target j of a site: y (T, columns[-1]), in place, and returned.
+
+    s_j, o_j are a row's adapter's DeltaSite.affine, 1 and 0 where it has none. The other ops that add a delta do the
+    same, whatever else they do."""
 
     def __call__(self, y: Tensor, low_rank: LowRank) -> Tensor: ...
 

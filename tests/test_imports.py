@@ -41,6 +41,7 @@ RULES = {
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
+    "cli.adapter_files": f"{SHARED} models adapters kernels engine.adapters cli",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",

@@ -10,7 +10,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,22 @@ def _calls() -> list[tuple[str, Any]]:
                 lambda c=out, d=at_out, x=x, w=weight: expand_residual.run(c.y, d, x, w, None, 1e-5, False, 64),
             )
         if label == "graph":
+            # Where an adapter of the batch changes the base's products too.
+            at_qkv, at_mlp, at_out = (
+                replace(at, site=replace(at.site, affine_ptr=at.site.e_ptr)) for at in (at_qkv, at_mlp, at_out)
+            )
+            add("expand, scaled", lambda c=case, d=at_qkv: ops.expand(c.y, d))
+            add(
+                "expand_qkv_rope_kv, scaled",
+                lambda c=case, d=at_qkv, n=norms, a=angle, k=cache, w=whole: ops.expand_qkv_rope_kv(
+                    c.y, d, a, a, n, 1e-5, k, k, w
+                ),
+            )
+            add("expand_swiglu, scaled", lambda c=mlp, d=at_mlp: ops.expand_swiglu(c.y, d))
+            add(
+                "expand_residual, scaled",
+                lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, None, 1e-5),
+            )
             continue  # what else there is has no tiles
         add("norm", lambda x=x, w=weight: ops.norm(x, w, w, 1e-5))
         add("attention", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1))

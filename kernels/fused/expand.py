@@ -21,6 +21,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_rank,
     load_tile,
     multiply,
+    scaled,
 )
 from tucka_runtime.kernels.ops import LowRank
 
@@ -58,6 +59,7 @@ def _expand(
     y,
     h,
     e_ptr,
+    affine_ptr,
     rank,
     borders,
     tiles,
@@ -70,6 +72,7 @@ def _expand(
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FURTHER: tl.constexpr,
+    AFFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,6 +92,8 @@ def _expand(
     wanted = own < width
     mask = (rows < end)[:, None] & wanted[None, :]
     acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if AFFINE:
+        acc = scaled(acc, affine_ptr, adapter, target, n, own, width, wanted)
     b = load_e(address, h, r, 0, own, width, wanted, E_ALIGN, BLOCK_R)
     acc += multiply(a, b, r, 0, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     if FURTHER:

@@ -26,6 +26,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_tile,
     multiply,
     next_tile,
+    scaled,
     tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
@@ -53,7 +54,7 @@ def expand_qkv_rope_kv(
         raise ValueError(f"rotary pairs need an even head size, not {d}")
     q_norm, k_norm = head_norms if head_norms is not None else (q, q)
     has_rope = cos is not None and sin is not None
-    args: tuple[object, ...] = (q, q, q, q, q, 0, 0, 0)  # never read
+    args: tuple[object, ...] = (q, q, q, q, q, q, 0, 0, 0)  # never read
     options = NO_DELTA
     grid: Grid | Callable[[int], Grid] = (cdiv(num_rows, SMALL_TILE), heads + 2 * kv_heads)
     if low_rank is not None:
@@ -104,6 +105,7 @@ def _qkv(
     slots,
     h,
     e_ptr,
+    affine_ptr,
     rank,
     borders,
     tiles,
@@ -134,6 +136,7 @@ def _qkv(
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FURTHER: tl.constexpr,
+    AFFINE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_ROPE: tl.constexpr,
@@ -171,8 +174,14 @@ def _qkv(
                     b, h, address, first, end, adapter, target, r, own_b, width, in_b, n, width_h, E_ALIGN, H_ALIGN,
                     BLOCK_M, BLOCK_R,
                 )  # fmt: skip
+            if AFFINE:
+                a += scaled(y_a.to(tl.float32), affine_ptr, adapter, target, n, own_a, width, in_a)
+                b += scaled(y_b.to(tl.float32), affine_ptr, adapter, target, n, own_b, width, in_b)
+            else:
+                a += y_a.to(tl.float32)
+                b += y_b.to(tl.float32)
             _finish(
-                a + y_a.to(tl.float32), b + y_b.to(tl.float32), c, s, slot, rows, inside, in_a, in_b, i, head, q,
+                a, b, c, s, slot, rows, inside, in_a, in_b, i, head, q,
                 k_cache, v_cache, q_norm, k_norm, eps, heads, kv_heads, k_slot, k_head, v_slot, v_head, norm_stride, D,
                 HALF, HAS_ROPE, HAS_NORM,
             )  # fmt: skip

@@ -29,6 +29,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_tile,
     multiply,
     next_tile,
+    scaled,
     tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
@@ -158,6 +159,7 @@ def _add(
     total,
     h,
     e_ptr,
+    affine_ptr,
     rank,
     borders,
     tiles,
@@ -177,6 +179,7 @@ def _add(
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FURTHER: tl.constexpr,
+    AFFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PADDED: tl.constexpr,
@@ -212,7 +215,10 @@ def _add(
                 acc, h, address, first, end, adapter, target, r, own, own_width, wanted, n, width_h, E_ALIGN, H_ALIGN,
                 BLOCK_M, BLOCK_R,
             )  # fmt: skip
-        acc += own_y.to(tl.float32)
+        if AFFINE:
+            acc += scaled(own_y.to(tl.float32), affine_ptr, adapter, target, n, own, own_width, wanted)
+        else:
+            acc += own_y.to(tl.float32)
         acc += before.to(tl.float32)
         tl.store(total + row * width + columns[None, :], acc.to(total.dtype.element_ty), mask=mask)
         if ONE_LAUNCH:

@@ -25,6 +25,7 @@ from tucka_runtime.kernels.fused.tiles import (
     load_tile,
     multiply,
     next_tile,
+    scaled,
     tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
@@ -46,7 +47,7 @@ def run(gate_up: Tensor, low_rank: LowRank | None, block_n: int) -> Tensor:
     if not num_rows:
         return out
     blocks = cdiv(f, block_n)
-    args: tuple[object, ...] = (out, out, out, out, out, 0, 0, 0)  # never read
+    args: tuple[object, ...] = (out, out, out, out, out, out, 0, 0, 0)  # never read
     options = NO_DELTA
     grid: Grid | Callable[[int], Grid] = (cdiv(num_rows, SMALL_TILE), blocks)
     if low_rank is not None:
@@ -77,6 +78,7 @@ def _swiglu(
     out,
     h,
     e_ptr,
+    affine_ptr,
     rank,
     borders,
     tiles,
@@ -91,6 +93,7 @@ def _swiglu(
     H_ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FURTHER: tl.constexpr,
+    AFFINE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,8 +135,12 @@ def _swiglu(
                     up, h, at_up, first, end, adapter, other, r_up, own_up, width_up, wanted, n, width_h, E_ALIGN,
                     H_ALIGN, BLOCK_M, BLOCK_R,
                 )  # fmt: skip
-            gate += gate_y.to(tl.float32)
-            up += up_y.to(tl.float32)
+            if AFFINE:
+                gate += scaled(gate_y.to(tl.float32), affine_ptr, adapter, 0, n, own_gate, width_gate, wanted)
+                up += scaled(up_y.to(tl.float32), affine_ptr, adapter, other, n, own_up, width_up, wanted)
+            else:
+                gate += gate_y.to(tl.float32)
+                up += up_y.to(tl.float32)
             _store(out, gate, up, rows, inside, columns, wanted, f)
             first, end, adapter = first_next, end_next, adapter_next
             r_gate, at_gate, r_up, at_up = r_gate_next, at_gate_next, r_up_next, at_up_next

@@ -145,6 +145,17 @@ def load_e(address, like, r, c, own, width, wanted, ALIGN: tl.constexpr, R: tl.c
 
 
 @triton.jit
+def scaled(y, affine_ptr, adapter, target, n, own, width, wanted):
+    """y (M, BLOCK_N) in fp32, its columns `own` (BLOCK_N,), of `width`, of which some are `wanted`, scaled and offset
+    as the adapter has it (DeltaSite.affine): as they are where it has nothing."""
+    address = tl.load(affine_ptr + adapter * n + target, mask=adapter >= 0, other=0)
+    there = tl.where(address != 0, wanted, False)
+    at = address.to(tl.pointer_type(tl.float32)) + own
+    scales, offsets = tl.load(at, mask=there, other=1.0), tl.load(at + width, mask=there, other=0.0)
+    return y * scales[None, :] + offsets[None, :]
+
+
+@triton.jit
 def multiply(a, b, r, c, acc):
     """acc + h E over the ranks that `load_h` and `load_e` brought, from c on."""
     i = c + tl.arange(0, a.shape[1])
@@ -176,22 +187,25 @@ def alignment(columns: Sequence[int]) -> int:
 
 
 def delta_args(low_rank: LowRank) -> tuple[object, ...]:
-    """What every kernel with a delta takes: h, e_ptr, rank, borders, tiles, their number, n, the width of h."""
+    """What every kernel with a delta takes: h, e_ptr, affine_ptr (never read where no adapter has any), rank, borders,
+    tiles, their number, n, the width of h."""
     h, site, plan = low_rank.h, low_rank.site, low_rank.plan
-    tiles = plan.segments.tiles
-    return h, site.e_ptr, site.rank, site.borders, tiles, tiles.shape[0], len(site.columns) - 1, plan.max_rank
+    tiles, n = plan.segments.tiles, len(site.columns) - 1
+    affine = site.e_ptr if site.affine_ptr is None else site.affine_ptr
+    return h, site.e_ptr, affine, site.rank, site.borders, tiles, tiles.shape[0], n, plan.max_rank
 
 
 def delta_options(low_rank: LowRank, start: int) -> dict[str, int]:
     """The constants of such a kernel, whose programs' columns start at multiples of `start`."""
     segments = low_rank.plan.segments
     size, rank = low_rank.h.element_size(), low_rank.plan.max_rank
-    return _delta_options(low_rank.site.columns, start, size, rank, segments.tile_rows, segments.padded)
+    affine = low_rank.site.affine_ptr is not None
+    return _delta_options(low_rank.site.columns, start, size, rank, segments.tile_rows, segments.padded, affine)
 
 
 @lru_cache(256)
 def _delta_options(
-    columns: tuple[int, ...], start: int, size: int, rank: int, tile_rows: int, padded: bool
+    columns: tuple[int, ...], start: int, size: int, rank: int, tile_rows: int, padded: bool, affine: bool
 ) -> dict[str, int]:
     return {
         "ALIGN": alignment(columns),
@@ -199,6 +213,7 @@ def _delta_options(
         "H_ALIGN": math.gcd(16, rank),
         "BLOCK_R": rank_block(rank),
         "FURTHER": rank > rank_block(rank),
+        "AFFINE": affine,
         "BLOCK_M": tile_rows,
         "PADDED": padded,
     }
@@ -210,6 +225,7 @@ NO_DELTA: dict[str, int] = {
     "H_ALIGN": 1,
     "BLOCK_R": CHUNK,
     "FURTHER": False,
+    "AFFINE": False,
     "BLOCK_M": SMALL_TILE,
     "PADDED": False,
 }

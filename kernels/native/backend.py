@@ -21,15 +21,15 @@ _NATIVE: Any = torch.ops.tucka
 NO_WINDOW = 2**31 - 1
 """Longer than any context."""
 
-_Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _parts(low_rank: LowRank | None) -> _Parts:
     """What the expands read of the low-rank half."""
     if low_rank is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     site = low_rank.site
-    return low_rank.h, site.e_ptr, site.rank, site.borders, low_rank.plan.segments.tiles
+    return low_rank.h, site.e_ptr, site.affine_ptr, site.rank, site.borders, low_rank.plan.segments.tiles
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -28,24 +28,42 @@ inline std::vector<Run> runs(const std::optional<Tensor>& tiles, int64_t num_row
   return out;
 }
 
-// h (T, n, R) fp32, and where a site's E lie (ops.LowRank).
+// h (T, n, R) fp32, and where a site's E, and what scales the base's product, lie (ops.LowRank).
 struct Delta {
-  std::optional<Tensor> h_, e_ptr_, rank_, borders_;
+  std::optional<Tensor> h_, e_ptr_, affine_ptr_, rank_, borders_;
   const float* h = nullptr;
-  const int64_t* e_ptr = nullptr;
+  const int64_t *e_ptr = nullptr, *affine_ptr = nullptr;
   const int32_t *rank = nullptr, *borders = nullptr;
   int64_t n = 0, width = 0;
 
-  Delta(const std::optional<Tensor>& h_in, const std::optional<Tensor>& e_in, const std::optional<Tensor>& rank_in,
-        const std::optional<Tensor>& borders_in)
-      : h_(h_in), e_ptr_(e_in), rank_(rank_in), borders_(borders_in) {
+  Delta(const std::optional<Tensor>& h_in, const std::optional<Tensor>& e_in, const std::optional<Tensor>& affine_in,
+        const std::optional<Tensor>& rank_in, const std::optional<Tensor>& borders_in)
+      : h_(h_in), e_ptr_(e_in), affine_ptr_(affine_in), rank_(rank_in), borders_(borders_in) {
     if (!h_) return;
     h = h_->const_data_ptr<float>();
     e_ptr = e_ptr_->const_data_ptr<int64_t>();
+    if (affine_ptr_) affine_ptr = affine_ptr_->const_data_ptr<int64_t>();
     rank = rank_->const_data_ptr<int32_t>();
     borders = borders_->const_data_ptr<int32_t>();
     n = h_->size(1);
     width = h_->size(2);
+  }
+
+  // Scales and offsets the base's columns first..first + count of a run's rows in out (rows, count) fp32.
+  void scale(float* out, int64_t stride, const Run& run, int64_t first, int64_t count) const {
+    if (affine_ptr == nullptr || run.adapter < 0) return;
+    for (int64_t j = 0; j < n; j++) {
+      const int64_t begin = std::max<int64_t>(borders[j], first);
+      const int64_t end = std::min<int64_t>(borders[j + 1], first + count);
+      const float* s = reinterpret_cast<const float*>(affine_ptr[run.adapter * n + j]);
+      if (begin >= end || s == nullptr) continue;
+      const float* o = s + (borders[j + 1] - borders[j]);
+      for (int64_t r = 0; r < run.end - run.first; r++)
+        for (int64_t i = begin; i < end; i++) {
+          float& y = out[r * stride + i - first];
+          y = s[i - borders[j]] * y + o[i - borders[j]];
+        }
+    }
   }
 
   // Adds the columns first..first + count of the delta of a run's rows to out (rows, count) fp32. T: the factors' type.
@@ -68,12 +86,13 @@ struct Delta {
   int64_t work() const { return 1 + width; }
 };
 
-// Loads, adds, leaves in out (rows, count) fp32 the columns first..first + count of y's rows and their delta.
+// Leaves in out (rows, count) fp32 the columns first..first + count of y's rows, scaled, and their delta.
 template <class T>
 inline void summed(const Delta& delta, const T* y, int64_t y_stride, float* out, int64_t stride, const Run& run,
                    int64_t first, int64_t count) {
   for (int64_t r = run.first; r < run.end; r++)
     to_float(y + r * y_stride + first, out + (r - run.first) * stride, count);
+  delta.scale(out, stride, run, first, count);
   delta.add<T>(out, stride, run, first, count);
 }
 

@@ -7,10 +7,10 @@ namespace tucka {
 constexpr int64_t kExpandColumns = 256;
 
 void expand(const Tensor& y, const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
-            const std::optional<Tensor>& rank, const std::optional<Tensor>& borders,
-            const std::optional<Tensor>& tiles) {
+            const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
+            const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
   TORCH_CHECK_VALUE(y.stride(1) == 1, "the rows of y must be contiguous");
-  const Delta delta(h, e_ptr, rank, borders);
+  const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   const std::vector<Run> own = runs(tiles, y.size(0), kRows);
   const int64_t width = y.size(1), parts = (width + kExpandColumns - 1) / kExpandColumns;
   by_type(y, [&](auto type) {

@@ -32,13 +32,13 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
                           const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
                           const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot_mapping,
                           const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
-                          const std::optional<Tensor>& rank, const std::optional<Tensor>& borders,
-                          const std::optional<Tensor>& tiles) {
+                          const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
+                          const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
   check_type(k_cache, qkv);
   TORCH_CHECK_VALUE(qkv.stride(1) == 1 && k_cache.is_contiguous() && v_cache.is_contiguous(),
                     "rows and caches must be contiguous");
   const int64_t kv_heads = k_cache.size(1), d = k_cache.size(2), all = qkv.size(1) / d, heads = all - 2 * kv_heads;
-  const Delta delta(h, e_ptr, rank, borders);
+  const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   for (int64_t j = 1; j < delta.n; j++)
     TORCH_CHECK_VALUE(delta.borders[j] % d == 0, "a head lies in two targets");
   const std::vector<Run> own = runs(tiles, qkv.size(0), kRows);

@@ -7,12 +7,12 @@ namespace tucka {
 std::tuple<Tensor, Tensor> expand_residual(const Tensor& y, const Tensor& residual, const Tensor& weight,
                                            const std::optional<Tensor>& bias, double eps,
                                            const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
-                                           const std::optional<Tensor>& rank, const std::optional<Tensor>& borders,
-                                           const std::optional<Tensor>& tiles) {
+                                           const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
+                                           const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
   check_type(residual, y);
   check_type(weight, y);
   TORCH_CHECK_VALUE(y.stride(1) == 1 && residual.stride(1) == 1, "rows must be contiguous");
-  const Delta delta(h, e_ptr, rank, borders);
+  const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   const std::vector<Run> own = runs(tiles, y.size(0), kRows);
   const int64_t d = y.size(1);
   Tensor total = at::empty({y.size(0), d}, y.options()), out = at::empty({y.size(0), d}, y.options());

@@ -7,10 +7,10 @@ namespace tucka {
 constexpr int64_t kGateColumns = 128;
 
 Tensor expand_swiglu(const Tensor& gate_up, const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
-                     const std::optional<Tensor>& rank, const std::optional<Tensor>& borders,
-                     const std::optional<Tensor>& tiles) {
+                     const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
+                     const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
   TORCH_CHECK_VALUE(gate_up.stride(1) == 1, "the rows of gate_up must be contiguous");
-  const Delta delta(h, e_ptr, rank, borders);
+  const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   const std::vector<Run> own = runs(tiles, gate_up.size(0), kRows);
   const int64_t width = gate_up.size(1) / 2, parts = (width + kGateColumns - 1) / kGateColumns;
   Tensor out = at::empty({gate_up.size(0), width}, gate_up.options());

@@ -36,8 +36,10 @@ class DeltaSite:
     """The folded low-rank factors of the active adapters at one site: a set of n linears that share their input.
 
     `u[a][j]` (r, d_in) and `e[a][j]` (r, d_out_j) are adapter a's factors at target j, or None where it does not adapt
-    it; y_j += ((x Uᵀ) M) E. `columns` (n + 1) are the borders of the targets in the packed output. From `u` to `e_all`
-    they are the reference's, and empty in a site by address; the tensors behind them are for backends by address.
+    it; y_j += ((x Uᵀ) M) E. `affine[a][j]` (2, d_out_j) fp32 is what some adapters change of the base's own product
+    before that, y_j = affine[0] ⊙ y_j + affine[1]: DoRA's scale of every column, a bias. `columns` (n + 1) are the
+    borders of the targets in the packed output. From `u` to `e_all` they are the reference's, and empty in a site by
+    address; the tensors behind them are for backends by address.
     """
 
     columns: tuple[int, ...]
@@ -46,6 +48,8 @@ class DeltaSite:
     """The type of all factors."""
     u: tuple[tuple[Tensor | None, ...], ...]
     e: tuple[tuple[Tensor | None, ...], ...]
+    affine: tuple[tuple[Tensor | None, ...], ...]
+    """Empty where `affine_ptr` is None."""
     ranks: tuple[tuple[int, ...], ...]
     u_all: Tensor
     """(P + 1, d_in): every target's rank rows, target-major, then one zero row that absent ranks point to."""
@@ -54,6 +58,8 @@ class DeltaSite:
     u_ptr: Tensor
     """(A, n) int64 addresses of `u`, 0 where absent; the fused kernels read these."""
     e_ptr: Tensor
+    affine_ptr: Tensor | None
+    """(A, n) int64 addresses of `affine`, 0 where the base's product stays as it is; None where all of them stay."""
     rank: Tensor
     """(A, n) int32."""
     borders: Tensor
@@ -68,8 +74,10 @@ class DeltaSite:
         dtype: torch.dtype,
         device: torch.device,
         pool: bool,
+        affine: Sequence[Sequence[Tensor | None]] = (),
     ) -> "DeltaSite":
-        """Collects the factors of A adapters at one site. `pool` also stacks them, which only the reference reads.
+        """Collects the factors of A adapters at one site, and `affine` where any has one. `pool` also stacks the
+        factors, which only the reference reads.
 
         Raises ValueError where a factor cannot be read through its address: its shape or type is another, it is not
         contiguous, or, on a GPU, does not start at a multiple of 16 bytes, which the kernels' wide loads need.
@@ -84,6 +92,7 @@ class DeltaSite:
             stacks = [[w for row in e if (w := row[j]) is not None] for j in range(n)]
             e_all = tuple(torch.cat(s) if s else None for s in stacks)
 
+        affine = affine if any(own is not None for row in affine for own in row) else ()
         for w, r, width in [
             *((w, r, d_in) for row, own in zip(u, ranks, strict=True) for w, r in zip(row, own, strict=True)),
             *(
@@ -93,6 +102,9 @@ class DeltaSite:
             ),
         ]:
             check_factor(w, r, width, dtype)
+        for row in affine:
+            for own, (begin, end) in zip(row, pairwise(columns), strict=True):
+                check_affine(own, end - begin)
 
         def address(table: Sequence[Sequence[Tensor | None]]) -> Tensor:
             values = [[0 if w is None else w.data_ptr() for w in row] for row in table]
@@ -101,12 +113,14 @@ class DeltaSite:
         return DeltaSite(
             u=tuple(map(tuple, u)),
             e=tuple(map(tuple, e)),
+            affine=tuple(map(tuple, affine)),
             columns=tuple(columns),
             ranks=ranks,
             u_all=u_all,
             e_all=e_all,
             u_ptr=address(u),
             e_ptr=address(e),
+            affine_ptr=address(affine) if affine else None,
             rank=torch.tensor(ranks, dtype=torch.int32).view(-1, n).to(device),
             borders=torch.tensor(columns, dtype=torch.int32).to(device),
             d_in=d_in,
@@ -115,12 +129,20 @@ class DeltaSite:
 
     @staticmethod
     def by_address(
-        u_ptr: Tensor, e_ptr: Tensor, rank: Tensor, columns: Sequence[int], d_in: int, dtype: torch.dtype
+        u_ptr: Tensor,
+        e_ptr: Tensor,
+        affine_ptr: Tensor | None,
+        rank: Tensor,
+        columns: Sequence[int],
+        d_in: int,
+        dtype: torch.dtype,
     ) -> "DeltaSite":
         """A site, for the fused kernels, of tables (A, n) that the caller fills in, and changes, at their places."""
         borders = torch.tensor(columns, dtype=torch.int32).to(rank.device)
         empty = torch.empty(0, dtype=dtype, device=rank.device)
-        return DeltaSite(tuple(columns), d_in, dtype, (), (), (), empty, (), u_ptr, e_ptr, rank, borders)
+        return DeltaSite(
+            tuple(columns), d_in, dtype, (), (), (), (), empty, (), u_ptr, e_ptr, affine_ptr, rank, borders
+        )
 
 
 def check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) -> None:
@@ -130,6 +152,12 @@ def check_factor(w: Tensor | None, rank: int, width: int, dtype: torch.dtype) ->
         raise ValueError(f"a factor must be {(rank, width)}, not {shape}")
     if w is not None and (w.dtype != dtype or not w.is_contiguous() or (w.is_cuda and w.data_ptr() % 16)):
         raise ValueError(f"a factor must be {dtype}, contiguous, and start at a multiple of 16 bytes")
+
+
+def check_affine(own: Tensor | None, width: int) -> None:
+    """Raises ValueError where what an adapter does to the base's product cannot be read through its address."""
+    if own is not None and (own.shape != (2, width) or own.dtype != torch.float32 or not own.is_contiguous()):
+        raise ValueError(f"a scale and an offset must be {(2, width)}, in fp32 and contiguous")
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ def base() -> BaseLayout:
         linears[f"model.layers.{layer}.mlp.down_proj"] = (HIDDEN, D)
     parameters = {f"{path}.weight": (d_out, d_in) for path, (d_in, d_out) in linears.items()}
     parameters |= {"model.embed_tokens.weight": (VOCAB, D), "model.norm.weight": (D,), "lm_head.weight": (VOCAB, D)}
-    return BaseLayout(linears, parameters, fingerprint="this base")
+    return BaseLayout(linears, parameters, fingerprint="this base", embed="model.embed_tokens", head="lm_head")
 
 
 @pytest.fixture(scope="session")

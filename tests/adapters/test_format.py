@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,8 @@ from tests.support.adapter_files import (
 from tucka_runtime.adapters import format as adapter_format
 from tucka_runtime.adapters import targets
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.config import MAX_CENTROIDS, parse_config
+from tucka_runtime.adapters.config import parse_config
+from tucka_runtime.adapters.config_fields import MAX_CENTROIDS
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, start_digest, strict_json
 from tucka_runtime.adapters.format import (
     LoRAModule,
@@ -346,6 +348,8 @@ def test_configuration_that_is_no_json(tmp_path, base, text, why):
         {"peft_type": "LOHA"},
         {"peft_type": ["TUCKA"]},
         *({name: value} for name in ("auto_mapping", "auto_map", "trust_remote_code") for value in ({"a": "b"}, False)),
+        {"auto_mapping": {"base_model_class": 3}},
+        {"auto_mapping": {"base_model_class": "x" * 5000}},
         {"some_future_field": 1},
         {"base_model_class": "os.system"},
         {"target_modules": ["lm_head"]},
@@ -363,12 +367,17 @@ def test_configuration_that_is_refused(tmp_path, base, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
-        {"lora_bias": True},
+        {"use_dora": True, "lora_bias": True},
+        {"use_dora": 1},
         {"layer_replication": [[0, 1]]},
         {"megatron_config": {"a": 1}},
         {"target_parameters": ["x"]},
-        {"trainable_token_indices": [1]},
+        *(
+            {"trainable_token_indices": value}
+            for value in ([-1], [1, 1], [True], "x", 3, {"lm_head": 3}, {"norm": [1]})
+        ),
+        {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+        {"lora_bias": True, "target_modules": ["q_proj", "embed_tokens"]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
         {"ensure_weight_tying": True},
@@ -394,17 +403,26 @@ def test_lora_configuration_that_is_refused(tmp_path, base, changes):
 @pytest.mark.parametrize(
     ("changes", "what_to_do"),
     [
-        ({"use_dora": True}, "merge_and_unload"),
-        ({"lora_bias": True}, "merge_and_unload"),
-        ({"trainable_token_indices": [1]}, "modules_to_save"),
+        ({"use_qalora": True}, "merge_and_unload"),
+        ({"use_dora": True}, r"lacks \d+ tensors.*lora_magnitude_vector"),
+        ({"lora_bias": True}, r"lacks \d+ tensors.*lora_B.bias"),
+        ({"trainable_token_indices": {"norm": [1]}}, "`embed_tokens`, `lm_head`"),
+        ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "one of them"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        ({"auto_mapping": {"base_model_class": "os", "parent_library": "os"}}, "set it to null"),
+        ({"auto_mapping": {"loader": "os"}}, "Set it to null"),
     ],
     ids=str,
 )
 def test_a_refusal_says_what_to_do(tmp_path, base, changes, what_to_do):
     with pytest.raises(InvalidAdapterError, match=what_to_do):
         read_adapter(put(tmp_path, lora_config(**changes), lora_tensors(base)), base)
+
+
+def test_a_class_that_is_named_for_the_base_is_ignored(tmp_path, base, caplog):
+    mapping = {"base_model_class": "Zen", "parent_library": "this"}
+    folder = put(tmp_path, lora_config(auto_mapping=mapping), lora_tensors(base))
+    assert read_adapter(folder, base).kind == "lora"
+    assert "`auto_mapping`, which is ignored" in caplog.text and "this" not in sys.modules
 
 
 def test_neutral_unknown_fields_are_accepted(tmp_path, base):
@@ -632,8 +650,13 @@ def test_lora_on_an_embedding_or_with_biases(tmp_path, base):
     with pytest.raises(InvalidAdapterError, match="bias='none'"):
         read_adapter(put(tmp_path / "b", lora_config(bias="lora_only"), biased), base)
     embedded = {**lora_tensors(base), f"{PREFIX}model.embed_tokens.weight": torch.ones(16, 6)}
-    with pytest.raises(InvalidAdapterError, match="save_embedding_layers=False"):
-        read_adapter(put(tmp_path / "c", lora_config(), embedded), base)
+    assert set(read_adapter(put(tmp_path / "c", lora_config(), embedded), base).saved) == {"model.embed_tokens.weight"}
+    grown = {**lora_tensors(base), f"{PREFIX}model.embed_tokens.weight": torch.ones(17, 6)}
+    with pytest.raises(BaseModelMismatchError, match="resize_token_embeddings"):
+        read_adapter(put(tmp_path / "d", lora_config(), grown), base)
+    config = lora_config(trainable_token_indices=[16])
+    with pytest.raises(BaseModelMismatchError, match="resize_token_embeddings"):
+        read_adapter(put(tmp_path / "e", config, lora_tensors(base)), base)
 
 
 @pytest.mark.parametrize(

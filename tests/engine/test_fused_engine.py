@@ -11,13 +11,14 @@ from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.interpreted
-EARLY, LATE, PLAIN = (AdapterKey(name, 1) for name in ("early", "late", "plain"))
+EARLY, LATE, PLAIN, DORA = (AdapterKey(name, 1) for name in ("early", "late", "plain", "dora"))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_tokens_equal_the_reference_paths(tmp_path, kind):
-    """Base, TuckA routed by token and inside the model, LoRA of another rank, mixed in one batch; prefill in chunks."""
+    """Base, TuckA routed by token and inside the model, LoRA of another rank, DoRA, mixed in one batch; prefill in
+    chunks."""
     save_model(tmp_path / "model", kind)
     attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
     output = ("c_proj",) if kind == "gpt2" else ("o_proj", "down_proj")
@@ -32,6 +33,7 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
         engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=attention))
         engine.load_adapter(LATE, save_tucka(tmp_path / "late", layout, seed=1, targets=output, r=6))
         engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", layout, targets=attention + output, r=18))
+        engine.load_adapter(DORA, save_lora(tmp_path / "dora", layout, targets=attention + output, dora=True))
         greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
         drawn = SamplingParams(max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, seed=5, ignore_eos=True)
         done = run(
@@ -41,9 +43,10 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             ask(prompt(3, 2), id="early-request", adapter=EARLY, scope=RouteScope.REQUEST, sampling=drawn),
             ask(prompt(6, 3), id="late", adapter=LATE, sampling=greedy),
             ask(prompt(4, 4), id="plain", adapter=PLAIN, sampling=greedy),
+            ask(prompt(5, 5), id="dora", adapter=DORA, sampling=greedy),
         )
         if engine.runner.graphs is not None:
-            assert any(shape.kinds for shape in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
+            assert any(shape.affine for shape in engine.runner.graphs.buckets), "decoding went by the graphs' tables"
         return [answer.token_ids for sequences in done for answer in sequences]
 
     assert answers("fused") == answers("reference")

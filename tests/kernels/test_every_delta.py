@@ -28,7 +28,7 @@ def test_every_mix(name: str, any_type: tuple[Ops, torch.dtype]) -> None:
 
 def test_factors_and_rows_in_a_sea_of_nan(ops: Ops) -> None:
     """x, the factors and the cores lie in larger buffers that are NaN elsewhere: what is masked is never read."""
-    for name in ("absent-targets", "odd-ranks", "one-adapter-twice"):
+    for name in ("absent-targets", "odd-ranks", "one-adapter-twice", "scaled"):
         check_delta(surrounded(name, d_in=77, widths=(136, 40)), 1e-5, ops.shrink_core, ops.expand)
 
 
@@ -66,7 +66,15 @@ def test_any_layout(
 
 
 # What is fused with the expand. Names of mixes, and None: no adapter in the batch.
-SOME = [None, "base-only-but-loaded", "half-base", "absent-targets", "lora-larger-than-core", "one-segment-over-a-tile"]
+SOME = [
+    None,
+    "base-only-but-loaded",
+    "half-base",
+    "absent-targets",
+    "lora-larger-than-core",
+    "one-segment-over-a-tile",
+    "scaled",
+]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 8), (3, 1, 34)])

@@ -66,9 +66,8 @@ def inside_nan(t: Tensor) -> Tensor:
 
 def make(name: str, width: int, dtype: torch.dtype, centred: bool) -> Pass:
     """A batch out of delta_cases.MIXES at a site of one target."""
-    table, layout, core_size, lora = delta_cases.MIXES[name]
-    ranks = [[row[0]] for row in table]
-    case = delta_cases.make(ranks, layout, widths=(width,), core_size=core_size, lora=lora, dtype=dtype)
+    mix = delta_cases.MIXES[name]
+    case = mix.make([row[:1] for row in mix.ranks], widths=(width,), dtype=dtype)
     h = shrink_core.shrink_core(case.x, case.site, case.cores, case.plan).h
     residual = torch.randn(case.y.shape).to(dtype)
     weight, bias = (torch.rand(width) + 0.5).to(dtype), torch.randn(width).to(dtype)

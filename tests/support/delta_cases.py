@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ class Case:
     plan: SitePlan
     cores: Tensor | None
 
-    def oracle(self) -> tuple[Tensor, Tensor]:
-        """h (T, n, R) and delta (T, columns[-1]) in float64, straight from the equation, row by row."""
+    def oracle(self, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """h (T, n, R), and what comes to y (T, columns[-1]; the case's own by default), in float64, straight from the
+        equation, row by row."""
+        y = (self.y if y is None else y).double()
         n, rank = len(self.site.columns) - 1, self.plan.max_rank
         x = self.x.double()
         h = x.new_zeros(len(x), n, rank)
@@ -44,7 +47,10 @@ class Case:
                     core = self.cores[s, j, :r, :r].double()
                 own = x[first:end] @ u.double().T @ core
                 h[first:end, j, :r] = own
-                delta[first:end, self.site.columns[j] : self.site.columns[j + 1]] = own @ e.double()
+                part = slice(self.site.columns[j], self.site.columns[j + 1])
+                delta[first:end, part] = own @ e.double()
+                if self.site.affine and (affine := self.site.affine[a][j]) is not None:
+                    delta[first:end, part] += (affine[0].double() - 1) * y[first:end, part] + affine[1].double()
         return h, delta
 
     def adapted(self) -> Tensor:
@@ -63,10 +69,12 @@ def make(
     widths: Sequence[int] = (48, 16),
     core_size: int | None = None,
     lora: Sequence[int] = (),
+    affine: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
-    """A batch for adapters of `ranks` (A, n), 0 where a target is absent; `core_size` None: no core tensor at all."""
+    """A batch for adapters of `ranks` (A, n), 0 where a target is absent; `core_size` None: no core tensor at all.
+    Those in `affine` scale and offset the base's product too."""
     where = torch.get_default_device()
     gen = torch.Generator("cpu").manual_seed(seed)
 
@@ -78,7 +86,11 @@ def make(
     columns = [0]
     for w in widths:
         columns.append(columns[-1] + w)
-    site = DeltaSite.build(u, e, columns, d_in, dtype, where, pool=True)
+    changes = [
+        [randn(2, w).float() if r and a in affine else None for r, w in zip(row, widths, strict=True)]
+        for a, row in enumerate(ranks)
+    ]
+    site = DeltaSite.build(u, e, columns, d_in, dtype, where, pool=True, affine=changes)
     base, parts = layout
     spans, row = [], base
     for count, adapter in parts:
@@ -106,33 +118,49 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / size) if size else float(got.norm())
 
 
-# Every shape of batch that the issue names: (adapters' ranks per target, layout, core size, adapters that are LoRAs).
-MIXES: dict[str, tuple[list[list[int]], Layout, int | None, tuple[int, ...]]] = {
-    "base-only-but-loaded": ([[8, 8]], (5, ()), 8, ()),
-    "all-one": ([[8, 8]], (0, ((7, 0),)), 8, ()),
-    "one-segment-over-a-tile": ([[4, 4]], (0, ((19, 0),)), 4, ()),
-    "all-distinct": ([[8, 8], [16, 16], [4, 4], [24, 24]], (0, ((1, 0), (1, 1), (1, 2), (1, 3))), 24, ()),
-    "half-base": ([[8, 8], [16, 16]], (4, ((2, 0), (2, 1))), 16, ()),
-    "unused-adapters": ([[8, 8], [16, 16], [4, 4]], (1, ((3, 1),)), 16, ()),
-    "absent-targets": ([[8, 0], [0, 16], [4, 4], [0, 0]], (2, ((2, 0), (2, 1), (1, 2), (2, 3))), 16, ()),
-    "one-adapter-twice": ([[8, 8], [4, 4]], (1, ((2, 0), (3, 0), (1, 1))), 8, ()),
-    "every-rank": (
+class Mix(NamedTuple):
+    """A batch: the adapters' ranks per target, those that are LoRAs, those that change the base's product too."""
+
+    ranks: list[list[int]]
+    layout: Layout
+    core_size: int | None
+    lora: tuple[int, ...] = ()
+    affine: tuple[int, ...] = ()
+
+    def make(self, ranks: list[list[int]] | None = None, **options: Any) -> Case:
+        """The batch, of other ranks where those are given."""
+        own = self._asdict() | ({} if ranks is None else {"ranks": ranks})
+        return make(**(own | options))
+
+
+MIXES: dict[str, Mix] = {
+    "base-only-but-loaded": Mix([[8, 8]], (5, ()), 8),
+    "all-one": Mix([[8, 8]], (0, ((7, 0),)), 8),
+    "one-segment-over-a-tile": Mix([[4, 4]], (0, ((19, 0),)), 4),
+    "all-distinct": Mix([[8, 8], [16, 16], [4, 4], [24, 24]], (0, ((1, 0), (1, 1), (1, 2), (1, 3))), 24),
+    "half-base": Mix([[8, 8], [16, 16]], (4, ((2, 0), (2, 1))), 16),
+    "unused-adapters": Mix([[8, 8], [16, 16], [4, 4]], (1, ((3, 1),)), 16),
+    "absent-targets": Mix([[8, 0], [0, 16], [4, 4], [0, 0]], (2, ((2, 0), (2, 1), (1, 2), (2, 3))), 16),
+    "one-adapter-twice": Mix([[8, 8], [4, 4]], (1, ((2, 0), (3, 0), (1, 1))), 8),
+    "every-rank": Mix(
         [[4, 4], [8, 8], [16, 16], [24, 24], [64, 64], [128, 128]],
         (1, ((1, 0), (2, 1), (1, 2), (3, 3), (1, 4), (2, 5))),
         128,
-        (),
     ),
-    "lora-no-core": ([[8, 8], [16, 16]], (1, ((2, 0), (1, 1))), None, (0, 1)),
-    "lora-larger-than-core": ([[8, 8], [64, 64]], (1, ((2, 0), (3, 1))), 8, (1,)),
-    "lora-smaller-than-core": ([[24, 24], [4, 4]], (1, ((2, 0), (3, 1))), 24, (1,)),
-    "odd-ranks": ([[6, 3], [17, 1]], (1, ((2, 0), (3, 1))), 17, ()),
+    "lora-no-core": Mix([[8, 8], [16, 16]], (1, ((2, 0), (1, 1))), None, (0, 1)),
+    "lora-larger-than-core": Mix([[8, 8], [64, 64]], (1, ((2, 0), (3, 1))), 8, (1,)),
+    "lora-smaller-than-core": Mix([[24, 24], [4, 4]], (1, ((2, 0), (3, 1))), 24, (1,)),
+    "odd-ranks": Mix([[6, 3], [17, 1]], (1, ((2, 0), (3, 1))), 17),
+    "scaled": Mix(
+        [[8, 4], [16, 0], [0, 5], [4, 4]], (2, ((3, 0), (17, 1), (1, 2), (2, 3), (1, 0))), 16, (0, 1, 2), (0, 1, 2)
+    ),
+    "scaled-alone": Mix([[5, 3]], (1, ((4, 0),)), None, (0,), (0,)),
 }
 
 
-def mix(name: str, **options: object) -> Case:
+def mix(name: str, **options: Any) -> Case:
     """The batch of that name out of MIXES."""
-    ranks, layout, core_size, lora = MIXES[name]
-    return make(ranks, layout, core_size=core_size, lora=lora, **options)  # type: ignore[arg-type]
+    return MIXES[name].make(**options)
 
 
 def retiled(plan: SitePlan, tile_rows: int) -> SitePlan:
@@ -162,7 +190,10 @@ def surrounded(name: str, **options: object) -> Case:
     case = mix(name, **options)
     site = case.site
     u, e = ([[embed(t) for t in row] for row in table] for table in (site.u, site.e))
-    built = type(site).build(u, e, site.columns, case.x.shape[1], case.x.dtype, case.x.device, pool=False)
+    affine = [[embed(t) for t in row] for row in site.affine]
+    built = type(site).build(
+        u, e, site.columns, case.x.shape[1], case.x.dtype, case.x.device, pool=False, affine=affine
+    )
     wide = torch.full((len(case.x), case.x.shape[1] + 24), torch.nan)
     wide[:, : case.x.shape[1]] = case.x
     cores = None
@@ -184,8 +215,8 @@ def check_delta(
     own = case.adapted()
     assert relative(low_rank.h[own], h_true[own]) <= limit
     # From exactly the factors' product on: on zeros the delta itself is seen, on y that nothing else is touched.
-    delta = expand(torch.zeros_like(case.y), low_rank)
-    assert relative(delta, delta_true) <= limit
+    zeros = torch.zeros_like(case.y)
+    assert relative(expand(zeros.clone(), low_rank), case.oracle(zeros)[1]) <= limit
     y = expand(case.y.clone(), low_rank)
     assert relative(y, case.y.double() + delta_true) <= limit
     untouched = delta_true == 0
@@ -202,9 +233,8 @@ def parts(
     if name is None:
         y = torch.randn(19, sum(widths)).to(dtype)
         return (y, None), (y.double(), None)
-    table, layout, core_size, lora = MIXES[name]
-    shaped = [[row[min(j, 1)] for j in range(len(widths))] for row in table]
-    case = make(shaped, layout, widths=widths, core_size=core_size, lora=lora, dtype=dtype)
+    shaped = [[row[min(j, 1)] for j in range(len(widths))] for row in MIXES[name].ranks]
+    case = MIXES[name].make(shaped, widths=widths, dtype=dtype)
     low_rank = shrink(case.x, case.site, case.cores, case.plan)
     _, delta = case.oracle()
     return (case.y, low_rank), (case.y.double() + delta, None)

@@ -299,7 +299,12 @@ def tucka_settings(
 
 
 def save_lora(
-    folder: Path, base: BaseLayout, seed: int = 0, targets: Sequence[str] = ("q_proj", "down_proj"), r: int = 3
+    folder: Path,
+    base: BaseLayout,
+    seed: int = 0,
+    targets: Sequence[str] = ("q_proj", "down_proj"),
+    r: int = 3,
+    dora: bool = False,
 ) -> Path:
     make = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -307,7 +312,9 @@ def save_lora(
         d_in, d_out = base.linears[path]
         tensors[f"{path}.lora_A.weight"] = torch.randn(r, d_in, generator=make) / d_in**0.5
         tensors[f"{path}.lora_B.weight"] = torch.randn(d_out, r, generator=make) / r**0.5
-    write_adapter(folder, LoRASpec(r=r, lora_alpha=2.0 * r, target_modules=list(targets)), tensors)
+        if dora:
+            tensors[f"{path}.lora_magnitude_vector"] = 2 * torch.rand(d_out, generator=make) + 0.5
+    write_adapter(folder, LoRASpec(r=r, lora_alpha=2.0 * r, target_modules=list(targets), use_dora=dora), tensors)
     return folder
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 from codecs import BOM_UTF8
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from safetensors.torch import save
 
 from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import (
-    MAX_NAME,
     AdapterSpec,
     LoRASpec,
     TuckASpec,
     config_as_dict,
     parse_config,
 )
+from tucka_runtime.adapters.config_fields import MAX_NAME
 from tucka_runtime.adapters.files import (
     CONFIG_NAME,
     MAX_WEIGHTS_BYTES,
@@ -40,11 +40,14 @@ from tucka_runtime.adapters.files import (
 )
 from tucka_runtime.adapters.manifest import (
     PREFIX,
+    TOKENS,
     check_names,
     check_shapes,
+    expected_tables,
     expected_tensors,
     find_router,
     find_targets,
+    find_tokens,
 )
 from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
@@ -80,11 +83,17 @@ class TuckAModule:
 
 @dataclass(frozen=True, eq=False)
 class LoRAModule:
-    """One adapted linear, fp32: a (r, d_in), b (d_out, r); the change is scale · x aᵀ bᵀ."""
+    """One adapted linear, fp32: a (r, d_in), b (d_out, r); the change is scale · x aᵀ bᵀ.
+
+    magnitude (d_out,), of a DoRA: the norms that the rows of W + scale · b a are given. bias (d_out,): what b adds, so
+    that the change is scale · (x aᵀ bᵀ + bias). None where the adapter has none.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +101,10 @@ class Adapter:
     """A validated adapter.
 
     modules: by module path, in the base's declaration order. router and ec (k·t, d_in of the router; fp32) are None
-    for LoRA. saved: whole replacements of base parameters by name, in the base's layout; a replaced embedding leaves
-    a tied head as it was. training: the training.json beside it, if that is a JSON object.
+    for LoRA. Of an adapted embedding d_in is the vocabulary. saved: whole replacements of base parameters by name, in
+    the base's layout; a replaced embedding leaves a tied head as it was. tokens: by the path of the embedding or the
+    head, the ids (n,) int64, ascending, and the values (n, d) of rows that are replaced. training: the training.json
+    beside it, if that is a JSON object.
     """
 
     config: AdapterSpec
@@ -103,6 +114,7 @@ class Adapter:
     ec: torch.Tensor | None
     saved: dict[str, torch.Tensor]
     training: dict[str, Any] | None
+    tokens: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -140,6 +152,10 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
             entries = read_header(file, size, digest)
+            tables = {
+                name: found for name, found in expected_tables(entries.keys(), base).items() if name not in expected
+            }
+            expected |= {name: shape for name, (_, shape) in tables.items()}
             check_names(entries.keys(), expected.keys(), targets, base)
             check_shapes(entries, expected)
             tensors = {
@@ -151,14 +167,31 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
             "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
         )
     saved = {name: tensor for name, tensor in tensors.items() if name in base.parameters}
+    unasked = {parameter: tensors[name.removeprefix(PREFIX)] for name, (parameter, _) in tables.items()}
+    if base.tied and unasked:  # PEFT writes them into the one table that both are
+        one = next(iter(unasked.values()))
+        unasked = {f"{path}.weight": one for path in base.tables}
+    saved = unasked | saved
     modules: dict[str, TuckAModule | LoRAModule]
     if isinstance(config, LoRASpec):
         scales = _lora_scales(config, ranks)
         modules = {
-            path: LoRAModule(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], scales[path])
+            path: LoRAModule(
+                tensors[f"{path}.lora_embedding_A" if path == base.embed else f"{path}.lora_A.weight"],
+                tensors[f"{path}.lora_embedding_B" if path == base.embed else f"{path}.lora_B.weight"],
+                scales[path],
+                tensors.get(f"{path}.lora_magnitude_vector"),
+                tensors.get(f"{path}.lora_B.bias"),
+            )
             for path in targets
         }
-        return Adapter(config, digest.hexdigest(), modules, None, None, saved, training)
+        tokens = {}
+        for path, ids in find_tokens(config, base).items():
+            own, order = torch.tensor(ids).sort()
+            tokens[path] = own, tensors[f"{path}.{TOKENS}"][order]
+        if base.tied and base.embed in tokens:
+            tokens[base.head] = tokens[base.embed]
+        return Adapter(config, digest.hexdigest(), modules, None, None, saved, training, tokens)
     ec = tensors[f"{router}.tucka_ec"]
     _check_norm(f"{router}.tucka_ec", ec.view(config.k, -1))
     modules = {}

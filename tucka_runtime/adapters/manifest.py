@@ -9,25 +9,36 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec, printable
+from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec
+from tucka_runtime.adapters.config_fields import printable
 from tucka_runtime.adapters.safefile import Entry
 from tucka_runtime.adapters.targets import is_all_linear, match_targets
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
 
 PREFIX = "base_model.model."
 
-_ADAPTER_NAME = re.compile(r"\.(lora_[AB]\.\w+\.weight|tucka_(g|c|u|ec)\.\w+)$", re.ASCII)
+_ADAPTER_NAME = re.compile(r"\.(lora_([AB]|magnitude_vector)\.\w+\.(weight|bias)|tucka_(g|c|u|ec)\.\w+)$", re.ASCII)
 """How a tensor is called inside a model that PEFT has put an adapter into: with the adapter's name."""
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+"""What single rows of an embedding are called within it."""
+
+GROWN = (
+    "Its vocabulary was grown for training: grow the base in the same way (transformers' resize_token_embeddings, with "
+    "the adapter's tokenizer), save both, and serve that as the base."
+)
 
 NAMES_SHOWN = 3  # tensor names in one error message
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Shape a tensor must have. `from_base` marks the axes whose size the base decides, not the configuration."""
+    """Shape a tensor must have. `from_base` marks the axes whose size the base decides, not the configuration; `table`
+    says that the size of the vocabulary is one of them."""
 
     shape: tuple[int, ...]
     from_base: tuple[bool, ...]
+    table: bool = False
 
 
 def expected_tensors(
@@ -36,8 +47,71 @@ def expected_tensors(
     """Every tensor of the file by its name in it. `ranks` has LoRA's rank of each target."""
     expected = _expected_saved(config, targets, base)
     for path in targets:
-        expected |= _expected_module(config, path, base.linears[path], ranks.get(path), path == router)
+        if path == base.embed:
+            expected |= _expected_embedding(config, path, ranks[path], base)
+        else:
+            size = base.linears.get(path) or base.parameters[f"{path}.weight"][::-1]
+            expected |= _expected_module(config, path, (size[0], size[1]), ranks.get(path), path == router)
+    for path, tokens in find_tokens(config, base).items():
+        shape = (len(tokens), base.parameters[f"{path}.weight"][1])
+        expected[f"{PREFIX}{path}.{TOKENS}"] = Expected(shape, (False, True))
+    both = [path for path in targets if f"{PREFIX}{path}.{TOKENS}" in expected]
+    both += [path for path in base.tables if {f"{PREFIX}{path}.{TOKENS}", f"{PREFIX}{path}.weight"} <= expected.keys()]
+    if both:
+        raise InvalidAdapterError(
+            f"the adapter changes single rows of {_some(both)} (`trainable_token_indices`) and adapts or replaces the "
+            "whole too. Train it with one of them."
+        )
     return expected
+
+
+def find_tokens(config: AdapterSpec, base: BaseLayout) -> dict[str, list[int]]:
+    """The rows of the embedding or the head that an adapter brings, by the path of either in its file. Raises
+    InvalidAdapterError, BaseModelMismatchError."""
+    own = config.trainable_token_indices if isinstance(config, LoRASpec) else None
+    if not own:
+        return {}
+    named = {base.embed: own} if isinstance(own, list) else {}
+    for name, tokens in own.items() if isinstance(own, dict) else ():
+        paths = [path for path in base.tables if f".{path}".endswith(f".{name}")]
+        if not paths or (base.tied and paths == [base.head]):
+            raise InvalidAdapterError(
+                "the adapter's `trainable_token_indices` name something else than the embedding of tokens or a head of "
+                f"its own: here they are {_last_names(base.tables)}{', one table' if base.tied else ''}."
+            )
+        named |= dict.fromkeys(paths, tokens)
+    rows = base.parameters[f"{base.embed}.weight"][0]
+    if any(token >= rows for tokens in named.values() for token in tokens):
+        raise BaseModelMismatchError(
+            f"the adapter's `trainable_token_indices` go past this base's vocabulary of {rows}. {GROWN}"
+        )
+    return named
+
+
+def _expected_embedding(config: AdapterSpec, path: str, rank: int, base: BaseLayout) -> dict[str, Expected]:
+    assert isinstance(config, LoRASpec)
+    if config.lora_bias:
+        raise InvalidAdapterError(f"the adapter has `lora_bias` on {_some([path])}, which no embedding has in PEFT.")
+    rows, width = base.parameters[f"{path}.weight"]
+    expected = {
+        f"{PREFIX}{path}.lora_embedding_A": Expected((rank, rows), (False, True), table=True),
+        f"{PREFIX}{path}.lora_embedding_B": Expected((width, rank), (True, False)),
+    }
+    if config.use_dora:
+        expected[f"{PREFIX}{path}.lora_magnitude_vector"] = Expected((width,), (True,))
+    return expected
+
+
+def expected_tables(names: Set[str], base: BaseLayout) -> dict[str, tuple[str, Expected]]:
+    """The base's own embedding and head among a file's `names`, as PEFT adds them unasked (`save_embedding_layers`): by
+    the name in the file, which parameter it stands for."""
+    found = {}
+    for path in base.tables:
+        shape = tuple(base.parameters[f"{path}.weight"])
+        for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
+            if name in names:
+                found[name] = f"{path}.weight", Expected(shape, (True, True), table=True)
+    return found
 
 
 def find_targets(config: AdapterSpec, base: BaseLayout) -> list[str]:
@@ -51,12 +125,13 @@ def find_targets(config: AdapterSpec, base: BaseLayout) -> list[str]:
     else:
         others = {name.rpartition(".")[0] for name in base.parameters} - base.linears.keys()
         matched = match_targets(config, [*linears, *sorted(others)])
-        targets = [path for path in matched if path in base.linears]
+        served = {*linears, *(base.tables if isinstance(config, LoRASpec) else ())}
+        targets = [path for path in matched if path in served]
         if len(targets) < len(matched):
             raise InvalidAdapterError(
                 f"the adapter's `target_modules` reach {_some(set(matched) - set(targets))}. Only the linear layers "
-                "inside the decoder blocks can be adapted; an embedding, a norm or the head can be replaced whole, "
-                "through `modules_to_save`."
+                "inside the decoder blocks can be adapted, by a LoRA the embedding of tokens and the head too; all "
+                "else can be replaced whole, through `modules_to_save`."
             )
     if not targets:
         raise BaseModelMismatchError(
@@ -97,7 +172,8 @@ def _expected_saved(config: AdapterSpec, targets: list[str], base: BaseLayout) -
             )
         for name in names:
             shape = base.parameters[name]
-            expected[PREFIX + name] = Expected(tuple(shape), (True,) * len(shape))
+            table = name.removesuffix(".weight") in base.tables
+            expected[PREFIX + name] = Expected(tuple(shape), (True,) * len(shape), table)
     both = [path for path in targets if f"{PREFIX}{path}.weight" in expected]
     if both:
         raise InvalidAdapterError(f"the adapter's `modules_to_save` and `target_modules` both reach {_some(both)}.")
@@ -116,10 +192,15 @@ def _expected_module(
     d_in, d_out = size
     if isinstance(config, LoRASpec):
         r = config.r if rank is None else rank
-        return {
+        expected = {
             f"{PREFIX}{path}.lora_A.weight": Expected((r, d_in), (False, True)),
             f"{PREFIX}{path}.lora_B.weight": Expected((d_out, r), (True, False)),
         }
+        if config.use_dora:
+            expected[f"{PREFIX}{path}.lora_magnitude_vector"] = Expected((d_out,), (True,))
+        if config.lora_bias:
+            expected[f"{PREFIX}{path}.lora_B.bias"] = Expected((d_out,), (True,))
+        return expected
     k, t, p, r = config.k, config.t, config.p, config.r
     expected = {
         f"{PREFIX}{path}.tucka_g": Expected((k, p, r, r), (False, False, False, False)),
@@ -145,13 +226,13 @@ def check_names(names: Set[str], expected: Set[str], targets: list[str], base: B
             f"the adapter's tensors have an adapter's name in theirs ({_some(named)}), as in a model's own state_dict. "
             "Save it with PEFT's save_pretrained, which leaves the name out (`default.` in lora_A.default.weight)."
         )
-    foreign = [name for name in extra if _adapted_path(name) not in (None, *base.linears)]
+    foreign = [name for name in extra if adapted_path(name) not in (None, *base.linears, *base.tables)]
     if foreign:
         raise BaseModelMismatchError(
             f"the adapter has {len(foreign)} tensors for modules that this base model does not have "
             f"({_some(foreign)}). It was made for another base."
         )
-    present = {_adapted_path(name) for name in names}
+    present = {adapted_path(name) for name in names}
     absent = [path for path in targets if path not in present]
     if absent:
         raise BaseModelMismatchError(
@@ -175,16 +256,13 @@ def _remedy(extra: list[str], base: BaseLayout) -> str:
     if all(name.endswith(".bias") for name in extra):
         return "Trained biases are not served. Train it with bias='none', or name whole modules in `modules_to_save`."
     if all(name.removeprefix(PREFIX) in base.parameters for name in extra):
-        return (
-            "They are the base's own, as PEFT adds them for a new vocabulary. Save it with save_embedding_layers=False "
-            "if they were not trained, else train them through `modules_to_save`."
-        )
+        return "They are the base's own. Name the modules that they are in in `modules_to_save`, or leave them out."
     return "It is another kind of LoRA than is served, or its two files do not belong together."
 
 
-def _adapted_path(name: str) -> str | None:
+def adapted_path(name: str) -> str | None:
     """The module an adapter tensor belongs to; None for other tensors."""
-    match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|lora_\w+(\.weight)?)", name, re.ASCII)
+    match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|lora_\w+(\.weight|\.bias)?)", name, re.ASCII)
     return match and match[1]
 
 
@@ -198,8 +276,9 @@ def check_shapes(entries: Mapping[str, Entry], expected: Mapping[str, Expected])
         if len(shape) == len(want.shape) and all(
             free or have == need for have, need, free in zip(shape, want.shape, want.from_base, strict=True)
         ):
+            grown = want.table and any(have > need for have, need in zip(shape, want.shape, strict=True))
             raise BaseModelMismatchError(
-                f"{message} on this base model, and has another. It was made for another base."
+                f"{message} on this base model, and has another. {GROWN if grown else 'It was made for another base.'}"
             )
         raise InvalidAdapterError(f"{message} by its configuration, and has another. Save it again.")
 

@@ -161,7 +161,7 @@ class Bucket:
     def _adapter_delta(self) -> AdapterDelta:
         """Every row a segment of its own, at the sites of `kinds`."""
         shared, rows, table, limits = self.shared, self.rows, self.shared.table, self.shape.limits
-        sites = {at: site for at, site in table.sites.items() if at[1] in self.shape.kinds}
+        sites = {at: site for at, site in table.sites(self.shape.affine).items() if at[1] in self.shape.kinds}
         active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
         tiles = self.fields.on_device["tiles"]
         segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=tiles)

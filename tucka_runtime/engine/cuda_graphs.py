@@ -5,7 +5,7 @@ needs more than a decoding step does runs without: prompts, adapters that replac
 being routed inside the model, rotary positions that stretch with the text.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Rows
 
 import torch
@@ -17,7 +17,7 @@ from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen
 from tucka_runtime.engine.bucket import Bucket, Shared
 from tucka_runtime.engine.decoder import Decoder
-from tucka_runtime.engine.graph_shape import GraphShape, Limits
+from tucka_runtime.engine.graph_shape import GraphShape, Needs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence
 
@@ -67,8 +67,8 @@ class CudaGraphs:
         self.buckets: dict[GraphShape, Bucket] = {}
         self.missed: dict[GraphShape, None] = {}
         """What batches wanted, in this order, and were served by a bucket of more."""
-        self._known: tuple[ActiveSet | None, frozenset[int], Limits] = None, frozenset(), Limits()
-        """The last active set, its kinds of sites and its limits."""
+        self._known: tuple[ActiveSet | None, Needs] = None, Needs()
+        """The last active set, and what it needs."""
 
     def find(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> Bucket | None:
         """The bucket that runs this step: of just its shape, else the smallest of those that can. None where no graph
@@ -99,10 +99,9 @@ class CudaGraphs:
         """Which sites have adapters, of the four of a layer, and how large those are makes another bucket: a site
         without costs nothing, and one large adapter does not make the batches of small ones slower."""
         if active is not self._known[0]:
-            folded = active.folded.values() if active else ()
-            self._known = active, frozenset(s for _, s in active.sites) if active else frozenset(), Limits.of(folded)
+            self._known = active, Needs.of(active.folded.values() if active else ())
         size = next(s for s in self.sizes if s >= count)
-        return GraphShape(size, *self._known[1:])
+        return GraphShape(size, *self._known[1])
 
     def _add(self, shape: GraphShape) -> Bucket:
         self.buckets[shape] = Bucket(self.shared, shape)
@@ -112,7 +111,7 @@ class CudaGraphs:
     def prepare(self, adapters: Collection[FoldedAdapter]) -> bool:
         """Captures one graph that batches of these adapters will want, of each alone or all together, or that others
         wanted; False once there are all."""
-        for shape in [*self._wanted([folded for folded in adapters if not folded.saved]), *self.missed]:
+        for shape in [*self._wanted([folded for folded in adapters if folded.in_deltas]), *self.missed]:
             self.missed.pop(shape, None)
             if shape not in self.buckets and len(self.buckets) < MOST:
                 self._add(shape)
@@ -121,9 +120,9 @@ class CudaGraphs:
 
     def _wanted(self, adapters: Collection[FoldedAdapter]) -> Iterator[GraphShape]:
         """The largest first: the others fit into the memory that it leaves in the pool."""
-        alone = dict.fromkeys((_kinds([folded]), Limits.of([folded])) for folded in adapters)
+        alone = dict.fromkeys(Needs.of([folded]) for folded in adapters)
         if adapters:
-            alone[_kinds(adapters), Limits.of(adapters)] = None
+            alone[Needs.of(adapters)] = None
         return (GraphShape(size, *own) for own in alone for size in reversed(self.sizes))
 
     @torch.inference_mode()
@@ -137,11 +136,6 @@ class CudaGraphs:
             self._add(GraphShape(size, everywhere))
 
 
-def _kinds(adapters: Iterable[FoldedAdapter]) -> frozenset[int]:
-    """The sites of a layer, of the four, that any of them adapts."""
-    return frozenset(site for folded in adapters for _, site in folded.sites)
-
-
 def _graphable(seq: Sequence, active: ActiveSet) -> bool:
     """Whether a decoding row can be in a graph: its adapter replaces no parameter of the base, and its route is known
     or found from token ids."""
@@ -150,4 +144,4 @@ def _graphable(seq: Sequence, active: ActiveSet) -> bool:
     folded = active.folded[seq.adapter]
     inside = folded.routed is not None and folded.routed.router.table is None
     unknown = seq.route is None and (inside or seq.routes_itself)
-    return not (folded.saved or unknown)
+    return folded.in_deltas and not unknown

@@ -76,12 +76,17 @@ class Decoder:
         for own, head in delta.replaced(f"{self.arch.head}.weight"):
             mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
             out[mine] = linear(chosen[mine], head).float()
+        for own, table in delta.tables.get(self.arch.head, ()):
+            mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
+            out[mine] = table.logits(out[mine], chosen[mine])
         return out
 
     def _embed(self, ids: Tensor, positions: Tensor, delta: AdapterDelta) -> Tensor:
         x = self.weights.embed.index_select(0, ids)
         for rows, table in delta.replaced(f"{self.arch.embed}.weight"):
             x[rows] = table.index_select(0, ids[rows])
+        for rows, change in delta.tables.get(self.arch.embed, ()):
+            x[rows] = change.embed(x[rows], ids[rows])
         if self.weights.positions is not None:
             own = self.weights.positions.index_select(0, positions)
             for rows, table in delta.replaced(f"{self.arch.positions}.weight"):

@@ -1,6 +1,6 @@
 """What a graph of a decoding step was captured for, and which batches it can run."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,20 +31,35 @@ class Limits(NamedTuple):
         return limits
 
 
+class Needs(NamedTuple):
+    """What a batch of some adapters wants of a graph, whatever its rows."""
+
+    kinds: frozenset[int] = frozenset()
+    limits: Limits = Limits()
+    affine: bool = False
+
+    @staticmethod
+    def of(adapters: Collection[FoldedAdapter]) -> "Needs":
+        kinds = frozenset(site for folded in adapters for _, site in folded.sites)
+        return Needs(kinds, Limits.of(adapters), any(folded.affine for folded in adapters))
+
+
 @dataclass(frozen=True)
 class GraphShape:
-    """What a graph was captured for: rows, the sites of a layer with adapters, and the limits of those."""
+    """What a graph was captured for: rows, the sites of a layer with adapters, the limits of those, and whether any of
+    them changes the base's own products."""
 
     rows: int
     kinds: frozenset[int] = frozenset()
     limits: Limits = Limits()  # noqa: RUF009 (it cannot be changed)
+    affine: bool = False
 
     def serves(self, other: "GraphShape") -> bool:
         """Whether a graph of this shape can run a batch of the other."""
         within = all(mine >= theirs for mine, theirs in zip(self.limits, other.limits, strict=True))
-        return self.rows >= other.rows and self.kinds >= other.kinds and within
+        return self.rows >= other.rows and self.kinds >= other.kinds and within and self.affine >= other.affine
 
     @property
     def cost(self) -> tuple[object, ...]:
         """The order in which those that can are taken: rows are what costs most, then sites, then ranks."""
-        return self.rows, len(self.kinds), self.limits
+        return self.rows, len(self.kinds), self.limits, self.affine

@@ -146,12 +146,13 @@ class _Checkpoint:
         self.missing: list[str] = []
 
     def dtype(self) -> torch.dtype:
-        """The commonest type of the stored matrices."""
+        """The commonest type of the stored matrices, fp32 for float64."""
         counts: dict[str, int] = {}
         for file, stored in self.where.values():
             kind = file.get_slice(stored).get_dtype()
             counts[kind] = counts.get(kind, 0) + 1
-        return STORED.get(max(counts, key=lambda kind: counts[kind]), torch.float32) if counts else torch.float32
+        kind = STORED.get(max(counts, key=lambda kind: counts[kind]), torch.float32) if counts else torch.float32
+        return torch.float32 if kind == torch.float64 else kind
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         if name not in self.where:
@@ -174,6 +175,11 @@ class _Checkpoint:
                 raise ModelLoadError(f"The checkpoint {kind} tensors: {', '.join(names[:5])}{more}.")
 
 
+def stored_dtype(folder: Path, arch: Architecture) -> torch.dtype:
+    """The type that a base is served in where no other is asked for. Raises ModelLoadError."""
+    return _Checkpoint(folder, arch).dtype()
+
+
 def load_weights(
     folder: Path, arch: Architecture, dtype: str, device: torch.device, linear: MakeLinear
 ) -> tuple[Weights, torch.dtype]:
@@ -181,8 +187,6 @@ def load_weights(
     ModelLoadError."""
     checkpoint = _Checkpoint(folder, arch)
     kind = DTYPES.get(dtype) or checkpoint.dtype()
-    if kind == torch.float64:
-        kind = torch.float32
     shapes = dict(parameter_shapes(arch))
 
     def read(name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """LoRA adapters as `peft` saves them: logits of its own forward pass, on every family, alone and beside others."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.support.driving import GREEDY, Recorder, ask, build, prompt, relative, run, save_model, save_tucka
-from tucka_runtime.errors import InvalidAdapterError
+from tests.support.driving import GREEDY, VOCAB, Recorder, ask, build, prompt, relative, run, save_model, save_tucka
+from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.engine.adapters.fold import folded_bytes
+from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
 from tucka_runtime.messages import AdapterKey, RouteScope
 
 FP32 = 1e-4
@@ -38,6 +42,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
     "dropout": ("llama", {"target_modules": ["q_proj"], "lora_dropout": 0.5}),
     "no-biases-to-train": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "dora": ("llama", {"target_modules": ALL, "use_dora": True}),
+    "dora-and-biases": ("qwen2", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, "r": 2}),
+    "dora-conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
+    "lora-bias": ("qwen2", {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "lora_bias": True}),
+    "no-task-type": ("llama", {"target_modules": ["q_proj"], "task_type": None}),
+    "adapted-embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "adapted-head": ("llama", {"target_modules": ["q_proj", "lm_head"], "lora_bias": True}),
+    "adapted-tied-tables": ("qwen2", {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True}),
+    "adapted-embedding-beside-positions": ("gpt2", {"target_modules": ["c_attn", "wte"]}),
+    "dora-tables": ("llama", {"target_modules": ["v_proj", "embed_tokens", "lm_head"], "use_dora": True}),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [60, 3, 17, *range(30, 50)]}),
+    "tokens-of-both": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [*range(3, 40)], "lm_head": [96, 5, 6]},
+        },
+    ),
+    "tokens-tied": ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [*range(60, 2, -1)]}),
     "own-head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "own-embedding": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "own-norms": (
@@ -57,18 +80,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_peft(model: Any, folder: Path, seed: int, **settings: Any) -> None:
-    """An adapter whose both factors, and whatever it saves whole, are random."""
+def save_base(folder: Path, name: str) -> Any:
+    """The base of a case."""
+    return save_model(folder, CASES[name][0], **({"tie_word_embeddings": True} if "tied" in name else {}))
+
+
+def save_peft(model: Any, folder: Path, seed: int, tables: bool = False, **settings: Any) -> None:
+    """An adapter whose both factors, and whatever it saves whole, are random. `tables`: with the base's embedding and
+    head, as PEFT adds them by itself where an adapter reaches either."""
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
     peft = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter *= 1 + 0.3 * torch.randn_like(parameter)
+            elif "lora_" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             elif parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
-    peft.save_pretrained(folder, save_embedding_layers=False)
+    peft.save_pretrained(folder, save_embedding_layers=tables)
     peft.unload()
 
 
@@ -82,11 +113,13 @@ def reference(base: Path, adapter: Path, ids: tuple[int, ...], dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_peft(name: str, tmp_path: Path):
-    kind, settings = CASES[name]
+    settings = CASES[name][1]
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    save_peft(save_model(base, kind), adapter, 1, **settings)
+    save_peft(save_base(base, name), adapter, 1, **settings)
     engine = build(base)
-    engine.load_adapter(KEY, adapter)
+    info, runner = engine.load_adapter(KEY, adapter), engine.runner
+    kept, _ = folded_bytes(read_adapter(adapter, engine.layout), runner.arch, runner.dtype, runner.factor_dtype, None)
+    assert kept == info.bytes
     recorder = Recorder(engine)
     ids = prompt(21)
     sampling = replace(GREEDY, max_tokens=6)
@@ -101,21 +134,46 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path):
     assert relative(recorder.of("r")[:21], unadapted) > 0.05, "the adapter changes nothing: this shows nothing"
 
 
+@pytest.mark.parametrize("name", ["qv", "adapted-tied-tables", "dora-tables"])
+def test_tables_that_peft_saved_unasked_cost_nothing(name: str, tmp_path: Path):
+    """They are the base's own; where they are not, they replace the base's, tied ones both at once."""
+    settings = CASES[name][1]
+    base, adapter, lean = tmp_path / "base", tmp_path / "adapter", tmp_path / "lean"
+    save_peft(save_base(base, name), adapter, 1, tables=True, **settings)
+    save_peft(save_base(base, name), lean, 1, **settings)
+    engine = build(base)
+    assert engine.load_adapter(KEY, adapter).bytes == engine.load_adapter(AdapterKey("lean", 1), lean).bytes
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    stored = [own for own in tensors if re.search(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$", own)]
+    assert len(stored) == 2
+    save_file(tensors | {own: tensors[own] + 0.2 for own in stored}, weights)
+    changed = AdapterKey("changed", 1)
+    engine.load_adapter(changed, adapter)
+    recorder, ids = Recorder(engine), prompt(21)
+    run(engine, ask(ids, sampling=replace(GREEDY, max_tokens=1), adapter=changed))
+    assert relative(recorder.of("r"), reference(base, adapter, ids)) < FP32
+
+
+def test_a_vocabulary_that_was_grown_is_refused(tmp_path: Path):
+    base = tmp_path / "base"
+    model = save_model(base)
+    model.resize_token_embeddings(VOCAB + 3)
+    save_peft(model, tmp_path / "adapter", 1, tables=True, target_modules=["q_proj"])
+    with pytest.raises(BaseModelMismatchError, match="resize_token_embeddings"):
+        build(base).load_adapter(KEY, tmp_path / "adapter")
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "dora": ("llama", {"use_dora": True}, "merge_and_unload"),
-    "lora-bias": ("qwen2", {"lora_bias": True}, "merge_and_unload"),
     "qalora": ("llama", {"use_qalora": True, "qalora_group_size": 8}, "merge_and_unload"),
     "activated": ("llama", {"alora_invocation_tokens": [3]}, "merge_and_unload"),
     "parameters": ("llama", {"target_parameters": ["k_proj.weight"]}, "merge_and_unload"),
     "repeated-layers": ("llama", {"layer_replication": [(0, 2), (1, 2)]}, "merge_and_unload"),
-    "tokens": ("llama", {"trainable_token_indices": [3, 4]}, "modules_to_save"),
-    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "modules_to_save"),
-    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}, "modules_to_save"),
+    "positions": ("gpt2", {"target_modules": ["c_attn", "wpe"]}, "modules_to_save"),
     "all-biases": ("qwen2", {"bias": "all"}, "bias='none'"),
     "own-biases": ("qwen2", {"bias": "lora_only"}, "bias='none'"),
     "pissa": ("llama", {"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
     "olora": ("llama", {"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-    "no-task-type": ("llama", {"task_type": None}, "set it to null"),
 }
 
 
@@ -156,12 +214,18 @@ def test_an_adapter_whose_base_was_changed_is_served_once_converted(kind: str, t
     assert relative(recorder.of("r"), theirs) < FP32
 
 
-@pytest.mark.parametrize("tokens", [2048, 12])
-def test_many_kinds_in_one_batch(tokens: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kernels", "tokens"),
+    [("reference", 2048), ("reference", 12), pytest.param("native", 2048, marks=pytest.mark.native)],
+)
+def test_many_kinds_in_one_batch(kernels: str, tokens: int, tmp_path: Path):
     """LoRAs of unequal ranks, targets and saved modules beside TuckA adapters of unequal ranks and the base: every row
     has the logits it has alone, in passes of prompts, of decodes, and of both."""
     base = tmp_path / "base"
-    names = ("every-target", "rank-pattern", "rslora", "own-head", "own-embedding")
+    names = (
+        "every-target", "rank-pattern", "rslora", "dora", "lora-bias", "dora-tables", "tokens-of-both", "own-head",
+        "own-embedding",
+    )  # fmt: skip
     for seed, name in enumerate(names):
         save_peft(save_model(base), tmp_path / name, seed, **CASES[name][1])
     layout = build(base).layout
@@ -170,7 +234,7 @@ def test_many_kinds_in_one_batch(tokens: int, tmp_path: Path):
     keys = [AdapterKey(name, 1) for name in (*names, "wide", "inner")]
 
     def engine(**settings: int) -> Any:
-        engine = build(base, **settings)
+        engine = build(base, kernels=kernels, **settings)
         for key in keys:
             engine.load_adapter(key, tmp_path / key.name)
         return engine

@@ -299,7 +299,7 @@ def test_a_slot_table_holds_the_addresses_of_what_is_loaded(store: AdapterStore)
                 for j in range(len(site.targets)):
                     own = owner.factors.get(Where(layer, s, j)) if owner else None
                     u, e = (0, 0) if own is None else (own[0].data_ptr(), own[1].data_ptr())
-                    here = table.sites[layer, s]
+                    here = table.sites(affine=True)[layer, s]
                     assert (here.u_ptr[slot, j], here.e_ptr[slot, j]) == (u, e)
                     assert here.rank[slot, j] == (0 if own is None else len(own[0]))
                 assert here.columns == site.columns and here.d_in == site.d_in

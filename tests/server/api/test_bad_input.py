@@ -555,7 +555,8 @@ def edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"auto_mapping": {"base_model_class": "os", "parent_library": "os"}},
+        {"auto_mapping": {"base_model_class": "os", "parent_library": "os", "loader": "os"}},
+        {"auto_mapping": "os.system"},
         {"auto_map": {"AutoModel": "evil.Model"}},
         {"trust_remote_code": True},
         {"custom_modules_path": "evil"},
@@ -564,6 +565,12 @@ def edit(folder: Path, **changes: object) -> None:
 def test_row_30_configs_that_name_code(live: Server, copy: Path, changes: dict) -> None:
     edit(copy, **changes)
     check(load(live, str(copy)), 400, "invalid_adapter")
+
+
+def test_row_30_the_class_that_peft_names_is_ignored(live: Server, copy: Path) -> None:
+    edit(copy, auto_mapping={"base_model_class": "system", "parent_library": "os"})
+    assert load(live, str(copy)).status_code == 200
+    assert live.post("/v1/unload_lora_adapter", {"lora_name": "bad"}).is_success
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class ActiveSet:
                 dtype,
                 device,
                 pool=True,
+                affine=[[a.affine.get(Where(layer, s, j)) for j in range(len(site.targets))] for a in adapters],
             )
         index = {a.key: i for i, a in enumerate(adapters)}
         return active_set(adapters, index, len(adapters), sites, arch)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet, Plans
-from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedTable
 from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, core_rows, route_plan
 from tucka_runtime.kernels.ops import LowRank, Ops
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
@@ -38,6 +38,8 @@ class AdapterDelta:
     """Segments that are routed when the pass comes to a site, and the rows that they are routed by."""
     sums: dict[tuple[int, int], list[RouteSum]] = field(default_factory=dict)
     saved: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
+    tables: dict[str, list[tuple[slice, FoldedTable]]] = field(default_factory=dict)
+    """The rows whose adapters change the embedding or the head, by its path."""
     plans: Plans = field(default_factory=dict)
     route_seconds: float = 0.0
     """Host time of what was routed from token ids."""
@@ -88,6 +90,8 @@ class AdapterDelta:
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:
         for name, value in adapter.saved.items():
             self.saved.setdefault(name, []).append((slice(first, end), value))
+        for path, table in adapter.tables.items():
+            self.tables.setdefault(path, []).append((slice(first, end), table))
 
     def _lay_out(
         self, segments: Sequence[Segment], active: ActiveSet, dtype: torch.dtype, device: torch.device

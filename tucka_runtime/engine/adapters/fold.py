@@ -1,7 +1,8 @@
 """From an adapter's files to the form that is served.
 
 An adapter is folded once, at load, into the serving form (docs/architecture.md): y_j += ((x Uᵀ) M) E_j with U = Û and
-E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors.
+E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M between the two factors. A DoRA, and a LoRA
+with biases, also scale and offset the base's y_j before that.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAModule, TuckASpec
 from tucka_runtime.config import ROUTE_SCOPES
-from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedRouter, TuckACores, Where
+from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedRouter, FoldedTable, TuckACores, Where
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
@@ -46,26 +47,27 @@ def fold(
     device = weights.embed.device
     where = locate(arch)
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
+    affine: dict[Where, Tensor] = {}
+    base = _BaseLinears(arch, weights)
     cores: list[tuple[Where, Tensor, Tensor]] = []
-    dense_at, dense = (-1, -1), torch.empty(0)
+    saved = _saved(adapter, arch, weights)
     for path, module in adapter.modules.items():
+        if path not in where:  # the embedding or the head: see `_tables`
+            continue
         at = where[path]
         if isinstance(module, LoRAModule):
-            u, e = module.a.float(), module.b.float().T * module.scale
+            own = None if module.magnitude is None else base.weight(at)
+            u, e, change = _lora(module, own, base.bias(at))
+            if change is not None:
+                affine[at] = change
         else:
-            site = arch.sites[at.site]
-            if (at.layer, at.site) != dense_at:  # modules come site by site
-                dense_at, dense = (at.layer, at.site), weights.layers[at.layer].linears[at.site].dense()
-            first = sum(site.widths[: at.target])
-            base = dense[first : first + site.widths[at.target]].float()
             g, c, unit = _normalised(module, device)
             assert isinstance(adapter.config, TuckASpec)
-            u, e = unit.T, (adapter.config.alpha * (base @ unit)).T
+            u, e = unit.T, (adapter.config.alpha * (base.weight(at) @ unit)).T
             if pinned is not None:
                 u = (unit @ _pinned_core(g, c, pinned)).T
             cores.append((at, g, c))
         factors[at] = (u.to(device, dtype).contiguous(), e.to(device, dtype).contiguous())
-    saved = {name: value.to(weights.embed) for name, value in adapter.saved.items()}
     routed = None
     if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
         g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
@@ -75,7 +77,7 @@ def fold(
         )
         numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
         routed = TuckACores(torch.tensor(numbers, dtype=torch.int64).to(device), g, c, router)
-    folded = FoldedAdapter(key, factors, routed, saved)
+    folded = FoldedAdapter(key, factors, affine, routed, saved, _tables(adapter, saved, arch, weights, dtype))
     # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
     # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
     if not torch.stack([t.isfinite().all() for t in folded.tensors()]).all():
@@ -89,24 +91,34 @@ def fold(
 def folded_bytes(
     adapter: Adapter, arch: Architecture, base: torch.dtype, dtype: torch.dtype, pinned: Route | None
 ) -> tuple[int, int]:
-    """The bytes that `fold` will keep (FoldedAdapter.num_bytes), and the most that it takes beside them for a moment: a
-    site's weights, of type `base`, as a copy and a linear's of it in fp32, or the check of the largest tensor."""
+    """The bytes that `fold` will keep (FoldedAdapter.num_bytes; less where the file has the base's own tables), and the
+    most that it takes beside them for a moment: a site's weights, of type `base`, as a copy and a linear's of it in
+    fp32, or the check of the largest tensor."""
     where, kept, passing, largest = locate(arch), 0, 0, 0
     routed = adapter.ec is not None and pinned is None
     for path, module in adapter.modules.items():
-        at = where[path]
-        site = arch.sites[at.site]
-        width = site.widths[at.target]
+        if path in where:
+            at = where[path]
+            site = arch.sites[at.site]
+            d_in, width = site.d_in, site.widths[at.target]
+            copied = d_in * sum(site.widths) * base.itemsize
+        else:
+            d_in, width = (arch.vocab, arch.hidden) if path == arch.embed else (arch.hidden, arch.vocab)
+            copied = arch.vocab * arch.hidden * base.itemsize
         if isinstance(module, LoRAModule):
             r = module.a.shape[0]
+            kept += 8 * width if module.magnitude is not None or module.bias is not None else 0
+            if module.magnitude is not None:  # the base's own and its sum with the change
+                passing = max(passing, copied + 2 * d_in * width * 4)
         else:
             r = module.u.shape[1]
-            copied = site.d_in * sum(site.widths) * base.itemsize
-            passing = max(passing, copied + site.d_in * width * 4)
+            passing = max(passing, copied + d_in * width * 4)
             # Each linear's number is int64, its parts are fp32.
             kept += 8 + 4 * (module.g.numel() + module.c.numel()) if routed else 0
-        kept += r * (site.d_in + width) * dtype.itemsize
-        largest = max(largest, r * max(site.d_in, width) * dtype.itemsize)
+        kept += r * (d_in + width) * dtype.itemsize
+        largest = max(largest, r * max(d_in, width) * dtype.itemsize)
+    for ids, values in adapter.tokens.values():
+        kept += ids.nbytes + values.numel() * base.itemsize
     for value in adapter.saved.values():
         kept += value.numel() * base.itemsize
         largest = max(largest, value.numel() * base.itemsize)
@@ -151,6 +163,82 @@ def describe(
         route_prefix_tokens=folded.routed.router.prefix_tokens if folded.routed else None,
         load_seconds=load_seconds,
     )
+
+
+class _BaseLinears:
+    """The base's own linears, of which adapters ask site by site: a site's weights are unpacked once."""
+
+    def __init__(self, arch: Architecture, weights: Weights):
+        self.arch = arch
+        self.weights = weights
+        self._unpacked: tuple[tuple[int, int], Tensor] | None = None
+
+    def _columns(self, at: Where) -> slice:
+        site = self.arch.sites[at.site]
+        return slice(site.columns[at.target], site.columns[at.target + 1])
+
+    def weight(self, at: Where) -> Tensor:
+        """(d_out, d_in) fp32."""
+        site = at.layer, at.site
+        if self._unpacked is None or self._unpacked[0] != site:
+            self._unpacked = site, self.weights.layers[at.layer].linears[at.site].dense()
+        return self._unpacked[1][self._columns(at)].float()
+
+    def bias(self, at: Where) -> Tensor:
+        """(d_out,) fp32, zero where the base has none."""
+        columns, bias = self._columns(at), self.weights.layers[at.layer].linears[at.site].bias
+        if bias is None:
+            return torch.zeros(columns.stop - columns.start, device=self.weights.embed.device)
+        return bias[columns].float()
+
+
+def _lora(module: LoRAModule, weight: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """U (r, d_in), E (r, d_out), and what is changed of the base's y, (2, d_out), if anything. The base's own `weight`
+    (d_out, d_in), which a DoRA needs, and `bias` (d_out,) are in fp32.
+
+    DoRA is y = s ⊙ (W + ΔW) x + b with s = magnitude / ‖W + ΔW‖, row by row: s ⊙ (Wx + b) + (1 - s) ⊙ b + s ⊙ ΔW x.
+    """
+    device = bias.device
+    a, b = module.a.to(device).float(), module.b.to(device).float() * module.scale
+    if module.magnitude is not None:
+        assert weight is not None
+        norms = torch.linalg.vector_norm(torch.addmm(weight, b, a), dim=1)
+        scale = module.magnitude.to(device).float() / norms
+        return a, (scale[:, None] * b).T, torch.stack([scale, (1 - scale) * bias])
+    if module.bias is not None:
+        offset = module.scale * module.bias.to(device).float()
+        return a, b.T, torch.stack([torch.ones_like(offset), offset])
+    return a, b.T, None
+
+
+def _saved(adapter: Adapter, arch: Architecture, weights: Weights) -> dict[str, Tensor]:
+    """The parameters that are replaced. PEFT saves the base's own embedding and head beside adapters that touch them:
+    where they are what the base has, nothing is."""
+    own = {f"{arch.embed}.weight": lambda: weights.embed, f"{arch.head}.weight": weights.head.dense}
+    saved = {name: value.to(weights.embed) for name, value in adapter.saved.items()}
+    return {name: value for name, value in saved.items() if name not in own or not torch.equal(value, own[name]())}
+
+
+def _tables(
+    adapter: Adapter, saved: dict[str, Tensor], arch: Architecture, weights: Weights, dtype: torch.dtype
+) -> dict[str, FoldedTable]:
+    """What is changed of the embedding and of the head. A row of the embedding is W's column for its token."""
+    tables = {}
+    device = weights.embed.device
+    for path in (arch.embed, arch.head):
+        module, rows = adapter.modules.get(path), adapter.tokens.get(path)
+        factors = affine = None
+        if isinstance(module, LoRAModule):
+            is_embed, own = path == arch.embed, saved.get(f"{path}.weight")
+            weight = own if own is not None else weights.embed if is_embed else weights.head.dense()
+            weight = weight.float().T if is_embed else weight.float()
+            u, e, affine = _lora(module, weight, torch.zeros(len(weight), device=device))
+            factors = (u.T, e) if is_embed else (e.T, u)
+            factors = factors[0].to(device, dtype).contiguous(), factors[1].to(device, dtype).contiguous()
+        if module is not None or rows is not None:
+            values = None if rows is None else (rows[0].to(device), rows[1].to(weights.embed))
+            tables[path] = FoldedTable(factors, affine, values)
+    return tables
 
 
 def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

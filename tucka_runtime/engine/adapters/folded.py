@@ -1,9 +1,10 @@
 """Adapters as they are served: folded factors, and what routed cores are made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from tucka_runtime.kernels.tables.routes import CoreParts
@@ -48,23 +49,79 @@ class TuckACores:
 
 
 @dataclass(frozen=True, eq=False)
+class FoldedTable:
+    """What an adapter changes of the embedding or of the head, a table (vocab, d), row by row.
+
+    Of `factors` (U (vocab, r), E (r, d)) a row u gets u E; before that `affine`, (2, d) of an embedding and (2, vocab)
+    of a head, fp32, scales and offsets what the base's table gives; `rows`, ids (n,) int64, ascending, and values
+    (n, d), replace theirs.
+    """
+
+    factors: tuple[Tensor, Tensor] | None = None
+    affine: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def embed(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Of the base's embeddings x (T, d) of tokens ids (T,), the adapter's."""
+        out = x.float()
+        if self.affine is not None:
+            out = out * self.affine[0] + self.affine[1]
+        if self.factors is not None:
+            u, e = self.factors
+            out = out + (u.index_select(0, ids) @ e).float()
+        if self.rows is not None:
+            own, values = self.rows
+            at = torch.searchsorted(own, ids).clamp(max=len(own) - 1)
+            out = torch.where((own[at] == ids)[:, None], values[at].float(), out)
+        return out.to(x.dtype)
+
+    def logits(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """Of the base's logits out (N, vocab) fp32 of hidden states (N, d), the adapter's."""
+        if self.affine is not None:
+            out = out * self.affine[0] + self.affine[1]
+        if self.factors is not None:
+            u, e = self.factors
+            out = out + (hidden.to(e.dtype) @ e.T @ u.T).float()
+        if self.rows is not None:
+            own, values = self.rows
+            out = out.index_copy(1, own, (hidden @ values.T).float())
+        return out
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        own = [*(self.factors or ()), *(self.rows or ())]
+        return own if self.affine is None else [*own, self.affine]
+
+
+@dataclass(frozen=True, eq=False)
 class FoldedAdapter:
-    """An adapter in the serving form. `factors` has (U (r, d_in), E (r, d_out)) of each adapted linear; `routed` is
-    None where the core is constant; `saved` replaces parameters of the base by name."""
+    """An adapter in the serving form. `factors` has (U (r, d_in), E (r, d_out)) of each adapted linear, `affine` what
+    it changes of the base's own product there, scale and offset (2, d_out) fp32, where it does; `routed` is None where
+    the core is constant; `saved` replaces parameters of the base by name, and `tables` change its embedding or its
+    head, by their paths."""
 
     key: AdapterKey
     factors: Mapping[Where, tuple[Tensor, Tensor]]
+    affine: Mapping[Where, Tensor]
     routed: TuckACores | None
     saved: Mapping[str, Tensor]
+    tables: Mapping[str, FoldedTable] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds on the device."""
-        tensors = [t for pair in self.factors.values() for t in pair] + list(self.saved.values())
+        tensors = [t for pair in self.factors.values() for t in pair]
+        tensors += [*self.affine.values(), *self.saved.values()]
+        tensors += [t for table in self.tables.values() for t in table.tensors()]
         if self.routed is not None:
             router = self.routed.router
             tensors += [self.routed.g, self.routed.c, self.routed.linears, router.centroids]
             tensors += [] if router.table is None else [router.table]
         return tensors
+
+    @property
+    def in_deltas(self) -> bool:
+        """Whether deltas are all that it brings: no parameters or rows of its own."""
+        return not (self.saved or self.tables)
 
     @property
     def num_bytes(self) -> int:
