@@ -148,11 +148,14 @@ def check_idle(engine: Engine) -> None:
     assert not engine.adapters.leases()
 
 
-def run(engine: Engine, *requests: Request) -> list[list[Answer]]:
-    """All requests at once, to the end: per request its sequences."""
+def run(engine: Engine, *requests: Request, known: list[list[Answer]] | None = None) -> list[list[Answer]]:
+    """All requests at once, to the end: per request its sequences. With the answers `known`, these are drafted."""
     answers: Answers = {(r.id, i): Answer() for r in requests for i in range(r.num_sequences)}
     for request in requests:
         engine.add(request)
+    for request, own in zip(requests, known or (), strict=False):
+        for seq in engine.requests[request.id]:
+            seq.ngrams = Drafts(seq.num_prompt, own[seq.index].token_ids, seq.index, engine.info.vocab_size)
     drain(engine, answers)
     assert all(answer.finish_reason is not None for answer in answers.values())
     return [[answers[r.id, i] for i in range(r.num_sequences)] for r in requests]

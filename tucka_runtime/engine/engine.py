@@ -186,6 +186,7 @@ class Engine:
             output=time.monotonic() - ran,
             prefill_tokens=sum(chunk.count for chunk in step.chunks) - decode_tokens,
             decode_tokens=decode_tokens,
+            drafts=sum(bool(chunk.draft) for chunk in step.chunks),
             draft_tokens=sum(len(chunk.draft or ()) for chunk in step.chunks),
             accepted_tokens=sum(len(chunk.draft or ()) for chunk in step.launched.chunks),
             sequences=len(step.chunks),
