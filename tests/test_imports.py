@@ -21,7 +21,9 @@ SHARED = (
 """What both processes may know."""
 
 CLIENT = "engine.client engine.child engine.output_stream engine.queue_wait"
-POLICY = "engine.scheduler engine.flows engine.block_manager engine.route_cache engine.sequence engine.pace engine.ngram"
+POLICY = (
+    "engine.scheduler engine.flows engine.block_manager engine.route_cache engine.sequence engine.pace engine.ngram"
+)
 
 # Who may import what of ours, a package standing for all that is in it. The first row that names a module is its own.
 RULES = {

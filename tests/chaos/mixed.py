@@ -1,8 +1,8 @@
 """Mixed traffic held to solo runs: `python -m tests.chaos.mixed --tokens 100000`.
 
 The embedded base and its adapters in fp32, and engines of random shape one after the other: tiny KV pools, so that
-sequences are preempted, few seats, small steps, overlapping steps or not, with drafts and without in turn. Their traffic
-is random: the base, LoRA, TuckA under every route scope and with a fixed route, several answers, greedy and drawn with
+sequences are preempted, few seats, small steps, overlapping steps or not, with drafts and without in turn. Traffic is
+random: the base, LoRA, TuckA under every route scope and with a fixed route, several answers, greedy and drawn with
 penalties, stops, bad words, log-probabilities and schemas; requests that are aborted; adapters that are replaced under
 their name by another's content. Whatever came of a request is compared, token for token, with the same request alone in
 a roomy engine that keeps nothing and drafts nothing. Under the scope `batch` others change a route by design: such an
@@ -158,7 +158,7 @@ class Traffic:
             users = Counter(chunk.seq.adapter for chunk in routed)
             for chunk in routed:
                 seq = chunk.seq
-                whole = chunk.start == 0 and chunk.count == seq.num_prompt or chunk.start >= seq.num_prompt
+                whole = (chunk.start == 0 and chunk.count == seq.num_prompt) or chunk.start >= seq.num_prompt
                 again = chunk.start == 0 and seq.num_known
                 if users[seq.adapter] > 1 or not whole or again:
                     self.asked[seq.request.id].disturbed = True
@@ -225,7 +225,7 @@ def compare(traffic: Traffic, solo: Solo, drafts: bool, report: Report) -> None:
             report.disturbed += sum(len(answer.token_ids) for answer in asked.answers)
             continue
         key, scope = asked.request.adapter, str(asked.request.route_scope)
-        lora = asked.content == "sql" or key is not None and key.name == FIXED
+        lora = asked.content == "sql" or (key is not None and key.name == FIXED)
         kind = "base" if key is None else "LoRA or fixed" if lora else scope
         for index, (answer, alone) in enumerate(zip(asked.answers, solo(asked), strict=True)):
             count = len(answer.token_ids)

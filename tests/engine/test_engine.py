@@ -91,7 +91,9 @@ SAMPLINGS = (
     replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.2, logprobs=1),
     replace(GREEDY, ignore_eos=False, stop_token_ids=tuple(range(3, 12)), min_tokens=2),
     SamplingParams(temperature=0.9, seed=11, top_k=20, ignore_eos=True),
-    SamplingParams(temperature=1.3, seed=5, top_p=0.9, min_p=0.02, ignore_eos=True, bad_words=((9,), (30, 31), (7, 8, 9))),
+    SamplingParams(
+        temperature=1.3, seed=5, top_p=0.9, min_p=0.02, ignore_eos=True, bad_words=((9,), (30, 31), (7, 8, 9))
+    ),
     SamplingParams(temperature=0.7, seed=2, presence_penalty=0.4, logprobs=2, stop_token_ids=(20, 21), min_tokens=3),
     replace(GREEDY, prompt_logprobs=1),
 )

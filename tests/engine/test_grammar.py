@@ -1,5 +1,6 @@
 """Answers held to a JSON schema: whatever a random model would rather say, what comes out is JSON of that schema."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -141,7 +142,8 @@ def test_drafts_change_no_answer(engine: Engine) -> None:
     again = run(engine, *requests, known=alone)
     engine.runner.launch = on_launch
     assert drafted > 100
-    for before, after in zip(sum(alone, []), sum(again, []), strict=True):
+    flat = [itertools.chain.from_iterable(answers) for answers in (alone, again)]
+    for before, after in zip(*flat, strict=True):
         assert (after.token_ids, after.finish_reason) == (before.token_ids, before.finish_reason)
         assert [(e.token_id, e.rank) for e in after.logprobs] == [(e.token_id, e.rank) for e in before.logprobs]
 

@@ -379,7 +379,7 @@ def test_answers_are_those_of_a_cold_run(
     drafts: bool,
 ):
     """Conversations that grow, branch and share their beginning, whose adapters are replaced while they are answered,
-    which are aborted and preempted, and drafted, right and wrong: whatever the cache gives, every token is that of a run
+    which are aborted, preempted, and drafted, right and wrong: whatever the cache gives, every token is that of a run
     without one."""
     engine = build(
         folder / "model",

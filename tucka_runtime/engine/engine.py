@@ -28,7 +28,6 @@ from tucka_runtime.messages import (
     Request,
     Route,
     RouteReport,
-    RouteScope,
     SequenceOutput,
     StepStats,
     Timing,
@@ -100,19 +99,11 @@ class Engine:
             # One request's answers differ; the multiplier spreads indices over the seed's upper half.
             own_seed = (seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
             seq = Sequence(request, index, scope, own_seed, time.monotonic(), prefix)
-            seq.ngrams = self._ngrams(scope)
+            seq.ngrams = NgramIndex.of(self.config, scope)
             sequences.append(seq)
         self.requests[request.id] = sequences
         for seq in sequences:
             self.scheduler.add(seq)
-
-    def _ngrams(self, scope: RouteScope | None) -> NgramIndex | None:
-        """What drafts a sequence's tokens. Under the scope `batch` nothing does: the route of a pass is the mean over the
-        tokens in it, so that each token has to have a pass of its own."""
-        config = self.config
-        if config.speculate == "none" or scope is RouteScope.BATCH:
-            return None
-        return NgramIndex(config.speculate_min_ngram, config.speculate_max_ngram, config.speculate_tokens)
 
     def _check(self, request: Request) -> None:
         """Raises InvalidRequestError for what can never run."""
@@ -233,11 +224,10 @@ class Engine:
             seq.prompt_logprobs = [*before, *scores]
 
     def _advance(self, seq: Sequence, result: Result) -> list[SequenceOutput]:
-        """The outputs of a sequence whose last token went through the model, one for each token. Those of a draft, which
-        come first, are the sequence's already, and end nothing."""
-        *drafted, out = [self._output(seq, *entry) for entry in zip(result.tokens, result.logprobs, strict=True)] or [
-            self._output(seq)
-        ]
+        """The outputs of a sequence whose last token went through the model, one for each token. Those of a draft,
+        which come first, are the sequence's already, and end nothing."""
+        tokens = zip(result.tokens, result.logprobs, strict=True)
+        *drafted, out = [self._output(seq, *entry) for entry in tokens] or [self._output(seq)]
         if not seq.num_known:
             seq.first_token_at = time.monotonic()
             out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)

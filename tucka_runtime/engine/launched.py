@@ -61,8 +61,8 @@ class Launched:
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, a grammar, bad words of several tokens, log-probabilities, which are computed on the host, drafts,
-        which are made there."""
+        tokens so far, a grammar, bad words of several tokens, log-probabilities and drafts, which are made on the
+        host."""
         return any(_settles(chunk.seq) for chunk in self.chunks)
 
 

@@ -164,8 +164,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, chunks: Rows[ScheduledChunk]) -> Launched:
-        """Gives the device one forward pass and the choice of the tokens that are due. On a GPU it does not wait, but to
-        verify drafts."""
+        """Gives the device one forward pass and the choice of the tokens that are due. On a GPU it does not wait,
+        but to verify drafts."""
         begin = time.monotonic()
         for chunk in chunks:
             self._start_routing(chunk)

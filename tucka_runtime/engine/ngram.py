@@ -5,6 +5,9 @@ edited, JSON, extraction, summaries) are drafted well; a draft that is wrong cos
 nothing, since only tokens that the sampler chooses anyway are kept.
 """
 
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.messages import RouteScope
+
 
 class NgramIndex:
     """Where every run of `least` to `most` tokens of one sequence was last followed by something.
@@ -22,6 +25,14 @@ class NgramIndex:
         self.tokens = self.limit = tokens
         self.indexed = 0
         self.seen: dict[int, int] = {}
+
+    @staticmethod
+    def of(config: EngineConfig, scope: RouteScope | None) -> "NgramIndex | None":
+        """A new sequence's. None where nothing is drafted: also under the scope `batch`, where the route of a pass is
+        the mean over the tokens in it, so that each token has to have a pass of its own."""
+        if config.speculate == "none" or scope is RouteScope.BATCH:
+            return None
+        return NgramIndex(config.speculate_min_ngram, config.speculate_max_ngram, config.speculate_tokens)
 
     def draft(self, text: list[int], most: int) -> list[int]:
         """At most `most` tokens that may follow `text`, which only ever grows: those behind the latest earlier place of
