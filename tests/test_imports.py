@@ -21,7 +21,9 @@ SHARED = (
 """What both processes may know."""
 
 CLIENT = "engine.client engine.child engine.output_stream engine.queue_wait"
-POLICY = "engine.scheduler engine.flows engine.block_manager engine.route_cache engine.sequence engine.pace"
+POLICY = (
+    "engine.scheduler engine.flows engine.block_manager engine.route_cache engine.sequence engine.pace engine.ngram"
+)
 
 # Who may import what of ours, a package standing for all that is in it. The first row that names a module is its own.
 RULES = {
@@ -45,7 +47,7 @@ RULES = {
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
-    "bench bench_reuse bench_json": f"{SHARED} llm adapters engine.environment bench",
+    "bench bench_reuse bench_json bench_ngram": f"{SHARED} llm adapters engine.environment bench",
 }
 
 # Neither these nor anything that they import may name torch.

@@ -11,6 +11,7 @@ from tucka_runtime.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference", "fused", "native")
+SPECULATIONS = ("none", "ngram")
 ROUTE_SCOPES = ("batch", "request", "prefix")
 CALL_FORMATS = ("auto", "hermes", "llama3_json", "mistral", "json")
 LOG_FORMATS = ("text", "json")
@@ -41,6 +42,14 @@ class EngineConfig:
         1.8,
         "how many times as long as without them prompts may make a decoding step; 0: they take all the tokens above",
     )
+    speculate: str = _setting(
+        "none",
+        "ngram: draft what follows from earlier places of the same text, and verify several tokens in one forward pass",
+        choices=SPECULATIONS,
+    )
+    speculate_tokens: int = _setting(5, "longest draft")
+    speculate_min_ngram: int = _setting(2, "fewest last tokens that have to stand at the earlier place")
+    speculate_max_ngram: int = _setting(4, "most of them that are looked for: the longest that are found are taken")
     max_queue: int = _setting(1024, "most sequences waiting; more are refused with 429")
     max_queue_seconds: int | None = _setting(
         None, "longest wait that a request may expect; where it would be longer it is refused with 429 (default: any)"
@@ -70,10 +79,13 @@ class EngineConfig:
             "max_loaded_adapters",
             "engine_timeout",
             "engine_start_timeout",
+            "speculate_tokens",
+            "speculate_min_ngram",
         ):
             _check_at_least(self, name, 1)
         if self.decode_stretch and self.decode_stretch <= 1:
             raise ConfigError(f"decode_stretch must be over 1, or 0 for no limit, not {self.decode_stretch}.")
+        _check_at_least(self, "speculate_max_ngram", self.speculate_min_ngram)
         for name in ("max_model_len", "max_queue_seconds", "kv_cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _check_at_least(self, name, 1)

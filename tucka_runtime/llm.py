@@ -162,6 +162,8 @@ class LLM:
                 for out in self.engine.step()[0]:
                     if (own := running.get(out.request_id)) is None:
                         continue
+                    if own.ended(out.index):  # by a stop string, in the same step
+                        continue
                     ended = own.take(out)
                     if ended:
                         self.engine.abort(out.request_id, out.index)
@@ -200,11 +202,13 @@ class _Running:
         table = stop_table(p.stop)
         self._texts = [SequenceText.of(p, tokenizer, table) for _ in range(request.n)]
 
+    def ended(self, index: int) -> bool:
+        """Whether nothing more may come of an answer."""
+        return self._texts[index].finished
+
     def take(self, out: SequenceOutput) -> bool:
-        """Whether the answer has ended without the engine's knowledge: at a stop string."""
+        """Takes an output in. Returns whether the answer has ended without the engine's knowledge: at a stop string."""
         own, text = self.output.outputs[out.index], self._texts[out.index]
-        if text.finished:
-            return False
         if out.finish is not None and out.finish.error is not None:
             raise out.finish.error
         own.token_ids += out.token_ids

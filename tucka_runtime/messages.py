@@ -260,7 +260,8 @@ class AdapterInfo:
 class StepStats:
     """One step in figures. `schedule` to `output` are seconds on the host: choosing the work, packing the batch, routes
     and cores, layers and head, choosing tokens, booking them. `routes` has every routed segment's adapter and route,
-    `adapters` those that had rows in the step."""
+    `adapters` those that had rows in the step. Of `decode_tokens`, the rows of decoding sequences, `draft_tokens` came
+    from `drafts` of what follows, and `accepted_tokens` of those were right."""
 
     schedule: float
     batch: float
@@ -273,6 +274,9 @@ class StepStats:
     sequences: int
     adapters: tuple[AdapterKey, ...]
     routes: tuple[tuple[AdapterKey, Route], ...]
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def seconds(self) -> float:

@@ -78,6 +78,9 @@ SPECS = (
     _counter("steps", "forward passes"),
     _counter("step_seconds", "time the engine spent, by stage", "stage"),
     _counter("step_tokens", "tokens the engine computed, by kind", "kind"),
+    _counter("drafts", "drafts of what follows that were verified"),
+    _counter("draft_tokens", "tokens of those"),
+    _counter("accepted_tokens", "tokens of drafts that were right"),
     _histogram("step_duration_seconds", "one step, all stages", STEP_SECONDS),
     _histogram("batch_tokens", "tokens in a step", POWERS),
     _histogram("batch_sequences", "sequences in a step", POWERS[:10]),
@@ -247,6 +250,9 @@ class Metrics:
             series.inc(max(getattr(stats, stage), 0.0))
         self._prefilled.inc(stats.prefill_tokens)
         self._decoded.inc(stats.decode_tokens)
+        if stats.drafts:
+            for name in ("drafts", "draft_tokens", "accepted_tokens"):
+                self._inc(name, getattr(stats, name))
         tokens = stats.prefill_tokens + stats.decode_tokens
         figures = (stats.seconds, tokens, stats.sequences, len(stats.adapters))
         for histogram, figure in zip(self._step_figures, figures, strict=True):

@@ -29,6 +29,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "vllm:generation_tokens_total": ("tucka_generation_tokens_total",),
     "vllm:request_success_total": ("tucka_requests_total", "finished_reason"),
     "vllm:num_preemptions_total": ("tucka_preemptions_total",),
+    "vllm:spec_decode_num_drafts_total": ("tucka_drafts_total",),
+    "vllm:spec_decode_num_draft_tokens_total": ("tucka_draft_tokens_total",),
+    "vllm:spec_decode_num_accepted_tokens_total": ("tucka_accepted_tokens_total",),
     "vllm:time_to_first_token_seconds": ("tucka_time_to_first_token_seconds",),
     "vllm:inter_token_latency_seconds": ("tucka_inter_token_seconds",),
     "vllm:time_per_output_token_seconds": ("tucka_inter_token_seconds",),  # the same, as vLLM called it before

@@ -28,6 +28,7 @@ def test_a_missing_extra_is_one_line(command: str, module: str) -> None:
     [
         (["m/llama"], "--model m/llama"),
         (["--lora-modules", "law=/a/law"], "--adapter NAME=PATH"),
+        (["--speculative-config", '{"method": "ngram"}'], "--speculate ngram"),
         (["--enable-lora"], "not needed"),
     ],
 )

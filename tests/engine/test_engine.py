@@ -18,6 +18,7 @@ from tests.support.driving import (
     VOCAB,
     Answer,
     Answers,
+    Drafts,
     Recorder,
     ask,
     build,
@@ -90,7 +91,10 @@ SAMPLINGS = (
     replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.2, logprobs=1),
     replace(GREEDY, ignore_eos=False, stop_token_ids=tuple(range(3, 12)), min_tokens=2),
     SamplingParams(temperature=0.9, seed=11, top_k=20, ignore_eos=True),
-    SamplingParams(temperature=1.3, seed=5, top_p=0.9, min_p=0.02, ignore_eos=True),
+    SamplingParams(
+        temperature=1.3, seed=5, top_p=0.9, min_p=0.02, ignore_eos=True, bad_words=((9,), (30, 31), (7, 8, 9))
+    ),
+    SamplingParams(temperature=0.7, seed=2, presence_penalty=0.4, logprobs=2, stop_token_ids=(20, 21), min_tokens=3),
     replace(GREEDY, prompt_logprobs=1),
 )
 
@@ -157,24 +161,32 @@ def independent(request: Request) -> bool:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(pool=pools, traffic=st.lists(arrivals, min_size=1, max_size=7), overlap=st.booleans())
+@given(pool=pools, traffic=st.lists(arrivals, min_size=1, max_size=7), overlap=st.booleans(), drafts=st.booleans())
 def test_tokens_are_those_of_a_run_alone(
-    folder: Path, solo: Solo, pool: dict[str, int], traffic: list[Arrival], overlap: bool
+    folder: Path, solo: Solo, pool: dict[str, int], traffic: list[Arrival], overlap: bool, drafts: bool
 ):
-    """With `overlap` each step is scheduled before the tokens of the last one are known, as on a GPU."""
-    engine = serve(folder, max_model_len=CONTEXT, **pool)
+    """With `overlap` each step is scheduled before the tokens of the last one are known, as on a GPU. With `drafts`,
+    whatever they are, several tokens come of a step."""
+    engine = serve(folder, max_model_len=CONTEXT, speculate="ngram" if drafts else "none", **pool)
     engine.overlap = overlap
     requests = [arrival.request(f"r{i}") for i, arrival in enumerate(traffic)]
     answers: Answers = {}
     aborted = set()
-    step = 0
+    given: dict[tuple[str, int], Drafts] = {}
+    drafted = right = step = 0
     while engine.busy or any(arrival.step >= step for arrival in traffic):
         for arrival, request in zip(traffic, requests, strict=True):
             if arrival.step == step:
                 answers |= {(request.id, i): Answer() for i in range(request.num_sequences)}
                 engine.add(request)
+                for seq in engine.requests[request.id]:
+                    assert (seq.ngrams is not None) == (drafts and seq.scope is not BATCH)
+                    if seq.ngrams is not None:
+                        alone = solo(request, seq.index).token_ids
+                        given[request.id, seq.index] = seq.ngrams = Drafts(seq.num_prompt, alone, seq.index)
         outputs, stats = engine.step()
         if stats is not None:
+            drafted, right = drafted + stats.draft_tokens, right + stats.accepted_tokens
             assert stats.prefill_tokens + stats.decode_tokens <= pool["max_num_batched_tokens"]
             assert engine.load.running <= pool["max_num_seqs"]
         for arrival, request in zip(traffic, requests, strict=True):
@@ -187,6 +199,9 @@ def test_tokens_are_those_of_a_run_alone(
         step += 1
         assert step < 3000
     check_idle(engine)
+    verified = [pair for own in given.values() for pair in own.given]
+    assert (drafted, right) == (sum(d for d, _ in verified), sum(r for _, r in verified))
+    event(f"drafts were right: {right > 0}, and wrong: {right < drafted}")
     event(f"preemptions: {min(engine.scheduler.num_preemptions, 3)}")
     event(f"displacements: {min(engine.scheduler.num_displacements, 3)}")
     last = [answer.last for answer in answers.values() if answer.last is not None]

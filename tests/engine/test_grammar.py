@@ -1,5 +1,6 @@
 """Answers held to a JSON schema: whatever a random model would rather say, what comes out is JSON of that schema."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ import tucka_runtime
 from tests.support.driving import GREEDY, ask, build, prompt, run, save_lora, save_model
 from tucka_runtime import grammars
 from tucka_runtime.engine.engine import Engine
-from tucka_runtime.grammars import WHITESPACE, check_schema, of_schema
+from tucka_runtime.grammars import WHITESPACE, check_schema, of_regex, of_schema
 from tucka_runtime.messages import AdapterKey, FinishReason, SamplingParams
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -116,6 +117,37 @@ def test_any_schema(engine: Engine, schema: dict[str, Any], seed: int) -> None:
         assert len(answer.token_ids) == HOT.max_tokens
 
 
+def test_drafts_change_no_answer(engine: Engine) -> None:
+    """A draft is held to the schema token by token, and a matcher sees what is right of it alone; at its end the answer
+    ends. A stop token that a draft has ends it too."""
+    regex = replace(HOT, grammar=of_regex("(ab|ba){3,9}c?"), logprobs=1)
+    requests = [
+        ask(prompt(5), id="rows", sampling=held(replace(HOT, logprobs=2), ROW), n=4),
+        ask(prompt(5), id="greedy", sampling=held(replace(HOT, temperature=0.0, frequency_penalty=0.3), ROW)),
+        ask(prompt(4), id="regex", sampling=regex, n=6),
+        ask(prompt(4), id="free", sampling=replace(HOT, stop_token_ids=tuple(range(60, 64)), min_tokens=9), n=3),
+    ]
+    alone = run(engine, *requests)
+    assert any(a.finish_reason is FinishReason.STOP for a in alone[0]), "choose another seed"
+    drafted = 0
+    on_launch = engine.runner.launch
+
+    def counted(chunks: Any) -> Any:
+        nonlocal drafted
+        launched = on_launch(chunks)
+        drafted += sum(len(chunk.draft or ()) for chunk in launched.chunks)
+        return launched
+
+    engine.runner.launch = counted
+    again = run(engine, *requests, known=alone)
+    engine.runner.launch = on_launch
+    assert drafted > 100
+    flat = [itertools.chain.from_iterable(answers) for answers in (alone, again)]
+    for before, after in zip(*flat, strict=True):
+        assert (after.token_ids, after.finish_reason) == (before.token_ids, before.finish_reason)
+        assert [(e.token_id, e.rank) for e in after.logprobs] == [(e.token_id, e.rank) for e in before.logprobs]
+
+
 def test_blanks_come_to_an_end(engine: Engine) -> None:
     """A model that would rather write line breaks than anything else may write WHITESPACE of them in a row."""
     tokenizer = Tokenizer.load(BASE)
@@ -133,11 +165,13 @@ def test_a_grammar_that_breaks_ends_its_sequence_alone(engine: Engine, monkeypat
     """The limit is lowered so that a pattern whose states double with every letter meets it soon."""
     monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_lexer_states=10))
     schema = {"type": "string", "pattern": "^(a|b)*a(a|b){20}c$"}
-    (broken,), (other,) = run(
-        engine,
+    requests = [
         ask(prompt(3), id="broken", sampling=held(HOT, schema)),
         ask(prompt(3), id="other", sampling=held(HOT, {"const": 7})),
-    )
+    ]
+    alone = (broken,), (other,) = run(engine, *requests)
+    (drafted,), _ = run(engine, *requests, known=list(alone))
+    assert (drafted.token_ids, drafted.finish_reason) == (broken.token_ids, FinishReason.ERROR) and drafted.token_ids
     assert broken.finish_reason is FinishReason.ERROR
     assert other.finish_reason is FinishReason.STOP and json.loads(text(engine, other.token_ids)) == 7
 

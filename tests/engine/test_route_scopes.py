@@ -14,6 +14,7 @@ from tests.support.driving import (
     GREEDY,
     Answer,
     Answers,
+    Drafts,
     Recorder,
     ask,
     build,
@@ -364,6 +365,7 @@ turns = st.fixed_dictionaries(
     chunk=st.sampled_from([5, 9, 16, 200]),
     seats=st.sampled_from([1, 2, 5]),
     overlap=st.booleans(),
+    drafts=st.booleans(),
 )
 def test_answers_are_those_of_a_cold_run(
     folder: Path,
@@ -374,9 +376,11 @@ def test_answers_are_those_of_a_cold_run(
     chunk: int,
     seats: int,
     overlap: bool,
+    drafts: bool,
 ):
     """Conversations that grow, branch and share their beginning, whose adapters are replaced while they are answered,
-    which are aborted and preempted: whatever the cache gives, every token is that of a run without one."""
+    which are aborted, preempted, and drafted, right and wrong: whatever the cache gives, every token is that of a run
+    without one."""
     engine = build(
         folder / "model",
         max_model_len=CONTEXT,
@@ -384,6 +388,7 @@ def test_answers_are_those_of_a_cold_run(
         block_size=block_size,
         max_num_batched_tokens=max(chunk, seats),
         max_num_seqs=seats,
+        speculate="ngram" if drafts else "none",
     )
     engine.overlap = overlap
     generation = {"tucka": 0, "inner": 0, "lora": 0}
@@ -423,6 +428,8 @@ def test_answers_are_those_of_a_cold_run(
         answers |= {(request.id, index): Answer() for index in range(request.n)}
         asked.append((request, generation[name]))
         engine.add(request)
+        for seq in engine.requests[request.id] if drafts else ():
+            seq.ngrams = Drafts(seq.num_prompt, cold(request, generation[name])[seq.index].token_ids, i)
         steps(turn["wait"] if turn["abort"] is None else turn["abort"])
         if turn["abort"] is not None:
             for out in engine.abort(request.id):

@@ -4,6 +4,7 @@ Every engine that `build` makes has NaN in all of its KV slots, so that a read o
 """
 
 import json
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,11 +148,14 @@ def check_idle(engine: Engine) -> None:
     assert not engine.adapters.leases()
 
 
-def run(engine: Engine, *requests: Request) -> list[list[Answer]]:
-    """All requests at once, to the end: per request its sequences."""
+def run(engine: Engine, *requests: Request, known: list[list[Answer]] | None = None) -> list[list[Answer]]:
+    """All requests at once, to the end: per request its sequences. With the answers `known`, these are drafted."""
     answers: Answers = {(r.id, i): Answer() for r in requests for i in range(r.num_sequences)}
     for request in requests:
         engine.add(request)
+    for request, own in zip(requests, known or (), strict=False):
+        for seq in engine.requests[request.id]:
+            seq.ngrams = Drafts(seq.num_prompt, own[seq.index].token_ids, seq.index, engine.info.vocab_size)
     drain(engine, answers)
     assert all(answer.finish_reason is not None for answer in answers.values())
     return [[answers[r.id, i] for i in range(r.num_sequences)] for r in requests]
@@ -168,6 +172,26 @@ def ask(
     pooling: Pooling | None = None,
 ) -> Request:
     return Request(id, tuple(tuple(p) for p in prompts), sampling, n, adapter, scope, salt, pooling)
+
+
+class Drafts:
+    """Drafts from what a sequence will say, of which every so manyth token is made wrong: stands in for its
+    NgramIndex."""
+
+    def __init__(self, num_prompt: int, answer: Sequence[int], seed: int, vocab: int = VOCAB):
+        self.num_prompt, self.answer, self.vocab = num_prompt, answer, vocab
+        self.random = random.Random(seed)
+        self.given: list[tuple[int, int]] = []
+        """How many tokens were drafted, and were right, each time."""
+
+    def draft(self, text: list[int], most: int) -> list[int]:
+        done = len(text) - self.num_prompt
+        assert text[self.num_prompt :] == list(self.answer[:done])
+        drafted = list(self.answer[done : done + min(self.random.randrange(8), max(most, 0))])
+        return [t if self.random.random() < 0.8 else self.random.randrange(3, self.vocab) for t in drafted]
+
+    def verified(self, drafted: int, right: int) -> None:
+        self.given.append((drafted, right))
 
 
 class Recorder:
@@ -194,6 +218,7 @@ class Recorder:
         def recorded_launch(chunks: Any) -> Any:
             launched = launch(chunks)
             launched.recorded = rows.pop()
+            launched.rows = {chunk.seq.key: chunk.count for chunk in chunks}  # those of drafts that were wrong too
             launched.routing = {id(chunk) for chunk in launched.chunks if chunk.seq.routing}
             return launched
 
@@ -202,7 +227,7 @@ class Recorder:
             first, logits, routing = 0, launched.recorded, launched.routing
             for chunk, result in results:
                 own = logits[first : first + chunk.count].clone()
-                first += chunk.count
+                first += launched.rows[chunk.seq.key]
                 if id(chunk) not in routing:
                     self.logits.setdefault(chunk.seq.key, {}).update(enumerate(own, chunk.start))
                     self.routes.setdefault(chunk.seq.key, []).append(result.route)

@@ -15,13 +15,15 @@ def step(
     blocks_used: int = 2,
     preemptions: int = 0,
     displacements: int = 0,
+    drafts: int = 0,
     routes=(),
     adapters=(),
     **stages,
 ) -> tuple[StepStats, EngineLoad]:
-    """What `Metrics.on_step` takes."""
+    """What `Metrics.on_step` takes. Drafts have five tokens, of which two are right."""
     seconds = dict.fromkeys(("schedule", "batch", "route", "forward", "sample", "output"), 0.001) | stages
-    stats = StepStats(**seconds, prefill_tokens=5, decode_tokens=1, sequences=2, adapters=adapters, routes=routes)
+    seen = (5, 1, 2, adapters, routes, drafts, 5 * drafts, 2 * drafts)
+    stats = StepStats(*seconds.values(), *seen)
     return stats, EngineLoad(running, waiting, blocks_used, 8, preemptions, displacements)
 
 

@@ -90,6 +90,11 @@ def _vllm_hints(unknown: Sequence[str]) -> list[str]:
         hints.append(f"The model is named with a flag: --model {unknown[0]}.")
     if any(argument.startswith("--lora-modules") for argument in unknown):
         hints.append("For --lora-modules NAME=PATH write --adapter NAME=PATH, once for each adapter.")
+    if any(argument.startswith("--speculative-config") for argument in unknown):
+        hints.append(
+            "For --speculative-config with the method ngram write --speculate ngram; its numbers are "
+            "--speculate-tokens, --speculate-min-ngram and --speculate-max-ngram. There is no other method."
+        )
     if "--enable-lora" in unknown:
         hints.append("--enable-lora is not needed: adapters are always served.")
     return hints

@@ -60,7 +60,7 @@ class Batch:
     due: list[int]
     """The chunks that bring a token."""
     due_rows: Tensor
-    """The rows (N,) of those chunks."""
+    """The rows (N,) that predict one: each such chunk's last, and those of its draft behind it."""
     ids: Tensor
     positions: Tensor
     lengths: Tensor | None
@@ -94,7 +94,7 @@ class Batch:
         parts: list[Any] = [
             torch.tensor([t for c in chunks for t in known_ids(c)]),
             torch.tensor([p for c in chunks for p in range(c.start, c.start + c.count)]),
-            torch.tensor([first_rows[i] + chunks[i].count - 1 for i in due], dtype=torch.int64),
+            torch.tensor([row for i in due for row in _predicting(chunks[i], first_rows[i])], dtype=torch.int64),
             AttentionMetadata.build(spans, tables, block_size, torch.device("cpu")),
             *(torch.tensor(s.prompt) for s in segments if s.prompt is not None),
             *([lengths] if lengths is not None else []),
@@ -125,9 +125,17 @@ def _rope_lengths(chunks: Rows[ScheduledChunk], limit: int | None) -> Tensor | N
     return torch.tensor([max(c.seq.num_prompt, p + 1) for c in chunks for p in range(c.start, c.start + c.count)])
 
 
+def _predicting(chunk: ScheduledChunk, first: int) -> range:
+    """The rows of a chunk, whose first is `first`, that predict tokens which are due."""
+    end = first + chunk.count
+    return range(end - 1 - len(chunk.draft or ()), end)
+
+
 def known_ids(chunk: ScheduledChunk) -> list[int]:
     """The chunk's tokens; 0 stands for the one that is still on the device."""
     own = chunk.seq.tokens[chunk.start : chunk.start + chunk.count]
+    if chunk.draft:
+        return [*own, *chunk.draft]
     return own if len(own) == chunk.count else [*own, 0]
 
 

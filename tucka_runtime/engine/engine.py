@@ -13,11 +13,12 @@ from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.block_manager import BlockManager
 from tucka_runtime.engine.launched import Launched, Result
 from tucka_runtime.engine.model_runner import ModelRunner
+from tucka_runtime.engine.ngram import NgramIndex
 from tucka_runtime.engine.pace import Pace
 from tucka_runtime.engine.rehearsal import Rehearsal
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
@@ -50,6 +51,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig):
+        self.config = config
         self.runner = ModelRunner(config)
         self.info = self.runner.info
         self.layout = self.runner.layout
@@ -96,7 +98,9 @@ class Engine:
             scope, prefix = (request.route_scope, routed.router.prefix_tokens) if routed else (None, 0)
             # One request's answers differ; the multiplier spreads indices over the seed's upper half.
             own_seed = (seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
-            sequences.append(Sequence(request, index, scope, own_seed, time.monotonic(), prefix))
+            seq = Sequence(request, index, scope, own_seed, time.monotonic(), prefix)
+            seq.ngrams = NgramIndex.of(self.config, scope)
+            sequences.append(seq)
         self.requests[request.id] = sequences
         for seq in sequences:
             self.scheduler.add(seq)
@@ -142,6 +146,10 @@ class Engine:
         for chunk in chunks:
             chunk.seq.scheduled_at = chunk.seq.scheduled_at or scheduled
         launched = self.runner.launch(chunks)
+        drafted = {chunk.seq.key: len(chunk.draft) for chunk in chunks if chunk.draft}
+        for chunk in launched.chunks:
+            if chunk.seq.key in drafted:
+                self.scheduler.verified(chunk, drafted[chunk.seq.key])
         for seq in launched.due_sequences:
             seq.pending += 1
         return _InFlight(chunks, launched, scheduled - begin)
@@ -149,9 +157,10 @@ class Engine:
     def _collect(self, step: _InFlight) -> tuple[list[SequenceOutput], StepStats]:
         results, stages = self.runner.collect(step.launched)
         ran = time.monotonic()
-        outputs = [out for chunk, result in results if (out := self._account(chunk, result)) is not None]
+        outputs = [out for chunk, result in results for out in self._account(chunk, result)]
         # What a preempted sequence had said before counts as prompt when it is computed once more.
-        decodes = sum(chunk.start >= chunk.seq.num_prompt and chunk.count == 1 for chunk in step.chunks)
+        decodes = [c for c in step.chunks if c.draft or (c.start >= c.seq.num_prompt and c.count == 1)]
+        decode_tokens = sum(chunk.count for chunk in decodes)
         adapters = {chunk.seq.adapter for chunk in step.chunks if chunk.seq.adapter is not None}
         # One a segment; a prompt that was only routed has none, and stands for itself.
         routes = {
@@ -166,29 +175,32 @@ class Engine:
             forward=stages.forward,
             sample=stages.sample,
             output=time.monotonic() - ran,
-            prefill_tokens=sum(chunk.count for chunk in step.chunks) - decodes,
-            decode_tokens=decodes,
+            prefill_tokens=sum(chunk.count for chunk in step.chunks) - decode_tokens,
+            decode_tokens=decode_tokens,
+            drafts=sum(bool(chunk.draft) for chunk in step.chunks),
+            draft_tokens=sum(len(chunk.draft or ()) for chunk in step.chunks),
+            accepted_tokens=sum(len(chunk.draft or ()) for chunk in step.launched.chunks),
             sequences=len(step.chunks),
             adapters=tuple(adapters),
             routes=tuple((key, route) for (key, _), route in routes.items()),
         )
 
-    def _account(self, chunk: ScheduledChunk, result: Result) -> SequenceOutput | None:
-        """Books what a chunk brought; an output if that was a token or an end."""
+    def _account(self, chunk: ScheduledChunk, result: Result) -> list[SequenceOutput]:
+        """Books what a chunk brought; an output for every token, or for the end without one."""
         seq = chunk.seq
-        if result.token is not None:
+        if result.tokens:
             seq.pending -= 1
         if seq.status is Status.FINISHED:  # it ended, or was aborted, while the device was at work
-            return None
+            return []
         if seq.routing:
             if result.route is not None:
                 self.scheduler.routed(seq, result.route)
                 seq.routing, seq.num_computed = False, 0
-            return None
+            return []
         self._note_route(chunk, result.route)
         self.scheduler.computed(chunk)
         self._note_scores(chunk, result.prompt_logprobs)
-        return self._advance(seq, result) if chunk.last or result.error is not None else None
+        return self._advance(seq, result) if chunk.last or result.error is not None else []
 
     def _note_route(self, chunk: ScheduledChunk, route: Route | None) -> None:
         seq = chunk.seq
@@ -211,32 +223,43 @@ class Engine:
             before: list[TokenLogprob | None] = seq.prompt_logprobs if chunk.start else [None]
             seq.prompt_logprobs = [*before, *scores]
 
-    def _advance(self, seq: Sequence, result: Result) -> SequenceOutput:
-        """The output of a sequence whose last token went through the model."""
-        out = SequenceOutput(seq.request.id, seq.index, cached_tokens=seq.cached_tokens)
-        if seq.prompt_route is not None:
-            out.route = RouteReport(seq.prompt_route, seq.route_changes)
+    def _advance(self, seq: Sequence, result: Result) -> list[SequenceOutput]:
+        """The outputs of a sequence whose last token went through the model, one for each token. Those of a draft,
+        which come first, are the sequence's already, and end nothing."""
+        tokens = zip(result.tokens, result.logprobs, strict=True)
+        *drafted, out = [self._output(seq, *entry) for entry in tokens] or [self._output(seq)]
         if not seq.num_known:
             seq.first_token_at = time.monotonic()
             out.timing = Timing(seq.arrived, seq.scheduled_at, seq.first_token_at, 0.0)
             out.embedding = result.embedding
             if seq.sampling.prompt_logprobs is not None:
                 out.prompt_logprobs = seq.prompt_logprobs
-        finish = self._take_token(seq, result, out)
-        return out if finish is None else self._finish(seq, out, finish)
+        finish = self._take_token(seq, result.error, out)
+        return [*drafted, out if finish is None else self._finish(seq, out, finish)]
 
-    def _take_token(self, seq: Sequence, result: Result, out: SequenceOutput) -> Finish | None:
-        """Adds the chosen token to the sequence and its output; why the sequence ends with it, if it does."""
-        if result.error is not None:
-            return Finish(FinishReason.ERROR, error=result.error)
-        if result.token is None:  # nothing was to be generated: the prompt was scored or embedded
+    def _output(self, seq: Sequence, token: int | None = None, logprob: TokenLogprob | None = None) -> SequenceOutput:
+        """What a sequence says with a token, or without one."""
+        return SequenceOutput(
+            seq.request.id,
+            seq.index,
+            [token] if token is not None else [],
+            [logprob] if logprob is not None else None,
+            route=RouteReport(seq.prompt_route, seq.route_changes) if seq.prompt_route is not None else None,
+            cached_tokens=seq.cached_tokens,
+        )
+
+    def _take_token(self, seq: Sequence, error: TuckaError | None, out: SequenceOutput) -> Finish | None:
+        """Adds an output's token to the sequence, unless there was an error; why the sequence ends with it, if it
+        does."""
+        if error is not None:
+            out.token_ids, out.logprobs = [], None
+            return Finish(FinishReason.ERROR, error=error)
+        if not out.token_ids:  # nothing was to be generated: the prompt was scored or embedded
             return Finish(FinishReason.LENGTH)
-        seq.tokens.append(result.token)
-        out.token_ids = [result.token]
-        if result.logprob is not None:
-            out.logprobs = [result.logprob]
-        if seq.num_known > seq.sampling.least_tokens and result.token in self.runner.stops(seq):
-            return Finish(FinishReason.STOP, stop_token_id=result.token)
+        (token,) = out.token_ids
+        seq.tokens.append(token)
+        if seq.num_known > seq.sampling.least_tokens and token in self.runner.stops(seq):
+            return Finish(FinishReason.STOP, stop_token_id=token)
         if seq.num_known >= seq.sampling.max_tokens or len(seq.tokens) >= self.info.max_model_len:
             return Finish(FinishReason.LENGTH)
         return None

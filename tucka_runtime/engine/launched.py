@@ -27,16 +27,25 @@ class Stages:
 
 
 @dataclass(eq=False)
+class Round:
+    """One choice of tokens, for the chunks `due`."""
+
+    due: list[int]
+    choice: Choice
+    tokens: Tensor
+    """The chosen ones, on the host once the pass is done."""
+
+
+@dataclass(eq=False)
 class Launched:
-    """A pass that the device was given: its chunks in row order, the segment of each, those that bring a token."""
+    """A pass that the device was given: its chunks in row order, the segment of each, and the tokens that it brings. Of
+    drafts there is what was right: one more round for each token of it."""
 
     chunks: list[ScheduledChunk]
     segment_of: list[int | None]
-    due: list[int]
-    choice: Choice | None
-    tokens: Tensor | None
-    """The chosen ones, on the host once `done` has passed; so are the routes."""
+    rounds: list[Round]
     routes: list[Routes]
+    """On the host once `done` has passed."""
     done: torch.cuda.Event | None
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     """Log-probabilities of prompts that are scored, by chunk."""
@@ -47,12 +56,13 @@ class Launched:
     @property
     def due_sequences(self) -> list[Sequence]:
         """The sequences that get a token."""
-        return [self.chunks[i].seq for i in self.due]
+        return [self.chunks[i].seq for i in self.rounds[0].due] if self.rounds else []
 
     @property
     def settles(self) -> bool:
         """Whether what comes next depends on what this brings: a route that must be known to go on, penalties for the
-        tokens so far, a grammar, bad words of several tokens, log-probabilities, which are computed on the host."""
+        tokens so far, a grammar, bad words of several tokens, log-probabilities and drafts, which are made on the
+        host."""
         return any(_settles(chunk.seq) for chunk in self.chunks)
 
 
@@ -60,17 +70,19 @@ def _settles(seq: Sequence) -> bool:
     p = seq.sampling
     unrouted = seq.routes_itself and seq.route is None
     held = p.penalised or p.grammar is not None or any(len(word) > 1 for word in p.bad_words)
+    held = held or seq.ngrams is not None
     return bool(held or unrouted or p.logprobs is not None or p.prompt_logprobs is not None)
 
 
 @dataclass(eq=False)
 class Result:
-    """What one chunk brought: the next token if it was due, or the error that keeps it from being chosen; its segment
-    and that one's route; the prompt's scores or embedding."""
+    """What one chunk brought: the next token if it was due, behind those of its draft that are right, or the error
+    that keeps the last of `tokens` from being chosen; its segment and that one's route; the prompt's scores or
+    embedding."""
 
     segment: int | None = None
-    token: int | None = None
-    logprob: TokenLogprob | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
     route: Route | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     embedding: "array[float] | None" = None

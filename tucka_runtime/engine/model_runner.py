@@ -27,12 +27,13 @@ from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.kv_cache import count_blocks, make_caches
-from tucka_runtime.engine.launched import Launched, Result, Stages
+from tucka_runtime.engine.launched import Launched, Result, Round, Stages
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.pooler import Pooler
 from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
+from tucka_runtime.engine.verify import choose, read_tokens
 from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route, TokenLogprob
@@ -163,7 +164,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, chunks: Rows[ScheduledChunk]) -> Launched:
-        """Gives the device one forward pass and the choice of the tokens that are due. On a GPU it does not wait."""
+        """Gives the device one forward pass and the choice of the tokens that are due. On a GPU it does not wait,
+        but to verify drafts."""
         begin = time.monotonic()
         for chunk in chunks:
             self._start_routing(chunk)
@@ -188,18 +190,14 @@ class ModelRunner:
         hidden = self.model.forward(
             batch.ids, batch.positions, batch.lengths, batch.attention, self.caches, batch.delta
         )
-        due = [batch.chunks[i].seq for i in batch.due]
-        logits = self.model.logits(hidden, batch.due_rows, batch.delta) if due else None
+        logits = self.model.logits(hidden, batch.due_rows, batch.delta) if batch.due else None
         scores = self._score(batch, hidden)
         embeddings = self.pooler.pool(batch, hidden)
         computed = time.monotonic()
-        choice = tokens = None
-        if logits is not None:
-            choice = self.sampler.choose(logits, due)
-            tokens = self.chosen.keep(choice.tokens, due)
+        rounds = choose(self.sampler, self.chosen, logits, batch) if logits is not None else []
         routes = [part.to_host() for part in batch.delta.routes]
         done = self._event()
-        launched = Launched(batch.chunks, batch.segment_of, batch.due, choice, tokens, routes, done, scores, embeddings)
+        launched = Launched(batch.chunks, batch.segment_of, rounds, routes, done, scores, embeddings)
         launched.stages = Stages(
             batch=prepared - begin - batch.delta.route_seconds,
             route=batch.delta.route_seconds,
@@ -221,7 +219,8 @@ class ModelRunner:
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
         tokens = self.chosen.keep(choice.tokens, seqs)
         routes = [part.to_host() for part in bucket.routes()]
-        launched = Launched(chunks, segment_of, list(range(len(chunks))), choice, tokens, routes, self._event())
+        rounds = [Round(list(range(len(chunks))), choice, tokens)]
+        launched = Launched(chunks, segment_of, rounds, routes, self._event())
         launched.stages = Stages(prepared - begin, 0.0, computed - prepared, time.monotonic() - computed)
         return launched
 
@@ -240,7 +239,7 @@ class ModelRunner:
         if launched.done is not None:
             launched.done.synchronize()
         waited = time.monotonic() - begin
-        self._collect_tokens(launched, results)
+        read_tokens(self.sampler, launched, results)
         counted = time.monotonic() - begin - waited
         for i, scores in launched.scores.items():
             results[i].prompt_logprobs = scores
@@ -261,16 +260,6 @@ class ModelRunner:
         stages = launched.stages
         stages = replace(stages, forward=stages.forward + waited, sample=stages.sample + counted)
         return list(zip(launched.chunks, results, strict=True)), stages
-
-    def _collect_tokens(self, launched: Launched, results: list[Result]) -> None:
-        if launched.choice is None or launched.tokens is None:
-            return
-        tokens, seqs = launched.tokens.tolist(), launched.due_sequences
-        entries = self.sampler.entries(launched.choice, tokens, seqs)
-        finite = launched.choice.finite.tolist()
-        for i, seq, token, entry, ok in zip(launched.due, seqs, tokens, entries, finite, strict=True):
-            results[i].token, results[i].logprob = token, entry
-            results[i].error = self.sampler.failure(seq) if ok else NonFiniteError.of(seq.adapter is not None)
 
     def _score(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         """Log-probabilities of the prompt tokens that this pass's rows predict, by chunk."""

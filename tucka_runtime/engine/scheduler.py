@@ -9,7 +9,7 @@ The oldest running sequence never gives way to another, so that there is always 
 
 import itertools
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tucka_runtime.engine.block_manager import BlockManager, chain
 from tucka_runtime.engine.flows import FairQueue, Flow
@@ -21,12 +21,14 @@ from tucka_runtime.messages import Pooling, Route, RouteScope
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
     """Tokens `start` to `start + count` of a sequence, for one step; `last` tells whether its last one is among
-    them."""
+    them. Behind that may stand a `draft` of what follows, counted by `count`; once it is verified, those of it that
+    are right."""
 
     seq: Sequence
     start: int
     count: int
     last: bool
+    draft: tuple[int, ...] | None = None
 
     @property
     def due(self) -> bool:
@@ -90,6 +92,7 @@ class Scheduler:
             position += 1
         if self.num_preemptions == preempted:
             self._admit(chunks, budget, room)
+        self._speculate(chunks)
         return chunks
 
     def _count(self, seq: Sequence, budget: int, room: int) -> int:
@@ -176,6 +179,36 @@ class Scheduler:
         self.waiting.charge(seq, seq.num_computed, end)
         seq.num_computed = end
         return count
+
+    def _speculate(self, chunks: list[ScheduledChunk]) -> None:
+        """Puts drafts behind decoding rows. They get what is left of the step's budget and of the free blocks, until
+        they are verified: nobody waits or gives way for one."""
+        budget = self.max_tokens - sum(chunk.count for chunk in chunks)
+        for i, chunk in enumerate(chunks):
+            seq, end = chunk.seq, chunk.start + 1
+            if seq.ngrams is None or seq.pending or chunk.count > 1 or chunk.start < seq.num_prompt:
+                continue
+            room = (len(seq.block_table) + self.blocks.num_free) * self.blocks.block_size - end
+            draft = seq.ngrams.draft(seq.tokens, min(budget, room, seq.sampling.max_tokens - seq.num_known - 1))
+            if not draft:
+                continue
+            seq.num_computed = end + len(draft)
+            need = self.blocks.blocks_for(seq.num_computed) - len(seq.block_table)
+            seq.block_table.extend(self.blocks.allocate(need))
+            chunks[i] = replace(chunk, count=1 + len(draft), draft=tuple(draft))
+            budget -= len(draft)
+
+    def verified(self, chunk: ScheduledChunk, drafted: int) -> None:
+        """Takes back what a draft of `drafted` tokens got for those that are wrong: the sequence is then as it would be
+        had its `chunk.draft` come one by one."""
+        seq = chunk.seq
+        assert seq.ngrams is not None and chunk.draft is not None
+        seq.ngrams.verified(drafted, len(chunk.draft))
+        seq.num_computed = chunk.start + chunk.count
+        self.waiting.charge(seq, chunk.start, seq.num_computed)
+        kept = self.blocks.blocks_for(seq.num_computed)
+        self.blocks.release(seq.block_table[kept:])
+        del seq.block_table[kept:]
 
     def _group(self, flow: Flow) -> list[Sequence]:
         """The first of a flow's waiting and what should share its first forward pass: under the scope `batch` the

@@ -3,6 +3,7 @@
 from array import array
 from enum import Enum
 
+from tucka_runtime.engine.ngram import NgramIndex
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS, Request, Route, RouteScope, TokenLogprob
 
 
@@ -17,8 +18,9 @@ class Sequence:
 
     Four write in it. The queue: `number` and `charged`. The scheduler: `status`, `num_computed`, `block_table`,
     `block_hashes`, `cached_tokens`, `displaced`, and `route` where an earlier prompt had it. The runner: `routing`,
-    when it finds a prompt that must be routed first. The engine: the rest, as outcomes arrive, `pending` and
-    `scheduled_at` when a step is launched, and, once a prompt is routed, `num_computed` back to 0.
+    when it finds a prompt that must be routed first, and in `tokens` those of a draft that are right. The engine: the
+    rest, as outcomes arrive, `pending` and `scheduled_at` when a step is launched, `ngrams` when it speculates, and,
+    once a prompt is routed, `num_computed` back to 0.
 
     `num_computed` tokens have their KV in the blocks of `block_table`, or will once the device has done what it was
     given. `pending` counts the tokens that are chosen there and not known here yet: they count as tokens, but `tokens`
@@ -37,6 +39,7 @@ class Sequence:
         "flow",
         "index",
         "last_group",
+        "ngrams",
         "num_computed",
         "num_prompt",
         "number",
@@ -93,6 +96,7 @@ class Sequence:
         self.last_group = -1
         self.route_changes = 0
         self.routing = False
+        self.ngrams: NgramIndex | None = None  # drafts what follows
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.arrived = arrived
         self.scheduled_at = 0.0

@@ -181,7 +181,7 @@ def test_label_values_are_escaped() -> None:
 def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metrics) -> None:
     """By the names of vLLM's own Grafana dashboard; the whole server's, by the base's name."""
     serve_one(metrics)
-    metrics.on_step(*step(preemptions=2))
+    metrics.on_step(*step(preemptions=2, drafts=3))
     found = samples(metrics)
     vllm = {"model_name": "llama", "engine": "0"}
     for name, (own, *_) in ALIASES.items():
@@ -196,6 +196,8 @@ def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metri
             if key.startswith(name) and dict(labels).items() >= vllm.items()
         }
         assert theirs == ours and any(ours.values()), name
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total", **vllm) == 15
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total", **vllm) == 6
     assert value(metrics, "vllm:request_success_total", finished_reason="length", **vllm) == 1
     assert value(metrics, "vllm:time_to_first_token_seconds_bucket", le="0.3", **vllm) == 1
     assert value(metrics, "vllm:request_prompt_tokens_bucket", le="10.0", **vllm) == 1
