@@ -39,8 +39,8 @@ def load_skeleton(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        with without_marks(folder) as clean, torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(clean, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
 

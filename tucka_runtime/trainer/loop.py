@@ -212,15 +212,22 @@ class Loop:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """What has to be the same for a run to be continued: settings, adapter, type of the base, data."""
-        adapter = self.model.peft_config["default"].to_dict()
-        del adapter["base_model_name_or_path"]  # the same base may lie elsewhere
         frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
         numbers = asdict(self.config)
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
-            "adapter": json.dumps(adapter, default=sorted, sort_keys=True), "dtype": sorted(frozen),
+            "adapter": _settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
             "data": hashlib.sha256(repr(self.train).encode()).hexdigest(),
         }  # fmt: skip
+
+    def _as_saved(self, saved: dict[str, Any], name: str) -> Any:
+        """A setting of a checkpoint. What did not exist when that was written had the value that is now its default,
+        among the loop's settings and among the adapter's."""
+        if name == "adapter":
+            config = self.model.peft_config["default"]
+            text = _settled(type(config)())
+            return json.dumps(json.loads(text) | json.loads(saved[name]), sort_keys=True)
+        return saved.get(name, getattr(LoopConfig(steps=1), name, None))
 
     def save(self, folder: Path) -> None:
         """Writes everything that a resumed run needs to continue as if never stopped; the old file stays until the end.
@@ -241,7 +248,7 @@ class Loop:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ."""
         state = torch.load(folder / CHECKPOINT, weights_only=True, map_location=self.device)
-        changed = [k for k, v in self._settings.items() if state["config"].get(k) != v]
+        changed = [k for k, v in self._settings.items() if self._as_saved(state["config"], k) != v]
         if changed:
             raise ConfigError(
                 f"The checkpoint was made with other settings ({', '.join(changed)}): it cannot continue bit for bit. "
@@ -259,3 +266,10 @@ class Loop:
         self.history, self.step, self.best = History(**state["history"]), state["step"], state["best"]
         if self.router is not None:
             self.router.load_state_dict(state["router"])
+
+
+def _settled(config: Any) -> str:
+    """An adapter's configuration as text, but for the base's place: the same base may lie elsewhere."""
+    table = config.to_dict()
+    del table["base_model_name_or_path"]
+    return json.dumps(table, default=sorted, sort_keys=True)
