@@ -16,7 +16,7 @@ PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("ke
 
 SHARED = (
     "errors config messages channel logs grammars schemas schema_objects schema_values base_files "
-    "tokenizer client extras embedded machine children progress"
+    "tokenizer client extras embedded machine children progress conversations"
 )
 """What both processes may know."""
 

@@ -153,7 +153,7 @@ def test_teacher_forcing_agrees_with_decoding():
     loop.run()
     model = loop.model.eval()
     set_route_scope(model, "batch")
-    said = [decode_together(model, [list(e.ids[: e.start])], 2, 0, limit=8)[0] for e in loop.held]
+    said = [decode_together(model, [list(e.ids[: e.start])], [2], 0, limit=8)[0] for e in loop.held]
     exact = sum(tuple(s) == e.ids[e.start : -1] for s, e in zip(said, loop.held, strict=True)) / len(said)
     set_route_scope(model, "decode")
     assert evaluate(model, loop.held, 0, CPU, router=loop.router).exact == exact

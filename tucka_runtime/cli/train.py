@@ -257,7 +257,8 @@ def _source(path: Path, loop: "Loop") -> dict[str, Any]:
     from tucka_runtime.trainer.adapter import digest
 
     counts = {"train": len(loop.train), "held_out": len(loop.held)}
-    return {"file": path.name, "sha256": digest(path.read_bytes()), **counts}
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {"file": path.name, "sha256": digest(b"".join(file.read_bytes() for file in files)), **counts}
 
 
 def _tell(result: "Evaluation", alone: "Evaluation") -> None:

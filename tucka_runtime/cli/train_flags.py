@@ -41,7 +41,10 @@ class Flag:
 REQUIRED = "none: it must be given, here or in --config"
 FLAGS = (
     Flag("model", None, "folder of the base model", "the embedded one", Path, metavar="DIR"),
-    Flag("data", None, "records to train on", REQUIRED, Path, metavar="FILE"),
+    Flag(
+        "data", None, "records to train on: JSONL, a JSON array, Parquet, gzipped or not, or a folder that datasets' "
+        "save_to_disk wrote", REQUIRED, Path, metavar="FILE",
+    ),
     Flag("out", None, "folder of the adapter", REQUIRED, Path, metavar="DIR", of_run=False),
     Flag("eval_data", None, "held-out records", "a share of --data", Path, metavar="FILE"),
     Flag("eval_fraction", 0.1, "share of --data that is held out"),
@@ -49,7 +52,11 @@ FLAGS = (
         "max_length", None, "longest record in tokens; longer ones are refused",
         "1024, or the base's context if that is shorter", int,
     ),
-    Flag("learn", "all", "which of the assistant's turns are learnt", choices=("all", "last")),
+    Flag(
+        "learn", "all", "which of the assistant's turns are learnt: all or the last, each an example with the prompt "
+        "of a request for it; or those that the chat template marks with {% generation %}, a conversation an example",
+        choices=("all", "last", "generation"),
+    ),
     Flag("strict", False, "refuse records with keys that are not known", "they are ignored"),
     Flag("method", "tucka", "kind of adapter", choices=("tucka", "lora")),
     Flag("r", 8, "rank"),

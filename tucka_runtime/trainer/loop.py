@@ -214,10 +214,11 @@ class Loop:
         """What has to be the same for a run to be continued: settings, adapter, type of the base, data."""
         frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
         numbers = asdict(self.config)
+        gaps = "".join(repr(e.gaps) for e in self.train if e.gaps)
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
             "adapter": _settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
-            "data": hashlib.sha256(repr(self.train).encode()).hexdigest(),
+            "data": hashlib.sha256((repr(self.train) + gaps).encode()).hexdigest(),
         }  # fmt: skip
 
     def _as_saved(self, saved: dict[str, Any], name: str) -> Any:

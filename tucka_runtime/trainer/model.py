@@ -97,7 +97,7 @@ class TuckAModel(BaseTuner):
             counts = mask[:, -length:].bool()  # with a cache the mask covers earlier tokens too
         prompt = None
         if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
-            prompt = labels == -100
+            prompt = (labels != -100).cumsum(1) == 0
         for router in self.routers.values():
             router.begin(counts, prompt, decoding)
 

@@ -6,8 +6,8 @@
 (paper, eq. 6-8). `scope` says which tokens share a route:
 
 - "batch": all of the forward's tokens, one route (the paper);
-- "request": each row its own route, from its prompt (tokens whose label is -100 where labels are given), kept while
-  the row decodes. This is what the server computes under `"route": "request"`.
+- "request": each row its own route, from its prompt (where labels are given, the tokens before the first whose label is
+  not -100), kept while the row decodes. This is what the server computes under `"route": "request"`.
 - "prefix": the same from the first `prefix_tokens` tokens of its prompt, as under `"route": "prefix"`;
 - "decode": each row's prompt as under "request", and each later token by itself: what the server's `batch` scope
   computes for a request that is alone in it.
