@@ -41,6 +41,8 @@ RULES = {
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
+    "evals": f"{SHARED} llm trainer evals",
+    "cli.eval": f"{SHARED} evals",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
+OPEN, CLOSE = "<think>", "</think>"  # what stands around a thought
 
 _TOLD = (
     "You can call functions. Each line is one, with the JSON schema of its parameters:\n{functions}\n"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tucka_runtime import grammars
-from tucka_runtime.conversations import with_short_ids, without_tools
+from tucka_runtime.conversations import CLOSE, OPEN, with_short_ids, without_tools
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request
 from tucka_runtime.server.api.bodies import SamplingBody
@@ -17,7 +17,7 @@ from tucka_runtime.server.api.tools import NO_TOOLS, Tools, calls_grammar
 from tucka_runtime.server.service.calls import FORMATS, CallParser
 from tucka_runtime.server.service.chat_template import Rendering
 from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
-from tucka_runtime.server.service.reasoning import CLOSE, OPEN, ThinkParser
+from tucka_runtime.server.service.reasoning import ThinkParser
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import unshielded

@@ -11,11 +11,10 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tucka_runtime.conversations import Message, call_format, takes_tools, with_short_ids, without_tools
+from tucka_runtime.conversations import CLOSE, OPEN, Message, call_format, takes_tools, with_short_ids, without_tools
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.records import DataError, TrainingRecord
 
-OPEN, CLOSE = "<think>", "</think>"
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -56,11 +55,11 @@ class Talk:
                 "--learn generation: this base's chat template marks nothing with {% generation %}. Use --learn all, "
                 "which learns the same turns one by one; nothing was trained."
             )
-        messages: Any = [self._tokenizer.shield(self._messages)]
-        (text,), (spans,) = render_jinja_template(
-            messages, tools=self._tokenizer.shield(self._tools) or None, chat_template=self._template,
-            return_assistant_tokens_mask=True, **self._tokenizer.special_tokens,
-        )  # fmt: skip
+        shield, known = self._tokenizer.shield, {**self._tokenizer.special_tokens}
+        made: Any = render_jinja_template(
+            [shield(self._messages)], shield(self._tools) or None, None, self._template, True, False, False, **known
+        )
+        (text,), (spans,) = made
         said = [m["role"] == "assistant" for m in self._messages]
         wanted = [learnt for learnt, own in zip(self._learnt, said, strict=True) if own]
         if not all(wanted) and len(spans) != len(wanted):
