@@ -186,7 +186,8 @@ def test_command_writes_an_adapter_that_loads(workplace, method, capsys):
     assert train(workplace, "--method", method, "--steps", "4") == 0
     out = workplace / "out"
     assert {p.name for p in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "training.json", "training.png",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "training.json",
+        "training.png",
     }  # fmt: skip
     training = json.loads((out / "training.json").read_text())
     assert training["data"]["train"] == 22 and training["data"]["held_out"] == 2

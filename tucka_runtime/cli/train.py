@@ -42,9 +42,11 @@ def _run(args: argparse.Namespace) -> int:
     folder = args.model or FOLDER / "base"
     _check(args, folder)
     _check_out(args.out, args.resume, args.overwrite)
+    from tucka_runtime.trainer import tracking
     from tucka_runtime.trainer.publish import Publication
 
     started = time.monotonic()
+    tracking.check(args.report_to)
     settings, config = _settings(args)
     publication = None
     if args.publish:
@@ -103,7 +105,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
     settings = AdapterSettings(
         method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=alpha,
         target_modules=tuple(args.target_modules), centroids=args.centroids,
-        ec_perturb_scale=args.ec_perturb_scale, balance=args.balance,
+        ec_perturb_scale=args.ec_perturb_scale, balance=args.balance, dropout=args.dropout, rslora=args.rslora,
     )  # fmt: skip
     check_limits(settings)
     config = LoopConfig(
@@ -171,6 +173,7 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
 
 def _train(args: argparse.Namespace, job: _Job) -> bool:
     """Whether the training came to its end; where it was stopped, a checkpoint is kept and it is said how to go on."""
+    from tucka_runtime.trainer import tracking
     from tucka_runtime.trainer.adapter import keep
     from tucka_runtime.trainer.loop import CHECKPOINT, ROUTES
     from tucka_runtime.trainer.progress import TrainingProgress, collapsed
@@ -180,7 +183,8 @@ def _train(args: argparse.Namespace, job: _Job) -> bool:
         loop.resume(args.out)
         print(f"continuing after step {loop.step}")
     turn = 1 if loop.router is None else len(ROUTES[loop.config.route_batch])
-    loop.progress = TrainingProgress(loop.config.steps, loop.step, turn)
+    trackers = tracking.start(args.report_to, args.out, of_run(args))
+    loop.progress = TrainingProgress(loop.config.steps, loop.step, turn, trackers)
     for text in job.warnings:
         loop.progress.warn(text)
     try:
@@ -225,6 +229,7 @@ def _stopping(loop: "Loop") -> Iterator[None]:
 def _write(args: argparse.Namespace, folder: Path, settings: "AdapterSettings", job: _Job, seconds: float) -> None:
     """Measures what was trained and writes it. Raises ConfigError where no place takes it, or another than --out."""
     from tucka_runtime.trainer.adapter import keep, manifest, trainable_parameters, write
+    from tucka_runtime.trainer.card import CARD_NAME, card
     from tucka_runtime.trainer.decode import predictions
     from tucka_runtime.trainer.loop import CHECKPOINT
     from tucka_runtime.trainer.plot import figure
@@ -243,13 +248,15 @@ def _write(args: argparse.Namespace, folder: Path, settings: "AdapterSettings", 
         raise ConfigError(f"{args.out} could not be written (is the disk full?): the adapter is in {where} instead.")
     (args.out / CHECKPOINT).unlink(missing_ok=True)  # what it was for is done
     try:
+        name = args.name or args.out.resolve().name
+        (args.out / CARD_NAME).write_text(card(name, training), "utf-8")
         if loop.held:  # one at a time where a route is a batch's: nobody else is known to be served
             rows = predictions(loop.model, loop.held, job.tokenizer, loop.pad, 1 if args.route_batch == "batch" else 16)
             (args.out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         title = f"{args.method} · {args.data.name} · {len(loop.history.loss)} steps"
         figure(loop.history, result, args.out / "training.png", title)
     except OSError as error:
-        print(f"warning: predictions and picture were not written: {error.strerror}.", file=sys.stderr)
+        print(f"warning: card, predictions and picture were not all written: {error.strerror}.", file=sys.stderr)
     print(f"written to {args.out}")
 
 

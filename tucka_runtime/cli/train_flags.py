@@ -64,6 +64,8 @@ FLAGS = (
     Flag("t", 2, "experts in a group"),
     Flag("p", 2, "slices of the core that a group shares"),
     Flag("alpha", None, "scale of the change; lora_alpha for LoRA", "64; LoRA: twice --r", float),
+    Flag("dropout", 0.0, "LoRA's: share of a layer's inputs that are left out of the change in each step"),
+    Flag("rslora", False, "LoRA's: divide alpha by the root of the rank, not by the rank", "by the rank"),
     Flag("target_modules", ["all-linear"], "layers to adapt, or all-linear", "all-linear", metavar="NAME"),
     Flag("centroids", "data", "set them from the first batch, or draw them", choices=("data", "kaiming")),
     Flag("ec_perturb_scale", 1.0, "noise around the first batch's mean"),
@@ -92,6 +94,10 @@ FLAGS = (
     Flag("device", "auto", "auto is a GPU where there is one", choices=("auto", "cpu", "cuda")),
     Flag("num_threads", None, "CPU threads", "the server's rule: all cores; one for models narrower than 512", int),
     Flag("seed", 0, "of initialisation, order and held-out share"),
+    Flag(
+        "report_to", [], "send each step's figures there too; tensorboard's files go into OUT/runs", "nowhere",
+        choices=("tensorboard", "wandb", "trackio"), of_run=False,
+    ),
     Flag(
         "publish", None, "load the adapter into this running server afterwards", "no server", metavar="URL",
         of_run=False,
@@ -169,9 +175,11 @@ def _converted(flag: Flag, value: Any) -> Any:
     wanted = flag.type
     if isinstance(flag.default, list):
         names = value if isinstance(value, list) else [value]
-        if names and all(isinstance(name, str) for name in names):
-            return names
-        raise ConfigError(f"{flag.name} in the configuration file must be a name or a list of names.")
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{flag.name} in the configuration file must be a name or a list of names.")
+        for name in names:
+            _check_choice(flag, name)
+        return names or flag.default
     if wanted is float and isinstance(value, str):  # YAML reads 2e-3, without a point, as text
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -179,6 +187,10 @@ def _converted(flag: Flag, value: Any) -> Any:
         value = float(value)
     if not isinstance(value, str if wanted is Path else wanted) or (wanted is int and isinstance(value, bool)):
         raise ConfigError(f"{flag.name} in the configuration file must be a {wanted.__name__.lower()}.")
+    _check_choice(flag, value)
+    return Path(str(value)) if wanted is Path else value
+
+
+def _check_choice(flag: Flag, value: Any) -> None:
     if flag.choices and value not in flag.choices:
         raise ConfigError(f"{flag.name} in the configuration file must be one of {', '.join(flag.choices)}.")
-    return Path(str(value)) if wanted is Path else value

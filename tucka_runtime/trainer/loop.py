@@ -119,7 +119,7 @@ class Loop:
             self.history.load.append(load)
             self.step += 1
             if self.progress:
-                self.progress.step(Step(self.step, loss, load, tokens))
+                self.progress.step(Step(self.step, loss, load, tokens, learning_rate(self.config, self.step - 1)))
             every = self.config.eval_every
             if self.held and every and (self.step % every == 0 or self.step == self.config.steps):
                 self._evaluate()
