@@ -113,6 +113,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
         weight_decay=args.weight_decay, route_batch=args.route_batch,
         route_prefix_tokens=args.route_prefix_tokens, eval_every=args.eval_every or 1,
         patience=args.patience, checkpoint_every=args.checkpoint_every or 0, seed=args.seed,
+        packing=args.packing, group_by_length=args.group_by_length, gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
     return settings, config
 
@@ -135,7 +136,7 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
     from tucka_runtime.models.weights import fingerprint
     from tucka_runtime.trainer import data, preflight
     from tucka_runtime.trainer.adapter import attach, router_of, seed_all, trainable_parameters
-    from tucka_runtime.trainer.base_model import choose_device, load_model, load_skeleton, load_tokenizer
+    from tucka_runtime.trainer.base_model import choose_device, load_model, load_skeleton, load_tokenizer, prepare
     from tucka_runtime.trainer.loop import Loop
 
     device, skeleton = choose_device(args.device), load_skeleton(folder)
@@ -158,7 +159,9 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
     )  # fmt: skip
     hidden = skeleton.config.get_text_config().hidden_size
     torch.set_num_threads(args.num_threads or machine.threads(hidden, torch.get_num_threads()))
-    model = attach(load_model(folder, args.dtype, device), settings, args.seed)
+    base = load_model(folder, args.dtype, device)
+    prepare(base, args.packing, args.gradient_checkpointing)
+    model = attach(base, settings, args.seed)
     preflight.check_disk(args.out, trainable_parameters(model), checkpoint_every > 0)
     seed_all(args.seed)
     print(

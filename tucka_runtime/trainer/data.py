@@ -22,6 +22,7 @@ from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, 
 from tucka_runtime.trainer.turns import Talk, piecewise
 
 SHOWN = 10  # bad lines listed in one error
+WINDOW = 50  # batches whose examples are grouped by length, as Hugging Face's Trainer does
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,14 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
     return ([e for p in prompts[count:] for e in by_prompt[p]], [e for p in sorted(held) for e in by_prompt[p]])
 
 
-def epoch(examples: list[Example], batch_size: int, seed: int, number: int, by_task: bool) -> list[list[Example]]:
+def epoch(
+    examples: list[Example], batch_size: int, seed: int, number: int, by_task: bool, by_length: bool = False
+) -> list[list[Example]]:
     """Micro-batches of one epoch: a function of (seed, number) alone, so that a resumed run sees the same ones.
 
     by_task: every batch holds one sub-task only, so that its single route means something. A last batch that is not
-    full is topped up from the start of the same sub-task's order.
+    full is topped up from the start of the same sub-task's order. by_length: of WINDOW batches' examples those of
+    similar length go together, so that less is padded.
     """
     rng = random.Random(seed * 1_000_003 + number)
     pools: dict[str, list[Example]] = defaultdict(list)
@@ -173,6 +177,12 @@ def epoch(examples: list[Example], batch_size: int, seed: int, number: int, by_t
         pool = pools[name]
         rng.shuffle(pool)
         size = min(batch_size, len(pool))
+        if by_length:
+            window = WINDOW * size
+            pool = [
+                e for i in range(0, len(pool), window)
+                for e in sorted(pool[i : i + window], key=lambda e: -len(e.ids))
+            ]  # fmt: skip
         for i in range(0, len(pool), size):
             batch = pool[i : i + size]
             batches.append(batch + pool[: size - len(batch)])
@@ -194,6 +204,38 @@ def collate(batch: list[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
         for first, last in e.gaps:
             labels[row, first:last] = -100
     return ids, mask, labels
+
+
+def pack(batch: list[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, position_ids and labels, all (B, S), with several examples in a row where they fit: none is cut, no
+    row is longer than the longest, and positions begin anew with each, by which the model keeps them apart.
+
+    The longest go first, each into the row that it fills best. Padding is examples of one token, without a label.
+    """
+    longest = max(len(e.ids) for e in batch)
+    rows: list[list[Example]] = []
+    left: list[int] = []
+    for e in sorted(batch, key=lambda e: -len(e.ids)):
+        fits = [i for i, room in enumerate(left) if room >= len(e.ids)]
+        if fits:
+            best = min(fits, key=left.__getitem__)
+            rows[best].append(e)
+            left[best] -= len(e.ids)
+        else:
+            rows.append([e])
+            left.append(longest - len(e.ids))
+    ids = torch.full((len(rows), longest), pad)
+    positions = torch.zeros((len(rows), longest), dtype=torch.int64)
+    labels = torch.full((len(rows), longest), -100)
+    for row, packed in enumerate(rows):
+        at = 0
+        for e in packed:
+            own, _, learnt = collate([e], pad)
+            end = at + len(e.ids)
+            ids[row, at:end], labels[row, at:end] = own[0], learnt[0]
+            positions[row, at:end] = torch.arange(len(e.ids))
+            at = end
+    return ids, positions, labels
 
 
 def tasks(examples: list[Example]) -> dict[str, int]:
