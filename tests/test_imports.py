@@ -16,7 +16,7 @@ PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("ke
 
 SHARED = (
     "errors config messages channel logs grammars schemas schema_objects schema_values base_files "
-    "tokenizer client extras embedded machine children progress"
+    "tokenizer client extras embedded machine children progress conversations"
 )
 """What both processes may know."""
 
@@ -44,6 +44,8 @@ RULES = {
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
     "cli.adapter_files": f"{SHARED} models adapters kernels engine.adapters cli",
+    "evals": f"{SHARED} llm trainer evals",
+    "cli.eval": f"{SHARED} evals",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",

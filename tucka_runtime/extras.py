@@ -13,7 +13,9 @@ class Extra:
 
 
 EXTRAS = {
-    "train": Extra(("peft", "matplotlib"), "tucka train"),
+    "train": Extra(("peft", "matplotlib"), "tucka train, tucka eval"),
+    "data": Extra(("datasets",), "Parquet files and datasets' folders: tucka train --data"),
+    "report": Extra(("tensorboard",), "tucka train --report-to tensorboard"),
     "loadtest": Extra(("aiohttp",), "tucka loadtest"),
     "otel": Extra(("opentelemetry.exporter.otlp.proto.http",), "traces: tucka serve --otlp-traces-endpoint"),
 }

@@ -75,12 +75,24 @@ class Tokenizer:
             )
         return cls(tokenizer, end_tokens(folder, tokenizer.eos_token_id))
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """A conversation as the prompt that asks for the assistant's next turn, by the model's own chat template, in
         this process. Raises ValueError without a template, and whatever the template raises."""
-        if self.chat_template is None:
+        template = (self.tool_template if tools else None) or self.chat_template
+        if template is None:
             raise ValueError("the tokenizer has no chat template")
-        return render_chat(self.chat_template, self.special_tokens, self.shield(messages))
+        return render_chat(
+            template,
+            self.special_tokens,
+            self.shield(messages),
+            self.shield(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def encode(self, text: str, add_special_tokens: bool, split_special_tokens: bool = False) -> list[int]:
         """The ids of a text, as a prompt has them.

@@ -1,10 +1,9 @@
 """From messages and functions as bodies have them to what chat templates know."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from tucka_runtime.conversations import call_arguments
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.conversation import (
     AssistantMessage,
@@ -15,7 +14,6 @@ from tucka_runtime.server.api.conversation import (
     ToolCall,
     ToolMessage,
 )
-from tucka_runtime.server.api.tools import Tools
 from tucka_runtime.server.service.chat_template import Rendering
 
 _RESERVED = {
@@ -82,16 +80,8 @@ def _for_template(message: ChatMessage, legacy_id: str) -> dict[str, Any]:
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": _object(call.function.arguments)}
+    function = {"name": call.function.name, "arguments": call_arguments(call.function.arguments)}
     return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
-
-
-def _object(arguments: str) -> Any:
-    """What the text says, or the text itself where that is no JSON: models write such, and clients send it back."""
-    try:
-        return json.loads(arguments) if arguments else {}
-    except (ValueError, RecursionError):
-        return arguments
 
 
 def _text(message: ChatMessage) -> str:
@@ -99,44 +89,3 @@ def _text(message: ChatMessage) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
-
-
-def with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same, with calls' ids of nine letters and digits: Mistral's templates take no others."""
-    made = []
-    for message in messages:
-        calls = [call | {"id": _short(call["id"])} if "id" in call else call for call in message.get("tool_calls", ())]
-        message = message | {"tool_calls": calls} if calls else message
-        if "tool_call_id" in message:
-            message = message | {"tool_call_id": _short(message["tool_call_id"])}
-        made.append(message)
-    return made
-
-
-def _short(call_id: str) -> str:
-    if len(call_id) == 9 and call_id.isalnum():
-        return call_id
-    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
-
-
-def without_tools(messages: list[dict[str, Any]], tools: Tools) -> list[dict[str, Any]]:
-    """The same for a template that knows no functions: what may be called stands in the first message, calls and what
-    they returned are text."""
-    made = []
-    names: dict[str, str] = {}
-    for message in messages:
-        content = message["content"]
-        for call in message.get("tool_calls", ()):
-            names[call.get("id", "")] = call["function"]["name"]
-            content += ("\n" if content else "") + json.dumps(call["function"], ensure_ascii=False)
-        role = message["role"]
-        if role == "tool":
-            name = message.get("name") or names.get(message.get("tool_call_id", ""), "the function")
-            role, content = "user", f"{name} returned:\n{content}"
-        kept = {key: message[key] for key in ("name", "reasoning_content") if key in message and role != "user"}
-        made.append({"role": role, "content": content} | kept)
-    if told := tools.as_text():
-        first = made[0]
-        parts = (first["content"], told) if first["role"] == "system" else (told, first["content"])
-        made[0] = first | {"content": "\n\n".join(filter(None, parts))}
-    return made

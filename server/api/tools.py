@@ -21,10 +21,6 @@ from tucka_runtime.tokenizer import Tokenizer
 MOST_CALLS = 16  # of one answer that has to call
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _NOT_AMONG = "`{}` names a function that is not among the `{}`."
-_TOLD = (
-    "You can call functions. Each line is one, with the JSON schema of its parameters:\n{functions}\n"
-    'To call one, answer with nothing but JSON: {{"name": ..., "arguments": {{...}}}}; for several a list of those.'
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +68,6 @@ class Tools:
         """What chat templates know as `tools`. None where nothing may be called: a model that is not told of functions
         calls none."""
         return [{"type": "function", "function": function.for_template} for function in self.callable] or None
-
-    def as_text(self) -> str:
-        """The same for templates that know no functions; empty where nothing may be called."""
-        lines = [json.dumps(function.for_template, ensure_ascii=False) for function in self.callable]
-        return _TOLD.format(functions="\n".join(lines)) if lines else ""
 
 
 NO_TOOLS = Tools()

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tucka_runtime import grammars
+from tucka_runtime.conversations import CLOSE, OPEN, with_short_ids, without_tools
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request
 from tucka_runtime.server.api.bodies import SamplingBody
 from tucka_runtime.server.api.door import Context
-from tucka_runtime.server.api.rendering import with_short_ids, without_tools
 from tucka_runtime.server.api.sampling import max_tokens_for, sampling_params
 from tucka_runtime.server.api.tools import NO_TOOLS, Tools, calls_grammar
 from tucka_runtime.server.service.calls import FORMATS, CallParser
 from tucka_runtime.server.service.chat_template import Rendering
 from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
-from tucka_runtime.server.service.reasoning import CLOSE, OPEN, ThinkParser
+from tucka_runtime.server.service.reasoning import ThinkParser
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import unshielded
@@ -60,7 +60,7 @@ async def render(
     """The prompt of a conversation. A template that knows no functions is told of them as text."""
     rendering = replace(rendering or Rendering(), tools=tools.for_template())
     if not service.chat_template(param).takes_tools:
-        messages, rendering = without_tools(messages, tools), replace(rendering, tools=None)
+        messages, rendering = without_tools(messages, tools.for_template() or ()), replace(rendering, tools=None)
     elif service.call_format == "mistral":
         messages = with_short_ids(messages)
     return await service.render_chat(messages, rendering, param)

@@ -39,18 +39,6 @@ FORMATS = {
     "json": CallFormat(bare=True),
 }
 
-
-def format_name(template: str) -> str:
-    """The format that a chat template teaches."""
-    if "<tool_call>" in template:
-        return "hermes"
-    if "[TOOL_CALLS]" in template:
-        return "mistral"
-    if "<|python_tag|>" in template or "<|start_header_id|>" in template:
-        return "llama3_json"
-    return "json"
-
-
 _KEYS = ("arguments", "parameters")
 _LONGEST_HEAD = 256  # characters of a name with what stands between it and its arguments
 _HEAD = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*")

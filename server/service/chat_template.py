@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import struct
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tucka_runtime.children import end_with_parent, python
+from tucka_runtime.conversations import takes_tools
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ChatTemplate:
         self._template = template
         self.with_tools = tool_template or template
         """The template of conversations with tools."""
-        self.takes_tools = re.search(r"\btools\b", self.with_tools) is not None
+        self.takes_tools = takes_tools(self.with_tools)
         """Whether that knows of functions that may be called."""
         self._special_tokens = special_tokens
         self._child: asyncio.subprocess.Process | None = None

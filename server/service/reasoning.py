@@ -3,10 +3,9 @@
 Templates of models that always think write the opening tag into the prompt; then the answer begins with the thought.
 """
 
+from tucka_runtime.conversations import CLOSE, OPEN
 from tucka_runtime.server.service.events import OutputParser, Reasoning, ReasoningEnded
 from tucka_runtime.server.service.parsing import Step, StreamParser
-
-OPEN, CLOSE = "<think>", "</think>"
 
 
 def thinks(template: str) -> bool:

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from tucka_runtime.config import ServerConfig
+from tucka_runtime.conversations import call_format
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, RouteScope
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
-from tucka_runtime.server.service.calls import format_name
 from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
 from tucka_runtime.server.service.leases import Lease, LoadedAdapter
 from tucka_runtime.server.service.reasoning import thinks
@@ -145,7 +145,7 @@ class Service:
         """The name of the format of calls: what is set, or what the chat template teaches."""
         if self.config.tool_call_parser != "auto":
             return self.config.tool_call_parser
-        return format_name(self.template.with_tools) if self.template and self.template.takes_tools else "json"
+        return call_format(self.template.with_tools) if self.template and self.template.takes_tools else "json"
 
     @cached_property
     def thinks(self) -> bool:

@@ -1,6 +1,5 @@
 """`tucka train` before its first step and after its last: what is refused early, and that nothing trained is lost."""
 
-import argparse
 import errno
 import json
 import os
@@ -18,8 +17,7 @@ import pytest
 import yaml
 
 from tests.support.training import make_workplace, train
-from tucka_runtime.cli import train as cli
-from tucka_runtime.trainer import adapter, base_model, loop, preflight
+from tucka_runtime.trainer import adapter, base_model, loop, preflight, tracking
 from tucka_runtime.trainer.progress import Step, TrainingProgress
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -93,6 +91,8 @@ def admin() -> Iterator[FakeAdmin]:
         (("--max-length", "1"), "at least 2"),
         (("--num-threads", "0"), "--num-threads must be at least 1"),
         (("--resume", "--overwrite"), "give one of the two"),
+        (("--dropout", "0.1"), "dropout and rslora are LoRA's"),
+        (("--report-to", "trackio"), "pip install trackio"),
         (("--publish", "127.0.0.1:9"), "No answer from http://127.0.0.1:9"),
     ],
 )
@@ -100,6 +100,7 @@ def test_refused_before_the_base_is_loaded(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str], words: str
 ) -> None:
     monkeypatch.setattr(base_model, "load_model", None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert train(workplace, *flags) == 2
     assert words in capsys.readouterr().err
     assert not (workplace / "out").exists()
@@ -233,43 +234,3 @@ def test_the_settings_of_a_file_are_those_of_flags(workplace: Path, capsys: pyte
         assert train(workplace, "--config", str(file)) == 2
         assert words in capsys.readouterr().err
     assert yaml.safe_load("lr: 2e-3") == {"lr": "2e-3"}  # why text is taken where a number is wanted
-
-
-def test_training_json_makes_the_adapter_again(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(workplace, "--steps", "3", "--lr", "5e-3", "--seed", "7", "--k", "2") == 0
-    weights = (workplace / "out/adapter_model.safetensors").read_bytes()
-    training = json.loads((workplace / "out/training.json").read_text())
-    assert set(training["versions"]) == {"tucka", "python", "torch", "transformers", "peft"}
-    assert training["date"].endswith("+00:00") and training["threads"] == 1
-    assert set(training["eval"]["base"]) == {"loss", "exact_match"}
-    paths = {name: str(workplace / training["flags"][name]) for name in ("model", "data")}
-    file = workplace / "run.yaml"
-    file.write_text(yaml.safe_dump(training["flags"] | paths))
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    assert cli.run(parser.parse_args(["--config", str(file), "--out", str(workplace / "again")])) == 0
-    assert (workplace / "again/adapter_model.safetensors").read_bytes() == weights
-    assert "(base: loss " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [("--method", "lora"), ("--route-batch", "per-sample")])
-def test_predictions_are_what_exact_match_counts(workplace: Path, flags: tuple[str, ...]) -> None:
-    """Decoded one token after the other, against teacher forcing."""
-    more = ("--steps", "30", "--lr", "1e-2", "--eval-fraction", "0.4", "--target-modules", "all-linear")
-    assert train(workplace, *more, *flags) == 0
-    rows = [json.loads(line) for line in (workplace / "out/predictions.jsonl").read_text().splitlines()]
-    training = json.loads((workplace / "out/training.json").read_text())
-    assert len(rows) == training["data"]["held_out"] == 10
-    assert all((row["said"] == row["expected"]) == row["right"] for row in rows)
-    assert sum(row["right"] for row in rows) / len(rows) == training["eval"]["exact_match"] > 0
-    assert rows[0]["prompt"].endswith(":")
-
-
-def test_what_is_likely_not_meant_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (workplace / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert train(workplace, "--steps", "1", "--r", "33") == 0
-    said = capsys.readouterr().err
-    training = json.loads((workplace / "out/training.json").read_text())
-    for words in ("--r 33 is above the width", "a single record", "nothing is held out"):
-        assert words in said
-        assert any(words in warning for warning in training["warnings"])

@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 
+import datasets
 import pytest
 
 from tucka_runtime.tokenizer import Tokenizer
@@ -16,6 +17,13 @@ TOKENIZER = Tokenizer(build_tokenizer())
 
 def chat(prompt, answer):
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+ANSWER = {"role": "assistant", "content": "y"}
+
+
+def told(prompt, answer):
+    return {"messages": [{"role": "developer", "content": "s"}, *chat(prompt, answer)["messages"]]}
 
 
 def write(path, *records):
@@ -44,7 +52,22 @@ def test_only_the_completion_is_learnt(tmp_path):
         ('{"prompt": "a", "completion": "\\ud83d"}', "half a surrogate pair"),
         ('{"prompt": "a", "completion": "b", "task": "\\udc00"}', "half a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [1]}]}, "tool call"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [1]}]},
+            "has a call without",
+        ),
+        ({**chat("a", "b"), "tools": [{"type": "function"}]}, "tool 1 must be a function with a name"),
+        ({**chat("a", "b"), "tools": "[{"}, "'tools' is not JSON"),
+        (
+            {"messages": [{"role": "user", "content": [{"image_url": 1}]}, {"role": "assistant", "content": "b"}]},
+            "no text",
+        ),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "'history' must be a list of pairs"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "'completion' must be a list of messages"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            "learnt",
+        ),
         ({"messages": []}, "at least two messages"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "must be the assistant's"),
         ({"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a role other than"),
@@ -134,13 +157,24 @@ def test_broken_gzip_and_parquet_without_pyarrow_are_said(tmp_path, monkeypatch)
         load(tmp_path / "d", TOKENIZER, 64)
     (tmp_path / "d").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
+    with pytest.raises(DataError, match=r"needs pyarrow: in the checkout run"):
         load(tmp_path / "d", TOKENIZER, 64)
 
 
 @pytest.mark.parametrize(
     ("record", "same"),
     [
+        (
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "system": "s"},
+            told("x", "y"),
+        ),
+        ({"instruction": "x", "output": "y", "system": "s"}, told("x", "y")),
+        ({"prompt": told("x", "y")["messages"][:2], "completion": told("x", "y")["messages"][2:]}, told("x", "y")),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, ANSWER]}, chat("x", "y")),
+        (
+            {"instruction": "x", "output": "y", "history": [["a", "b"]]},
+            {"messages": [*chat("a", "b")["messages"], *chat("x", "y")["messages"]]},
+        ),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, chat("x", "y")),
         ({"instruction": "x", "input": "", "output": "y"}, chat("x", "y")),
         ({"instruction": "x", "input": "z", "output": "y"}, chat("x\n\nz", "y")),
@@ -168,6 +202,33 @@ def test_every_turn_is_learnt_with_the_prompt_that_asks_for_it(tmp_path):
     for seed in range(8):
         train, held = split(turns + others, 0.3, seed)
         assert sum(e in held for e in turns) in (0, 2) and len(train) + len(held) == 11
+
+
+def test_what_has_no_weight_is_not_learnt(tmp_path):
+    talk = chat("a", "b")["messages"] + chat("c", "d")["messages"]
+    talk[1]["weight"] = 0
+    (turn,) = load(write(tmp_path / "d", {"messages": talk}), TOKENIZER, 64)
+    assert TOKENIZER.decode(list(turn.answer), False) == "d"
+    before = {"prompt": talk[:2], "completion": talk[2:]}
+    assert load(write(tmp_path / "d", before), TOKENIZER, 64) == [turn]
+
+
+def test_tables_are_read_without_the_columns_of_other_rows(tmp_path):
+    rows = [
+        chat("a", "b"),
+        {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": "y", "weight": 1}]},
+    ]
+    lines = load(write(tmp_path / "d", *rows), TOKENIZER, 64)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "splits")
+    for name in ("d.parquet", "one", "splits", "splits/test"):
+        assert load(tmp_path / name, TOKENIZER, 64, strict=True) == lines
+    datasets.DatasetDict(test=table).save_to_disk(tmp_path / "none")
+    for folder, words in ((tmp_path, "holds no dataset"), (tmp_path / "none", "has no split train. Name one: .*test")):
+        with pytest.raises(DataError, match=words):
+            load(folder, TOKENIZER, 64)
 
 
 def test_further_keys_are_named_once_and_refused_when_strict(tmp_path):

@@ -97,6 +97,24 @@ def test_resume_of_another_training_is_refused(tmp_path, what, change):
         other.resume(tmp_path)
 
 
+@pytest.mark.parametrize("method", ["tucka", "lora"])
+def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path, method):
+    make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1), tmp_path, method).run()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    adapter = json.loads(state["config"]["adapter"])
+    del state["config"]["route_prefix_tokens"], adapter["exclude_modules"]
+    state["config"]["adapter"] = json.dumps(adapter, sort_keys=True)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1), method=method).resume(tmp_path)
+    other = make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1, route_prefix_tokens=16), method=method)
+    with pytest.raises(ConfigError, match=r"other settings \(route_prefix_tokens\)"):
+        other.resume(tmp_path)
+    other = make(LoopConfig(steps=2, batch_size=8), method=method)
+    other.model.peft_config["default"].exclude_modules = "head"
+    with pytest.raises(ConfigError, match=r"other settings \(adapter\)"):
+        other.resume(tmp_path)
+
+
 def test_accumulation_equals_a_larger_batch():
     ends = []
     for batch_size, accumulate in ((8, 1), (4, 2)):
@@ -135,7 +153,7 @@ def test_teacher_forcing_agrees_with_decoding():
     loop.run()
     model = loop.model.eval()
     set_route_scope(model, "batch")
-    said = [decode_together(model, [list(e.ids[: e.start])], 2, 0, limit=8)[0] for e in loop.held]
+    said = [decode_together(model, [list(e.ids[: e.start])], [2], 0, limit=8)[0] for e in loop.held]
     exact = sum(tuple(s) == e.ids[e.start : -1] for s, e in zip(said, loop.held, strict=True)) / len(said)
     set_route_scope(model, "decode")
     assert evaluate(model, loop.held, 0, CPU, router=loop.router).exact == exact
@@ -168,7 +186,8 @@ def test_command_writes_an_adapter_that_loads(workplace, method, capsys):
     assert train(workplace, "--method", method, "--steps", "4") == 0
     out = workplace / "out"
     assert {p.name for p in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "training.json", "training.png",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "training.json",
+        "training.png",
     }  # fmt: skip
     training = json.loads((out / "training.json").read_text())
     assert training["data"]["train"] == 22 and training["data"]["held_out"] == 2
@@ -177,6 +196,13 @@ def test_command_writes_an_adapter_that_loads(workplace, method, capsys):
     assert "exact match" in capsys.readouterr().out
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workplace / "base"), str(out))
     assert model(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+def test_a_base_whose_files_begin_with_marks_is_trained(workplace):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = workplace / "base" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert train(workplace, "--steps", "1") == 0
 
 
 def test_command_is_deterministic(workplace):

@@ -28,7 +28,7 @@ def test_a_collapsed_router_is_said() -> None:
 def test_every_line_has_load_speed_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     progress = TrainingProgress(60, 0, 3)
     for number in range(1, 61):
-        progress.step(Step(number, 0.5, TURN[number % 3], 100))
+        progress.step(Step(number, 0.5, TURN[number % 3], 100, 1e-3))
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top.set_defaults(run=_top)
 
     _add_other(commands, "train", "tucka_runtime.cli.train", "train an adapter", arguments)
+    _add_other(commands, "eval", "tucka_runtime.cli.eval", "score a base and adapters on records", arguments, "train")
     _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
 
     flags, unknown = parser.parse_known_args(arguments)
@@ -152,9 +153,11 @@ def _add_other(
     module: str,
     help: str,
     arguments: Sequence[str] | None,
+    extra: str | None = None,
 ) -> None:
     """A subcommand of another part, which is imported only when it is the one that is asked for. To run, which its
-    help does not, it needs the extra of its name."""
+    help does not, it needs an `extra`, by default that of its name."""
+    needed = extra or name
     parser = commands.add_parser(name, help=help)
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] != [name]:
@@ -168,9 +171,9 @@ def _add_other(
             return status
         except ModuleNotFoundError as error:
             missing = (error.name or "").partition(".")[0]
-            if missing not in EXTRAS[name].modules:
+            if missing not in EXTRAS[needed].modules:
                 raise
-            parser.exit(2, f"tucka {name}: {missing} is not installed. To get it, {how_to_install(name)}.\n")
+            parser.exit(2, f"tucka {name}: {missing} is not installed. To get it, {how_to_install(needed)}.\n")
 
     parser.set_defaults(run=run)
 

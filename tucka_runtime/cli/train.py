@@ -42,9 +42,11 @@ def _run(args: argparse.Namespace) -> int:
     folder = args.model or FOLDER / "base"
     _check(args, folder)
     _check_out(args.out, args.resume, args.overwrite)
+    from tucka_runtime.trainer import tracking
     from tucka_runtime.trainer.publish import Publication
 
     started = time.monotonic()
+    tracking.check(args.report_to)
     settings, config = _settings(args)
     publication = None
     if args.publish:
@@ -103,7 +105,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
     settings = AdapterSettings(
         method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=alpha,
         target_modules=tuple(args.target_modules), centroids=args.centroids,
-        ec_perturb_scale=args.ec_perturb_scale, balance=args.balance,
+        ec_perturb_scale=args.ec_perturb_scale, balance=args.balance, dropout=args.dropout, rslora=args.rslora,
     )  # fmt: skip
     check_limits(settings)
     config = LoopConfig(
@@ -111,6 +113,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
         weight_decay=args.weight_decay, route_batch=args.route_batch,
         route_prefix_tokens=args.route_prefix_tokens, eval_every=args.eval_every or 1,
         patience=args.patience, checkpoint_every=args.checkpoint_every or 0, seed=args.seed,
+        packing=args.packing, group_by_length=args.group_by_length, gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
     return settings, config
 
@@ -133,7 +136,7 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
     from tucka_runtime.models.weights import fingerprint
     from tucka_runtime.trainer import data, preflight
     from tucka_runtime.trainer.adapter import attach, router_of, seed_all, trainable_parameters
-    from tucka_runtime.trainer.base_model import choose_device, load_model, load_skeleton, load_tokenizer
+    from tucka_runtime.trainer.base_model import choose_device, load_model, load_skeleton, load_tokenizer, prepare
     from tucka_runtime.trainer.loop import Loop
 
     device, skeleton = choose_device(args.device), load_skeleton(folder)
@@ -156,7 +159,9 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
     )  # fmt: skip
     hidden = skeleton.config.get_text_config().hidden_size
     torch.set_num_threads(args.num_threads or machine.threads(hidden, torch.get_num_threads()))
-    model = attach(load_model(folder, args.dtype, device), settings, args.seed)
+    base = load_model(folder, args.dtype, device)
+    prepare(base, args.packing, args.gradient_checkpointing)
+    model = attach(base, settings, args.seed)
     preflight.check_disk(args.out, trainable_parameters(model), checkpoint_every > 0)
     seed_all(args.seed)
     print(
@@ -171,6 +176,7 @@ def _prepare(args: argparse.Namespace, folder: Path, settings: "AdapterSettings"
 
 def _train(args: argparse.Namespace, job: _Job) -> bool:
     """Whether the training came to its end; where it was stopped, a checkpoint is kept and it is said how to go on."""
+    from tucka_runtime.trainer import tracking
     from tucka_runtime.trainer.adapter import keep
     from tucka_runtime.trainer.loop import CHECKPOINT, ROUTES
     from tucka_runtime.trainer.progress import TrainingProgress, collapsed
@@ -180,7 +186,8 @@ def _train(args: argparse.Namespace, job: _Job) -> bool:
         loop.resume(args.out)
         print(f"continuing after step {loop.step}")
     turn = 1 if loop.router is None else len(ROUTES[loop.config.route_batch])
-    loop.progress = TrainingProgress(loop.config.steps, loop.step, turn)
+    trackers = tracking.start(args.report_to, args.out, of_run(args))
+    loop.progress = TrainingProgress(loop.config.steps, loop.step, turn, trackers)
     for text in job.warnings:
         loop.progress.warn(text)
     try:
@@ -225,6 +232,7 @@ def _stopping(loop: "Loop") -> Iterator[None]:
 def _write(args: argparse.Namespace, folder: Path, settings: "AdapterSettings", job: _Job, seconds: float) -> None:
     """Measures what was trained and writes it. Raises ConfigError where no place takes it, or another than --out."""
     from tucka_runtime.trainer.adapter import keep, manifest, trainable_parameters, write
+    from tucka_runtime.trainer.card import CARD_NAME, card
     from tucka_runtime.trainer.decode import predictions
     from tucka_runtime.trainer.loop import CHECKPOINT
     from tucka_runtime.trainer.plot import figure
@@ -243,13 +251,15 @@ def _write(args: argparse.Namespace, folder: Path, settings: "AdapterSettings", 
         raise ConfigError(f"{args.out} could not be written (is the disk full?): the adapter is in {where} instead.")
     (args.out / CHECKPOINT).unlink(missing_ok=True)  # what it was for is done
     try:
+        name = args.name or args.out.resolve().name
+        (args.out / CARD_NAME).write_text(card(name, training), "utf-8")
         if loop.held:  # one at a time where a route is a batch's: nobody else is known to be served
             rows = predictions(loop.model, loop.held, job.tokenizer, loop.pad, 1 if args.route_batch == "batch" else 16)
             (args.out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         title = f"{args.method} · {args.data.name} · {len(loop.history.loss)} steps"
         figure(loop.history, result, args.out / "training.png", title)
     except OSError as error:
-        print(f"warning: predictions and picture were not written: {error.strerror}.", file=sys.stderr)
+        print(f"warning: card, predictions and picture were not all written: {error.strerror}.", file=sys.stderr)
     print(f"written to {args.out}")
 
 
@@ -257,7 +267,8 @@ def _source(path: Path, loop: "Loop") -> dict[str, Any]:
     from tucka_runtime.trainer.adapter import digest
 
     counts = {"train": len(loop.train), "held_out": len(loop.held)}
-    return {"file": path.name, "sha256": digest(path.read_bytes()), **counts}
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {"file": path.name, "sha256": digest(b"".join(file.read_bytes() for file in files)), **counts}
 
 
 def _tell(result: "Evaluation", alone: "Evaluation") -> None:

@@ -41,7 +41,10 @@ class Flag:
 REQUIRED = "none: it must be given, here or in --config"
 FLAGS = (
     Flag("model", None, "folder of the base model", "the embedded one", Path, metavar="DIR"),
-    Flag("data", None, "records to train on", REQUIRED, Path, metavar="FILE"),
+    Flag(
+        "data", None, "records to train on: JSONL, a JSON array, Parquet, gzipped or not, or a folder that datasets' "
+        "save_to_disk wrote", REQUIRED, Path, metavar="FILE",
+    ),
     Flag("out", None, "folder of the adapter", REQUIRED, Path, metavar="DIR", of_run=False),
     Flag("eval_data", None, "held-out records", "a share of --data", Path, metavar="FILE"),
     Flag("eval_fraction", 0.1, "share of --data that is held out"),
@@ -49,7 +52,11 @@ FLAGS = (
         "max_length", None, "longest record in tokens; longer ones are refused",
         "1024, or the base's context if that is shorter", int,
     ),
-    Flag("learn", "all", "which of the assistant's turns are learnt", choices=("all", "last")),
+    Flag(
+        "learn", "all", "which of the assistant's turns are learnt: all or the last, each an example with the prompt "
+        "of a request for it; or those that the chat template marks with {% generation %}, a conversation an example",
+        choices=("all", "last", "generation"),
+    ),
     Flag("strict", False, "refuse records with keys that are not known", "they are ignored"),
     Flag("method", "tucka", "kind of adapter", choices=("tucka", "lora")),
     Flag("r", 8, "rank"),
@@ -57,6 +64,8 @@ FLAGS = (
     Flag("t", 2, "experts in a group"),
     Flag("p", 2, "slices of the core that a group shares"),
     Flag("alpha", None, "scale of the change; lora_alpha for LoRA", "64; LoRA: twice --r", float),
+    Flag("dropout", 0.0, "LoRA's: share of a layer's inputs that are left out of the change in each step"),
+    Flag("rslora", False, "LoRA's: divide alpha by the root of the rank, not by the rank", "by the rank"),
     Flag("target_modules", ["all-linear"], "layers to adapt, or all-linear", "all-linear", metavar="NAME"),
     Flag("centroids", "data", "set them from the first batch, or draw them", choices=("data", "kaiming")),
     Flag("ec_perturb_scale", 1.0, "noise around the first batch's mean"),
@@ -66,6 +75,9 @@ FLAGS = (
     Flag("epochs", 3.0, "passes over the data"),
     Flag("steps", None, "optimiser steps", "what --epochs makes", int),
     Flag("batch_size", 32, "records in a batch"),
+    Flag("packing", False, "put several records of a batch into a row, each kept to itself: less padding", "one a row"),
+    Flag("group_by_length", False, "make batches of records of similar length: less padding", "of any"),
+    Flag("gradient_checkpointing", False, "compute activations twice, not to keep them: less memory", "keep them"),
     Flag("accumulate", 1, "batches in one optimiser step"),
     Flag("lr", 2e-3, "highest learning rate"),
     Flag("warmup", 0.05, "share of the steps in which the learning rate rises"),
@@ -85,6 +97,10 @@ FLAGS = (
     Flag("device", "auto", "auto is a GPU where there is one", choices=("auto", "cpu", "cuda")),
     Flag("num_threads", None, "CPU threads", "the server's rule: all cores; one for models narrower than 512", int),
     Flag("seed", 0, "of initialisation, order and held-out share"),
+    Flag(
+        "report_to", [], "send each step's figures there too; tensorboard's files go into OUT/runs", "nowhere",
+        choices=("tensorboard", "wandb", "trackio"), of_run=False,
+    ),
     Flag(
         "publish", None, "load the adapter into this running server afterwards", "no server", metavar="URL",
         of_run=False,
@@ -162,9 +178,11 @@ def _converted(flag: Flag, value: Any) -> Any:
     wanted = flag.type
     if isinstance(flag.default, list):
         names = value if isinstance(value, list) else [value]
-        if names and all(isinstance(name, str) for name in names):
-            return names
-        raise ConfigError(f"{flag.name} in the configuration file must be a name or a list of names.")
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{flag.name} in the configuration file must be a name or a list of names.")
+        for name in names:
+            _check_choice(flag, name)
+        return names or flag.default
     if wanted is float and isinstance(value, str):  # YAML reads 2e-3, without a point, as text
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -172,6 +190,10 @@ def _converted(flag: Flag, value: Any) -> Any:
         value = float(value)
     if not isinstance(value, str if wanted is Path else wanted) or (wanted is int and isinstance(value, bool)):
         raise ConfigError(f"{flag.name} in the configuration file must be a {wanted.__name__.lower()}.")
+    _check_choice(flag, value)
+    return Path(str(value)) if wanted is Path else value
+
+
+def _check_choice(flag: Flag, value: Any) -> None:
     if flag.choices and value not in flag.choices:
         raise ConfigError(f"{flag.name} in the configuration file must be one of {', '.join(flag.choices)}.")
-    return Path(str(value)) if wanted is Path else value

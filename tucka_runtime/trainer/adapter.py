@@ -31,7 +31,8 @@ from tucka_runtime.trainer.model import routers
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Which adapter to make. k, t, p and the centroid settings are TuckA's alone; alpha is lora_alpha for LoRA."""
+    """Which adapter to make. k, t, p and the centroid settings are TuckA's alone, dropout and rslora LoRA's; alpha is
+    lora_alpha for LoRA."""
 
     method: str = "tucka"
     r: int = 8
@@ -43,12 +44,18 @@ class AdapterSettings:
     centroids: str = "data"
     ec_perturb_scale: float = 1.0
     balance: float = 0.0
+    dropout: float = 0.0
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in ("tucka", "lora"):
             raise ConfigError("method must be tucka or lora")
         if self.centroids not in ("data", "kaiming"):
             raise ConfigError("centroids must be data (set from the first batch) or kaiming")
+        if self.method != "lora" and (self.dropout or self.rslora):
+            raise ConfigError("dropout and rslora are LoRA's: use them with method lora")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("dropout must be from 0 to below 1")
         try:
             self.peft_config()
         except ValueError as error:
@@ -59,7 +66,10 @@ class AdapterSettings:
         targets: Any = "all-linear" if self.target_modules == ("all-linear",) else list(self.target_modules)
         if self.method == "lora":
             alpha: Any = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
-            return peft.LoraConfig(r=self.r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+            return peft.LoraConfig(
+                r=self.r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=self.dropout,
+                use_rslora=self.rslora,
+            )  # fmt: skip
         return TuckAConfig(
             r=self.r, k=self.k, t=self.t, p=self.p, alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM",
             ec_perturb_scale=self.ec_perturb_scale, use_kaiming_init_ec=self.centroids == "kaiming",

@@ -1,5 +1,6 @@
 """The base model that adapters are trained on, as transformers loads it. Imports torch and transformers when called."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,31 @@ def load_skeleton(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        with without_marks(folder) as clean, torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(clean, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ConfigError(f"The base model in {folder} cannot be loaded: {error}") from error
+
+
+def prepare(model: Any, packing: bool, checkpointing: bool) -> None:
+    """Readies a model for the loop. Raises ConfigError where it cannot keep records apart that share a row."""
+    import torch
+
+    if checkpointing:
+        with warnings.catch_warnings():
+            # Transformers renames the method, and the older releases know the old name alone.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not packing:
+        return
+    size = min(int(model.config.get_text_config().vocab_size), 97)
+    ids = torch.arange(24, device=model.device)[None] * 7 % size
+    positions = torch.cat([torch.arange(8), torch.arange(16)])[None].to(model.device)
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 8:].float()
+        alone = model(input_ids=ids[:, 8:], use_cache=False).logits[0].float()
+    if (together - alone).abs().max() > 0.02 * alone.abs().max():
+        raise ConfigError("--packing: this model does not keep records apart that share a row. Leave it out.")
 
 
 def load_model(folder: Path, dtype: str, where: Any) -> Any:

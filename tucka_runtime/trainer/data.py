@@ -8,30 +8,41 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, read
+from tucka_runtime.trainer.turns import Talk, piecewise
 
 SHOWN = 10  # bad lines listed in one error
+WINDOW = 50  # batches whose examples are grouped by length, as Hugging Face's Trainer does
 
 
 @dataclass(frozen=True)
 class Example:
     """ids of prompt and completion (with the end token) and where the completion starts.
 
-    `opening` are the ids of the conversation's first prompt, where this is a later turn of it: else none.
+    `opening` are the ids of the conversation's first prompt, where this is a later turn of it: else none. `gaps` are
+    the places (first, behind the last) between turns that one example holds together: they are not learnt.
     """
 
     ids: tuple[int, ...]
     start: int
     task: str
     opening: tuple[int, ...] = ()
+    gaps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """What the first prompt is answered, without the end token."""
+        return self.ids[self.start : (self.gaps[0][0] if self.gaps else len(self.ids)) - 1]
 
 
 def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
@@ -44,39 +55,42 @@ def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
 
 def encode_turns(record: TrainingRecord, tokenizer: Tokenizer, max_length: int, learn: str) -> list[Example]:
     """An example for each turn of the assistant that is learnt: "all", or the "last". Each has the prompt that a
-    request for that turn would have. Raises as `encode` does."""
+    request for that turn would have. By "generation" one example has all turns. Raises as `encode` does."""
+    end = tokenizer.ends[0]
     if record.text:
         ids = tokenizer.encode(record.text, add_special_tokens=True)
         prefix = len(tokenizer.encode("", add_special_tokens=True))
         # The first token is asked of nobody: it is the prompt where the tokenizer puts none before a text.
-        return [_example(ids[: max(prefix, 1)], ids[max(prefix, 1) :], record.task, tokenizer, max_length)]
+        start = max(prefix, 1)
+        return [_example(ids[:start], [*ids[start:], end], record.task, max_length)]
     if not record.messages:
-        return [_continued(record.prompt, record.completion, record.task, tokenizer, max_length, special=True)]
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "The records are conversations, which need a chat template, and this base's tokenizer has none. Use "
-            "records with prompt/completion, or the base's chat version; nothing was trained."
-        )
-    turns = [i for i, message in enumerate(record.messages) if message["role"] == "assistant" and i]
+        ids = tokenizer.encode(record.prompt, True)
+        said = tokenizer.encode_completion(record.prompt, record.completion, True)
+        return [_example(ids, [*said, end], record.task, max_length)]
+    if learn == "generation":
+        return [_whole(record, tokenizer, max_length)]
     found: list[Example] = []
-    for i in turns if learn == "all" else turns[-1:]:
-        prompt, answer = tokenizer.render(record.messages[:i]), tokenizer.shield(record.messages[i]["content"])
-        example = _continued(prompt, answer, record.task, tokenizer, max_length, special=False)
+    for prompt, answer, end in list(Talk(record, tokenizer).turns())[0 if learn == "all" else -1 :]:
+        ids, said = (tokenizer.encode(prompt, False), tokenizer.encode_completion(prompt, answer, False))
+        example = _example(ids, [*said, end], record.task, max_length)
         opening = found[0].ids[: found[0].start] if found else ()
         found.append(Example(example.ids, example.start, example.task, opening))
     return found
 
 
-def _continued(
-    prompt: str, completion: str, task: str, tokenizer: Tokenizer, max_length: int, special: bool
-) -> Example:
-    ids = tokenizer.encode(prompt, add_special_tokens=special)
-    answer = tokenizer.encode_completion(prompt, completion, add_special_tokens=special)
-    return _example(ids, answer, task, tokenizer, max_length)
+def _whole(record: TrainingRecord, tokenizer: Tokenizer, max_length: int) -> Example:
+    """A conversation as one example, in which every turn that the template marks is learnt."""
+    ids, learnt = piecewise(Talk(record, tokenizer).marked(), tokenizer)
+    if not learnt:
+        raise ValueError("the chat template marks nothing in it with {% generation %}")
+    start, end = learnt[0][0], learnt[-1][1]
+    gaps = tuple((a[1], b[0]) for a, b in pairwise(learnt))
+    example = _example(ids[:start], ids[start:end], record.task, max_length)
+    return Example(example.ids, start, record.task, gaps=gaps)
 
 
-def _example(prompt: list[int], completion: list[int], task: str, tokenizer: Tokenizer, max_length: int) -> Example:
-    ids = [*prompt, *completion, tokenizer.ends[0]]
+def _example(prompt: list[int], completion: list[int], task: str, max_length: int) -> Example:
+    ids = [*prompt, *completion]
     if not prompt:
         raise ValueError("the prompt has no tokens")
     if len(ids) > max_length:
@@ -107,6 +121,8 @@ def encode_all(
             bad.append(f"{where}: nested too deeply")
         except ValueError as error:
             bad.append(f"{where}: {error}")
+        except TemplateError as error:
+            bad.append(f"{where}: the base's chat template refuses it: {error}")
     if bad:
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DataError(f"{len(bad)} bad records; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more)
@@ -143,11 +159,14 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
     return ([e for p in prompts[count:] for e in by_prompt[p]], [e for p in sorted(held) for e in by_prompt[p]])
 
 
-def epoch(examples: list[Example], batch_size: int, seed: int, number: int, by_task: bool) -> list[list[Example]]:
+def epoch(
+    examples: list[Example], batch_size: int, seed: int, number: int, by_task: bool, by_length: bool = False
+) -> list[list[Example]]:
     """Micro-batches of one epoch: a function of (seed, number) alone, so that a resumed run sees the same ones.
 
     by_task: every batch holds one sub-task only, so that its single route means something. A last batch that is not
-    full is topped up from the start of the same sub-task's order.
+    full is topped up from the start of the same sub-task's order. by_length: of WINDOW batches' examples those of
+    similar length go together, so that less is padded.
     """
     rng = random.Random(seed * 1_000_003 + number)
     pools: dict[str, list[Example]] = defaultdict(list)
@@ -158,6 +177,12 @@ def epoch(examples: list[Example], batch_size: int, seed: int, number: int, by_t
         pool = pools[name]
         rng.shuffle(pool)
         size = min(batch_size, len(pool))
+        if by_length:
+            window = WINDOW * size
+            pool = [
+                e for i in range(0, len(pool), window)
+                for e in sorted(pool[i : i + window], key=lambda e: -len(e.ids))
+            ]  # fmt: skip
         for i in range(0, len(pool), size):
             batch = pool[i : i + size]
             batches.append(batch + pool[: size - len(batch)])
@@ -176,7 +201,41 @@ def collate(batch: list[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
         labels[row, e.start : len(tokens)] = tokens[e.start :]
+        for first, last in e.gaps:
+            labels[row, first:last] = -100
     return ids, mask, labels
+
+
+def pack(batch: list[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, position_ids and labels, all (B, S), with several examples in a row where they fit: none is cut, no
+    row is longer than the longest, and positions begin anew with each, by which the model keeps them apart.
+
+    The longest go first, each into the row that it fills best. Padding is examples of one token, without a label.
+    """
+    longest = max(len(e.ids) for e in batch)
+    rows: list[list[Example]] = []
+    left: list[int] = []
+    for e in sorted(batch, key=lambda e: -len(e.ids)):
+        fits = [i for i, room in enumerate(left) if room >= len(e.ids)]
+        if fits:
+            best = min(fits, key=left.__getitem__)
+            rows[best].append(e)
+            left[best] -= len(e.ids)
+        else:
+            rows.append([e])
+            left.append(longest - len(e.ids))
+    ids = torch.full((len(rows), longest), pad)
+    positions = torch.zeros((len(rows), longest), dtype=torch.int64)
+    labels = torch.full((len(rows), longest), -100)
+    for row, packed in enumerate(rows):
+        at = 0
+        for e in packed:
+            own, _, learnt = collate([e], pad)
+            end = at + len(e.ids)
+            ids[row, at:end], labels[row, at:end] = own[0], learnt[0]
+            positions[row, at:end] = torch.arange(len(e.ids))
+            at = end
+    return ids, positions, labels
 
 
 def tasks(examples: list[Example]) -> dict[str, int]:

@@ -5,6 +5,7 @@ just the tokens of that step, as in the server.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ SHOWN = 200  # held-out records whose answers are written: enough to read, and s
 
 
 @torch.no_grad()
-def decode_together(model: Any, prompts: list[list[int]], eos: int, pad: int, limit: int = 96) -> list[list[int]]:
-    """Completions (without the end token) of prompts that are admitted in one step. Set the route scope before."""
+def decode_together(
+    model: Any, prompts: list[list[int]], ends: Sequence[int], pad: int, limit: int = 96
+) -> list[list[int]]:
+    """Completions of prompts that are admitted in one step, each without its end token, one of `ends`. Set the route
+    scope before."""
+    stop = torch.tensor(ends, device=next(model.parameters()).device)
     rows, longest = len(prompts), max(map(len, prompts))
     device = next(model.parameters()).device
     ids = torch.full((rows, longest), pad, device=device)
@@ -37,7 +42,7 @@ def decode_together(model: Any, prompts: list[list[int]], eos: int, pad: int, li
             warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
             logits = model(input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
         chosen = logits[:, -1].argmax(-1)
-        running &= chosen != eos
+        running &= ~torch.isin(chosen, stop)
         if not running.any():
             break
         for row in running.nonzero().flatten().tolist():
@@ -57,10 +62,10 @@ def predictions(model: Any, held: list[Example], tokenizer: Any, pad: int, toget
     rows = []
     for i in range(0, len(held), together):
         group = held[i : i + together]
-        longest = max(len(e.ids) - e.start for e in group)
-        said = decode_together(model, [list(e.ids[: e.start]) for e in group], group[0].ids[-1], pad, 2 * longest)
+        longest = max(len(e.answer) + 1 for e in group)
+        said = decode_together(model, [list(e.ids[: e.start]) for e in group], tokenizer.ends, pad, 2 * longest)
         for example, answer in zip(group, said, strict=True):
-            expected = list(example.ids[example.start : -1])
+            expected = list(example.answer)
             texts = [
                 tokenizer.decode(ids, skip_special_tokens=False)
                 for ids in (list(example.ids[: example.start]), expected, answer)

@@ -15,7 +15,7 @@ from torch import nn
 from tucka_runtime.adapters.files import write_file
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
-from tucka_runtime.trainer.data import Example, collate, epoch
+from tucka_runtime.trainer.data import Example, collate, epoch, pack
 from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
 from tucka_runtime.trainer.model import set_route_scope
 from tucka_runtime.trainer.progress import Step, TrainingProgress
@@ -48,6 +48,9 @@ class LoopConfig:
     patience: int = 0
     checkpoint_every: int = 0
     seed: int = 0
+    packing: bool = False
+    group_by_length: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "route_prefix_tokens"):
@@ -119,7 +122,7 @@ class Loop:
             self.history.load.append(load)
             self.step += 1
             if self.progress:
-                self.progress.step(Step(self.step, loss, load, tokens))
+                self.progress.step(Step(self.step, loss, load, tokens, learning_rate(self.config, self.step - 1)))
             every = self.config.eval_every
             if self.held and every and (self.step % every == 0 or self.step == self.config.steps):
                 self._evaluate()
@@ -141,14 +144,27 @@ class Loop:
                 self.progress.warn(f"no checkpoint was written at step {self.step}: {error.strerror}.")
 
     def _micro_batch(self, index: int) -> list[Example]:
-        by_task = self.config.route_batch == "batch"
         if self._epoch[0] < 0:
-            self._epoch = (0, epoch(self.train, self.config.batch_size, self.config.seed, 0, by_task))
+            self._epoch = (0, self._batches(0))
         per_epoch = len(self._epoch[1])  # the same in every epoch
         number, at = divmod(index, per_epoch)
         if self._epoch[0] != number:
-            self._epoch = (number, epoch(self.train, self.config.batch_size, self.config.seed, number, by_task))
+            self._epoch = (number, self._batches(number))
         return self._epoch[1][at]
+
+    def _batches(self, number: int) -> list[list[Example]]:
+        c = self.config
+        return epoch(self.train, c.batch_size, c.seed, number, c.route_batch == "batch", c.group_by_length)
+
+    def _collate(self, batch: list[Example]) -> dict[str, torch.Tensor]:
+        """The model's arguments for a micro-batch. Packed rows are told apart by their positions alone."""
+        if self.config.packing:
+            ids, positions, labels = pack(batch, self.pad)
+            found = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        else:
+            ids, mask, labels = collate(batch, self.pad)
+            found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def _optimise(self) -> tuple[float, list[int], int]:
         """One optimiser step: its loss, the mean over all its completion tokens however they fall into batches; the
@@ -162,13 +178,13 @@ class Loop:
             before = self.router.counts.clone()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step)
-        batches = [collate(self._micro_batch(self.step * c.accumulate + i), self.pad) for i in range(c.accumulate)]
-        tokens = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in batches)
+        examples = [self._micro_batch(self.step * c.accumulate + i) for i in range(c.accumulate)]
+        batches = [self._collate(batch) for batch in examples]
+        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         total = 0.0
-        for ids, mask, labels in batches:
-            labels = labels.to(self.device)
-            out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), labels=labels)
-            loss = completion_loss(out.logits, labels)[0] / tokens
+        for batch in batches:
+            out = self.model(**batch, use_cache=False)  # with a cache transformers would not keep packed records apart
+            loss = completion_loss(out.logits, batch["labels"])[0] / tokens
             if not torch.isfinite(loss):
                 raise ConfigError(
                     f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
@@ -179,7 +195,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         load = [] if self.router is None else (self.router.counts - before).tolist()
-        return total, load, sum(int(mask.sum()) for _, mask, _ in batches)
+        return total, load, sum(len(e.ids) for batch in examples for e in batch)
 
     def _route(self, scope: str) -> None:
         set_route_scope(self.model, scope, prefix_tokens=self.config.route_prefix_tokens)
@@ -212,15 +228,23 @@ class Loop:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """What has to be the same for a run to be continued: settings, adapter, type of the base, data."""
-        adapter = self.model.peft_config["default"].to_dict()
-        del adapter["base_model_name_or_path"]  # the same base may lie elsewhere
         frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
         numbers = asdict(self.config)
+        gaps = "".join(repr(e.gaps) for e in self.train if e.gaps)
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
-            "adapter": json.dumps(adapter, default=sorted, sort_keys=True), "dtype": sorted(frozen),
-            "data": hashlib.sha256(repr(self.train).encode()).hexdigest(),
+            "adapter": _settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
+            "data": hashlib.sha256((repr(self.train) + gaps).encode()).hexdigest(),
         }  # fmt: skip
+
+    def _as_saved(self, saved: dict[str, Any], name: str) -> Any:
+        """A setting of a checkpoint. What did not exist when that was written had the value that is now its default,
+        among the loop's settings and among the adapter's."""
+        if name == "adapter":
+            config = self.model.peft_config["default"]
+            text = _settled(type(config)())
+            return json.dumps(json.loads(text) | json.loads(saved[name]), sort_keys=True)
+        return saved.get(name, getattr(LoopConfig(steps=1), name, None))
 
     def save(self, folder: Path) -> None:
         """Writes everything that a resumed run needs to continue as if never stopped; the old file stays until the end.
@@ -241,7 +265,7 @@ class Loop:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ."""
         state = torch.load(folder / CHECKPOINT, weights_only=True, map_location=self.device)
-        changed = [k for k, v in self._settings.items() if state["config"].get(k) != v]
+        changed = [k for k, v in self._settings.items() if self._as_saved(state["config"], k) != v]
         if changed:
             raise ConfigError(
                 f"The checkpoint was made with other settings ({', '.join(changed)}): it cannot continue bit for bit. "
@@ -259,3 +283,10 @@ class Loop:
         self.history, self.step, self.best = History(**state["history"]), state["step"], state["best"]
         if self.router is not None:
             self.router.load_state_dict(state["router"])
+
+
+def _settled(config: Any) -> str:
+    """An adapter's configuration as text, but for the base's place: the same base may lie elsewhere."""
+    table = config.to_dict()
+    del table["base_model_name_or_path"]
+    return json.dumps(table, default=sorted, sort_keys=True)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.layer import TuckALayer
-from tucka_runtime.trainer.routing import SCOPES, TrainingRouter
+from tucka_runtime.trainer.routing import SCOPES, TrainingRouter, packed_records
 
 # What an adapter adapts when its config names nothing: the attention's query and value projections.
 DEFAULT_TARGETS = {
@@ -97,9 +97,14 @@ class TuckAModel(BaseTuner):
             counts = mask[:, -length:].bool()  # with a cache the mask covers earlier tokens too
         prompt = None
         if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
-            prompt = labels == -100
+            prompt = (labels != -100).cumsum(1) == 0
+        records, positions = None, kwargs.get("position_ids")
+        if mask is None and cache is None and isinstance(positions, Tensor) and positions.ndim == 2:
+            given = labels if prompt is not None else None
+            if packed := packed_records(positions, given):
+                records, counts, prompt = packed
         for router in self.routers.values():
-            router.begin(counts, prompt, decoding)
+            router.begin(counts, prompt, decoding, records)
 
     def _end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: when this forward is differentiated, other forwards may have come after it (a loss of two

@@ -3,9 +3,11 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tucka_runtime.trainer.evaluate import Evaluation
+from tucka_runtime.trainer.tracking import Tracker
 
 SECONDS_BETWEEN_LINES = 60
 COLLAPSED = 0.98
@@ -16,13 +18,14 @@ FEW_STEPS = 20
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: its number from 1, its loss, how often each group was chosen, and the tokens it computed
-    (prompts and completions, without padding)."""
+    """One optimiser step: its number from 1, its loss, how often each group was chosen, the tokens it computed
+    (prompts and completions, without padding), and its learning rate."""
 
     number: int
     loss: float
     load: list[int]
     tokens: int
+    lr: float
 
 
 def mean_load(loads: list[list[int]], turn: int) -> list[float]:
@@ -55,10 +58,13 @@ def clock(seconds: float) -> str:
 
 
 class TrainingProgress:
-    """Says each step of a run of `steps`, of which `done` lie behind; the route scopes take turns of `turn` steps."""
+    """Says each step of a run of `steps`, of which `done` lie behind; the route scopes take turns of `turn` steps.
+    The `trackers` are told the same figures of every step."""
 
-    def __init__(self, steps: int, done: int, turn: int):
+    def __init__(self, steps: int, done: int, turn: int, trackers: Sequence[Tracker] = ()):
         from tqdm import tqdm
+
+        self._trackers = trackers
 
         self._steps, self._done, self._turn = steps, done, turn
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, file=sys.stderr)
@@ -74,6 +80,12 @@ class TrainingProgress:
         load = mean_load(list(self._loads), self._turn)
         experts = f" experts {'/'.join(f'{share:.0%}'[:-1] for share in load)}%" if load else ""
         text = f"loss {step.loss:.4f}{experts} {self._tokens / seconds:.0f} tok/s"
+        values = {
+            "train/loss": step.loss,
+            "train/learning_rate": step.lr,
+            "train/tokens_per_second": self._tokens / seconds,
+        }
+        self._track(values | {f"experts/{i}": share for i, share in enumerate(load)}, step.number)
         self._bar.update(1)
         self._bar.set_postfix_str(text, refresh=False)
         tenth = step.number % max(1, self._steps // 10) == 0 or step.number == self._steps
@@ -85,11 +97,19 @@ class TrainingProgress:
     def evaluated(self, step: int, result: Evaluation) -> None:
         self._write(f"step {step}/{self._steps} held out: loss {result.loss:.4f} exact match {result.exact:.3f}")
 
+        self._track({"eval/loss": result.loss, "eval/exact_match": result.exact}, step)
+
     def warn(self, text: str) -> None:
         self._write(f"warning: {text}")
 
     def close(self) -> None:
         self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
     def _write(self, line: str) -> None:
         if self._bar.disable:

@@ -1,4 +1,5 @@
-"""Records as people have them: read from JSONL, a JSON array or Parquet, and brought into one of three forms."""
+"""Records as people have them: read from JSONL, a JSON array, Parquet or a folder that `datasets` saved, and brought
+into one of three forms."""
 
 import gzip
 import json
@@ -8,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tucka_runtime.conversations import Message
 from tucka_runtime.errors import TuckaError
-
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-"""Roles by the names that messages give them; the last two are ShareGPT's."""
+from tucka_runtime.extras import how_to_install
+from tucka_runtime.trainer.chat_records import check_whole, messages_of, tools_of
 
 FORMS = "prompt and completion, messages, conversations (ShareGPT), instruction and output (Alpaca), or text"
 
@@ -23,53 +24,60 @@ class DataError(TuckaError):
 @dataclass(frozen=True)
 class TrainingRecord:
     """One of: a text, a prompt with its completion, or a conversation that ends with the assistant. `ignored` are the
-    keys that nothing was made of."""
+    keys that nothing was made of; `learnt` says of each message whether it is; `tools` are what templates know as such.
+    """
 
     task: str
     ignored: frozenset[str]
     text: str = ""
     prompt: str = ""
     completion: str = ""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[Message, ...] = ()
+    learnt: tuple[bool, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def read(path: Path) -> list[tuple[str, Any]]:
     """(where, record or its JSON text) of a file: gzipped or not, with a byte order mark or not, lines ending in either
-    way, blank ones skipped. Raises DataError for what cannot be read, and for no records."""
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or "it is not whole gzip data"
-        raise DataError(f"The data file {path} cannot be read: {reason}.") from error
-    if data.startswith(b"PAR1"):
-        found = _parquet(path)
+    way, blank ones skipped; or of a folder that `datasets` saved. Raises DataError for what cannot be read, and for no
+    records."""
+    if path.is_dir():
+        found = _folder(path)
     else:
-        found = _lines(_text(data))
+        data = _bytes(path)
+        found = _parquet(path) if data.startswith(b"PAR1") else _lines(_text(data))
     if not found:
         raise DataError(f"The data file {path} holds no records: one JSON object a line is expected.")
     return found
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            return gzip.decompress(data)
+        return data
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "it is not whole gzip data"
+        raise DataError(f"The data file {path} cannot be read: {reason}.") from error
 
 
 def normalise(record: Any) -> TrainingRecord:
     """Raises ValueError with the reason when the record is of no known form."""
     if not isinstance(record, dict):
         raise ValueError("a record must be a JSON object")
-    record = {key: value for key, value in record.items() if value is not None}  # Parquet has every column in each
+    record = {key: value for key, value in record.items() if value is not None}
     task = record.get("task", "all")
     if not isinstance(task, str):
         raise ValueError("'task' must be a string")
     check_whole(task)
     for key in ("messages", "conversations"):
         if key in record:
-            return TrainingRecord(task, _others(record, key), messages=_messages(record[key], key))
+            return _conversation(record, key, record[key], task)
     if "instruction" in record:
-        given = record.get("input") or ""
-        question = f"{_string(record, 'instruction')}\n\n{_string(record, 'input')}" if given else None
-        asked = {"role": "user", "content": question or _string(record, "instruction")}
-        answer = {"role": "assistant", "content": _string(record, "output")}
-        return TrainingRecord(task, _others(record, "instruction", "input", "output"), messages=(asked, answer))
+        return _alpaca(record, task)
+    if isinstance(record.get("prompt"), list):
+        return _continued(record, task)
     if "prompt" in record or "completion" in record:
         prompt, completion = _string(record, "prompt"), _string(record, "completion")
         return TrainingRecord(task, _others(record, "prompt", "completion"), prompt=prompt, completion=completion)
@@ -78,10 +86,43 @@ def normalise(record: Any) -> TrainingRecord:
     raise ValueError(f"it has no form that is known: {FORMS}")
 
 
-def check_whole(text: str) -> None:
-    """Raises ValueError for half a surrogate pair."""
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("a text holds half a surrogate pair: a character was cut in two where the file was written")
+def _conversation(record: dict[str, Any], key: str, value: Any, task: str) -> TrainingRecord:
+    """Messages with what stands beside them: a system message, and functions that may be called."""
+    messages, learnt, ignored = messages_of(value, key)
+    if record.get("system"):
+        messages = ({"role": "system", "content": _string(record, "system")}, *messages)
+        learnt = (False, *learnt)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message must be the assistant's: it is what is learnt")
+    if not any(learnt):
+        raise ValueError(f"{key!r} has no message of the assistant behind another one that could be learnt")
+    tools = tools_of(record.get("tools") or [])
+    return TrainingRecord(
+        task, _others(record, key, "system", "tools") | ignored, messages=messages, learnt=learnt, tools=tools
+    )
+
+
+def _alpaca(record: dict[str, Any], task: str) -> TrainingRecord:
+    """An instruction, with what came before it: a system message and `history`, pairs of questions and answers."""
+    given = record.get("input") or ""
+    question = f"{_string(record, 'instruction')}\n\n{_string(record, 'input')}" if given else None
+    pairs = record.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("'history' must be a list of pairs: what was asked and answered")
+    pairs = [*pairs, [question or _string(record, "instruction"), _string(record, "output")]]
+    talk = [m for asked, said in pairs for m in (("user", asked), ("assistant", said))]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    rest = {name: value for name, value in record.items() if name not in ("instruction", "input", "output", "history")}
+    return _conversation(rest | {"messages": messages}, "messages", messages, task)
+
+
+def _continued(record: dict[str, Any], task: str) -> TrainingRecord:
+    """TRL's form: a conversation as prompt, and messages that go on it, of which alone is learnt."""
+    if not isinstance(record.get("completion"), list):
+        raise ValueError("'completion' must be a list of messages, as 'prompt' is one")
+    before = [m | {"weight": 0} if isinstance(m, dict) else m for m in record["prompt"]]
+    rest = {name: value for name, value in record.items() if name not in ("prompt", "completion")}
+    return _conversation(rest | {"messages": ()}, "messages", before + record["completion"], task)
 
 
 def _text(data: bytes) -> str:
@@ -105,12 +146,44 @@ def _parquet(path: Path) -> list[tuple[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{path} is Parquet, which needs pyarrow: pip install pyarrow. Nothing was trained.") from error
+        raise DataError(_needs(path, "Parquet", "pyarrow")) from error
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"The data file {path} cannot be read as Parquet; nothing was trained.") from error
-    return [(f"record {i}", row) for i, row in enumerate(rows, 1)]
+    return [(f"record {i}", _filled(row)) for i, row in enumerate(rows, 1)]
+
+
+def _folder(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a dataset that `save_to_disk` wrote, of several splits those of `train`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(_needs(path, "a folder", "datasets")) from error
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_from_disk(path)
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The data folder {path} cannot be read: it holds no dataset that datasets' save_to_disk wrote. Name the "
+            "file itself (JSONL, Parquet); nothing was trained."
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found:
+            raise DataError(f"{path} has no split train. Name one: {path}/SPLIT, of {', '.join(map(str, found))}.")
+        found = found["train"]
+    return [(f"record {i}", _filled(row)) for i, row in enumerate(found, 1)]
+
+
+def _needs(path: Path, what: str, module: str) -> str:
+    return f"{path} is {what}, which needs {module}: {how_to_install('data')}. Nothing was trained."
+
+
+def _filled(value: Any) -> Any:
+    """Without what is null: in tables every object has the keys of all."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _string(record: dict[str, Any], key: str) -> str:
@@ -123,27 +196,3 @@ def _string(record: dict[str, Any], key: str) -> str:
 
 def _others(record: dict[str, Any], *used: str) -> frozenset[str]:
     return frozenset(record) - {*used, "task"}
-
-
-def _messages(messages: Any, key: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError(f"{key!r} must be a list of at least two messages")
-    found = []
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {i} must be an object")
-        if message.get("tool_calls") or message.get("role") == "tool":
-            raise ValueError(f"message {i} is of a tool call, which cannot be learnt here")
-        role, content = (
-            message.get(name, message.get(other)) for name, other in (("role", "from"), ("content", "value"))
-        )
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"message {i} must be an object with 'role' and 'content'; a role other than "
-                             f"{', '.join(ROLES)} is not known")  # fmt: skip
-        if not isinstance(content, str) or not content:
-            raise ValueError(f"message {i} must be an object with a non-empty string as 'content'")
-        check_whole(content)
-        found.append({"role": ROLES[role], "content": content})
-    if found[-1]["role"] != "assistant":
-        raise ValueError("the last message must be the assistant's: it is what is learnt")
-    return tuple(found)

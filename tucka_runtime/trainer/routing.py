@@ -6,8 +6,8 @@
 (paper, eq. 6-8). `scope` says which tokens share a route:
 
 - "batch": all of the forward's tokens, one route (the paper);
-- "request": each row its own route, from its prompt (tokens whose label is -100 where labels are given), kept while
-  the row decodes. This is what the server computes under `"route": "request"`.
+- "request": each row its own route, from its prompt (where labels are given, the tokens before the first whose label is
+  not -100), kept while the row decodes. This is what the server computes under `"route": "request"`.
 - "prefix": the same from the first `prefix_tokens` tokens of its prompt, as under `"route": "prefix"`;
 - "decode": each row's prompt as under "request", and each later token by itself: what the server's `batch` scope
   computes for a request that is alone in it.
@@ -40,6 +40,38 @@ def scores(mean: Tensor, centroids: Tensor, k: int) -> Tensor:
     return torch.sigmoid(z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny))
 
 
+def _record_means(h: Tensor, counted: Tensor | None, records: Tensor) -> Tensor:
+    """Means (n, d) of the counted tokens of h (B, S, d), one of each of the n records."""
+    weight = (torch.ones_like(records) if counted is None else counted).flatten().to(torch.float32)
+    of, count = records.flatten(), int(records.max()) + 1
+    sums = h.new_zeros((count, h.shape[-1]), dtype=torch.float32)
+    sums = sums.index_add(0, of, h.float().flatten(0, 1) * weight[:, None])
+    return sums / weight.new_zeros(count).index_add(0, of, weight).clamp_min(1)[:, None]
+
+
+def packed_records(positions: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """What rows that hold several records say of them, as transformers tells them apart: by positions (B, S) that begin
+    anew. (records, mask, prompt) as Forward has them; None where each row is one record.
+
+    Records that have no label are padding, where labels (B, S) are given; they are counted as of record 0 and masked.
+    """
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if not begins[:, 1:].any():
+        return None
+    of = begins.flatten().cumsum(0) - 1
+    if labels is None:
+        return of.view(positions.shape), torch.ones_like(begins), None
+    learnt = (labels != -100).flatten().long()
+    counts = learnt.new_zeros(int(of.max()) + 1).index_add(0, of, learnt)
+    real = counts > 0
+    prompt = learnt.cumsum(0) == (counts.cumsum(0) - counts)[of]
+    number = (real.cumsum(0) - 1).clamp_min(0)
+    mask = real[of]
+    records = torch.where(mask, number[of], 0)
+    return records.view(positions.shape), mask.view(positions.shape), (prompt & mask).view(positions.shape)
+
+
 def centroid_spread(centroids: Tensor) -> float:
     """Mean distance of the centroids (k·t, d) from their mean, relative to that mean's length."""
     center = centroids.float().mean(dim=0)
@@ -50,8 +82,9 @@ def centroid_spread(centroids: Tensor) -> float:
 class Forward:
     """What routing knows of one forward of the model; gradient checkpointing needs it again in the backward.
 
-    mask, prompt (B, S) bool or None (all tokens). decoding: the cache holds earlier tokens. bias: the balancing bias as
-    it was when the forward began. once: only the first of the router module's calls routes. calls: how many there were,
+    mask, prompt (B, S) bool or None (all tokens). records (B, S) int64: which record a token is of, where rows hold
+    several, else None. decoding: the cache holds earlier tokens. bias: the balancing bias as it was when the forward
+    began. once: only the first of the router module's calls routes. calls: how many there were,
     and each: how many a whole forward makes, known when it is over. fresh: there is a route. learns: the centroids are
     trained.
     """
@@ -66,6 +99,7 @@ class Forward:
     each: int = 0
     fresh: bool = False
     learns: bool = False
+    records: Tensor | None = None
 
 
 class TrainingRouter:
@@ -87,9 +121,9 @@ class TrainingRouter:
         """The last route that was computed."""
         return self.current.route
 
-    def begin(self, mask: Tensor | None, prompt: Tensor | None, decoding: bool) -> None:
+    def begin(self, mask: Tensor | None, prompt: Tensor | None, decoding: bool, records: Tensor | None = None) -> None:
         """A forward of the whole model starts; the arguments are Forward's."""
-        self.current = Forward(mask, prompt, decoding, self.bias, self.route, once=True)
+        self.current = Forward(mask, prompt, decoding, self.bias, self.route, once=True, records=records)
 
     def end(self) -> None:
         """The forward is over. Parts of the model that are called by themselves route at every call."""
@@ -116,9 +150,11 @@ class TrainingRouter:
             best = best + now.bias.to(best.device) * self.bias_scale
         group = best.argmax(dim=-1)
         weights = s.gather(-2, group[..., None, None].expand(*group.shape, 1, self.t)).squeeze(-2)
-        now.route = TrainingRoute(group, weights)
         if not now.fresh:
             self._record(group, training)
+        if now.records is not None and group.ndim == 1 and self.scope != "batch":
+            group, weights = group[now.records], weights[now.records]
+        now.route = TrainingRoute(group, weights)
         now.fresh, now.learns = True, centroids.requires_grad
 
     def _means(self, h: Tensor) -> Tensor:
@@ -130,13 +166,24 @@ class TrainingRouter:
         counted = mask if prompt is None else prompt
         if self.scope == "prefix":
             counted = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if counted is None else counted
-            counted = counted & (counted.cumsum(1) <= self.prefix_tokens)
-        rows = self._mean(h, counted, rows=True)
+            counted = counted & (self._place(counted) <= self.prefix_tokens)
+        records = self.current.records
+        rows = self._mean(h, counted, rows=True) if records is None else _record_means(h, counted, records)
         if self.scope in ("request", "prefix"):
             return rows
         if prompt is None:  # no labels: a prefill is all prompt, a decode step stands for itself
             return h.float() if self.current.decoding else rows
-        return torch.where(prompt[..., None], rows[:, None], h.float())
+        return torch.where(prompt[..., None], rows[:, None] if records is None else rows[records], h.float())
+
+    def _place(self, counted: Tensor) -> Tensor:
+        """The how-manieth of its row's, or its record's, counted tokens each token (B, S) is, from 1."""
+        records = self.current.records
+        if records is None:
+            return counted.cumsum(1)
+        place, of = counted.flatten().cumsum(0), records.flatten()
+        own = torch.zeros(int(of.max()) + 1, dtype=place.dtype, device=place.device)
+        own = own.index_add(0, of, counted.flatten().to(place.dtype))
+        return (place - (own.cumsum(0) - own)[of]).view(counted.shape)
 
     @staticmethod
     def _mean(h: Tensor, mask: Tensor | None, rows: bool) -> Tensor:

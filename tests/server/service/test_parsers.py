@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tucka_runtime.server.service.calls import FORMATS, CallParser, format_name
+from tucka_runtime.conversations import call_format
+from tucka_runtime.server.service.calls import FORMATS, CallParser
 from tucka_runtime.server.service.events import (
     Call,
     CallArguments,
@@ -191,10 +192,10 @@ def test_arguments_come_through_as_they_were_written(arguments: dict, places: li
 
 
 def test_the_format_is_told_by_the_template() -> None:
-    assert format_name("{% if tools %}<tool_call>{% endif %}") == "hermes"
-    assert format_name("[AVAILABLE_TOOLS] [TOOL_CALLS]") == "mistral"
-    assert format_name("<|start_header_id|>{{ tools }}") == format_name("<|python_tag|>") == "llama3_json"
-    assert format_name("{{ messages }}") == "json"
+    assert call_format("{% if tools %}<tool_call>{% endif %}") == "hermes"
+    assert call_format("[AVAILABLE_TOOLS] [TOOL_CALLS]") == "mistral"
+    assert call_format("<|start_header_id|>{{ tools }}") == call_format("<|python_tag|>") == "llama3_json"
+    assert call_format("{{ messages }}") == "json"
 
 
 def test_plain_text() -> None:

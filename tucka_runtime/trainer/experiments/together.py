@@ -26,6 +26,6 @@ def serving_scopes(
     right = 0
     for i in range(0, len(held), 16):
         group = held[i : i + 16]
-        said = decode_together(model, [list(e.ids[: e.start]) for e in group], eos, pad)
+        said = decode_together(model, [list(e.ids[: e.start]) for e in group], [eos], pad)
         right += sum(tuple(s) == e.ids[e.start : -1] for s, e in zip(said, group, strict=True))
     return {"request": result.exact, "batch_alone": alone, "batch_16": right / len(held)}, result

@@ -1,0 +1,118 @@
+"""`tucka eval`: held-out records are asked of the base and its adapters, in a folder or of a running server."""
+
+import argparse
+import hashlib
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tucka_runtime import __version__
+from tucka_runtime.client import KEY_VARIABLES
+from tucka_runtime.embedded import FOLDER
+from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.messages import RouteScope
+
+if TYPE_CHECKING:
+    from tucka_runtime.evals.asking import Asked
+
+SCOPES = [scope.value for scope in RouteScope if scope is not RouteScope.PINNED]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags; imports nothing heavy."""
+    parser.description = (
+        "Asks the base and each adapter the records of DATA, greedily, and compares their answers with what the "
+        "records say: exact match (without blanks around and thoughts before it) and F1 of words."
+    )
+    parser.usage = (
+        "%(prog)s DATA [--model DIR] --adapter NAME=DIR ... [flags]\n"
+        "       %(prog)s DATA --url URL [--adapter NAME ...] [flags]"
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="records in any form that tucka train reads")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="folder of the base (default: the embedded one)")
+    parser.add_argument("--url", help="ask this running server instead (default: none)")
+    parser.add_argument(
+        "--adapter", nargs="+", action="extend", default=[], metavar="NAME[=DIR]",
+        help="adapters to ask beside the base; with --url their names there (default: with --url all of them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--route", nargs="+", default=[], choices=SCOPES,
+        help="route scopes under which TuckA adapters are asked, a row each (default: the one each was trained for)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N records alone (default: all)")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument("--num-threads", type=int, help="CPU threads without --url (default: the server's rule)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for report.json, wrong.jsonl (the wrong answers) and report.png (default: the table alone)",
+    )  # fmt: skip
+    keys = " or ".join(KEY_VARIABLES)
+    parser.add_argument("--api-key", metavar="KEY", help=f"the server's key (default: {keys})")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; returns the exit status."""
+    try:
+        return _run(args)
+    except TuckaError as error:
+        print(f"tucka eval: {error.message}", file=sys.stderr)
+    except OSError as error:
+        print(f"tucka eval: {error.filename} cannot be written: {error.strerror}.", file=sys.stderr)
+    return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check(args)
+    from tucka_runtime.evals import report
+    from tucka_runtime.evals.asking import plan
+    from tucka_runtime.evals.questions import questions
+
+    wanted, left_out = questions(args.data, args.limit)
+    if left_out:
+        print(f"left out: {left_out} records that no text answers (calls, plain texts)", file=sys.stderr)
+    asked = _asked(args)
+    rows, mistakes = [], []
+    for model, route in plan(asked, args.route):
+        print(f"asking {model}{f' ({route})' if route else ''} ...", file=sys.stderr, flush=True)
+        answers = asked.ask(wanted, model, route)
+        rows.append(report.score(wanted, answers, model, route))
+        mistakes += report.wrong(wanted, answers, rows[-1])
+    print(report.table(rows))
+    if cut := sum(row.cut for row in rows):
+        print(f"warning: {cut} answers had not ended after --max-tokens {args.max_tokens}.", file=sys.stderr)
+    if args.out:
+        about = {
+            "made_by": f"tucka eval {__version__}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "data": {"file": args.data.name, "sha256": _digest(args.data)},
+            "asked": args.url or asked.base, "max_tokens": args.max_tokens,
+        }  # fmt: skip
+        report.write(args.out, rows, mistakes, about)
+        print(f"written to {args.out}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go together."""
+    if args.url and (args.model or any("=" in name for name in args.adapter)):
+        raise ConfigError("--url asks a server for what is loaded there: leave --model out, and name adapters alone.")
+    if not args.url and not all(0 < name.find("=") < len(name) - 1 for name in args.adapter):
+        raise ConfigError("--adapter must be NAME=DIR; to ask a running server for NAME give its --url.")
+    if not args.data.exists():
+        raise ConfigError(f"The data file {args.data} does not exist.")
+    for name in ("limit", "max_tokens", "num_threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+
+
+def _asked(args: argparse.Namespace) -> "Asked":
+    from tucka_runtime.evals.asking import Folder, Server
+
+    if args.url:
+        return Server(args.url, args.api_key, args.adapter, args.max_tokens)
+    adapters = dict(name.split("=", 1) for name in args.adapter)
+    return Folder(args.model or FOLDER / "base", adapters, args.max_tokens, args.num_threads)
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,0 +1,58 @@
+"""Records as questions: what is asked, and the text that is expected as the answer."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tucka_runtime.conversations import CLOSE, Message
+from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, read
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record and what its last turn that is learnt says, without its thought."""
+
+    record: TrainingRecord
+    expected: str
+
+    @property
+    def task(self) -> str:
+        return self.record.task
+
+    @property
+    def asked(self) -> str | list[Message]:
+        """The prompt, or the messages before the turn."""
+        if not self.record.messages:
+            return self.record.prompt
+        last = max(i for i, learnt in enumerate(self.record.learnt) if learnt)
+        return list(self.record.messages[:last])
+
+
+def questions(path: Path, limit: int | None) -> tuple[list[Question], int]:
+    """The first `limit` questions of a file, and how many records before them ask nothing that a text answers: texts
+    without a prompt, and turns that call a function. Raises DataError."""
+    found: list[Question] = []
+    left_out = 0
+    for where, line in read(path):
+        try:
+            record = normalise(json.loads(line) if isinstance(line, str) else line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: {error}") from error
+        answer: Any = {"content": record.completion}
+        if record.messages:
+            answer = [m for m, learnt in zip(record.messages, record.learnt, strict=True) if learnt][-1]
+        if record.text or "tool_calls" in answer:
+            left_out += 1
+            continue
+        found.append(Question(record, final(answer["content"])))
+        if limit and len(found) == limit:
+            break
+    if not found:
+        raise DataError(f"{path} asks nothing that a text answers: prompt/completion records or chats are expected.")
+    return found, left_out
+
+
+def final(text: str) -> str:
+    """What is compared: a text without the thought before it and the blanks around it."""
+    return text.rpartition(CLOSE)[2].strip()

@@ -1,0 +1,71 @@
+"""The model card of a trained adapter (README.md in its folder), filled from what training.json says."""
+
+from typing import Any
+
+import yaml
+
+CARD_NAME = "README.md"
+
+
+def card(name: str, training: dict[str, Any]) -> str:
+    """The card of an adapter `name`, as Hugging Face's hub reads it."""
+    adapter, data, loop = training["adapter"], training["data"], training["loop"]
+    tuck = training["method"] == "tucka"
+    head = {
+        "base_model": training["base"], "library_name": "peft", "pipeline_tag": "text-generation",
+        "tags": [training["method"], "tucka-runtime"],
+    }  # fmt: skip
+    size = f"r = {adapter['r']}, alpha = {adapter['alpha']:g}"
+    if tuck:
+        size += f", {adapter['k']} groups of {adapter['t']} experts, p = {adapter['p']}"
+    trained = (
+        f"{training['steps']} steps of {loop['batch_size'] * loop['accumulate']} examples, "
+        f"learning rate {loop['lr']:g}, seed {loop['seed']}, {training['seconds']:.0f} s"
+    )
+    rows = [
+        ("Kind", "TuckA ([arXiv 2511.06859](https://arxiv.org/abs/2511.06859))" if tuck else "LoRA"),
+        ("Base", f"{training['base']} (fingerprint `{training['base_fingerprint'][:16]}…`)"),
+        ("Size", f"{size}: {training['trainable_parameters']:,} parameters on {', '.join(adapter['target_modules'])}"),
+        ("Data", f"{data['file']} (SHA-256 `{data['sha256'][:16]}…`): {data['train']} examples trained on, "
+                 f"{data['held_out']} held out"),
+        ("Training", f"{trained}, {training['date']}"),
+        ("Made with", ", ".join(f"{part} {version}" for part, version in training["versions"].items())),
+    ]  # fmt: skip
+    if "route" in training:
+        prefix = f", the first {training['route_prefix_tokens']} tokens" if "route_prefix_tokens" in training else ""
+        rows.append(("Route scope", f"`{training['route']}`{prefix}"))
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=True)}---",
+        f"# {name}",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows),
+        _measured(training),
+        _use(name, tuck),
+    ]
+    if training["warnings"]:
+        parts.append("## Warnings\n\n" + "\n".join(f"- {warning}" for warning in training["warnings"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(training: dict[str, Any]) -> str:
+    held = training.get("eval")
+    if held is None:
+        return "## Measured\n\nNothing was held out, so what this adapter can do has not been measured."
+    lines = [
+        "| | exact match | loss |\n|---|---:|---:|",
+        f"| base | {held['base']['exact_match']:.3f} | {held['base']['loss']:.4f} |",
+        f"| with the adapter | {held['exact_match']:.3f} | {held['loss']:.4f} |",
+    ]
+    if len(held["by_task"]) > 1:
+        lines += [f"| … {task} | {value:.3f} | |" for task, value in held["by_task"].items()]
+    count = training["data"]["held_out"]
+    return f"## Measured\n\nOn {count} held-out examples, greedily:\n\n" + "\n".join(lines)
+
+
+def _use(name: str, tuck: bool) -> str:
+    imported = "import tucka_runtime.trainer  # teaches peft the method\n" if tuck else ""
+    return (
+        f"## Use\n\n    tucka serve --model BASE --adapter {name}=FOLDER\n\n"
+        f"or with `peft`:\n\n```python\nimport peft, transformers\n{imported}"
+        'base = transformers.AutoModelForCausalLM.from_pretrained("BASE")\n'
+        'model = peft.PeftModel.from_pretrained(base, "FOLDER")\n```'
+    )
