@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +62,7 @@ def main() -> None:
     keys = [AdapterKey(f"adapter-{i:04d}", i) for i in range(count)]
     for key in keys:
         info = AdapterInfo(key, "0" * 64, "tucka", 8, GROUPS, 3, 2, 16.0, ("q_proj",), 4, "q", None, 100_000, None)
-        metrics.adapter_loaded(info, {"copy": 0.1, "read": 0.1, "fold": 0.1, "wait": 0.1})
+        metrics.adapter_arrived(replace(info, load_seconds={"read": 0.1, "fold": 0.1, "wait": 0.1}))
     for route in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "/health", "/ready"):
         for code in ("200", "400", "404", "429", "503"):
             metrics.answered(route, "POST", code)

@@ -160,7 +160,7 @@ async def _start(
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     started, tokenizer = await asyncio.gather(engine.start(), asyncio.to_thread(Tokenizer.load, folder))
     name = config.served_model_name or folder.resolve().name
-    metrics = Metrics(name, engine_config.max_loaded_adapters, engine_config.block_size, config.vllm_metrics)
+    metrics = Metrics(name, engine_config.adapter_slots, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
     adapters = AdapterNames(engine, registry, name, metrics)
     template = None

@@ -36,8 +36,8 @@ RULES = {
     "engine": f"{SHARED} models adapters kernels engine",
     "server.http": f"{SHARED} server.http",
     "server.metrics": f"{SHARED} server.http server.metrics",
-    "server.service": f"{SHARED} engine.client adapters.registry adapters.sources server.http server.metrics "
-    "server.service",
+    "server.service": f"{SHARED} engine.client adapters.blobs adapters.registry adapters.sources server.http "
+    "server.metrics server.service",
     "server.api": f"{SHARED} adapters.sources server.http server.metrics server.service server.api",
     "server": f"{SHARED} engine.client adapters.registry server",
     "trainer": f"{SHARED} models adapters trainer",
@@ -49,7 +49,7 @@ RULES = {
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
-    "bench bench_reuse bench_json bench_ngram": f"{SHARED} llm adapters engine.environment bench",
+    "bench bench_reuse bench_json bench_ngram bench_tiers": f"{SHARED} llm adapters engine.environment bench",
 }
 
 # Neither these nor anything that they import may name torch.

@@ -56,7 +56,15 @@ class EngineConfig:
     )
     block_size: int = _setting(16, "tokens in one KV block")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
-    max_loaded_adapters: int = _setting(256, "most adapters loaded at once; more are refused with 503")
+    adapter_slots: int = _setting(
+        256, "adapters that are ready for a batch at once; others come when they are asked for, in place of those"
+    )
+    adapter_host_bytes: int = _setting(
+        2 * 2**30, "memory for adapters without a slot, which come back from there without being read and folded again"
+    )
+    adapter_wait_timeout: int = _setting(
+        60, "seconds that a request waits for its adapter to get a slot, before it is refused with 503"
+    )
     num_threads: int | None = _setting(
         None, "CPU threads for the engine (default: all cores; one for models narrower than 512)"
     )
@@ -76,7 +84,8 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_queue",
             "block_size",
-            "max_loaded_adapters",
+            "adapter_slots",
+            "adapter_wait_timeout",
             "engine_timeout",
             "engine_start_timeout",
             "speculate_tokens",
@@ -86,6 +95,7 @@ class EngineConfig:
         if self.decode_stretch and self.decode_stretch <= 1:
             raise ConfigError(f"decode_stretch must be over 1, or 0 for no limit, not {self.decode_stretch}.")
         _check_at_least(self, "speculate_max_ngram", self.speculate_min_ngram)
+        _check_at_least(self, "adapter_host_bytes", 0)
         for name in ("max_model_len", "max_queue_seconds", "kv_cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _check_at_least(self, name, 1)

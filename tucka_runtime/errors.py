@@ -10,7 +10,7 @@ TuckaError
 │   ├── InvalidAdapterError     400  the adapter's files are wrong
 │   ├── BaseModelMismatchError  400  the adapter was made for another base
 │   ├── AdapterConflictError    409  the name is taken by other content
-│   └── AdapterCapacityError    503  every slot is taken, or no memory is left; unload one first
+│   └── AdapterCapacityError    503  every slot is in use, or no memory is left
 ├── StorageError           503  the state folder's disk refuses, or a copy in it is damaged
 ├── NonFiniteError         500  a forward pass overflowed: no token can be chosen
 ├── OverloadedError        429  the queue is full or too slow; try again later
@@ -106,12 +106,19 @@ class AdapterConflictError(AdapterError):
 
 
 class AdapterCapacityError(AdapterError):
-    """Every slot is taken, also by what was unloaded and still answers requests, or the memory beside the KV cache and
-    what a step needs. Nothing is ever pushed out."""
+    """Every slot is taken by what answers requests or is kept, or the memory beside the KV cache and what a step needs.
+    `missing` are the bytes that it lacks, where that is why."""
 
     status = 503
     type = "server_error"
     code = "adapter_capacity"
+
+    def __init__(self, message: str, param: str | None = None, missing: int = 0):
+        super().__init__(message, param)
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.__class__, (self.message, self.param, self.missing)
 
 
 class StorageError(TuckaError):

@@ -325,17 +325,27 @@ class Abort:
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
     """Is answered by `AdapterLoaded` or `AdapterRefused` with the same `call`. `blob` is what the folder's content must
-    be (files.blob_name)."""
+    be (files.blob_name). A `resident` one gets a slot, from the host cache if that has it; another goes there."""
 
     call: int
     key: AdapterKey
     folder: Path
     pinned: Route | None
     blob: str | None
+    resident: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAdapter:
+    """From its slot into the host cache: nothing leases it."""
+
+    key: AdapterKey
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadAdapter:
+    """From its slot and from the host cache."""
+
     key: AdapterKey
 
 
@@ -344,7 +354,7 @@ class Stop:
     """Ends the process."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | Stop
+ToEngine = Submit | Abort | LoadAdapter | EvictAdapter | UnloadAdapter | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +411,11 @@ class AdapterLoaded:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRefused:
+    """`missing`: the bytes of memory that the adapter lacks, where that is why."""
+
     call: int
     error: TuckaError
+    missing: int = 0
 
 
 FromEngine = Started | NotStarted | StepDone | Idle | SequencesAborted | Rejected | AdapterLoaded | AdapterRefused

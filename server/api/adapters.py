@@ -12,7 +12,7 @@ from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, In
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody
-from tucka_runtime.server.api.models import adapter_card
+from tucka_runtime.server.api.models import adapter_card, listed
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.service.leases import LoadedAdapter
@@ -21,9 +21,7 @@ from tucka_runtime.server.service.service import Service
 
 async def list_adapters(request: Request) -> Response:
     service: Service = request.app.state.service
-    return JSONAnswer(
-        {"object": "list", "data": [adapter_card(service, adapter) for adapter in service.adapters.all()]}
-    )
+    return await listed(service, service.adapters.all())
 
 
 async def get_adapter(request: Request) -> Response:
@@ -32,7 +30,7 @@ async def get_adapter(request: Request) -> Response:
     with _params(name="name"):
         adapter = service.adapters.get(request.path_params["name"])
     card = adapter_card(service, adapter)
-    return JSONAnswer(card | {"tucka": card["tucka"] | {"training": adapter.info.training}})
+    return JSONAnswer(card | {"tucka": card["tucka"] | {"training": await service.adapters.training(adapter)}})
 
 
 async def post_adapter(request: Request) -> Response:
@@ -41,7 +39,8 @@ async def post_adapter(request: Request) -> Response:
     body = await read_body(request, LoadAdapterBody)
     pinned = fields.pinned_route(body.pinned)
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
-        adapter, loaded = await _load(service, body.name, body.path, bool(body.load_inplace), pinned)
+        inplace, keep = bool(body.load_inplace), body.keep_resident
+        adapter, loaded = await _load(service, body.name, body.path, inplace, pinned, keep)
     return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
 
 
@@ -58,7 +57,7 @@ async def load_lora_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request, LoadLoraBody)
     with _params(name="lora_name", path="lora_path"):
-        await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None)
+        await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None, body.pinned)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -90,10 +89,10 @@ def _loaded(request: Request) -> Response:
 
 
 async def _load(
-    service: Service, name: str, path: str, inplace: bool, pinned: Route | None
+    service: Service, name: str, path: str, inplace: bool, pinned: Route | None, keep_resident: bool | None
 ) -> tuple[LoadedAdapter, bool]:
     roots = [Path(root) for root in service.config.adapter_root]
-    return await service.adapters.load_from(name, path, roots, inplace, pinned)
+    return await service.adapters.load_from(name, path, roots, inplace, pinned, keep_resident)
 
 
 @contextmanager

@@ -279,6 +279,7 @@ class LoadLoraBody(VllmLoadFields):
     lora_name: str
     lora_path: str
     load_inplace: bool | None = None
+    pinned: bool | None = None
 
 
 class UnloadLoraBody(VllmLoadFields):
@@ -297,3 +298,4 @@ class LoadAdapterBody(Body):
     path: str
     load_inplace: bool | None = None
     pinned: PinnedRoute | None = None
+    keep_resident: bool | None = None

@@ -96,7 +96,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         context = Context(service, lease.adapter, http.state.cache_salt, answer_id, http.state.request_id)
-        opened = await door.open(context, body)
+        opened = await door.open(context, body)  # meanwhile an adapter that is not resident is on its way
+        await until_disconnect(http.receive, lease.ready())
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
         origin = Origin.of(http, door.operation, model, shown)

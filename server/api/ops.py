@@ -43,8 +43,8 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 while requests can be served: the engine is up and every adapter that was promised is in. 503 otherwise, and
-    as soon as the server is told to stop."""
+    """200 while requests can be served: the engine is up, and every adapter that was promised is in or can come when it
+    is asked for. 503 otherwise, and as soon as the server is told to stop."""
     service: Service = request.app.state.service
     if service.draining:
         return JSONAnswer({"status": "stopping"}, 503, {"Retry-After": "1"})
@@ -72,6 +72,7 @@ async def metrics(request: Request) -> Response:
         engine.silence,
         service.adapters.lost,
         engine.waiting,
+        service.adapters.tiers,
     )
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

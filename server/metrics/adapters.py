@@ -1,4 +1,4 @@
-"""Prometheus text of every model that requests can name: the base, and one row per loaded adapter.
+"""Prometheus text of every model that requests can name: the base, and one row per adapter that has a slot, or had one.
 
 A row keeps its text, and only rows that changed are written again: at a scrape, or before more than `MAX_STALE` are
 due. Rows stand in blocks whose text is joined already: 15,000 short texts all over the memory are 2 ms of a scrape.
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, Route
 from tucka_runtime.server.metrics.exposition import Histogram, head, label
 
+MAX_IDLE_ROWS = 1024  # rows of adapters that had a slot and have none
 MAX_STALE = 32  # rows written again at one scrape at most, 20 us each with their block
 BLOCK = 16  # rows
 TTFT_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5)
@@ -27,9 +28,9 @@ _FAMILIES = (
     ("request_latency_seconds", "histogram", "request's first bytes to last token sent"),
     ("info", "gauge", "1; kind and first 12 digits of the digest"),
     ("generation", "gauge", "number of its load; all names share one count, so it skips"),
-    ("loads_total", "counter", "times that content was loaded under the name"),
+    ("loads_total", "counter", "times that it got a slot"),
     ("load_seconds", "gauge", "duration of the last load, by stage"),
-    ("resident_bytes", "gauge", "bytes of its tensors, by tier"),
+    ("resident_bytes", "gauge", "bytes of its tensors in its slot, 0 without one"),
     ("group_selections_total", "counter", "forward passes routed to the expert group"),
     ("route_weight", "histogram", "weights of the chosen group's experts"),
     ("route_changes_total", "counter", "times that decoding went on in another group"),
@@ -48,24 +49,29 @@ class AdapterMetrics:
         self._rows: dict[str, _Row] = {}
         self._blocks: list[_Block] = []
         self._stale: set[str] = set()
+        self._idle: dict[str, None] = {}  # the rows of adapters that have no slot, as they lost it
         self.base_name = base_name
         self._add(base_name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows and name != self.base_name
 
-    def __len__(self) -> int:
-        return len(self._rows) - 1
-
-    def names(self) -> list[str]:
-        return [name for name in self._rows if name != self.base_name]
-
-    def loaded(self, info: AdapterInfo, seconds: dict[str, float]) -> None:
-        """A load, or a reload: its counters go on, those of the experts begin again."""
+    def arrived(self, info: AdapterInfo) -> None:
+        """An adapter has a slot: its counters go on, those of the experts begin again where its content is new."""
         name = info.key.name
+        self._trim()
         row = self._rows.get(name) or self._add(name)
-        row.load(info, seconds)
+        self._idle.pop(name, None)
+        row.arrive(info)
         self._changed(name)
+
+    def left(self, key: AdapterKey) -> None:
+        """An adapter has lost its slot. Its row stays while it is one of the last MAX_IDLE_ROWS of that kind."""
+        row = self._rows.get(key.name)
+        if row is not None and row.generation == key.generation:
+            row.leave()
+            self._idle[key.name] = None
+            self._changed(key.name)
 
     def unloaded(self, name: str) -> None:
         if name in self:
@@ -74,6 +80,11 @@ class AdapterMetrics:
             if not block.rows:
                 self._blocks.remove(block)
             self._stale.discard(name)
+            self._idle.pop(name, None)
+
+    def _trim(self) -> None:
+        while len(self._idle) > MAX_IDLE_ROWS:
+            self.unloaded(next(iter(self._idle)))
 
     def admitted(self, name: str, prompt_tokens: int) -> None:
         if (row := self._rows.get(name)) is not None:
@@ -192,20 +203,26 @@ class _Row:
         self._loads = 0
         self._loaded: tuple[bytes, ...] = (b"",) * 5  # the text that only a load changes
 
-    def load(self, info: AdapterInfo, seconds: dict[str, float]) -> None:
+    def arrive(self, info: AdapterInfo) -> None:
         label = self.label
         self._loads += 1
-        self.generation = info.key.generation
-        routed = info.kind == "tucka" and info.scope != "pinned" and info.k
-        self.experts = _Experts(label, info.k) if routed and info.k else None
+        if self.generation != info.key.generation:
+            self.generation = info.key.generation
+            routed = info.kind == "tucka" and info.scope != "pinned" and info.k
+            self.experts = _Experts(label, info.k) if routed and info.k else None
+        seconds = info.load_seconds
         texts = (
             f'{_PREFIX}info{{{label},kind="{info.kind}",digest="{info.digest[:12]}"}} 1\n',
             _line("generation", label, self.generation),
             _line("loads_total", label, self._loads),
             "".join(_line("load_seconds", f'{label},stage="{name}"', f"{s:.6f}") for name, s in seconds.items()),
-            _line("resident_bytes", f'{label},tier="device"', info.bytes),
+            _line("resident_bytes", label, info.bytes),
         )
         self._loaded = tuple([text.encode() for text in texts])
+
+    def leave(self) -> None:
+        """It has no bytes in a slot any more."""
+        self._loaded = (*self._loaded[:-1], _line("resident_bytes", self.label, 0).encode())
 
     def render(self) -> tuple[bytes, ...]:
         """One text per family."""

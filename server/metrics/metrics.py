@@ -1,8 +1,4 @@
-"""Prometheus metrics of one server, kept in the API process: the engine's process only sends its figures along.
-
-Every label takes its values from a closed set: routes, codes, finish reasons, stages, registered names.
-docs/operations.md lists every series; a test compares it with this file.
-"""
+"""Prometheus metrics of one server, kept in the API process: the engine's process only sends its figures along."""
 
 from collections import Counter as Multiset
 from collections.abc import Callable, Iterable, Mapping
@@ -12,89 +8,26 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, StorageError, TuckaError
-from tucka_runtime.messages import AdapterInfo, EngineInfo, EngineLoad, FinishReason, StepStats, Timing
+from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, EngineLoad, FinishReason, StepStats, Timing
 from tucka_runtime.server.metrics.adapters import AdapterMetrics
 from tucka_runtime.server.metrics.exposition import Family, Histogram, Value
-from tucka_runtime.server.metrics.vllm import Load, VLLMMetrics
-
-# Borders are those that objectives are set on: a share below one of them is exact.
-TTFT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
-TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
-LATENCY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 120)
-LOAD_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
-STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-CHANGES = (0, 1, 2, 5, 10, 20, 50, 100)
-STAGES = ("schedule", "batch", "route", "forward", "sample", "output")
+from tucka_runtime.server.metrics.specs import SPECS, STAGES, TIERS, Spec
+from tucka_runtime.server.metrics.vllm import Load, Residence, VLLMMetrics
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A family of series, without the prefix `tucka_`. With `borders` it is a histogram."""
+class AdapterTiers:
+    """Where adapters are at one moment. `loaded` is how many names stand for one; `awaited` how many requests wait for
+    one, and `awaited_names` for which."""
 
-    name: str
-    kind: str
-    help: str
-    labels: tuple[str, ...] = ()
-    borders: tuple[float, ...] = ()
-
-
-def _counter(name: str, help: str, *labels: str) -> Spec:
-    return Spec(f"{name}_total", "counter", help, labels)
+    loaded: int = 0
+    resident: tuple[Residence, ...] = ()
+    host: tuple[Residence, ...] = ()
+    host_bytes: int = 0
+    awaited: int = 0
+    awaited_names: frozenset[str] = frozenset()
 
 
-def _gauge(name: str, help: str, *labels: str) -> Spec:
-    return Spec(name, "gauge", help, labels)
-
-
-def _histogram(name: str, help: str, borders: tuple[float, ...], *labels: str) -> Spec:
-    return Spec(name, "histogram", help, labels, borders)
-
-
-SPECS = (
-    _counter("http_requests", "HTTP requests answered", "route", "method", "code"),
-    _counter("requests", "sequences finished, by finish reason", "finish_reason"),
-    _counter("prompt_tokens", "prompt tokens of admitted requests"),
-    _counter("cached_prompt_tokens", "prompt tokens whose KV was reused"),
-    _counter("generation_tokens", "tokens generated"),
-    _histogram("time_to_first_token_seconds", "request's first bytes to first token sent", TTFT_SECONDS),
-    _histogram("inter_token_seconds", "between two tokens of a sequence", TOKEN_SECONDS),
-    _histogram("request_latency_seconds", "request's first bytes to last token sent", LATENCY_SECONDS),
-    _histogram("request_queue_seconds", "accepted by the engine to scheduled", TTFT_SECONDS),
-    _histogram("request_prefill_seconds", "scheduled to first token", TTFT_SECONDS),
-    _histogram("request_decode_seconds", "first token to last token", LATENCY_SECONDS),
-    _histogram("request_prompt_tokens", "prompt tokens of an admitted request", LENGTHS),
-    _histogram("request_generation_tokens", "tokens generated for a request", LENGTHS),
-    _histogram("request_route_changes", "group changes of a sequence's decoding", CHANGES),
-    _gauge("requests_running", "sequences in the batch"),
-    _gauge("requests_waiting", "sequences accepted and not in the batch"),
-    _gauge("oldest_waiting_seconds", "age of the oldest request without a first token"),
-    _gauge("engine_info", "1; what is served", "version", "type", "dtype", "device", "kernels"),
-    _gauge("engine_threads", "CPU threads of the engine"),
-    _gauge("engine_up", "1 while the engine process serves"),
-    _gauge("engine_silence_seconds", "since the engine's last step, or sign of life without work"),
-    _counter("engine_restarts", "engine processes started after the first"),
-    _counter("steps", "forward passes"),
-    _counter("step_seconds", "time the engine spent, by stage", "stage"),
-    _counter("step_tokens", "tokens the engine computed, by kind", "kind"),
-    _counter("drafts", "drafts of what follows that were verified"),
-    _counter("draft_tokens", "tokens of those"),
-    _counter("accepted_tokens", "tokens of drafts that were right"),
-    _histogram("step_duration_seconds", "one step, all stages", STEP_SECONDS),
-    _histogram("batch_tokens", "tokens in a step", POWERS),
-    _histogram("batch_sequences", "sequences in a step", POWERS[:10]),
-    _histogram("batch_adapters", "adapters in a step", (0, *POWERS[:8])),
-    _gauge("kv_blocks_used", "KV blocks in use"),
-    _gauge("kv_blocks", "KV blocks there are"),
-    _counter("preemptions", "sequences set back to make room"),
-    _counter("displacements", "sequences set back for another flow's turn"),
-    _gauge("adapters_loaded", "adapters loaded"),
-    _gauge("adapters_lost", "adapters that were loaded, not unloaded, and cannot be brought back"),
-    _gauge("adapter_slots", "adapters that can be loaded"),
-    _histogram("load_duration_seconds", "loads of adapters, by stage", LOAD_SECONDS, "stage"),
-    _counter("load_failures", "loads refused or failed, by the error's code", "code"),
-)
 LOAD_ERRORS: tuple[type[TuckaError], ...] = (
     *AdapterError.__subclasses__(),
     EngineDeadError,
@@ -142,6 +75,10 @@ class Metrics:
             "step_seconds_total": STAGES,
             "step_tokens_total": ("prefill", "decode"),
             "load_failures_total": (error.code or error.type for error in LOAD_ERRORS),
+            "adapters": TIERS,
+            "adapter_lookups_total": TIERS,
+            "adapter_evictions_total": TIERS[:2],
+            "adapter_transition_seconds": ("load", "activate"),
         }
         family: Family[Any]
         if borders:
@@ -173,11 +110,35 @@ class Metrics:
 
     # What happens to adapters.
 
-    def adapter_loaded(self, info: AdapterInfo, seconds: dict[str, float]) -> None:
-        """A name has got its content, new or again. `seconds` are the load's stages."""
-        self.adapters.loaded(info, seconds)
+    def load_took(self, seconds: Mapping[str, float]) -> None:
+        """Stages of a load that took so long."""
         for stage, value in seconds.items():
             self._observe("load_duration_seconds", value, stage)
+
+    def adapter_arrived(self, info: AdapterInfo) -> None:
+        """An adapter has got its slot."""
+        self.adapters.arrived(info)
+
+    def adapter_left(self, key: AdapterKey) -> None:
+        """An adapter has lost its slot."""
+        self.adapters.left(key)
+
+    def adapter_looked_up(self, tier: str) -> None:
+        """A request named an adapter that was there."""
+        self._inc("adapter_lookups", 1, tier)
+
+    def adapter_waited(self, seconds: float) -> None:
+        """A request waited so long for its adapter's slot."""
+        self._observe("adapter_wait_seconds", seconds)
+
+    def adapter_brought(self, transition: str, seconds: float) -> None:
+        """The engine took so long to bring an adapter into its slot: from the disk ("load") or from the host cache
+        ("activate")."""
+        self._observe("adapter_transition_seconds", seconds, transition)
+
+    def adapter_evicted(self, tier: str) -> None:
+        """An adapter had to leave a slot, or the host cache, to another."""
+        self._inc("adapter_evictions", 1, tier)
 
     def adapter_refused(self, code: str) -> None:
         """A load failed; `code` is the error class's own, or its type."""
@@ -274,6 +235,7 @@ class Metrics:
         silence: float = 0.0,
         lost: int = 0,
         oldest: Mapping[str | None, float] | None = None,
+        tiers: AdapterTiers = AdapterTiers(),
     ) -> bytes:
         """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
         what it never gave back shows. `oldest` is EngineClient.waiting's."""
@@ -293,7 +255,12 @@ class Metrics:
         self._set("engine_silence_seconds", silence)
         self._inc("engine_restarts", restarts - self._restarts)
         self._restarts = restarts
-        self._set("adapters_loaded", len(self.adapters))
+        resident, cached = len(tiers.resident), len(tiers.host)
+        self._set("adapters_loaded", tiers.loaded)
+        for tier, count in zip(TIERS, (resident, cached, max(tiers.loaded - resident - cached, 0)), strict=True):
+            self._set("adapters", count, tier)
+        self._set("adapter_host_bytes", tiers.host_bytes)
+        self._set("adapters_awaited", tiers.awaited)
         self._set("adapters_lost", lost)
         self._set("adapter_slots", self._max_adapters)
         if info is not None:
@@ -303,7 +270,7 @@ class Metrics:
         parts = [own.encode(), generate_latest(self._processes), *self.adapters.render(ages)]
         if self._vllm is not None:
             active = {name for name in self._active if name in self.adapters} if running else set()
-            asked = {name for name in self._in_flight if name in self.adapters}
+            asked = {name for name in self._in_flight if name in self.adapters} | tiers.awaited_names
             load = Load(
                 running=running,
                 waiting=waiting,
@@ -311,7 +278,8 @@ class Metrics:
                 block_size=self._block_size,
                 num_blocks=blocks,
                 max_adapters=self._max_adapters,
-                loaded=self.adapters.names(),
+                resident=tiers.resident,
+                host=tiers.host,
                 running_adapters=active,
                 waiting_adapters=asked - active,
             )

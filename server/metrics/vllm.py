@@ -17,10 +17,10 @@ GAUGES = {
     "vllm:kv_cache_usage_perc": "share of the KV blocks in use, 0 to 1",
     "vllm:cache_config_info": "1; size and number of the KV blocks",
     "vllm:lora_requests_info": "when this changed last; adapters of running and of waiting requests",
-    "vllm:max_gpu_lora_adapters": "adapters that can be loaded",
-    "vllm:num_gpu_loaded_lora_adapters": "adapters loaded",
-    "vllm:num_cpu_loaded_lora_adapters": "adapters loaded: there is no other tier",
-    "vllm:lora_adapter_loaded": "1 while the adapter is loaded",
+    "vllm:max_gpu_lora_adapters": "adapters that can have a slot at once",
+    "vllm:num_gpu_loaded_lora_adapters": "adapters that have a slot",
+    "vllm:num_cpu_loaded_lora_adapters": "adapters that have a slot or are in the host cache",
+    "vllm:lora_adapter_loaded": "1 while the adapter has a slot (gpu) or is in the host cache (cpu)",
 }
 
 # Ours that are vLLM's under another name, with what it calls their labels. Histograms keep our borders.
@@ -32,6 +32,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "vllm:spec_decode_num_drafts_total": ("tucka_drafts_total",),
     "vllm:spec_decode_num_draft_tokens_total": ("tucka_draft_tokens_total",),
     "vllm:spec_decode_num_accepted_tokens_total": ("tucka_accepted_tokens_total",),
+    "vllm:lora_adapter_load_seconds": ("tucka_adapter_transition_seconds", "transition"),
     "vllm:time_to_first_token_seconds": ("tucka_time_to_first_token_seconds",),
     "vllm:inter_token_latency_seconds": ("tucka_inter_token_seconds",),
     "vllm:time_per_output_token_seconds": ("tucka_inter_token_seconds",),  # the same, as vLLM called it before
@@ -45,6 +46,15 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Residence:
+    """An adapter that has a slot or is in the host cache. `kept`: it always has one."""
+
+    name: str
+    rank: int
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class Load:
     """The server at one moment. Adapters are named as requests name them; `kv_usage` is a share."""
 
@@ -54,15 +64,14 @@ class Load:
     block_size: int
     num_blocks: int
     max_adapters: int
-    loaded: list[str]
+    resident: tuple[Residence, ...]
+    host: tuple[Residence, ...]
     running_adapters: Collection[str]
     waiting_adapters: Collection[str]
 
 
 class VLLMMetrics:
-    """Adapters stay loaded until they are unloaded by name, so all are in level "gpu" and pinned.
-
-    `families` are our own by name, with all of their series: those of ALIASES are shown again."""
+    """`families` are our own by name, with all of their series: those of ALIASES are shown again."""
 
     def __init__(self, model_name: str, families: Mapping[str, Family[Any]] | None = None):
         self._labels = label("model_name", model_name) + ',engine="0"'
@@ -71,7 +80,7 @@ class VLLMMetrics:
             self._aliases = [families[own].alias(name, self._labels, *names) for name, (own, *names) in ALIASES.items()]
         self._adapters: tuple[str, str] | None = None
         self._changed = 0.0
-        self._loaded: tuple[list[str], str] = ([], "")  # names, and the series that say so
+        self._loaded: tuple[object, str] = (((), ()), "")  # who is where, and the series that say so
 
     def render(self, load: Load) -> bytes:
         """The exposition text. One series of vllm:lora_requests_info exists at a time: readers take the latest."""
@@ -91,15 +100,21 @@ class VLLMMetrics:
             ),
             "vllm:lora_requests_info": (info, f"{self._changed:.3f}"),
             "vllm:max_gpu_lora_adapters": (labels, load.max_adapters),
-            "vllm:num_gpu_loaded_lora_adapters": (labels, len(load.loaded)),
-            "vllm:num_cpu_loaded_lora_adapters": (labels, len(load.loaded)),
+            "vllm:num_gpu_loaded_lora_adapters": (labels, len(load.resident)),
+            "vllm:num_cpu_loaded_lora_adapters": (labels, len(load.resident) + len(load.host)),
         }
-        if load.loaded != self._loaded[0]:
-            series = f'vllm:lora_adapter_loaded{{{labels},adapter_name="%s",level="gpu",pinned="true"}} 1\n'
-            self._loaded = (load.loaded, "".join([series.replace("%s", name) for name in load.loaded]))
+        if (load.resident, load.host) != self._loaded[0]:
+            placed = [*((one, "gpu") for one in load.resident), *((one, "cpu") for one in load.host)]
+            self._loaded = (load.resident, load.host), "".join([_loaded(labels, *one) for one in placed])
         parts = []
         for name, help in GAUGES.items():
             parts.append(head(name, "gauge", help))
             if name in samples:
                 parts.append("{}{{{}}} {}\n".format(name, *samples[name]))
         return "".join([*parts, self._loaded[1], *[alias() for alias in self._aliases]]).encode()
+
+
+def _loaded(labels: str, one: Residence, level: str) -> str:
+    """The series of an adapter's residency."""
+    own = f'adapter_name="{one.name}",level="{level}",pinned="{str(one.kept).lower()}",rank="{one.rank}"'
+    return f"vllm:lora_adapter_loaded{{{labels},{own}}} 1\n"

@@ -1,21 +1,19 @@
 """The names of this server: which generation of which adapter a name stands for right now.
 
-Changes to one name are made one after the other; reading a name never waits. A name switches to a new generation in one
-assignment, so a request meets the old or the new one, never a mixture.
+A name stands for an adapter that was checked and whose copy is on the disk; whether the engine has it as well, is
+residency.py's matter. Changes to one name are made one after the other; reading a name never waits. A name switches to
+a new generation in one assignment, so a request meets the old or the new one, never a mixture.
 """
 
-import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
-from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
     AdapterCapacityError,
@@ -23,7 +21,6 @@ from tucka_runtime.errors import (
     BaseModelMismatchError,
     EngineDeadError,
     InvalidRequestError,
-    ModelNotFoundError,
     StorageError,
     TuckaError,
 )
@@ -31,97 +28,78 @@ from tucka_runtime.logs import fields
 from tucka_runtime.messages import AdapterInfo, Route
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.coming import Tier
+from tucka_runtime.server.service.copies import Copies, lost
 from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
-
-T = TypeVar("T")
+from tucka_runtime.server.service.name_locks import NameLocks
+from tucka_runtime.server.service.names import Names
+from tucka_runtime.server.service.residency import Residency
 
 log = logging.getLogger(__name__)
 
-NAMES_SHOWN = 8  # in an error about a name: at most 1 KiB
-COPIES = 2  # adapters that are looked for and copied at once: each takes a core while it is hashed
 
-
-class AdapterNames:
-    """Loads, replaces and unloads adapters by name. `base_name` is taken by the base model.
-
-    Disks are waited for in two pools of threads of its own, one for copies and one for the registry's small writes: the
-    event loop's pool, which prompts are tokenised in, never is.
-    """
+class AdapterNames(Names):
+    """Loads, replaces and unloads adapters by name."""
 
     def __init__(self, engine: EngineClient, registry: AdapterRegistry, base_name: str, metrics: Metrics):
+        super().__init__(base_name, Residency(engine, metrics), metrics)
         self._engine = engine
-        self._registry = registry
-        self._base_name = base_name
-        self._metrics = metrics
-        self._leases = Leases(engine)
-        self._loaded: dict[str, LoadedAdapter] = {}
-        self._lost: dict[str, RegistryEntry] = {}
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._copies = Copies(engine, registry, metrics)
+        self._leases = Leases(self.residency)
+        self._locks = NameLocks()
         self._generation = 0
-        self._copies = ThreadPoolExecutor(COPIES, "adapter-copies")
-        self._books = ThreadPoolExecutor(1, "adapter-books")
         self.ready = False
 
-    @property
-    def lost(self) -> int:
-        """How many names that were promised (loaded once, and never unloaded) have no adapter: neither their copy nor
-        their source could be read when the engine was started anew."""
-        return len(self._lost)
-
-    def get(self, name: str) -> LoadedAdapter:
-        """What the name stands for now. Raises ModelNotFoundError, and StorageError where its adapter was lost."""
-        if name in self._lost:
-            raise StorageError(
-                "The adapter of that name was lost: neither the server's copy of it nor the folder it was loaded from "
-                "can be read any more. Load it again, or unload it.",
-                "model",
-            )
-        if name not in self._loaded:
-            names = [self._base_name, *self._loaded]
-            known = ", ".join(names[:NAMES_SHOWN]) + (" and others" if len(names) > NAMES_SHOWN else "")
-            raise ModelNotFoundError(
-                f"No base model or adapter of that name is loaded. There are {known}. GET /v1/models lists them all.",
-                "model",
-            )
-        return self._loaded[name]
-
-    def all(self) -> list[LoadedAdapter]:
-        return list(self._loaded.values())
+    async def training(self, adapter: LoadedAdapter) -> Any:
+        """The whole of the adapter's training.json; None if it has none."""
+        return await self._copies.training(adapter.entry)
 
     async def load_from(
-        self, name: str, path: str, roots: Sequence[Path], inplace: bool, pinned: Route | None
+        self,
+        name: str,
+        path: str,
+        roots: Sequence[Path],
+        inplace: bool,
+        pinned: Route | None,
+        keep_resident: bool | None = None,
     ) -> tuple[LoadedAdapter, bool]:
         """`load` of what a client calls `path`, which must be below one of `roots`. A load that fails is counted by its
         code and leaves a line in the log."""
         try:
-            source = await self._run(self._copies, resolve_source, path, roots)
-            return await self.load(name, source, inplace, pinned)
+            source = await self._copies.find(path, roots)
+            return await self.load(name, source, inplace, pinned, keep_resident)
         except Exception as error:
             self._failed(name, error)
             raise
 
     async def load(
-        self, name: str, source: Path, inplace: bool = False, pinned: Route | None = None, durable: bool = True
+        self,
+        name: str,
+        source: Path,
+        inplace: bool = False,
+        pinned: Route | None = None,
+        keep_resident: bool | None = None,
+        durable: bool = True,
     ) -> tuple[LoadedAdapter, bool]:
         """Loads the adapter in `source`, or finds that the name has this very content already.
 
         Returns it, and whether anything was loaded. `durable` puts it into the registry, to come back after a restart.
+        `keep_resident` gives it a slot for good, or (False) no longer; None is false for new content, and changes
+        nothing otherwise.
         Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
         name, and what the registry and the engine raise for the files.
         """
         check_name(name)
         if name == self._base_name:
             raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
-        async with self._lock(name):
+        async with self._locks.hold(name):
             begin = time.monotonic()
-            stored = await self._run(self._copies, self._registry.ingest, source)
+            stored = await self._copies.ingest(source)
             copied = time.monotonic() - begin
             try:
                 old = self._loaded.get(name)
                 if old is not None and (old.entry.blob, old.pinned) == (stored.blob, pinned):
-                    if durable:  # it may have been loaded by a flag, which a restart forgets
-                        await self._run(self._books, self._registry.put, old.entry)
-                    return old, False
+                    return await self._again(old, keep_resident, durable), False
                 if old is not None and not inplace:
                     raise AdapterConflictError(
                         "An adapter of that name with other content is loaded. Unload it first, choose another name, "
@@ -131,26 +109,31 @@ class AdapterNames:
                 self._check_engine()
                 self._generation += 1
                 entry = RegistryEntry(
-                    name, stored.digest, stored.blob, self._generation, str(source), pinned, self._fingerprint
+                    name,
+                    stored.digest,
+                    stored.blob,
+                    self._generation,
+                    str(source),
+                    pinned,
+                    self._fingerprint,
+                    keep_resident or False,
                 )
                 return await self._switch(entry, durable, copied), True
             finally:
-                self._registry.release(stored)
-                await self._collect()
+                await self._copies.put_back(stored)
 
     async def unload(self, name: str) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
         InvalidRequestError for the base."""
         if name == self._base_name:
             raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
-        async with self._lock(name):
+        async with self._locks.hold(name):
             entry = self._lost[name] if name in self._lost else self.get(name).entry
             self._check_engine()
-            await self._run(self._books, self._registry.remove, name)
-            in_use = name in self._loaded and self._leases.retire(entry.key)
+            await self._copies.forget(name)
             self._forget(name)
             self._lost.pop(name, None)
-            await self._collect()
+            in_use = await self._retire(entry)
             log.info(
                 "adapter %s is unloaded%s",
                 name,
@@ -160,108 +143,151 @@ class AdapterNames:
             return in_use
 
     async def restore(self, base_fingerprint: str) -> None:
-        """Loads what the registry remembers, in the generations that it had. What belongs to another base is left out
-        and logged; what cannot be loaded is lost (`lost`)."""
-        for entry in self._registry.names():
+        """Lets names stand for what the registry remembers, in the generations that they had. What belongs to another
+        base is left out and logged; what is not on the disk any more is lost (`lost`).
+
+        Loaded is only what is kept resident, and what has no card yet: the rest comes when it is asked for."""
+        for entry in await self._copies.remembered():
             self._generation = max(self._generation, entry.generation)
             if entry.base_fingerprint == base_fingerprint:
-                self._lost[entry.name] = entry  # until it is here: `reload` finds it if the engine dies meanwhile
-                with contextlib.suppress(EngineDeadError):
-                    await self._bring_back(entry)
+                self._lost[entry.name] = entry
             else:
                 self._failed(entry.name, BaseModelMismatchError("it was loaded beside another base model."))
+        with contextlib.suppress(EngineDeadError):  # `reload` goes on where it has stopped
+            await self._find_again()
 
     async def reload(self) -> None:
-        """Brings every name into a fresh engine process. One that cannot be loaded is lost (`lost`).
+        """Prepares for a fresh engine process, which has no adapters: those that are kept resident are loaded, others
+        come when they are asked for. What is lost is looked for once more.
 
         Raises EngineDeadError if that process dies too.
         """
         self.ready = False
-        for name in {*self._loaded, *self._lost, *self._locks}:  # also those that were being loaded as the engine died
-            async with self._lock(name):
-                if name in self._loaded:
-                    await self._bring_back(self._loaded[name].entry)
-                elif name in self._lost:
-                    await self._bring_back(self._lost[name])
+        self.residency.reset()
+        for entry in await self._copies.missing([adapter.entry for adapter in self._loaded.values()]):
+            async with self._locks.hold(entry.name):
+                self._lose(entry)
+        await self._find_again()
+        for adapter in self.all():
+            if adapter.entry.keep_resident and self.tier(adapter) is not Tier.RESIDENT:
+                async with self._locks.hold(adapter.key.name):
+                    await self._load_again(adapter.entry)
         self.ready = True
 
     def lease(self, name: str) -> Lease:
-        """Holds what the name, or `base:name` as SGLang has it, stands for now: it is unloaded only when the lease is
-        over. Raises what `get` does."""
-        known = name in self._loaded or name in self._lost
-        return Lease(self._leases, self.get(name if known else name.removeprefix(f"{self._base_name}:")))
+        """Holds what is `named` so: it is unloaded only when the lease is over. Where it has no slot, it is sent
+        for."""
+        adapter = self.named(name)
+        return Lease(self._leases, adapter, lambda resident: self._fetch(adapter.entry, resident))
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""
-        for pool in (self._copies, self._books):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._copies.close()
 
     @property
     def _fingerprint(self) -> str:
         return self._engine.info.fingerprint if self._engine.info else ""
 
-    async def _load(self, entry: RegistryEntry) -> AdapterInfo:
-        folder = self._registry.folder(entry.blob)
-        return await self._engine.load_adapter(entry.key, folder, entry.pinned_route, entry.blob)
-
-    async def _bring_back(self, entry: RegistryEntry) -> None:
-        """Loads what a name stands for from the server's copy. Where that is damaged or gone, it is copied once more
-        from where it came, if that still has the same content; else the name is lost. Raises EngineDeadError."""
-        name = entry.name
+    async def _fetch(self, entry: RegistryEntry, resident: bool) -> AdapterInfo:
+        """Loads what a name stands for. Where neither its copy nor its source can be read, the name is lost. Raises
+        EngineDeadError, AdapterCapacityError, StorageError."""
         try:
-            try:
-                info = await self._load(entry)
-            except (EngineDeadError, AdapterCapacityError):
-                raise
-            except TuckaError:
-                if not await self._run(self._copies, self._copy_again, entry):
-                    raise
-                info = await self._load(entry)
-        except EngineDeadError:
+            return await self._copies.load_or_copy_again(entry, resident)
+        except (EngineDeadError, AdapterCapacityError):
             raise
         except TuckaError as error:
-            self._failed(name, error)
-            self._forget(name)
-            self._lost[name] = entry
-            return
-        self._lost.pop(name, None)
-        created = self._loaded[name].created if name in self._loaded else int(time.time())
-        self._loaded[name] = LoadedAdapter(entry, info, created)
-        self._metrics.adapter_loaded(info, info.load_seconds)
+            self._failed(entry.name, error)
+            self._lose(entry)
+            raise lost() from None
 
-    def _copy_again(self, entry: RegistryEntry) -> bool:
-        """Whether the adapter's source gave its copy once more. The copy stays because the name keeps it."""
+    async def _find_again(self) -> None:
+        """Whatever is lost and on the disk, or where it came from, is there again. Raises EngineDeadError."""
+        gone = {entry.name for entry in await self._copies.missing(list(self._lost.values()))}
+        for entry in list(self._lost.values()):
+            if entry.name in gone and not await self._copies.again(entry):
+                self._failed(entry.name, lost())
+                continue
+            async with self._locks.hold(entry.name):
+                if self._lost.get(entry.name) is not entry:
+                    continue
+                if entry.info is None or entry.keep_resident:
+                    await self._load_again(entry)
+                else:
+                    self._stand(entry, entry.info)
+
+    async def _load_again(self, entry: RegistryEntry) -> None:
+        """What a name stands for, loaded. Where that cannot be, it is lost. Raises EngineDeadError."""
         try:
-            stored = self._registry.ingest(Path(entry.source))
-        except TuckaError:
-            return False
-        self._registry.release(stored)
-        if stored.blob == entry.blob:
-            log.warning("the server's copy of adapter %s was damaged or gone; it is copied again", entry.name)
-        return stored.blob == entry.blob
+            info = await self.residency.admit(
+                entry.key, lambda resident: self._fetch(entry, resident), entry.keep_resident, entry.key
+            )
+        except EngineDeadError:
+            raise
+        except StorageError:
+            return  # it is lost, and said so
+        except TuckaError as error:
+            self._failed(entry.name, error)
+            if entry.info is not None:  # no slot can be kept for it: it comes when it is asked for, if there is one
+                self._stand(entry, entry.info)
+            else:
+                self._lose(entry)
+            return
+        entry = replace(entry, info=info)
+        with contextlib.suppress(StorageError):  # it is loaded once more after the next start
+            await self._copies.save(entry, durable=True)
+        self._stand(entry, info)
 
-    def _forget(self, name: str) -> None:
-        if self._loaded.pop(name, None) is not None:
-            self._metrics.adapter_unloaded(name)
+    async def _retire(self, entry: RegistryEntry) -> bool:
+        """Unloads a generation that no name stands for any more, and deletes its copy, as soon as nothing uses it;
+        whether something does."""
+        if self._leases.retire(entry.key, lambda: self._copies.discard_soon(entry.blob)):
+            return True
+        await self._copies.discard(entry.blob)
+        return False
+
+    async def _again(self, old: LoadedAdapter, keep_resident: bool | None, durable: bool) -> LoadedAdapter:
+        """A load of what the name stands for already. It may have been loaded by a flag, which a restart forgets."""
+        keep = old.entry.keep_resident if keep_resident is None else keep_resident
+        if keep != old.entry.keep_resident:
+            self.residency.keep(old.key, keep)
+            if keep:
+                lease = self.lease(old.key.name)
+                try:
+                    await lease.ready()
+                except TuckaError:
+                    self.residency.keep(old.key, False)
+                    raise
+                finally:
+                    lease.release()
+            old = self._loaded[old.key.name] = replace(old, entry=replace(old.entry, keep_resident=keep))
+        if durable:
+            await self._copies.save(old.entry, durable)
+        return old
 
     async def _switch(self, entry: RegistryEntry, durable: bool, copied: float) -> LoadedAdapter:
         """The disk first: whoever was told that a name stands for something finds it there after a restart. `copied`:
         seconds that it took to check and copy the files."""
-        name, begin = entry.name, time.monotonic()
-        info = await self._load(entry)
-        waited = max(time.monotonic() - begin - sum(info.load_seconds.values()), 0.0)
-        if durable:
-            try:
-                await self._run(self._books, self._registry.put, entry)
-            except TuckaError:
-                self._leases.retire(entry.key)
-                raise
+        name = entry.name
         old = self._loaded.get(name)
-        self._loaded[name] = LoadedAdapter(entry, info, int(time.time()))
-        self._lost.pop(name, None)
-        self._metrics.adapter_loaded(info, {"copy": copied, **info.load_seconds, "wait": waited})
+        self._metrics.load_took({"copy": copied})
+        info = await self.residency.admit(
+            entry.key,
+            lambda resident: self._copies.load(entry, resident),
+            entry.keep_resident,
+            old.key if old else None,
+        )
+        entry = replace(entry, info=info)
+        try:
+            await self._copies.save(entry, durable)
+        except TuckaError:
+            self.residency.forget(entry.key)
+            if old is None:
+                self._metrics.adapter_unloaded(name)
+            raise
+        old = self._loaded.get(name)
+        adapter = self._stand(entry, info)
         if old is not None:
-            self._leases.retire(old.key)
+            await self._retire(old.entry)
         log.info(
             "adapter %s is loaded: %s, digest %s, generation %d",
             name,
@@ -270,7 +296,7 @@ class AdapterNames:
             entry.generation,
             extra=fields(event="adapter_loaded", adapter=name, digest=entry.digest, generation=entry.generation),
         )
-        return self._loaded[name]
+        return adapter
 
     def _failed(self, name: str, error: Exception) -> None:
         try:
@@ -290,28 +316,3 @@ class AdapterNames:
         """A change made while `reload` brings the names into a new process would be lost."""
         if not self._engine.ready:
             raise EngineDeadError("The engine is restarting. Try again later.")
-
-    async def _collect(self) -> None:
-        keep = {adapter.entry.blob for adapter in self._loaded.values()} | {lost.blob for lost in self._lost.values()}
-        try:
-            await self._run(self._books, self._registry.collect, keep)
-        except OSError as error:
-            log.error("copies of adapters that no name uses cannot be deleted: %s", error.strerror)
-
-    async def _run(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
-
-    @asynccontextmanager
-    async def _lock(self, name: str) -> AsyncIterator[None]:
-        """One change at a time per name; a lock exists only while someone holds or awaits it."""
-        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
-        self._locks[name] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks[name]
-            if users == 1:
-                del self._locks[name]
-            else:
-                self._locks[name] = (lock, users - 1)

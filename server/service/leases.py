@@ -1,18 +1,19 @@
 """Who uses which generation of an adapter, so that one that was unloaded or replaced leaves with its last request."""
 
-import contextlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tucka_runtime.adapters.registry import RegistryEntry
-from tucka_runtime.engine.client import EngineClient
-from tucka_runtime.errors import EngineDeadError
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
+from tucka_runtime.server.service.coming import Load
+from tucka_runtime.server.service.residency import Residency
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What a name stands for. `created` is in seconds since the epoch."""
+    """What a name stands for. `info` is without `training`, which may be long, and without the seconds of a load;
+    `created` is in seconds since the epoch."""
 
     entry: RegistryEntry
     info: AdapterInfo
@@ -35,10 +36,10 @@ class LoadedAdapter:
 class Leases:
     """Counts the uses of generations, and sends those away that no name stands for."""
 
-    def __init__(self, engine: EngineClient):
-        self._engine = engine
+    def __init__(self, residency: Residency):
+        self.residency = residency
         self._in_use: Counter[AdapterKey] = Counter()
-        self._retiring: set[AdapterKey] = set()
+        self._retiring: dict[AdapterKey, Callable[[], None]] = {}
 
     def hold(self, key: AdapterKey) -> None:
         """One more use, until `release`."""
@@ -49,36 +50,41 @@ class Leases:
         self._in_use[key] -= 1
         if self._in_use[key] <= 0:
             del self._in_use[key]
-            if key in self._retiring:
-                self._retiring.discard(key)
-                self._send_away(key)
+            if (then := self._retiring.pop(key, None)) is not None:
+                self.residency.forget(key)
+                then()
 
-    def retire(self, key: AdapterKey) -> bool:
-        """Unloads a generation that no name stands for any more, as soon as nothing uses it; whether something does."""
+    def retire(self, key: AdapterKey, then: Callable[[], None]) -> bool:
+        """Unloads a generation that no name stands for any more. If something uses it, only as soon as nothing does,
+        and calls `then`; whether it is so."""
         if self._in_use[key] > 0:
-            self._retiring.add(key)
+            self._retiring[key] = then
             return True
-        self._send_away(key)
+        self.residency.forget(key)
         return False
-
-    def _send_away(self, key: AdapterKey) -> None:
-        """An engine that is down has nothing to unload."""
-        with contextlib.suppress(EngineDeadError):
-            self._engine.unload_adapter(key)
 
 
 class Lease:
     """One use of an adapter by one request, or of the base (`adapter` None), from when its name is resolved until
-    `release`."""
+    `release`. An adapter that is not resident is sent for at once; `ready` waits for it."""
 
-    def __init__(self, leases: Leases | None = None, adapter: LoadedAdapter | None = None):
+    def __init__(self, leases: Leases | None = None, adapter: LoadedAdapter | None = None, load: Load | None = None):
         self.adapter = adapter
         self._leases = leases
-        if leases is not None and adapter is not None:
+        self._hold = None
+        if leases is not None and adapter is not None and load is not None:
             leases.hold(adapter.key)
+            self._hold = leases.residency.want(adapter.key, load)
+
+    async def ready(self) -> None:
+        """Returns once requests may be sent to the engine. Raises AdapterCapacityError if no slot gets free in time, or
+        what loading the adapter raised."""
+        if self._leases is not None and self._hold is not None:
+            await self._leases.residency.ready(self._hold)
 
     def release(self) -> None:
         """Ends the lease. It is harmless when it is over already."""
         leases, self._leases = self._leases, None
-        if leases is not None and self.adapter is not None:
-            leases.release(self.adapter.key)
+        if leases is not None and self._hold is not None:
+            leases.residency.leave(self._hold)
+            leases.release(self._hold.key)

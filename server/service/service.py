@@ -56,11 +56,15 @@ class Service:
 
     def resolve(self, model: str) -> Lease:
         """A lease on the adapter that `model` names, or on the base. Raises ModelNotFoundError, EngineDeadError."""
-        lease = Lease() if model == self.model_name else self.adapters.lease(model)
+        self.check_model(model)
+        return Lease() if model == self.model_name else self.adapters.lease(model)
+
+    def check_model(self, model: str) -> None:
+        """Raises ModelNotFoundError, or EngineDeadError while nothing can be served."""
+        if model != self.model_name:
+            self.adapters.named(model)
         if not self.ready:
-            lease.release()
             raise EngineDeadError("The engine is restarting. Try again later.")
-        return lease
 
     def scope(self, adapter: LoadedAdapter | None, asked: RouteScope | None) -> RouteScope | None:
         """The route scope of a request: what it asks for, what its adapter was trained for, or the server's own; None

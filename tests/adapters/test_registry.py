@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,15 @@ from hypothesis import strategies as st
 
 from tests.support import ROOT
 from tests.support.adapter_files import put, tucka_config, tucka_tensors
+from tucka_runtime.adapters import journal
 from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.adapters.journal import Journal
 from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
 from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError, StorageError
-from tucka_runtime.messages import Route
+from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
 
 CHILD = ROOT / "tests" / "support" / "registry_child.py"
 
@@ -180,19 +183,121 @@ def test_put_needs_the_content(registry):
         registry.put(entry("a", StoredAdapter("0" * 64, registry.folder("0" * 64))))
 
 
-def test_a_full_disk_changes_nothing(registry, source, monkeypatch):
-    stored = registry.ingest(source)
-    registry.put(entry("a", stored, 1, "x", None, "f"))
-    before = registry.names()
+@pytest.mark.parametrize("changes", [0, 1, 3])
+def test_a_full_disk_changes_nothing(tmp_path, source, monkeypatch, changes):
+    """Whether the table or its log is written next, and what was refused does not come up after a restart."""
+    root = tmp_path / "state"
+    with AdapterRegistry(root) as registry:
+        stored = registry.ingest(source)
+        for generation in range(changes):
+            registry.put(entry("a", stored, generation))
+        before = registry.names()
+        with monkeypatch.context() as patch:
+            fill_disk(patch)
+            for name in ("b", "c"):
+                with pytest.raises(StorageError, match="No space left on device"):
+                    registry.put(entry(name, stored))
+        assert registry.names() == before
+        assert not [name for name in os.listdir(root) if name.startswith(".")]
+    with AdapterRegistry(root) as registry:
+        assert registry.names() == before
+        registry.put(entry("d", stored))
+    with AdapterRegistry(root) as registry:
+        assert registry.names() == [*before, entry("d", stored)]
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(StorageError, match="No space left on device"):
-        registry.put(entry("b", stored, 2, "x", None, "f"))
-    assert registry.names() == before
-    assert not [name for name in os.listdir(registry.root) if name.startswith(".")]
+def three_names(root, source) -> Path:
+    """Makes a registry of them. The log that has the last two."""
+    with AdapterRegistry(root) as registry:
+        stored = registry.ingest(source)
+        for generation in range(3):
+            registry.put(entry(f"n{generation}", stored, generation))
+    (log,) = root.glob("registry.log.*")
+    return log
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_line_that_a_crash_cut_off_is_no_change(tmp_path, source, cut):
+    root = tmp_path / "state"
+    log = three_names(root, source)
+    log.write_bytes(log.read_bytes()[:-cut])
+    for _ in range(2):
+        with AdapterRegistry(root) as registry:
+            assert [known.name for known in registry.names()] == ["n0", "n1"]
+    with AdapterRegistry(root) as registry:
+        registry.put(replace(registry.names()[0], name="n3"))
+    with AdapterRegistry(root) as registry:
+        assert [known.name for known in registry.names()] == ["n0", "n1", "n3"]
+
+
+def test_a_log_that_was_damaged_before_its_end_is_said(tmp_path, source):
+    root = tmp_path / "state"
+    log = three_names(root, source)
+    log.write_bytes(b"x" + log.read_bytes()[1:])
+    with pytest.raises(ConfigError, match=r"registry\.json"):
+        AdapterRegistry(root)
+
+
+def test_thousands_of_names_cost_as_much_as_thousands_of_changes(tmp_path, source, monkeypatch):
+    """What is written and synced for a change does not grow with the names that there are, and they all come back."""
+    count, root = 5_000, tmp_path / "state"
+    synced: list[int] = []
+    written: list[int] = []
+    append, write_file = Journal._append, journal.write_file
+
+    def counted_append(self, line):
+        written.append(len(line))
+        append(self, line)
+
+    def counted_write(folder, name, data):
+        written.append(len(data))
+        write_file(folder, name, data)
+
+    with AdapterRegistry(root) as registry:
+        stored = registry.ingest(source)
+        monkeypatch.setattr(os, "fsync", synced.append)
+        monkeypatch.setattr(Journal, "_append", counted_append)
+        monkeypatch.setattr(journal, "write_file", counted_write)
+        for i in range(count):
+            registry.put(entry(f"team/{i}", stored, i, base="0" * 64))
+        before = registry.names()
+    logs = list(root.glob("registry.log.*"))
+    whole = (root / "registry.json").stat().st_size + sum(log.stat().st_size for log in logs)
+    assert len(logs) == 1 and len(synced) < 1.1 * count and sum(written) < 3 * whole
+    with AdapterRegistry(root) as registry:
+        assert registry.names() == before and len(before) == count
+
+
+def test_the_card_of_an_adapter_comes_back(tmp_path, source):
+    info = AdapterInfo(
+        AdapterKey("a", 1), "d", "tucka", 2, 3, 2, 2, 16.0, ("q_proj",), 4, "layers.0", "prefix", 9, None, 64
+    )
+    with AdapterRegistry(tmp_path) as registry:
+        stored = registry.ingest(source)
+        told = replace(entry("a", stored), keep_resident=True, info=info)
+        registry.put(told)
+    with AdapterRegistry(tmp_path) as registry:
+        assert registry.names() == [told]
+    text = (tmp_path / "registry.json").read_text()
+    (tmp_path / "registry.json").write_text(text.replace('"kind"', '"another"'))  # as another version has it
+    with AdapterRegistry(tmp_path) as registry:
+        assert registry.names() == [replace(told, info=None)]
+
+
+def test_one_copy_is_discarded_when_no_name_has_it(registry, tmp_path, base):
+    one, two = (registry.ingest(put(tmp_path / str(i), tucka_config(alpha=i), tucka_tensors(base))) for i in range(2))
+    registry.put(entry("a", one))
+    registry.put(entry("b", one))
+    for item in (one, two):
+        registry.discard(item.blob)  # not before it is released
+        registry.release(item)
+    registry.put(entry("a", two))
+    registry.discard(one.blob)
+    assert registry.has(one.blob) and registry.has(two.blob)
+    registry.remove("b")
+    registry.discard(one.blob)
+    registry.discard(two.blob)
+    assert not registry.has(one.blob) and registry.has(two.blob)
 
 
 def fill_disk(monkeypatch) -> None:
@@ -307,6 +412,7 @@ def test_what_a_killed_server_left_goes_and_nothing_else(tmp_path, monkeypatch):
     code = f"""
 import os, tempfile
 tempfile.tempdir = {str(tmp_path)!r}
+from tucka_runtime.adapters.journal import Journal
 from tucka_runtime.adapters.registry import AdapterRegistry
 registry = AdapterRegistry(None)
 os.kill(os.getpid(), 9)
@@ -360,6 +466,7 @@ GOOD_ENTRY = {
         {"pinned_route": 3},
         {"pinned_route": {"group": 0, "weights": [None]}},
         {"base_fingerprint": None},
+        {"keep_resident": 1},
     ],
 )
 def test_every_field_of_an_entry_is_checked(tmp_path, changes):
@@ -373,7 +480,7 @@ def test_what_newer_versions_add_is_left_out_and_newer_formats_are_named(tmp_pat
     file.write_text(json.dumps({"version": 1, "more": 1, "adapters": [GOOD_ENTRY | {"newer": {"x": 1}}]}))
     with AdapterRegistry(tmp_path) as registry:
         assert [known.name for known in registry.names()] == ["a"]
-    file.write_text(json.dumps({"version": 2, "adapters": {}}))
+    file.write_text(json.dumps({"version": 3, "adapters": {}}))
     with pytest.raises(ConfigError, match="newer version"):
         AdapterRegistry(tmp_path)
 

@@ -9,7 +9,8 @@ from tests.support import ROOT
 from tests.support.figures import adapter, serve_one, step
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route
-from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
+from tucka_runtime.server.metrics.vllm import Residence
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 
@@ -17,13 +18,15 @@ TEXT = (ROOT / "docs" / "operations.md").read_text()
 def shown() -> dict[str, tuple[str, set[str]]]:
     """(type, labels) by name, of a server that has done everything."""
     metrics = Metrics("base", max_adapters=4, block_size=16)
-    metrics.adapter_loaded(adapter("fin"), {"read": 0.1})
+    metrics.adapter_arrived(adapter("fin"))
     serve_one(metrics)
     metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
+    metrics.load_took({"read": 0.1})
     metrics.answered("/health", "GET", "200")
     info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64)
     found = {}
-    for family in text_string_to_metric_families(metrics.render(info=info, oldest={"fin": 1.0}).decode()):
+    tiers = AdapterTiers(1, (Residence("fin", 8),))
+    for family in text_string_to_metric_families(metrics.render(info=info, oldest={"fin": 1.0}, tiers=tiers).decode()):
         if family.name.startswith("process_"):
             continue
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}

@@ -79,7 +79,7 @@ def config(folder: Path) -> EngineConfig:
         num_threads=1,
         max_num_seqs=4,
         max_queue=2,
-        max_loaded_adapters=3,
+        adapter_slots=3,
     )
 
 
@@ -237,11 +237,11 @@ def test_bad_adapters_leave_it_running(client: Watched, loop: asyncio.Runner, fo
                 await client.load_adapter(TUCKA, path)
         with pytest.raises(InvalidAdapterError, match="pinned"):
             await client.load_adapter(PINNED, folder / "tucka", Route(3, (0.5, 0.5)))
-        for generation in range(client.config.max_loaded_adapters):
+        for generation in range(client.config.adapter_slots):
             await client.load_adapter(AdapterKey("many", generation), folder / "lora")
         with pytest.raises(AdapterCapacityError):
             await client.load_adapter(TUCKA, folder / "tucka")
-        for generation in range(client.config.max_loaded_adapters):
+        for generation in range(client.config.adapter_slots):
             client.unload_adapter(AdapterKey("many", generation))
         await client.load_adapter(TUCKA, folder / "tucka")
         await first(busy)

@@ -63,17 +63,26 @@ class FakeEngine:
         return FakeStream(self, request)
 
     async def load_adapter(
-        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
+        self,
+        key: AdapterKey,
+        folder: Path,
+        pinned: Route | None = None,
+        blob: str | None = None,
+        resident: bool = True,
     ) -> AdapterInfo:
         if self.load_error is not None:
             raise self.load_error
         if not (folder / "adapter_model.safetensors").is_file():
             raise InvalidAdapterError("no weights")
         await asyncio.sleep(0.01)
-        self.loaded[key] = folder
+        if resident:
+            self.loaded[key] = folder
         return AdapterInfo(
             key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj", None, 1, None
         )
+
+    def evict_adapter(self, key: AdapterKey) -> None:
+        self.loaded.pop(key, None)
 
     def unload_adapter(self, key: AdapterKey) -> None:
         self.loaded.pop(key, None)

@@ -6,7 +6,10 @@ from tucka_runtime.server.metrics.metrics import Metrics
 
 def adapter(name: str, generation: int = 1, kind: str = "tucka", scope: str | None = None, k: int = 3) -> AdapterInfo:
     key = AdapterKey(name, generation)
-    return AdapterInfo(key, "ab" * 32, kind, 8, k, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q", scope, 4096, None)
+    seconds = {"read": 0.1, "fold": 0.2}
+    return AdapterInfo(
+        key, "ab" * 32, kind, 8, k, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q", scope, 4096, None, None, seconds
+    )
 
 
 def step(

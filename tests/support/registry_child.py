@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from tucka_runtime.adapters import blobs, files, registry
+from tucka_runtime.adapters import blobs, files, journal, registry
 
 
 def crash_at(count: int) -> None:
@@ -38,8 +38,8 @@ def crash_at(count: int) -> None:
 
     for name in ("fsync", "replace", "rename", "mkdir", "open", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
-    for module in (blobs, files, registry):
-        module.open = lambda path, mode: TornFile(path, mode.replace("b", ""))  # type: ignore[attr-defined]
+    for module in (blobs, files, journal, registry):
+        module.open = lambda path, mode, buffering=-1: TornFile(path, mode.replace("b", ""))  # type: ignore[attr-defined]
 
 
 root, sources = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir())

@@ -92,7 +92,7 @@ class Blobs:
         return None
 
     def release(self, stored: StoredAdapter) -> None:
-        """Once for every `copy` and `find`: from now on `collect` may delete it."""
+        """Once for every `copy` and `find`: from now on `collect` and `discard` may delete it."""
         with self._mutex:
             self._held -= Counter([stored.blob])
 
@@ -105,6 +105,15 @@ class Blobs:
                     doomed.append(self._put_aside(folder))
         for folder in doomed:  # gigabytes take a while, and nobody has to wait
             delete(folder)
+
+    def discard(self, blob: str) -> None:
+        """Deletes one copy, unless it is not yet released."""
+        with self._mutex:
+            folder = self.folder / blob
+            if self._held[blob] or not folder.exists():
+                return
+            doomed = self._put_aside(folder)
+        delete(doomed)
 
     def _stored(self, digest: str, blob: str) -> StoredAdapter:
         return StoredAdapter(digest, self.folder / blob)

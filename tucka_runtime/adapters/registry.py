@@ -1,45 +1,48 @@
 """The API process's durable memory of adapters: which names stand for which content, and a private copy of each.
 
     <root>/lock                      held while a server uses the root
-    <root>/registry.json             the names, replaced atomically
+    <root>/registry.json, .log.<n>   the names (journal.py)
     <root>/blobs/<blob>/             one adapter's files; appears whole or not at all
 
-After a crash at any moment the same names come back with the same content. Standard library only.
+After a crash at any moment the same names come back with the same content. No torch.
 """
 
 import fcntl
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from tucka_runtime.adapters.blobs import TEMPORARY, Blobs, StoredAdapter, delete
-from tucka_runtime.adapters.files import strict_json, write_file
-from tucka_runtime.errors import ConfigError, InvalidRequestError, StorageError
-from tucka_runtime.messages import AdapterKey, Route
+from tucka_runtime.adapters.files import CONFIG_NAME, WEIGHTS_NAME, open_folder, read_training, strict_json
+from tucka_runtime.adapters.journal import TABLE, Journal, Row
+from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError, StorageError
+from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
 
 log = logging.getLogger(__name__)
 
-_REGISTRY = "registry.json"
 _TEMPORARY_ROOT = "tucka-"
 _IS_TEMPORARY = b"temporary"
 _BLOB = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class RegistryEntry:
     """What a name stands for. `source` is where it was loaded from: for people to read, and to copy it again from there
-    where the private copy is lost."""
+    where the private copy is lost. `keep_resident`: it always has a slot. `info` is its card, without what is in the
+    copy's training.json; None in entries of versions that did not keep it."""
 
     name: str
     digest: str
@@ -48,6 +51,8 @@ class RegistryEntry:
     source: str
     pinned_route: Route | None
     base_fingerprint: str
+    keep_resident: bool = False
+    info: AdapterInfo | None = None
 
     @property
     def key(self) -> AdapterKey:
@@ -77,12 +82,15 @@ class AdapterRegistry:
         except StorageError:
             raise ConfigError("the state folder is in use by another server. Give each server its own.") from None
         self._mutex = threading.Lock()
+        self._journal = Journal(self.root, _VERSION)
         try:
             self._entries = self._load()
         except ConfigError:
             self._lock_file.close()
             raise
-        for leftover in (*self._blobs.folder.glob(f"{TEMPORARY}*"), *self.root.glob(f".{_REGISTRY}.*")):
+        self._named = Counter(entry.blob for entry in self._entries.values())
+        self._journal.clean()
+        for leftover in self._blobs.folder.glob(f"{TEMPORARY}*"):
             delete(leftover)
 
     def __enter__(self) -> Self:
@@ -95,6 +103,7 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """Release the root; a temporary one is removed."""
+        self._journal.close()
         self._lock_file.close()
         if self._temporary:
             shutil.rmtree(self.root, ignore_errors=True)
@@ -116,12 +125,25 @@ class AdapterRegistry:
             return stored
 
     def release(self, stored: StoredAdapter) -> None:
-        """Once for every `ingest`: from now on `collect` may delete it."""
+        """Once for every `ingest`: from now on `collect` and `discard` may delete it."""
         self._blobs.release(stored)
 
     def folder(self, blob: str) -> Path:
         """Where the content of that name is kept, if it is."""
         return self._blobs.folder / blob
+
+    def has(self, blob: str) -> bool:
+        """Whether the content is there, as far as can be seen without reading it."""
+        return all((self.folder(blob) / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+
+    def training(self, blob: str) -> Any:
+        """What the copy's training.json has; None where there is none, or none that can be read."""
+        try:
+            with open_folder(self.folder(blob)) as folder_fd:
+                data = read_training(folder_fd)
+            return None if data is None else strict_json(data)
+        except (InvalidAdapterError, StorageError, ValueError):
+            return None
 
     def put(self, entry: RegistryEntry) -> None:
         """Let a name stand for ingested content from now on; durable when this returns. Raises StorageError."""
@@ -130,13 +152,19 @@ class AdapterRegistry:
                 return
             if not self.folder(entry.blob).is_dir():
                 raise StorageError("The server's copy of the adapter is gone from its state folder. Load it again.")
-            self._save({**self._entries, entry.name: entry})
+            self._change(lambda: self._journal.put(asdict(entry)))
+            if (before := self._entries.get(entry.name)) is not None:
+                self._named[before.blob] -= 1
+            self._entries[entry.name] = entry
+            self._named[entry.blob] += 1
 
     def remove(self, name: str) -> None:
-        """Forget a name; durable when this returns. Its content stays until `collect`. Raises StorageError."""
+        """Forget a name; durable when this returns. Its content stays until `collect` or `discard`. Raises
+        StorageError."""
         with self._mutex:
             if name in self._entries:
-                self._save({key: entry for key, entry in self._entries.items() if key != name})
+                self._change(lambda: self._journal.remove(name))
+                self._named[self._entries.pop(name).blob] -= 1
 
     def names(self) -> list[RegistryEntry]:
         """Every name, in the order they were first put."""
@@ -146,6 +174,13 @@ class AdapterRegistry:
     def collect(self, keep: Collection[str] = ()) -> None:
         """Delete the copies that no name refers to, but those in `keep` and those not yet released. Raises OSError."""
         self._blobs.collect({entry.blob for entry in self.names()} | set(keep))
+
+    def discard(self, blob: str) -> None:
+        """Delete that copy, unless a name refers to it or it is not yet released. Raises OSError."""
+        with self._mutex:
+            named = self._named[blob] > 0
+        if not named:
+            self._blobs.discard(blob)
 
     def _take_lock(self) -> BufferedWriter:
         """Raises OSError, and StorageError where another server has it."""
@@ -176,8 +211,8 @@ class AdapterRegistry:
             self._lock_file = lock_file
             log.error("the folder of adapters' copies was removed while the server ran; it is made again")
         self._blobs.folder.mkdir(mode=0o700, exist_ok=True)
-        if self._entries and not (self.root / _REGISTRY).exists():
-            self._write(self._entries)
+        self._journal.root = self.root
+        self._journal.mend()
 
     def _holds_root(self) -> bool:
         try:
@@ -185,37 +220,26 @@ class AdapterRegistry:
         except FileNotFoundError:
             return False
 
-    def _save(self, entries: dict[str, RegistryEntry]) -> None:
+    def _change(self, change: Callable[[], None]) -> None:
         try:
             self._mend()
-            self._write(entries)
+            change()
         except OSError as error:
             raise _refusal(error) from error
-        self._entries = entries
-
-    def _write(self, entries: dict[str, RegistryEntry]) -> None:
-        table = {"version": _VERSION, "adapters": [asdict(entry) for entry in entries.values()]}
-        text = json.dumps(table, indent=2, ensure_ascii=False)
-        write_file(self.root, _REGISTRY, text.encode("utf-8", "replace"))  # a source may be a path that is no UTF-8
 
     def _load(self) -> dict[str, RegistryEntry]:
         try:
-            table = strict_json((self.root / _REGISTRY).read_bytes())
-            if isinstance(table, dict) and type(version := table.get("version")) is int and version > _VERSION:
+            version, rows = self._journal.read()
+            if version > _VERSION:
                 raise ConfigError(
-                    f"{_REGISTRY} in the state folder was written by a newer version of this server (its format is "
+                    f"{TABLE} in the state folder was written by a newer version of this server (its format is "
                     f"{version}, this one reads {_VERSION}). Start that version, or give another --state-dir."
                 )
-            entries = [_entry(item) for item in table["adapters"]]
-            if len({entry.name for entry in entries}) < len(entries):
-                raise ValueError("it has a name twice")
-        except FileNotFoundError:
-            return {}
+            entries = [_entry(row) for row in rows]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidRequestError) as error:
             why = f": {error}" if isinstance(error, ValueError) else ""
             raise ConfigError(
-                f"{_REGISTRY} in the state folder cannot be read{why}. Restore it, or remove it to start without "
-                "adapters."
+                f"{TABLE} in the state folder cannot be read{why}. Restore it, or remove it to start without adapters."
             ) from None
         return {entry.name: entry for entry in entries}
 
@@ -249,11 +273,12 @@ def check_name(name: str) -> None:
         )
 
 
-def _entry(item: dict[str, Any]) -> RegistryEntry:
+def _entry(item: Row) -> RegistryEntry:
     """An entry as it stands in the file; what later versions of the same format add is left out. Raises ValueError,
     KeyError, TypeError or InvalidRequestError if it is none."""
     item = {"blob": item["digest"], **item}  # the first versions had no blob
-    known = {f.name: item[f.name] for f in fields(RegistryEntry)}
+    names = ("name", "digest", "blob", "generation", "source", "pinned_route", "base_fingerprint")
+    known = {name: item[name] for name in names}
     if not all(isinstance(known[name], str) for name in ("name", "digest", "blob", "source", "base_fingerprint")):
         raise ValueError("a text of an entry is none")
     check_name(known["name"])
@@ -265,7 +290,19 @@ def _entry(item: dict[str, Any]) -> RegistryEntry:
         if type(pinned["group"]) is not int or not all(type(weight) in (int, float) for weight in pinned["weights"]):
             raise ValueError("a `pinned_route` is not a group and its weights")
         known["pinned_route"] = Route(pinned["group"], tuple(pinned["weights"]))
-    return RegistryEntry(**known)
+    keep, info = item.get("keep_resident", False), item.get("info")
+    if type(keep) is not bool:
+        raise ValueError("a `keep_resident` is neither true nor false")
+    return RegistryEntry(**known, keep_resident=keep, info=_info(info))
+
+
+def _info(item: Any) -> AdapterInfo | None:
+    """A card as it stands in the file. One of another version, whose cards have other fields, is made anew when the
+    adapter is loaded."""
+    try:
+        return None if item is None else msgspec.convert(item, AdapterInfo)
+    except msgspec.ValidationError:
+        return None
 
 
 def _refusal(error: OSError) -> StorageError:

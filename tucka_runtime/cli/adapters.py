@@ -18,7 +18,15 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     load.add_argument("name", help="name for requests")
     load.add_argument("path", help="the adapter's folder, as the server sees it")
     load.add_argument("--replace", action="store_true", help="replace other content of that name")
-    load.set_defaults(run=lambda flags: load_adapter(_client(flags), flags.name, flags.path, flags.replace))
+    load.add_argument(
+        "--keep-resident",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep it in a slot whatever else is asked for (default: as it is, or not)",
+    )
+    load.set_defaults(
+        run=lambda flags: load_adapter(_client(flags), flags.name, flags.path, flags.replace, flags.keep_resident)
+    )
     unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
     unload.add_argument("name", help="its name")
     unload.set_defaults(run=lambda flags: unload_adapter(_client(flags), flags.name))
@@ -88,14 +96,17 @@ def list_adapters(client: Client) -> int:
     for card in cards:
         detail = card["tucka"]
         shape = " ".join(f"{name}={detail[name]}" for name in "rktp" if detail[name] is not None)
-        print(f"{card['id']}  {detail['kind']}  {shape}  generation {detail['generation']}  {detail['digest'][:12]}")
+        tier = "kept resident" if detail["keep_resident"] else detail["tier"]
+        version = f"generation {detail['generation']}  {detail['digest'][:12]}"
+        print(f"{card['id']}  {detail['kind']}  {shape}  {version}  {tier}")
     if not cards:
         print("no adapters are loaded")
     return 0
 
 
-def load_adapter(client: Client, name: str, path: str, replace: bool) -> int:
-    card = json.loads(client.post("/v1/adapters", {"name": name, "path": path, "load_inplace": replace}))
+def load_adapter(client: Client, name: str, path: str, replace: bool, keep_resident: bool | None) -> int:
+    body = {"name": name, "path": path, "load_inplace": replace, "keep_resident": keep_resident}
+    card = json.loads(client.post("/v1/adapters", body))
     print(f"{card['id']} is loaded: generation {card['tucka']['generation']}, digest {card['tucka']['digest'][:12]}")
     return 0
 

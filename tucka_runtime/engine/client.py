@@ -15,7 +15,7 @@ from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.child import END_SECONDS, EngineChild
 from tucka_runtime.engine.output_stream import OutputStream
 from tucka_runtime.engine.queue_wait import QueueWait, oldest
-from tucka_runtime.errors import EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
+from tucka_runtime.errors import AdapterCapacityError, EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
 from tucka_runtime.messages import (
     Abort,
     AdapterInfo,
@@ -24,6 +24,7 @@ from tucka_runtime.messages import (
     AdapterRefused,
     EngineInfo,
     EngineLoad,
+    EvictAdapter,
     FromEngine,
     Idle,
     LoadAdapter,
@@ -174,7 +175,9 @@ class EngineClient:
                 self._deliver(request_id, error)
             case AdapterLoaded(call, info):
                 _settle(self._calls.pop(call), info)
-            case AdapterRefused(call, error):
+            case AdapterRefused(call, error, missing):
+                if isinstance(error, AdapterCapacityError):
+                    error.missing = missing
                 _settle(self._calls.pop(call), error)
             case Started(started, longest_step):
                 self._longest_step = max(self._longest_step, longest_step)
@@ -264,17 +267,27 @@ class EngineClient:
             self._send(Abort(stream.request_id, index))
 
     async def load_adapter(
-        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
+        self,
+        key: AdapterKey,
+        folder: Path,
+        pinned: Route | None = None,
+        blob: str | None = None,
+        resident: bool = True,
     ) -> AdapterInfo:
-        """Loads the adapter in `folder`, whose content must be `blob`, beside what runs. Raises AdapterError,
-        StorageError if the content is another, or EngineDeadError."""
+        """Loads the adapter in `folder`, whose content must be `blob`: into a slot, from the host cache if that has it,
+        or else into the host cache. Raises AdapterError, StorageError if the content is another, EngineDeadError."""
         call = next(self._numbers)
-        self._send(LoadAdapter(call, key, folder, pinned, blob))
+        self._send(LoadAdapter(call, key, folder, pinned, blob, resident))
         self._calls[call] = asyncio.get_running_loop().create_future()
         return await self._calls[call]
 
+    def evict_adapter(self, key: AdapterKey) -> None:
+        """Frees the slot of an adapter that no request in flight uses, for the host cache."""
+        if self._child is not None:
+            self._send(EvictAdapter(key))
+
     def unload_adapter(self, key: AdapterKey) -> None:
-        """Requests that were submitted before go on, and the last one's end frees the memory."""
+        """Requests that were submitted before go on, and the last one's end frees the memory, the host cache's too."""
         if self._child is not None:
             self._send(UnloadAdapter(key))
 

@@ -2,7 +2,7 @@
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from tucka_runtime.adapters.format import read_adapter
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.fold import describe
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.host_cache import HostCache
 from tucka_runtime.engine.block_manager import BlockManager
 from tucka_runtime.engine.launched import Launched, Result
 from tucka_runtime.engine.model_runner import ModelRunner
@@ -56,6 +57,7 @@ class Engine:
         self.info = self.runner.info
         self.layout = self.runner.layout
         self.adapters = self.runner.adapters
+        self.host = HostCache()
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             self.blocks, config.max_num_batched_tokens, config.max_num_seqs, self.runner.rope_limit
@@ -278,13 +280,34 @@ class Engine:
             del self.requests[seq.request.id]
         return out
 
-    def prepare_adapter(
-        self, key: AdapterKey, folder: Path, pinned: Route | None = None, blob: str | None = None
-    ) -> tuple[FoldedAdapter, AdapterInfo]:
-        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Raises AdapterError, and
-        StorageError if its content is not `blob`."""
+    def activate_adapter(self, key: AdapterKey) -> tuple[FoldedAdapter, AdapterInfo] | None:
+        """An adapter of the host cache, on the device; None if it is not there. Like `prepare_adapter` it belongs to
+        the thread that loads. Raises AdapterCapacityError."""
         begin = time.monotonic()
-        self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
+        if (found := self.host.find(key)) is None:
+            return None
+        self.adapters.check_room()
+        folded = self.runner.memory.to_device(found[0])
+        self.host.take(key)
+        return folded, replace(found[1], load_seconds={"activate": time.monotonic() - begin})
+
+    def cache_adapter(self, folded: FoldedAdapter) -> None:
+        """Keeps a prepared adapter, or one that was evicted from its slot, in the host cache."""
+        self.host.put(self.runner.memory.to_host(folded))
+
+    def prepare_adapter(
+        self,
+        key: AdapterKey,
+        folder: Path,
+        pinned: Route | None = None,
+        blob: str | None = None,
+        resident: bool = True,
+    ) -> tuple[FoldedAdapter, AdapterInfo]:
+        """Reads, checks and folds an adapter without touching what runs: safe beside `step`. Only a `resident` one
+        needs a slot. Raises AdapterError, and StorageError if its content is not `blob`."""
+        begin = time.monotonic()
+        if resident:
+            self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
         adapter = read_adapter(folder, self.layout, blob)
         checked = time.monotonic()
         folded = self.runner.fold(key, adapter, pinned)
@@ -301,7 +324,12 @@ class Engine:
         self.add_adapter(folded)
         return info
 
+    def evict_adapter(self, key: AdapterKey) -> FoldedAdapter | None:
+        """Frees an adapter's slot, and returns what `cache_adapter` may keep."""
+        return self.adapters.evict(key)
+
     def unload_adapter(self, key: AdapterKey) -> None:
+        """Ends its leasing. What the host cache has of it is dropped in the thread that loads."""
         self.adapters.unload(key)
 
     def check_integrity(self) -> None:

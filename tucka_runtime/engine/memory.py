@@ -2,12 +2,13 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from tucka_runtime import machine
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.host_cache import moved
 from tucka_runtime.errors import AdapterCapacityError
 
 SPARE = 1.25
@@ -25,6 +26,7 @@ class AdapterMemory:
 
     def __init__(self, device: torch.device, cache_bytes: int):
         self.device = device
+        self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.unwritten = cache_bytes if device.type == "cpu" else 0
         self.step_bytes = 0
         """What a step takes for a moment."""
@@ -58,12 +60,45 @@ class AdapterMemory:
             raise AdapterCapacityError(
                 f"The adapter takes {takes}, and {more} more while it is loaded, but {room} of {limit} are left beside "
                 f"the KV cache and the {step} that a step needs. Unload one, or restart with a smaller "
-                "--kv-cache-tokens."
+                "--kv-cache-tokens.",
+                missing=kept + passing - left,
             )
 
     def take(self, folded: FoldedAdapter) -> None:
         """Books an adapter, until nobody holds it any more."""
         self._loaded[folded] = folded.num_bytes
+
+    def make(self, make: Callable[[], FoldedAdapter], kept: int, passing: int) -> FoldedAdapter:
+        """Books what `make` makes, which keeps so many bytes and takes so many more meanwhile: on a GPU on a stream of
+        its own, beside what runs. Raises AdapterCapacityError."""
+        self.check(kept, passing)
+        try:
+            with torch.cuda.stream(self._loading) if self._loading is not None else contextlib.nullcontext():
+                folded = make()
+        except torch.OutOfMemoryError as e:
+            raise AdapterCapacityError(
+                "The GPU has no memory left for the adapter. Unload one, or restart with a smaller --kv-cache-tokens.",
+                missing=kept + passing,
+            ) from e
+        if self._loading is not None:
+            self._loading.synchronize()
+            for tensor in folded.tensors():  # memory of one stream, read on another: it is free when both are done
+                tensor.record_stream(torch.cuda.default_stream(self.device))
+        self.take(folded)
+        return folded
+
+    def to_device(self, folded: FoldedAdapter) -> FoldedAdapter:
+        """An adapter of the host's memory where it is served: on a CPU it is there. Raises AdapterCapacityError."""
+        if self._loading is None:
+            return folded
+        return self.make(lambda: moved(folded, self.device), folded.num_bytes, 0)
+
+    def to_host(self, folded: FoldedAdapter) -> FoldedAdapter:
+        """The way back: the device's memory is free once nobody holds the argument."""
+        if self._loading is None:
+            return folded
+        with torch.cuda.stream(self._loading):
+            return moved(folded, torch.device("cpu"))
 
     def _free(self) -> tuple[int, str]:
         """Bytes that can be allocated now, and in words of what."""

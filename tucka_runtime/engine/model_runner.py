@@ -1,6 +1,5 @@
 """The device: model, KV tensors, one forward pass per step."""
 
-import contextlib
 import math
 import time
 from array import array
@@ -34,7 +33,7 @@ from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.engine.verify import choose, read_tokens
-from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, NonFiniteError
+from tucka_runtime.errors import ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.messages import AdapterKey, EngineInfo, Route, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
@@ -71,9 +70,7 @@ class ModelRunner:
         self.num_blocks = count_blocks(config, arch, max_len, self.dtype, self.device)
         self.caches = make_caches(arch, self.num_blocks * self.block_size, self.dtype, self.device)
         self.factor_dtype = torch.float32 if self.ops.fp32_factors else self.dtype
-        self.adapters = AdapterStore(
-            arch, self.device, self.factor_dtype, config.max_loaded_adapters, self.ops.by_address
-        )
+        self.adapters = AdapterStore(arch, self.device, self.factor_dtype, config.adapter_slots, self.ops.by_address)
         self.sampler = Sampler(self.ops, arch.vocab, frozenset(ends), self.device, tokenizer)
         self.chosen = Chosen(config.max_num_seqs, self.device)
         self.route_sums: dict[tuple[str, int], RouteSum] = {}
@@ -93,7 +90,6 @@ class ModelRunner:
             )
         cached = sum(t.nbytes for pair in self.caches for t in pair)
         self.memory = AdapterMemory(self.device, cached)
-        self.loading = torch.cuda.Stream(self.device) if self.on_gpu else None
         identity = fingerprint(folder)
         self.layout = base_layout(arch, identity, config.model)
         self.info = EngineInfo(
@@ -115,20 +111,8 @@ class ModelRunner:
         """The adapter in the serving form, made beside the step loop: safe in another thread, and on a GPU on a stream
         of its own. Raises InvalidAdapterError, or AdapterCapacityError if there is no memory for it."""
         weights, dtype = self.model.weights, self.factor_dtype
-        self.memory.check(*folded_bytes(adapter, self.arch, self.dtype, dtype, pinned))
-        try:
-            with torch.cuda.stream(self.loading) if self.loading is not None else contextlib.nullcontext():
-                folded = fold(key, adapter, self.arch, weights, self.ops, dtype, pinned)
-        except torch.OutOfMemoryError as e:
-            raise AdapterCapacityError(
-                "The GPU has no memory left for the adapter. Unload one, or restart with a smaller --kv-cache-tokens."
-            ) from e
-        if self.loading is not None:
-            self.loading.synchronize()
-            for tensor in folded.tensors():  # memory of one stream, read on another: it is free when both are done
-                tensor.record_stream(torch.cuda.default_stream(self.device))
-        self.memory.take(folded)
-        return folded
+        needed = folded_bytes(adapter, self.arch, self.dtype, dtype, pinned)
+        return self.memory.make(lambda: fold(key, adapter, self.arch, weights, self.ops, dtype, pinned), *needed)
 
     def warm_up(self) -> None:
         """Captures the graphs that a server without adapters needs."""

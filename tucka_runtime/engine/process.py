@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 
 from tucka_runtime.children import end_with_parent
 from tucka_runtime.engine import environment
-from tucka_runtime.errors import ModelLoadError, TuckaError
+from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, TuckaError
 from tucka_runtime.logs import set_up_logging
 from tucka_runtime.messages import (
     Abort,
     AdapterInfo,
     AdapterLoaded,
     AdapterRefused,
+    EvictAdapter,
     Idle,
     LoadAdapter,
     NotStarted,
@@ -59,14 +60,24 @@ class _Prepared:
     info: AdapterInfo
 
 
+@dataclass(frozen=True, slots=True)
+class _Evicted:
+    """From the step loop to the loader thread: an adapter that has lost its slot."""
+
+    folded: "FoldedAdapter"
+
+
 class _Closed:
     """From the reading thread to the step loop: the parent is gone."""
 
 
-_Message = ToEngine | _Prepared | AdapterRefused | _Closed
+_Message = ToEngine | _Prepared | AdapterLoaded | AdapterRefused | _Closed
 _Inbox = queue.SimpleQueue[_Message]
 """All that the step loop learns from others, in order. Nobody else works on the engine, and after the start nobody else
-writes to the channel: the loader's refusals come here too, to be sent on."""
+writes to the channel: the loader's answers come here too, to be sent on."""
+_Loads = queue.SimpleQueue[LoadAdapter | UnloadAdapter | _Evicted]
+"""What the loader thread does, in order: so an adapter that lost its slot is in the host cache when it is wanted again,
+and the memory of one that was pushed out is free when the one that did so is read."""
 
 
 def main() -> None:
@@ -118,17 +129,25 @@ def serve(engine: "Engine", channel: "Channel") -> None:
     """Steps while there is work, listens in between. Returns when asked to stop; raises EOFError when the parent is
     gone. Any other error is a fault: it ends the process, and the parent starts a new one."""
     inbox: _Inbox = queue.SimpleQueue()
-    loads: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
+    loads: _Loads = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     threading.Thread(target=_load, args=(engine, loads, inbox), daemon=True).start()
     while True:
         for message in _received(engine, channel, inbox):
             if isinstance(message, Stop):
                 return
-            if isinstance(message, LoadAdapter):
-                loads.put(message)
-            else:
-                _handle(engine, channel, message)
+            match message:
+                case LoadAdapter():
+                    loads.put(message)
+                case EvictAdapter(key):
+                    if (folded := engine.evict_adapter(key)) is not None:
+                        loads.put(_Evicted(folded))
+                        del folded  # the loader's alone: on a GPU its memory is to be free once it is copied
+                case UnloadAdapter(key):
+                    engine.unload_adapter(key)
+                    loads.put(message)
+                case _:
+                    _handle(engine, channel, message)
         if engine.busy:
             outputs, stats = engine.step()
             if stats is not None:
@@ -162,7 +181,7 @@ def _idle(engine: "Engine", channel: "Channel", inbox: _Inbox) -> _Message:
 def _handle(
     engine: "Engine",
     channel: "Channel",
-    message: Submit | Abort | UnloadAdapter | _Prepared | AdapterRefused | _Closed,
+    message: Submit | Abort | _Prepared | AdapterLoaded | AdapterRefused | _Closed,
 ) -> None:
     match message:
         case Submit(request):
@@ -180,10 +199,8 @@ def _handle(
                 channel.send(AdapterLoaded(call, info))
             except TuckaError as error:
                 channel.send(AdapterRefused(call, error))
-        case AdapterRefused():
+        case AdapterLoaded() | AdapterRefused():
             channel.send(message)
-        case UnloadAdapter(key):
-            engine.unload_adapter(key)
         case _Closed():
             raise EOFError
 
@@ -197,17 +214,39 @@ def _read(channel: "Channel", inbox: _Inbox) -> None:
         inbox.put(_Closed())
 
 
-def _load(engine: "Engine", loads: "queue.SimpleQueue[LoadAdapter]", inbox: _Inbox) -> None:
-    """The thread that reads and folds adapters, so that the step loop only ever adds finished ones."""
+def _load(engine: "Engine", loads: _Loads, inbox: _Inbox) -> None:
+    """The thread that reads and folds adapters, so that the step loop only ever adds finished ones. The host cache is
+    its own."""
     while True:
-        load = loads.get()
-        try:
-            inbox.put(_Prepared(load.call, *engine.prepare_adapter(load.key, load.folder, load.pinned, load.blob)))
-        except TuckaError as error:
-            inbox.put(AdapterRefused(load.call, error))
-        except Exception:
-            logger.exception("an adapter could not be loaded")
-            inbox.put(AdapterRefused(load.call, TuckaError("The adapter could not be loaded: an internal error.")))
+        match task := loads.get():
+            case LoadAdapter():
+                inbox.put(_loaded(engine, task))
+            case UnloadAdapter(key):
+                engine.host.drop(key)
+            case _Evicted(folded):
+                engine.cache_adapter(folded)
+                del folded
+        del task  # while the thread waits it holds no adapter
+
+
+def _loaded(engine: "Engine", load: LoadAdapter) -> _Prepared | AdapterLoaded | AdapterRefused:
+    """The outcome of a load: for the step loop, or for the API's process."""
+    try:
+        if load.resident and (found := engine.activate_adapter(load.key)) is not None:
+            return _Prepared(load.call, *found)
+        folded, info = engine.prepare_adapter(load.key, load.folder, load.pinned, load.blob, load.resident)
+        engine.host.note(info)
+        if load.resident:
+            return _Prepared(load.call, folded, info)
+        engine.cache_adapter(folded)
+        return AdapterLoaded(load.call, info)
+    except AdapterCapacityError as error:
+        return AdapterRefused(load.call, error, error.missing)
+    except TuckaError as error:
+        return AdapterRefused(load.call, error)
+    except Exception:
+        logger.exception("an adapter could not be loaded")
+        return AdapterRefused(load.call, TuckaError("The adapter could not be loaded: an internal error."))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Folding into the serving form, leases, and the stacked sets of a batch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.format import TuckASpec, read_adapter
 from tucka_runtime.engine.adapters.fold import fold, locate
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, Where
+from tucka_runtime.engine.adapters.host_cache import moved
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.adapters.store import ACTIVE_SETS, AdapterStore
 from tucka_runtime.engine.engine import Engine
@@ -41,6 +43,48 @@ def folded(engine: Engine, folder: Path, key: AdapterKey = KEY, pinned: Route | 
     runner = engine.runner
     adapter = read_adapter(folder, engine.layout)
     return fold(key, adapter, runner.arch, runner.model.weights, runner.ops, runner.dtype, pinned)
+
+
+def test_an_evicted_adapter_is_another_ones_room_and_comes_back_the_same(
+    family: tuple[Any, Engine, Path], tmp_path: Path
+):
+    """Through the host cache, whose thread is the test's own here: the same tensors, and the same answers."""
+    _, _, folder = family
+    engine = build(folder.parent / "model", adapter_slots=1)
+    form, info = engine.prepare_adapter(KEY, folder)
+    engine.host.note(info)
+    engine.add_adapter(form)
+    with pytest.raises(AdapterCapacityError):
+        engine.prepare_adapter(AdapterKey("b", 2), folder)
+    engine.prepare_adapter(AdapterKey("b", 2), folder, resident=False)  # it needs no slot
+    leased = engine.adapters.lease(KEY)
+    assert engine.evict_adapter(AdapterKey("unknown", 1)) is None
+    engine.adapters.release(KEY)
+    gone = engine.evict_adapter(KEY)
+    assert gone is form is leased
+    engine.cache_adapter(gone)
+    with pytest.raises(ModelNotFoundError):
+        engine.adapters.lease(KEY)
+    back = engine.activate_adapter(KEY)
+    assert back is not None and back[1] == replace(info, load_seconds=back[1].load_seconds)
+    engine.add_adapter(back[0])
+    for mine, before in zip(back[0].tensors(), form.tensors(), strict=True):
+        assert torch.equal(mine, before)
+    assert KEY not in engine.host and engine.activate_adapter(KEY) is None
+    engine.unload_adapter(KEY)
+    engine.host.drop(KEY)
+    engine.cache_adapter(form)
+    assert KEY not in engine.host, "what was unloaded on its way to the cache stays away"
+
+
+def test_an_adapter_moves_with_all_that_it_has(family: tuple[Any, Engine, Path]):
+    _, engine, folder = family
+    form = folded(engine, folder)
+    there = moved(form, torch.device("meta"))
+    assert there.key == form.key and list(there.factors) == list(form.factors)
+    assert {t.device.type for t in there.tensors()} == {"meta"}
+    assert [t.shape for t in there.tensors()] == [t.shape for t in form.tensors()]
+    assert there.num_bytes == form.num_bytes
 
 
 def test_the_layout_is_that_of_the_model(family: tuple[Any, Engine, Path]):

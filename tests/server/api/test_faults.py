@@ -130,14 +130,22 @@ def test_a_stop_string_aborts_the_rest(server: Server) -> None:
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_engine_restart_brings_the_adapters_back(server: Server) -> None:
-    path = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
-    server.post("/v1/adapters", {"name": "a", "path": path}).raise_for_status()
-    before = dict(server.engine.loaded)
+def restart_engine(server: Server) -> None:
     server.engine.loaded.clear()
-    asyncio.run(server.engine.on_restart())
-    assert server.engine.loaded == before
+    asyncio.run_coroutine_threadsafe(server.engine.on_restart(), server.loop).result(10)
+
+
+def test_after_an_engine_restart_adapters_come_when_they_are_asked_for(server: Server) -> None:
+    """But those that are kept resident are there before the server is ready."""
+    path = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
+    for name, keep in (("a", False), ("b", True)):
+        server.post("/v1/adapters", {"name": name, "path": path, "keep_resident": keep}).raise_for_status()
+    before = dict(server.engine.loaded)
+    restart_engine(server)
+    assert [key.name for key in server.engine.loaded] == ["b"]
+    assert server.get("/ready").status_code == 200
     assert server.post("/v1/completions", ASK | {"model": "a"}).status_code == 200
+    assert server.engine.loaded == before
 
 
 def test_changes_while_the_engine_restarts_are_refused_and_lose_nothing(server: Server) -> None:
@@ -150,13 +158,14 @@ def test_changes_while_the_engine_restarts_are_refused_and_lose_nothing(server: 
         server.client.delete(server.url + "/v1/adapters/a"),
     ):
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_unavailable"
-    asyncio.run(server.engine.on_restart())
+    restart_engine(server)
     server.engine.ready = True
+    assert server.post("/v1/completions", ASK | {"model": "a"}).status_code == 200
     assert server.get("/v1/adapters").json()["data"] == [card]
 
 
 def test_a_load_that_the_engine_outlived_by_little_is_brought_back(server: Server, monkeypatch) -> None:
-    """The old process has loaded it, the disk is still writing; the new process must get it as well."""
+    """The old process has loaded it, the disk is still writing; the new process must get it when it is asked for."""
     put = AdapterRegistry.put
     writing, go_on = threading.Event(), threading.Event()
 
@@ -170,11 +179,10 @@ def test_a_load_that_the_engine_outlived_by_little_is_brought_back(server: Serve
     loading = threading.Thread(target=server.post, args=("/v1/adapters", body))
     loading.start()
     assert writing.wait(10)
-    server.engine.loaded.clear()
-    reloading = asyncio.run_coroutine_threadsafe(server.engine.on_restart(), server.loop)
+    restart_engine(server)
     go_on.set()
-    reloading.result(10)
     loading.join()
+    assert server.post("/v1/completions", ASK | {"model": "a"}).status_code == 200
     assert [key.name for key in server.engine.loaded] == ["a"]
 
 

@@ -49,7 +49,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         "--kv-cache-tokens", str(PAGES * PAGE),
         "--block-size", str(PAGE),
         "--max-num-seqs", "16",
-        "--max-loaded-adapters", "2",
+        "--adapter-slots", "2",
         "--shutdown-timeout", "1",
         log=folder / "log",
     )  # fmt: skip
@@ -106,16 +106,18 @@ def test_row_39_a_load_while_every_slot_is_leased(small: Small, slots: None) -> 
             stack.enter_context(streaming(small.mine, ask(name, max_tokens=200, route="request")))
             for name in ("one", "two")
         ]
-        refused = load(small.mine, "third", THREE)
+        body = {"name": "third", "path": str(THREE), "keep_resident": True}
+        refused = small.mine.post("/v1/adapters", body)  # it asks for a slot, and there is none
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["code"] == "adapter_capacity" and set(refused.json()) == {"error"}
+        assert small.mine.post("/v1/completions", ask("third")).status_code == 404
+        taken = load(small.mine, "third", THREE)
+        assert taken.status_code == 201 and taken.json()["tucka"]["tier"] == "host"
         for lines in streams:  # nobody was thrown out
             *_, last, end = lines
             assert end == "data: [DONE]" and '"finish_reason":"length"' in last
-    assert small.mine.post("/v1/completions", ask("third")).status_code == 404
-    assert text(small.mine, ask("one", max_tokens=1)) and text(small.mine, ask("two", max_tokens=1))
-    small.mine.client.delete(f"{small.mine.url}/v1/adapters/two").raise_for_status()
-    assert load(small.mine, "third", THREE).status_code == 201
+    for name in ("third", "one", "two"):
+        assert text(small.mine, ask(name, max_tokens=1))
 
 
 def test_row_41_unknown_model_names(small: Small) -> None:

@@ -1,6 +1,7 @@
 """Metrics: what is counted, that label sets stay bounded, and that a scrape's work does too."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from tests.support.figures import adapter, serve_one, step
 from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, FinishReason, Route
 from tucka_runtime.server.metrics import adapters as adapter_metrics
 from tucka_runtime.server.metrics.adapters import BLOCK, MAX_STALE, AdapterMetrics
-from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.metrics.vllm import ALIASES
+from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
+from tucka_runtime.server.metrics.specs import TIERS
+from tucka_runtime.server.metrics.vllm import ALIASES, Residence
 
 AGE = "tucka_adapter_oldest_waiting_seconds"
 
@@ -33,7 +35,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics("llama", max_adapters=4, block_size=16)
-    metrics.adapter_loaded(adapter("fin"), {"read": 0.1, "fold": 0.2})
+    metrics.adapter_arrived(adapter("fin"))
     return metrics
 
 
@@ -57,7 +59,7 @@ def test_a_request_from_start_to_end(metrics: Metrics) -> None:
     assert value(metrics, "tucka_adapter_route_changes_total", model="fin") == 2
     assert value(metrics, "tucka_adapter_errors_total", model="fin") == 0
     assert value(metrics, "tucka_adapter_load_seconds", model="fin", stage="fold") == pytest.approx(0.2)
-    assert value(metrics, "tucka_adapter_resident_bytes", model="fin", tier="device") == 4096
+    assert value(metrics, "tucka_adapter_resident_bytes", model="fin") == 4096
 
 
 def held(metrics: Metrics) -> tuple[float | None, ...]:
@@ -133,7 +135,7 @@ def test_expert_groups_and_their_balance(metrics: Metrics) -> None:
 
 @pytest.mark.parametrize("info", [adapter("fin", 2, "lora", k=0), adapter("fin", 2, scope="pinned")])
 def test_adapters_without_a_router_have_no_expert_series(metrics: Metrics, info: AdapterInfo) -> None:
-    metrics.adapter_loaded(info, {})
+    metrics.adapter_arrived(info)
     metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     assert not [key for key in samples(metrics) if "group_selections" in key[0] or "load_balance" in key[0]]
 
@@ -141,7 +143,7 @@ def test_adapters_without_a_router_have_no_expert_series(metrics: Metrics, info:
 def test_a_reload_counts_on_but_for_its_experts(metrics: Metrics) -> None:
     serve_one(metrics)
     metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
-    metrics.adapter_loaded(adapter("fin", 7), {"read": 0.5})
+    metrics.adapter_arrived(adapter("fin", 7))
     metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))  # a request of the old generation
     assert value(metrics, "tucka_adapter_generation", model="fin") == 7
     assert value(metrics, "tucka_adapter_loads_total", model="fin") == 2
@@ -182,6 +184,7 @@ def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metri
     """By the names of vLLM's own Grafana dashboard; the whole server's, by the base's name."""
     serve_one(metrics)
     metrics.on_step(*step(preemptions=2, drafts=3))
+    metrics.adapter_brought("load", 0.2)
     found = samples(metrics)
     vllm = {"model_name": "llama", "engine": "0"}
     for name, (own, *_) in ALIASES.items():
@@ -205,7 +208,7 @@ def test_what_dashboards_for_vllm_read_is_ours_under_another_name(metrics: Metri
 
 
 def test_the_oldest_that_waits_is_shown_by_name_while_it_waits(metrics: Metrics) -> None:
-    metrics.adapter_loaded(adapter("fin"), {"read": 0.1})
+    metrics.adapter_arrived(adapter("fin"))
     found = samples(metrics, oldest={None: 2.5, "fin": 7.0, "gone": 9.0})
     assert found["tucka_oldest_waiting_seconds", ()] == 9
     ages = {dict(labels)["model"]: age for (name, labels), age in found.items() if name == AGE}
@@ -229,7 +232,7 @@ def test_the_engine_is_described() -> None:
 def test_a_scrape_writes_few_rows_however_many_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     table = AdapterMetrics("base")
     for i in range(1000):
-        table.loaded(adapter(f"a{i}", i), {"read": 0.1})
+        table.arrived(adapter(f"a{i}", i))
     table.render()
     written = []
     render = adapter_metrics._Row.render
@@ -250,11 +253,11 @@ def test_rows_that_come_and_go_leave_every_family_whole() -> None:
     alone = b"".join(table.render())
     names = [f"a{i}" for i in range(3 * BLOCK)]
     for i, name in enumerate(names):
-        table.loaded(adapter(name, i), {"read": 0.1})
+        table.arrived(adapter(name, i))
     for name in names[::2] + names[1:BLOCK:2]:  # a block is empty then, others have room
         table.unloaded(name)
     for i, name in enumerate(names):  # some of them are there, and are loaded again
-        table.loaded(adapter(name, 100 + i), {"read": 0.1})
+        table.arrived(adapter(name, 100 + i))
         table.first_token(name, 0.1)
     found = {family.name: family for family in text_string_to_metric_families(b"".join(table.render()).decode())}
     generations = {s.labels["model"]: s.value for s in found["tucka_adapter_generation"].samples}
@@ -264,6 +267,43 @@ def test_rows_that_come_and_go_leave_every_family_whole() -> None:
     for name in names:
         table.unloaded(name)
     assert b"".join(table.render()) == alone and len(table._blocks) == 1
+
+
+def test_series_stay_bounded_however_many_adapters_come_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in slots, and the last that had one. Counts go on where one comes back in time."""
+    monkeypatch.setattr(adapter_metrics, "MAX_IDLE_ROWS", 3)
+    table = AdapterMetrics("base")
+    for i in range(50):
+        key = AdapterKey(f"a{i}", i)
+        table.arrived(adapter(key.name, i))
+        table.first_token(key.name, 0.1)
+        if i >= 2:
+            table.left(AdapterKey(f"a{i - 2}", i - 2))
+    text = b"".join(table.render()).decode()
+    assert text.count("tucka_adapter_info{") <= 2 + 4
+    assert 'resident_bytes{model="a49"} 4096' in text and 'resident_bytes{model="a47"} 0' in text
+    table.arrived(adapter("a47", 47))
+    table.first_token("a47", 0.1)
+    text = b"".join(table.render()).decode()
+    assert 'first_token_seconds_count{model="a47"} 2' in text and 'resident_bytes{model="a47"} 4096' in text
+    table.left(AdapterKey("a47", 46))  # an older generation of it
+    assert 'resident_bytes{model="a47"} 4096' in b"".join(table.render()).decode()
+
+
+def test_tiers_are_counted_and_told_to_routers(metrics: Metrics) -> None:
+    tiers = AdapterTiers(9, (Residence("fin", 8, True),), (Residence("law", 16), Residence("tax", 4)), 300, 2)
+    found = samples(metrics, tiers=replace(tiers, awaited_names=frozenset({"fin"})))
+    assert [found["tucka_adapters", (("tier", tier),)] for tier in TIERS] == [1, 2, 6]
+    assert found["tucka_adapters_loaded", ()] == 9 and found["tucka_adapter_host_bytes", ()] == 300
+    assert found["tucka_adapters_awaited", ()] == 2
+    told = {
+        tuple(dict(labels)[name] for name in ("adapter_name", "level", "pinned", "rank"))
+        for (name, labels) in found
+        if name == "vllm:lora_adapter_loaded"
+    }
+    assert told == {("fin", "gpu", "true", "8"), ("law", "cpu", "false", "16"), ("tax", "cpu", "false", "4")}
+    (info,) = [dict(labels) for name, labels in found if name == "vllm:lora_requests_info"]
+    assert info["waiting_lora_adapters"] == "fin"
 
 
 def test_the_engine_knows_nothing_of_metrics() -> None:

@@ -13,14 +13,15 @@ from prometheus_client.samples import Sample
 
 from tests.support import GOLDEN
 from tucka_runtime.server.metrics import vllm as vllm_metrics
-from tucka_runtime.server.metrics.vllm import GAUGES, Load, VLLMMetrics
+from tucka_runtime.server.metrics.vllm import GAUGES, Load, Residence, VLLMMetrics
 
 SCRAPES = GOLDEN / "scrapes"
 NOW = 1_700_000_000.0
+FIN_TAX, LAW = (Residence("fin", 8), Residence("tax", 64)), (Residence("law", 16),)
 LOADS = {
-    "idle": Load(0, 0, 0.0, 16, 1088, 256, [], [], []),
-    "loaded": Load(0, 0, 0.0, 16, 1088, 256, ["fin", "org/law.v2"], [], []),
-    "busy": Load(3, 2, 0.25, 16, 1088, 4, ["fin", "law", "tax"], ["fin", "tax"], ["law"]),
+    "idle": Load(0, 0, 0.0, 16, 1088, 256, (), (), (), ()),
+    "loaded": Load(0, 0, 0.0, 16, 1088, 256, (Residence("fin", 8, True), Residence("org/law.v2", 16)), (), (), ()),
+    "busy": Load(3, 2, 0.25, 16, 1088, 4, FIN_TAX, LAW, ("fin", "tax"), ("law",)),
 }
 
 
@@ -36,7 +37,7 @@ class Endpoint:
     max_active_models: int = 0
     block_size: int = 0
     num_gpu_blocks: int = 0
-    loaded_models: dict[str, tuple[str, bool]] | None = None
+    loaded_models: dict[str, tuple[str, bool, int]] | None = None
     gpu_loaded_models: int = 0
     base_model: str = ""
 
@@ -98,9 +99,11 @@ def residency(scrape: dict[str, Metric], found: Endpoint) -> None:
         if not name or not sample.value:
             continue
         level, pinned = sample.labels["level"], sample.labels["pinned"] == "true"
-        before = found.loaded_models.get(name, ("cpu", False))
-        found.loaded_models[name] = ("gpu" if "gpu" in (level, before[0]) else "cpu", pinned or before[1])
-    levels = [level for level, _ in found.loaded_models.values()]
+        rank = int(label) if (label := sample.labels.get("rank", "")).isdigit() else 0
+        before = found.loaded_models.get(name, ("cpu", False, 0))
+        level = "gpu" if "gpu" in (level, before[0]) else "cpu"
+        found.loaded_models[name] = (level, pinned or before[1], rank or before[2])
+    levels = [level for level, *_ in found.loaded_models.values()]
     found.gpu_loaded_models = levels.count("gpu")
     if count is not None and count.samples:
         found.gpu_loaded_models = int(max(sample.value for sample in count.samples))
@@ -128,7 +131,7 @@ def test_idle() -> None:
 
 def test_adapters_that_nobody_asks_for_are_known_to_be_there() -> None:
     found = extract((SCRAPES / "loaded.txt").read_text())
-    assert found.loaded_models == {"fin": ("gpu", True), "org/law.v2": ("gpu", True)}
+    assert found.loaded_models == {"fin": ("gpu", True, 8), "org/law.v2": ("gpu", False, 16)}
     assert (found.gpu_loaded_models, found.active_models, found.waiting_models) == (2, set(), set())
 
 
@@ -137,6 +140,8 @@ def test_busy() -> None:
     assert (found.running_requests_size, found.waiting_queue_size, found.kv_cache_usage) == (3, 2, 0.25)
     assert (found.active_models, found.waiting_models) == ({"fin", "tax"}, {"law"})
     assert found.max_active_models == 4
+    assert found.loaded_models == {"fin": ("gpu", False, 8), "tax": ("gpu", False, 64), "law": ("cpu", False, 16)}
+    assert found.gpu_loaded_models == 2
 
 
 def test_the_info_carries_the_time_of_its_last_change(frozen: list[float]) -> None:

@@ -50,12 +50,11 @@ class AdapterStore:
         return {key: entry.leases for key, entry in self.loaded.items() if entry.leases}
 
     def check_room(self) -> None:
-        """Raises AdapterCapacityError if no further adapter fits: nothing is ever pushed out."""
+        """Raises AdapterCapacityError if no further adapter fits: whoever loads has made room before."""
         if len(self.loaded) >= self.capacity:
             raise AdapterCapacityError(
                 f"All {self.capacity} adapter slots are taken, also by what was unloaded and still answers requests. "
-                "Unload one, or raise --max-loaded-adapters. To replace an adapter takes a free slot too: the old one "
-                "serves until the new one is in."
+                "Unload one, or raise --adapter-slots."
             )
 
     def add(self, folded: FoldedAdapter) -> None:
@@ -80,6 +79,13 @@ class AdapterStore:
         entry.leases -= 1
         if entry.unloading and not entry.leases:
             self._drop(key)
+
+    def evict(self, key: AdapterKey) -> FoldedAdapter | None:
+        """Frees the slot of an adapter that nothing leases, and returns it. One that is leased is unloaded instead, and
+        one that is unknown is nothing to do: None."""
+        entry = self.loaded.get(key)
+        self.unload(key)
+        return entry.folded if entry is not None and not entry.leases else None
 
     def unload(self, key: AdapterKey) -> None:
         """Ends leasing; the memory comes back with the last lease's end. An unknown key is nothing to do."""
