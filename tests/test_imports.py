@@ -42,7 +42,7 @@ RULES = {
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
-    "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
+    "cli": f"{SHARED} server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     "bench bench_reuse bench_json": f"{SHARED} llm adapters engine.environment bench",
 }

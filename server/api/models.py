@@ -12,18 +12,20 @@ from tucka_runtime.server.service.service import Service
 
 async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
-    cards = [base_card(service), *(adapter_card(service, adapter) for adapter in service.adapters.all())]
+    sees = request.state.access.sees
+    cards = [base_card(service)] if sees(service.model_name) else []
+    cards += [adapter_card(service, adapter) for adapter in service.adapters.all(sees)]
     return JSONAnswer({"object": "list", "data": cards})
 
 
 async def get_model(request: Request) -> Response:
     service: Service = request.app.state.service
-    name = request.path_params["name"]
+    name, sees = request.path_params["name"], request.state.access.sees
     if not name:  # /v1/models/, as some clients have it
         return await list_models(request)
-    if name == service.model_name:
+    if name == service.model_name and sees(name):
         return JSONAnswer(base_card(service))
-    return JSONAnswer(adapter_card(service, service.adapters.get(name)))
+    return JSONAnswer(adapter_card(service, service.adapters.get(name, sees)))
 
 
 def base_card(service: Service) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
+from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name, loggable
 from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
@@ -29,15 +29,16 @@ from tucka_runtime.errors import (
 )
 from tucka_runtime.logs import fields
 from tucka_runtime.messages import AdapterInfo, Route
+from tucka_runtime.server.http.access import Sees, everything
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service import audit
 from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-NAMES_SHOWN = 8  # in an error about a name: at most 1 KiB
 COPIES = 2  # adapters that are looked for and copied at once: each takes a core while it is hashed
 
 
@@ -68,25 +69,24 @@ class AdapterNames:
         their source could be read when the engine was started anew."""
         return len(self._lost)
 
-    def get(self, name: str) -> LoadedAdapter:
-        """What the name stands for now. Raises ModelNotFoundError, and StorageError where its adapter was lost."""
+    def get(self, name: str, sees: Sees = everything) -> LoadedAdapter:
+        """What the name stands for now. Raises ModelNotFoundError, also where it is not seen; StorageError where
+        lost."""
+        if not sees(name) or (name not in self._loaded and name not in self._lost):
+            raise self._unknown(sees)
         if name in self._lost:
             raise StorageError(
                 "The adapter of that name was lost: neither the server's copy of it nor the folder it was loaded from "
                 "can be read any more. Load it again, or unload it.",
                 "model",
             )
-        if name not in self._loaded:
-            names = [self._base_name, *self._loaded]
-            known = ", ".join(names[:NAMES_SHOWN]) + (" and others" if len(names) > NAMES_SHOWN else "")
-            raise ModelNotFoundError(
-                f"No base model or adapter of that name is loaded. There are {known}. GET /v1/models lists them all.",
-                "model",
-            )
         return self._loaded[name]
 
-    def all(self) -> list[LoadedAdapter]:
-        return list(self._loaded.values())
+    def _unknown(self, sees: Sees) -> ModelNotFoundError:
+        return ModelNotFoundError.among(filter(sees, (self._base_name, *self._loaded)))
+
+    def all(self, sees: Sees = everything) -> list[LoadedAdapter]:
+        return [adapter for name, adapter in self._loaded.items() if sees(name)]
 
     async def load_from(
         self, name: str, path: str, roots: Sequence[Path], inplace: bool, pinned: Route | None
@@ -121,6 +121,7 @@ class AdapterNames:
                 if old is not None and (old.entry.blob, old.pinned) == (stored.blob, pinned):
                     if durable:  # it may have been loaded by a flag, which a restart forgets
                         await self._run(self._books, self._registry.put, old.entry)
+                    audit.note_digests(old.digest, old.digest)
                     return old, False
                 if old is not None and not inplace:
                     raise AdapterConflictError(
@@ -138,9 +139,12 @@ class AdapterNames:
                 self._registry.release(stored)
                 await self._collect()
 
-    async def unload(self, name: str) -> bool:
+    async def unload(self, name: str, sees: Sees = everything) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
         InvalidRequestError for the base."""
+        audit.note("unload", name)
+        if not sees(name):
+            raise self._unknown(sees)
         if name == self._base_name:
             raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
         async with self._lock(name):
@@ -150,6 +154,7 @@ class AdapterNames:
             in_use = name in self._loaded and self._leases.retire(entry.key)
             self._forget(name)
             self._lost.pop(name, None)
+            audit.note_digests(entry.digest, None)
             await self._collect()
             log.info(
                 "adapter %s is unloaded%s",
@@ -185,11 +190,11 @@ class AdapterNames:
                     await self._bring_back(self._lost[name])
         self.ready = True
 
-    def lease(self, name: str) -> Lease:
+    def lease(self, name: str, sees: Sees = everything) -> Lease:
         """Holds what the name, or `base:name` as SGLang has it, stands for now: it is unloaded only when the lease is
         over. Raises what `get` does."""
-        known = name in self._loaded or name in self._lost
-        return Lease(self._leases, self.get(name if known else name.removeprefix(f"{self._base_name}:")))
+        known = (name in self._loaded or name in self._lost) and sees(name)
+        return Lease(self._leases, self.get(name if known else name.removeprefix(f"{self._base_name}:"), sees))
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""
@@ -259,6 +264,7 @@ class AdapterNames:
         old = self._loaded.get(name)
         self._loaded[name] = LoadedAdapter(entry, info, int(time.time()))
         self._lost.pop(name, None)
+        audit.note_digests(old.digest if old is not None else None, entry.digest)
         self._metrics.adapter_loaded(info, {"copy": copied, **info.load_seconds, "wait": waited})
         if old is not None:
             self._leases.retire(old.key)
@@ -273,10 +279,7 @@ class AdapterNames:
         return self._loaded[name]
 
     def _failed(self, name: str, error: Exception) -> None:
-        try:
-            check_name(name)
-        except InvalidRequestError:
-            name = "?"  # the client's own text stays out of the log
+        name = loggable(name)
         self._metrics.adapter_refused(reason(error))
         log.warning(
             "adapter %s is not loaded, %s: %s",

@@ -10,8 +10,10 @@ from tucka_runtime.config import ServerConfig
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, RouteScope
+from tucka_runtime.server.http.access import OPEN, Access, Keys
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.calls import format_name
 from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
 from tucka_runtime.server.service.leases import Lease, LoadedAdapter
@@ -35,8 +37,14 @@ class Service:
     adapters: AdapterNames
     metrics: Metrics
     traces: Traces | None = None
+    audit: AuditLog | None = None
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
+    keys: Keys = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Reads the key file. Raises ConfigError."""
+        self.keys = Keys(self.config, self.metrics.keys)
 
     @property
     def ready(self) -> bool:
@@ -54,9 +62,11 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    def resolve(self, model: str) -> Lease:
-        """A lease on the adapter that `model` names, or on the base. Raises ModelNotFoundError, EngineDeadError."""
-        lease = Lease() if model == self.model_name else self.adapters.lease(model)
+    def resolve(self, model: str, access: Access = OPEN) -> Lease:
+        """A lease on the adapter that `model` names for who asks, or on the base. Raises ModelNotFoundError,
+        EngineDeadError."""
+        base = model == self.model_name and access.sees(model)
+        lease = Lease() if base else self.adapters.lease(model, access.sees)
         if not self.ready:
             lease.release()
             raise EngineDeadError("The engine is restarting. Try again later.")
