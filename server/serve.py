@@ -171,6 +171,7 @@ async def _start(
 ) -> Service:
     """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, TuckaError."""
     folder = Path(engine_config.model or "")
+    audit = AuditLog(config.audit_log) if config.audit_log is not None else None
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     started, tokenizer = await asyncio.gather(engine.start(), asyncio.to_thread(Tokenizer.load, folder))
@@ -182,7 +183,6 @@ async def _start(
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)
         await template.warm_up()
-    audit = AuditLog(config.audit_log) if config.audit_log is not None else None
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces, audit)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload

@@ -111,6 +111,7 @@ def check_open(config: ServerConfig, listener: socket.socket) -> None:
     host = listener.getsockname()[0]
     has_keys = config.api_key or config.api_key_file is not None
     if not has_keys and not config.insecure and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        listener.close()
         raise ConfigError(
             f"On --host {config.host} everybody who reaches this machine could use the server and manage its "
             "adapters: it has no keys. Make one (`tucka keys add NAME --file keys.json`, then --api-key-file "

@@ -11,6 +11,8 @@ import pytest
 from tests.support import GOLDEN
 from tests.support.api_keys import bearer, write_keys
 from tests.support.servers import Server
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.server.service.audit import AuditLog
 
 ONE, TWO = (str(GOLDEN / name / "adapter") for name in ("llama-qv-r8k3t3", "llama-all7-r4k2t2"))
 
@@ -101,6 +103,11 @@ def test_while_it_cannot_be_written_nothing_is_changed(
         ("load", True),
         ("unload", False),
     ]
+
+
+def test_one_that_cannot_be_opened_is_said_at_once() -> None:
+    with pytest.raises(ConfigError, match="--audit-log /nowhere/audit cannot be opened: No such file"):
+        AuditLog("/nowhere/audit")
 
 
 def test_it_goes_on_where_it_ended(start_fake, tmp_path: Path, keys: dict[str, str]) -> None:
