@@ -21,6 +21,7 @@ def shown() -> dict[str, tuple[str, set[str]]]:
     serve_one(metrics)
     metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     metrics.answered("/health", "GET", "200")
+    metrics.keys.names(["acme"])
     info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64)
     found = {}
     for family in text_string_to_metric_families(metrics.render(info=info, oldest={"fin": 1.0}).decode()):

@@ -96,7 +96,7 @@ def routes(server: Server) -> set[tuple[str, str]]:
     return {(method, route.path.replace(":path", "")) for route in made for method in route.methods - {"HEAD"}}
 
 
-def test_every_route_wants_its_role(server: Server, keys: dict[str, str]) -> None:
+def test_row_26_every_route_wants_its_role(server: Server, keys: dict[str, str]) -> None:
     """One that has all others gets 403, and one that has it does not."""
     roles = {"infer", "admin", "metrics"}
     for method, route in routes(server):
