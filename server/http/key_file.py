@@ -116,7 +116,8 @@ def _replace(target: Path, keys: tuple[KeyRecord, ...]) -> None:
     and its mode but for what it gave to everybody."""
     content = msgspec.json.format(msgspec.json.encode(_File(keys)), indent=2) + b"\n"
     beside = target.with_name(f".{target.name}.{os.getpid()}")
-    file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    beside.unlink(missing_ok=True)  # of a process that was killed, and had this one's number
+    file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(file, "wb") as stream:
             stream.write(content)

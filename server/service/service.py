@@ -10,7 +10,7 @@ from tucka_runtime.config import ServerConfig
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, RouteScope
-from tucka_runtime.server.http.access import OPEN, Access, Keys
+from tucka_runtime.server.http.access import Access, Keys
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
@@ -62,7 +62,7 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    def resolve(self, model: str, access: Access = OPEN) -> Lease:
+    def resolve(self, model: str, access: Access) -> Lease:
         """A lease on the adapter that `model` names for who asks, or on the base. Raises ModelNotFoundError,
         EngineDeadError."""
         base = model == self.model_name and access.sees(model)
