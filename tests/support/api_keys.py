@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import httpx
+
+from tests.support.servers import Server
 from tucka_runtime.server.http.key_file import KeyRecord, change_key_file, digest_of, new_key
+
+PROMPT = list(range(10, 20))
 
 
 def write_keys(path: Path, **records: dict[str, object]) -> dict[str, str]:
@@ -18,3 +23,9 @@ def write_keys(path: Path, **records: dict[str, object]) -> dict[str, str]:
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
+
+
+def ask(server: Server, key: str, max_tokens: int = 5, **more: object) -> httpx.Response:
+    """A completion of ten prompt tokens."""
+    body = {"model": "base", "prompt": PROMPT, "max_tokens": max_tokens, "ignore_eos": True} | more
+    return server.post("/v1/completions", body, headers=bearer(key))
