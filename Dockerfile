@@ -58,5 +58,7 @@ VOLUME ["/models", "/adapters", "/state"]
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python3", "-m", "tucka_runtime.cli.healthcheck"]
+# It listens on all of the container's addresses, so it starts with keys (TUCKA_API_KEY_FILE, TUCKA_API_KEY) or, where what
+# publishes its port keeps strangers out, with TUCKA_INSECURE=true.
 ENTRYPOINT ["tucka"]
 CMD ["serve"]

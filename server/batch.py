@@ -42,7 +42,7 @@ def batch(engine_config: EngineConfig, config: ServerConfig, source: Path, targe
     engine_config, config = with_embedded_default(engine_config, config)
     # Nobody watches these answers come, so prompts need not make way for them; and no client brings a key.
     engine_config = replace(engine_config, decode_stretch=0)
-    config = replace(config, api_key=(), admin_key=())
+    config = replace(config, api_key=(), admin_key=(), api_key_file=None, audit_log=None)
     check_settings(engine_config, config)
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError("The two files are the same one: answers need a file of their own.")

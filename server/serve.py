@@ -17,9 +17,12 @@ from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
 from tucka_runtime.server.api.app import create_app
-from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_files, bind
+from tucka_runtime.server.http.key_file import read_key_file
+from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_files, bind, check_open
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.reread import reread
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.traces import Traces
@@ -76,6 +79,8 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
     for root in config.adapter_root:
         if not os.path.isdir(root):
             raise ConfigError(f"--adapter-root {root} is no folder that can be read here.")
+    if config.api_key_file is not None:
+        read_key_file(config.api_key_file)
     _first_adapters(config)
 
 
@@ -89,6 +94,7 @@ def keep_compiled(state_dir: str | None) -> None:
 async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     allow_open_files(config.max_connections)
     listener = bind(config.host, config.port)
+    check_open(config, listener)
     parts = Parts(engine_config, config)
     stopping, at_once = asyncio.Event(), asyncio.Event()
 
@@ -101,6 +107,10 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
+    hung_up = asyncio.Event()
+    if config.api_key_file is not None or config.audit_log is not None:
+        loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+    rereading: asyncio.Task[None] | None = None
     try:
         starting = asyncio.ensure_future(parts.start())
         await _unless(stopping, starting)
@@ -113,9 +123,12 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         _greet(service, listener)
         gc.collect()
         gc.freeze()  # imported modules stay: no collection walks them again
+        rereading = asyncio.create_task(reread(service, hung_up))
         await _serve_until_stopped(server, service, stopping, at_once)
         return 0
     finally:
+        if rereading is not None:
+            rereading.cancel()
         await parts.stop(STOP_ENGINE_SECONDS)
         listener.close()
 
@@ -147,6 +160,8 @@ class Parts:
             await asyncio.to_thread(service.traces.close)
         if service is not None:
             service.adapters.close()
+        if service is not None and service.audit is not None:
+            await asyncio.to_thread(service.audit.close)
         if self._registry is not None:
             self._registry.close()
 
@@ -156,6 +171,7 @@ async def _start(
 ) -> Service:
     """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, TuckaError."""
     folder = Path(engine_config.model or "")
+    audit = AuditLog(config.audit_log) if config.audit_log is not None else None
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     started, tokenizer = await asyncio.gather(engine.start(), asyncio.to_thread(Tokenizer.load, folder))
@@ -167,7 +183,7 @@ async def _start(
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)
         await template.warm_up()
-    service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces)
+    service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces, audit)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)
@@ -249,9 +265,11 @@ def _greet(service: Service, listener: socket.socket) -> None:
     log.info("adapters: %s", ", ".join(names) or "none")
     if service.tokenizer is None:
         log.warning("the model's folder has no tokenizer: only prompts of token ids can be served")
-    if not service.config.api_key and host not in ("127.0.0.1", "::1"):
-        log.warning("anybody who reaches %s can use this server: set --api-key", url)
-    key = "-H 'Authorization: Bearer '$KEY " if service.config.api_key else ""
+    if service.keys.open and service.config.insecure:
+        log.warning("anybody who reaches %s can use this server and manage its adapters (--insecure)", url)
+    if not service.keys.open and not service.keys.count:
+        log.warning("there is no key in %s yet: every request is refused", service.config.api_key_file)
+    key = "" if service.keys.open else "-H 'Authorization: Bearer '$KEY "
     model, prompt = names[0] if names else service.model_name, "Hello"
     if f"{EXAMPLE[0]}={FOLDER / 'adapters' / EXAMPLE[0]}" in service.config.adapter:
         model, prompt = EXAMPLE

@@ -47,7 +47,7 @@ RULES = {
     "evals": f"{SHARED} llm trainer evals",
     "cli.eval": f"{SHARED} evals",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
-    "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
+    "cli": f"{SHARED} server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     "bench bench_reuse bench_json bench_ngram bench_tiers": f"{SHARED} llm adapters engine.environment bench",
 }

@@ -125,6 +125,15 @@ class ServerConfig:
     admin_key: tuple[str, ...] = _setting(
         (), "key that adapter management must carry; repeatable (default: same as --api-key)", secret=True
     )
+    api_key_file: str | None = _setting(
+        None,
+        "file of hashed keys with roles, adapters and limits, which `tucka keys` writes; read again on SIGHUP",
+        metavar="FILE",
+    )
+    insecure: bool = _setting(False, "serve without keys on an address that others reach")
+    audit_log: str | None = _setting(
+        None, "append a line to this file for every change of adapters or keys that is asked for", metavar="FILE"
+    )
     tool_call_parser: str = _setting(
         "auto", "format of calls of functions in answers; auto: the one of the chat template", choices=CALL_FORMATS
     )
@@ -173,7 +182,7 @@ class ServerConfig:
         for name in ("api_key", "admin_key"):
             if not all(key.strip() for key in getattr(self, name)):
                 raise ConfigError(f"{name} holds an empty key, which anybody could send. Give a key, or leave it out.")
-        if self.admin_key and not self.api_key:
+        if self.admin_key and not self.api_key and self.api_key_file is None:
             raise ConfigError("admin_key is set but api_key is not: inference would be open. Set both, or neither.")
         for origin in self.cors_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):

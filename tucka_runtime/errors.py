@@ -20,7 +20,11 @@ TuckaError
 never repeat what the client sent.
 """
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
+
+NAMES_SHOWN = 8  # in an error about a name: at most 1 KiB
 
 
 class TuckaError(Exception):
@@ -77,6 +81,14 @@ class ModelNotFoundError(TuckaError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+    @classmethod
+    def among(cls, names: Iterable[str]) -> "ModelNotFoundError":
+        """For a name that is none of those that there are for who asks."""
+        first = list(islice(names, NAMES_SHOWN + 1))
+        known = ", ".join(first[:NAMES_SHOWN]) + (" and others" if len(first) > NAMES_SHOWN else "")
+        there = f"There are {known}. GET /v1/models lists them all." if first else "There is none for this key."
+        return cls(f"No base model or adapter of that name is loaded. {there}", "model")
 
 
 class AdapterError(TuckaError):

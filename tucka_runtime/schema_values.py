@@ -9,11 +9,18 @@ TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 def is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of a type, as JSON Schema has it."""
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if isinstance(value, int | float):
-        return kind == "number" or (kind == "integer" and value == int(value))
-    return value is None if kind == "null" else isinstance(value, {"string": str, "array": list}.get(kind, dict))
+    match value:
+        case None:
+            return bool(kind == "null")
+        case bool():
+            return bool(kind == "boolean")
+        case int() | float():
+            return bool(kind == "number" or (kind == "integer" and value == int(value)))
+        case str():
+            return bool(kind == "string")
+        case list():
+            return bool(kind == "array")
+    return bool(kind == "object")
 
 
 def all_but(values: list[Any], kinds: list[Any]) -> Iterator[dict[str, Any]]:
@@ -22,8 +29,8 @@ def all_but(values: list[Any], kinds: list[Any]) -> Iterator[dict[str, Any]]:
         if kind == "string":
             yield {"type": kind, "pattern": f"^(?:{_no_text_of([v for v in values if isinstance(v, str)])})$"}
         elif kind in ("number", "integer"):
-            numbers = [v for v in values if type(v) in (int, float) and (kind == "number" or v == int(v))]
-            below = None
+            numbers: list[float] = [v for v in values if type(v) in (int, float) and (kind == "number" or v == int(v))]
+            below: float | None = None
             for above in [*sorted(set(numbers)), None]:
                 low = {} if below is None else {"exclusiveMinimum": below}
                 yield {"type": kind, **low, **({} if above is None else {"exclusiveMaximum": above})}

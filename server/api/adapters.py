@@ -15,20 +15,21 @@ from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, Unloa
 from tucka_runtime.server.api.models import adapter_card, listed
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.answers import JSONAnswer
+from tucka_runtime.server.service.audit import note
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
 
 async def list_adapters(request: Request) -> Response:
     service: Service = request.app.state.service
-    return await listed(service, service.adapters.all())
+    return await listed(service, service.adapters.all(request.state.access.sees))
 
 
 async def get_adapter(request: Request) -> Response:
     """The card, and with it the whole of the adapter's training.json."""
     service: Service = request.app.state.service
     with _params(name="name"):
-        adapter = service.adapters.get(request.path_params["name"])
+        adapter = service.adapters.get(request.path_params["name"], request.state.access.sees)
     card = adapter_card(service, adapter)
     return JSONAnswer(card | {"tucka": card["tucka"] | {"training": await service.adapters.training(adapter)}})
 
@@ -40,7 +41,7 @@ async def post_adapter(request: Request) -> Response:
     pinned = fields.pinned_route(body.pinned)
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
         inplace, keep = bool(body.load_inplace), body.keep_resident
-        adapter, loaded = await _load(service, body.name, body.path, inplace, pinned, keep)
+        adapter, loaded = await _load(request, body.name, body.path, inplace, pinned, keep)
     return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
 
 
@@ -49,15 +50,14 @@ async def delete_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
     name = request.path_params["name"]
     with _params(name="name"):
-        in_use = await service.adapters.unload(name)
+        in_use = await service.adapters.unload(name, request.state.access.sees)
     return JSONAnswer({"id": name, "object": "model", "deleted": True}, 202 if in_use else 200)
 
 
 async def load_lora_adapter(request: Request) -> Response:
-    service: Service = request.app.state.service
     body = await read_body(request, LoadLoraBody)
     with _params(name="lora_name", path="lora_path"):
-        await _load(service, body.lora_name, body.lora_path, bool(body.load_inplace), None, body.pinned)
+        await _load(request, body.lora_name, body.lora_path, bool(body.load_inplace), None, body.pinned)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -66,7 +66,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request, UnloadLoraBody)
     with _params(name="lora_name"):
-        await service.adapters.unload(body.lora_name)
+        await service.adapters.unload(body.lora_name, request.state.access.sees)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -83,14 +83,16 @@ async def unload_as_sglang(request: Request) -> Response:
 def _loaded(request: Request) -> Response:
     """SGLang's answer: what is loaded now, by name."""
     service: Service = request.app.state.service
-    return JSONAnswer(
-        {"success": True, "loaded_adapters": {a.key.name: a.entry.source for a in service.adapters.all()}}
-    )
+    adapters = service.adapters.all(request.state.access.sees)
+    return JSONAnswer({"success": True, "loaded_adapters": {a.key.name: a.entry.source for a in adapters}})
 
 
 async def _load(
-    service: Service, name: str, path: str, inplace: bool, pinned: Route | None, keep_resident: bool | None
+    request: Request, name: str, path: str, inplace: bool, pinned: Route | None, keep_resident: bool | None
 ) -> tuple[LoadedAdapter, bool]:
+    service: Service = request.app.state.service
+    note("load", name)
+    request.state.access.check_name(name)
     roots = [Path(root) for root in service.config.adapter_root]
     return await service.adapters.load_from(name, path, roots, inplace, pinned, keep_resident)
 

@@ -14,6 +14,7 @@ from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
 from tucka_runtime.server.api import console, openapi, ops
 from tucka_runtime.server.api.anthropic_messages import MESSAGES, count_tokens
+from tucka_runtime.server.api.audited import audited
 from tucka_runtime.server.api.chat import CHAT
 from tucka_runtime.server.api.completions import COMPLETION
 from tucka_runtime.server.api.door import Endpoint, generating
@@ -23,7 +24,8 @@ from tucka_runtime.server.api.reading import IGNORED_HEADER, shown
 from tucka_runtime.server.api.responses import RESPONSE
 from tucka_runtime.server.http.body import read
 from tucka_runtime.server.http.errors import MethodNotAllowedError, NotFoundError, error_response, internal_error
-from tucka_runtime.server.http.keys import Auth
+from tucka_runtime.server.http.keys import Auth, role_of
+from tucka_runtime.server.http.limits import LIMIT_HEADERS
 from tucka_runtime.server.http.middleware import Guard, RequestScope
 from tucka_runtime.server.service.service import Service
 
@@ -67,11 +69,14 @@ def create_app(service: Service) -> ASGIApp:
         routes += [("GET", "/openapi.json", openapi.openapi), ("GET", "/docs", openapi.docs)]
         app.state.openapi = openapi.document([(method, path) for method, path, _ in routes])
     for method, path, endpoint in routes:
+        if method != "GET" and role_of(path) == "admin":
+            endpoint = audited(f"{method} {path}", endpoint)
         app.router.add_route(path, _with_body(endpoint, config.max_body_bytes), methods=[method])
     app.add_exception_handler(TuckaError, _tucka_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    keyed = Auth(app, config.api_key, config.admin_key, console.serves if config.console else lambda scope: False)
+    is_open = console.serves if config.console else lambda scope: False
+    keyed = Auth(app, service.keys, service.metrics.keys, is_open)
     return RequestScope(_cors(Guard(keyed), config.cors_origin), service.metrics.answered, _templates(app))
 
 
@@ -84,7 +89,7 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
         allow_origins=origins,
         allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
-        expose_headers=("x-request-id", IGNORED_HEADER, "retry-after"),
+        expose_headers=("x-request-id", IGNORED_HEADER, "retry-after", *LIMIT_HEADERS),
     )
 
 

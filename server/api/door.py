@@ -15,8 +15,10 @@ from tucka_runtime.messages import Pooling, Request, RouteScope, SamplingParams
 from tucka_runtime.server.api.answer import Answer
 from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
 from tucka_runtime.server.api.reading import read_body
+from tucka_runtime.server.http.access import Access
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.errors import internal_error, reason
+from tucka_runtime.server.http.limits import UNBOUNDED_ANSWER
 from tucka_runtime.server.http.stream import HEARTBEAT, EventStream, until_disconnect, with_silences
 from tucka_runtime.server.service.events import ParserFactory, PlainText
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation
@@ -36,11 +38,11 @@ S = TypeVar("S", bound=SamplingBody)
 @dataclass(frozen=True)
 class Context:
     """What a request has beside its body. `id` is the answer's, and the request's in the engine; `request_id` is what
-    the client knows the HTTP request by; `cache_salt` stands for the request's key."""
+    the client knows the HTTP request by; `tenant` stands for the request's key, or for all of its tenant."""
 
     service: Service
     adapter: LoadedAdapter | None
-    cache_salt: str
+    tenant: str
     id: str
     request_id: str
 
@@ -60,9 +62,9 @@ class Context:
             n=n,
             adapter=self.adapter.key if self.adapter else None,
             route_scope=self.service.scope(self.adapter, RouteScope(body.route) if body.route else None),
-            cache_salt=self.cache_salt + (f"\0{body.cache_salt}" if body.cache_salt else ""),
+            cache_salt=self.tenant + (f"\0{body.cache_salt}" if body.cache_salt else ""),
             pooling=pooling,
-            tenant=self.cache_salt,
+            tenant=self.tenant,
             priority=body.priority or 0,
         )
 
@@ -92,11 +94,13 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
     """Reads a request and submits it to the engine. Raises TuckaError, ClientDisconnect."""
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
-    lease = service.resolve(body.model)
+    access: Access = http.state.access
+    lease = service.resolve(body.model, access)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
-        context = Context(service, lease.adapter, http.state.cache_salt, answer_id, http.state.request_id)
+        context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
         opened = await door.open(context, body)  # meanwhile an adapter that is not resident is on its way
+        http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
         await until_disconnect(http.receive, lease.ready())
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
@@ -105,6 +109,14 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
     except BaseException:
         lease.release()
         raise
+
+
+def most_tokens(request: Request, context: int) -> int:
+    """How many tokens a request may take: its prompts, and of every answer as many as it asked for. An answer that only
+    the context ends counts as UNBOUNDED_ANSWER, if that is less."""
+    most = request.sampling.max_tokens
+    answers = [min(most, UNBOUNDED_ANSWER) if len(prompt) + most >= context else most for prompt in request.prompts]
+    return sum(map(len, request.prompts)) + request.n * sum(answers)
 
 
 def generating(door: Door[S, Answer]) -> Endpoint:

@@ -16,7 +16,9 @@ AT_ONCE = 64  # cards written before others get on: some 2 ms
 
 async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
-    return await listed(service, service.adapters.all(), [base_card(service)])
+    sees = request.state.access.sees
+    first = [base_card(service)] if sees(service.model_name) else []
+    return await listed(service, service.adapters.all(sees), first)
 
 
 async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[dict[str, Any]] = ()) -> Response:
@@ -30,12 +32,12 @@ async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Seq
 
 async def get_model(request: Request) -> Response:
     service: Service = request.app.state.service
-    name = request.path_params["name"]
+    name, sees = request.path_params["name"], request.state.access.sees
     if not name:  # /v1/models/, as some clients have it
         return await list_models(request)
-    if name == service.model_name:
+    if name == service.model_name and sees(name):
         return JSONAnswer(base_card(service))
-    return JSONAnswer(adapter_card(service, service.adapters.get(name)))
+    return JSONAnswer(adapter_card(service, service.adapters.get(name, sees)))
 
 
 def base_card(service: Service) -> dict[str, Any]:

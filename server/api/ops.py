@@ -73,6 +73,7 @@ async def metrics(request: Request) -> Response:
         service.adapters.lost,
         engine.waiting,
         service.adapters.tiers,
+        request.state.access,
     )
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -81,7 +82,7 @@ async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of rendered messages."""
     service: Service = request.app.state.service
     body = await read_body(request, TokenizeBody)
-    _check_model(service, body.model)
+    _check_model(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
     if body.messages is None:
@@ -107,7 +108,7 @@ async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
     body = await read_body(request, DetokenizeBody)
-    _check_model(service, body.model)
+    _check_model(request, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
     return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
@@ -127,6 +128,9 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-def _check_model(service: Service, model: str | None) -> None:
-    if model is not None and model != service.model_name:
-        service.adapters.get(model)
+def _check_model(request: Request, model: str | None) -> None:
+    """Raises ModelNotFoundError."""
+    service: Service = request.app.state.service
+    sees = request.state.access.sees
+    if model is not None and not (model == service.model_name and sees(model)):
+        service.adapters.get(model, sees)

@@ -65,7 +65,7 @@ async function fromServer(response) {
   const { status, headers } = response;
   const message = (await response.json().catch(() => null))?.error?.message ?? `The server answered ${status}.`;
   if (status === 401) return new Problem("The server wants a key.", "Type a valid one under Keys, above.", status);
-  if (status === 403) return new Problem("This takes an admin key.", "Type one under Keys, above.", status);
+  if (status === 403) return new Problem(message, "Type another under Keys, above.", status);
   const wait = headers.get("retry-after");
   return new Problem(message, wait ? `It can be tried again in ${wait} s.` : "", status);
 }

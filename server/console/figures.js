@@ -31,10 +31,15 @@ let before = null;
 
 /**
  * Looks once, draws, and returns `{info, loads}`: what the engine says it is, and a text that changes whenever an
- * adapter is loaded or unloaded, by whomever. Throws Problem.
+ * adapter is loaded or unloaded, by whomever. A key that may not see figures sees why. Throws Problem.
  */
 export async function look() {
-  const found = parse(await (await call("metrics")).text(), NAMES);
+  const response = await call("metrics").catch((problem) => {
+    if (problem.status !== 403) throw problem;
+    byId("tiles").replaceChildren(el("p", { class: "note" }, problem.message));
+  });
+  if (!response) return { loads: "" };
+  const found = parse(await response.text(), NAMES);
   const now = { found, at: performance.now() };
   draw(figures(before, now));
   drawExperts(found);

@@ -40,6 +40,30 @@ class ForbiddenError(TuckaError):
     code = "admin_key_required"
 
 
+class RoleRequiredError(ForbiddenError):
+    """The key is valid but has not the role that the route asks for."""
+
+    code = "role_required"
+
+
+class ForbiddenNameError(ForbiddenError):
+    """The key manages adapters, but not under this name."""
+
+    code = "name_not_allowed"
+
+
+class RateLimitError(TuckaError):
+    """One of the key's own limits is reached; `retry_after` in seconds, where somebody knows."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: int | None = None):
+        super().__init__(message, param)
+        self.retry_after = retry_after
+
+
 class NotFoundError(TuckaError):
     """There is no such route or object."""
 

@@ -70,14 +70,16 @@ class RequestScope:
             self._note(scope, status, request_id, time.monotonic() - started)
 
     def _note(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
-        route, error = self._route_of(scope) or "unmatched", scope["state"].get("error")
+        state = scope["state"]
+        route, error = self._route_of(scope) or "unmatched", state.get("error")
+        key = state["access"].name if "access" in state else None
         path = quote(scope["path"])[:SHOWN_PATH] if route == "unmatched" else None
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._count(route, method, str(status))
         level = logging.DEBUG if route in (*PROBES, "/metrics") else logging.INFO
         log.log(
             level,
-            "%s %s%s %d%s %.0f ms %s",
+            "%s %s%s %d%s %.0f ms %s%s",
             method,
             route,
             f" {path}" if path else "",
@@ -85,6 +87,7 @@ class RequestScope:
             f" {error}" if error else "",
             seconds * 1000,
             request_id,
+            f" {key}" if key else "",
             extra=fields(
                 event="http",
                 method=method,
@@ -94,6 +97,7 @@ class RequestScope:
                 error=error,
                 seconds=round(seconds, 6),
                 request_id=request_id,
+                key=key,
             ),
         )
 

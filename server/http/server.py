@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import resource
 import socket
@@ -103,6 +104,20 @@ def bind(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port."
         ) from None
     return listener
+
+
+def check_open(config: ServerConfig, listener: socket.socket) -> None:
+    """Raises ConfigError where others than this machine's users could reach a server that has no keys."""
+    host = listener.getsockname()[0]
+    has_keys = config.api_key or config.api_key_file is not None
+    if not has_keys and not config.insecure and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        listener.close()
+        raise ConfigError(
+            f"On --host {config.host} everybody who reaches this machine could use the server and manage its "
+            "adapters: it has no keys. Make one (`tucka keys add NAME --file keys.json`, then --api-key-file "
+            "keys.json), or give --api-key; or listen on 127.0.0.1; or, where something else keeps strangers out, say "
+            "--insecure."
+        )
 
 
 def allow_open_files(max_connections: int) -> None:

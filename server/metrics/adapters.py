@@ -5,7 +5,7 @@ due. Rows stand in blocks whose text is joined already: 15,000 short texts all o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, Route
 from tucka_runtime.server.metrics.exposition import Histogram, head, label
@@ -128,12 +128,17 @@ class AdapterMetrics:
             row.experts.select(route)
             self._changed(key.name)
 
-    def render(self, ages: Mapping[str, float] | None = None) -> list[bytes]:
-        """The exposition text, in parts. `ages` are those of the oldest requests that wait: only who waits has that
-        series."""
+    def render(self, ages: Mapping[str, float] | None = None, sees: Callable[[str], bool] | None = None) -> list[bytes]:
+        """The exposition text, in parts, of the names that `sees` is true of; None is all. `ages` are those of the
+        oldest requests that wait: only who waits has that series."""
         self._write_stale()
+        texts = [block.text for block in self._blocks]
+        if sees is not None:
+            texts = [text for block in self._blocks for name, text in block.rows.items() if sees(name)]
+            ages = {name: age for name, age in (ages or {}).items() if sees(name)}
         parts: list[bytes] = []
-        for lines, column in zip(_HEADS, zip(*[block.text for block in self._blocks], strict=True), strict=True):
+        columns = zip(*texts, strict=True) if texts else ((),) * len(_HEADS)
+        for lines, column in zip(_HEADS, columns, strict=True):
             parts.append(lines)
             parts += column
         waiting = [

@@ -9,8 +9,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 
 from tucka_runtime.errors import AdapterError, EngineDeadError, InvalidRequestError, StorageError, TuckaError
 from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineInfo, EngineLoad, FinishReason, StepStats, Timing
+from tucka_runtime.server.http.access import OPEN, Access
 from tucka_runtime.server.metrics.adapters import AdapterMetrics
 from tucka_runtime.server.metrics.exposition import Family, Histogram, Value
+from tucka_runtime.server.metrics.keys import KeyMetrics
 from tucka_runtime.server.metrics.specs import SPECS, STAGES, TIERS, Spec
 from tucka_runtime.server.metrics.vllm import Load, Residence, VLLMMetrics
 
@@ -46,7 +48,7 @@ class Metrics:
         self._families: dict[str, Family[Any]] = {}  # all of them, in order
         for spec in SPECS:
             self._define(spec)
-        self.adapters = AdapterMetrics(model_name)
+        self.adapters, self.keys = AdapterMetrics(model_name), KeyMetrics()
         self._max_adapters, self._block_size = max_adapters, block_size
         self._in_flight: Multiset[str] = Multiset()  # sequences by model
         self._load: EngineLoad | None = None
@@ -236,9 +238,11 @@ class Metrics:
         lost: int = 0,
         oldest: Mapping[str | None, float] | None = None,
         tiers: AdapterTiers = AdapterTiers(),
+        access: Access = OPEN,
     ) -> bytes:
-        """The exposition text. What runs, waits and is used is what the engine said last, whatever is in flight here:
-        what it never gave back shows. `oldest` is EngineClient.waiting's."""
+        """The exposition text, with the names that `access` sees; vLLM's are for who sees all. What runs, waits and is
+        used is what the engine said last, whatever is in flight here: what it never gave back shows. `oldest` is
+        EngineClient.waiting's."""
         ages = {self.adapters.base_name if name is None else name: age for name, age in (oldest or {}).items()}
         self._set("oldest_waiting_seconds", max(ages.values(), default=0.0))
         held = self._load if up else None
@@ -267,8 +271,10 @@ class Metrics:
             self._set("engine_info", 1, version, info.model_type, info.dtype, info.device, info.kernels)
             self._set("engine_threads", info.num_threads)
         own = "".join([family.render() for family in self._families.values()])
-        parts = [own.encode(), generate_latest(self._processes), *self.adapters.render(ages)]
-        if self._vllm is not None:
+        adapters = self.adapters.render(ages, None if access.sees_all else access.sees)
+        keys = self.keys.render(None if access.sees_all else access.name)
+        parts = [own.encode(), generate_latest(self._processes), *adapters, keys]
+        if self._vllm is not None and access.sees_all:
             active = {name for name in self._active if name in self.adapters} if running else set()
             asked = {name for name in self._in_flight if name in self.adapters} | tiers.awaited_names
             load = Load(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
+from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name, loggable
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
     AdapterCapacityError,
@@ -26,8 +26,10 @@ from tucka_runtime.errors import (
 )
 from tucka_runtime.logs import fields
 from tucka_runtime.messages import AdapterInfo, Route
+from tucka_runtime.server.http.access import Sees, everything
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service import audit
 from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import Copies, lost
 from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
@@ -99,7 +101,9 @@ class AdapterNames(Names):
             try:
                 old = self._loaded.get(name)
                 if old is not None and (old.entry.blob, old.pinned) == (stored.blob, pinned):
-                    return await self._again(old, keep_resident, durable), False
+                    again = await self._again(old, keep_resident, durable)
+                    audit.note_digests(old.digest, old.digest)
+                    return again, False
                 if old is not None and not inplace:
                     raise AdapterConflictError(
                         "An adapter of that name with other content is loaded. Unload it first, choose another name, "
@@ -122,9 +126,12 @@ class AdapterNames(Names):
             finally:
                 await self._copies.put_back(stored)
 
-    async def unload(self, name: str) -> bool:
+    async def unload(self, name: str, sees: Sees = everything) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
         InvalidRequestError for the base."""
+        audit.note("unload", name)
+        if not sees(name):
+            raise self._unknown(sees)
         if name == self._base_name:
             raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
         async with self._locks.hold(name):
@@ -133,6 +140,7 @@ class AdapterNames(Names):
             await self._copies.forget(name)
             self._forget(name)
             self._lost.pop(name, None)
+            audit.note_digests(entry.digest, None)
             in_use = await self._retire(entry)
             log.info(
                 "adapter %s is unloaded%s",
@@ -174,10 +182,10 @@ class AdapterNames(Names):
                     await self._load_again(adapter.entry)
         self.ready = True
 
-    def lease(self, name: str) -> Lease:
+    def lease(self, name: str, sees: Sees = everything) -> Lease:
         """Holds what is `named` so: it is unloaded only when the lease is over. Where it has no slot, it is sent
         for."""
-        adapter = self.named(name)
+        adapter = self.named(name, sees)
         return Lease(self._leases, adapter, lambda resident: self._fetch(adapter.entry, resident))
 
     def close(self) -> None:
@@ -286,6 +294,7 @@ class AdapterNames(Names):
             raise
         old = self._loaded.get(name)
         adapter = self._stand(entry, info)
+        audit.note_digests(old.digest if old is not None else None, entry.digest)
         if old is not None:
             await self._retire(old.entry)
         log.info(
@@ -299,10 +308,7 @@ class AdapterNames(Names):
         return adapter
 
     def _failed(self, name: str, error: Exception) -> None:
-        try:
-            check_name(name)
-        except InvalidRequestError:
-            name = "?"  # the client's own text stays out of the log
+        name = loggable(name)
         self._metrics.adapter_refused(reason(error))
         log.warning(
             "adapter %s is not loaded, %s: %s",

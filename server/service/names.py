@@ -1,19 +1,18 @@
 """What each name stands for, and where that is: read by everybody, written by adapters.py alone."""
 
 import time
-from itertools import chain, islice
+from itertools import chain
 
 from tucka_runtime.adapters.registry import RegistryEntry
 from tucka_runtime.errors import ModelNotFoundError
 from tucka_runtime.messages import AdapterInfo
+from tucka_runtime.server.http.access import Sees, everything
 from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
 from tucka_runtime.server.metrics.vllm import Residence
 from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import lost
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.residency import Residency
-
-NAMES_SHOWN = 8  # in an error about a name: at most 1 KiB
 
 
 class Names:
@@ -32,21 +31,20 @@ class Names:
         their source could be read when it was wanted."""
         return len(self._lost)
 
-    def get(self, name: str) -> LoadedAdapter:
-        """What the name stands for now. Raises ModelNotFoundError, and StorageError where its adapter was lost."""
+    def get(self, name: str, sees: Sees = everything) -> LoadedAdapter:
+        """What the name stands for now. Raises ModelNotFoundError, also where it is not seen, and StorageError where
+        its adapter was lost."""
+        if not sees(name) or (name not in self._loaded and name not in self._lost):
+            raise self._unknown(sees)
         if name in self._lost:
             raise lost()
-        if name not in self._loaded:
-            shown = ", ".join(islice(chain((self._base_name,), self._loaded), NAMES_SHOWN))
-            known = shown + (" and others" if len(self._loaded) >= NAMES_SHOWN else "")
-            raise ModelNotFoundError(
-                f"No base model or adapter of that name is loaded. There are {known}. GET /v1/models lists them all.",
-                "model",
-            )
         return self._loaded[name]
 
-    def all(self) -> list[LoadedAdapter]:
-        return list(self._loaded.values())
+    def _unknown(self, sees: Sees) -> ModelNotFoundError:
+        return ModelNotFoundError.among(filter(sees, chain((self._base_name,), self._loaded)))
+
+    def all(self, sees: Sees = everything) -> list[LoadedAdapter]:
+        return [adapter for name, adapter in self._loaded.items() if sees(name)]
 
     @property
     def tiers(self) -> AdapterTiers:
@@ -66,10 +64,10 @@ class Names:
     def tier(self, adapter: LoadedAdapter) -> Tier:
         return self.residency.tier(adapter.key)
 
-    def named(self, name: str) -> LoadedAdapter:
+    def named(self, name: str, sees: Sees = everything) -> LoadedAdapter:
         """What the name, or `base:name` as SGLang has it, stands for now. Raises what `get` does."""
-        known = name in self._loaded or name in self._lost
-        return self.get(name if known else name.removeprefix(f"{self._base_name}:"))
+        known = (name in self._loaded or name in self._lost) and sees(name)
+        return self.get(name if known else name.removeprefix(f"{self._base_name}:"), sees)
 
     def _stand(self, entry: RegistryEntry, info: AdapterInfo) -> LoadedAdapter:
         """Lets a name stand for an adapter from now on."""

@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HTTPRequest
@@ -12,6 +12,7 @@ from tucka_runtime.errors import NonFiniteError
 from tucka_runtime.logs import fields
 from tucka_runtime.messages import FinishReason, Request, SequenceOutput, Timing
 from tucka_runtime.server.http.errors import reason
+from tucka_runtime.server.http.limits import Admission
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.leases import LoadedAdapter
 
@@ -27,7 +28,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 class Origin:
     """The HTTP request behind a generation. `operation` is the GenAI conventions' name for it, `model` the registered
     name that it was resolved by, `received` when its first bytes came (`time.monotonic()`); `prompt` is None unless it
-    may be logged."""
+    may be logged. `key` is the name of the key that it came with, `admission` what it takes of that key's limits."""
 
     request_id: str
     operation: str
@@ -35,12 +36,16 @@ class Origin:
     received: float
     context: dict[str, str]
     prompt: Any = None
+    key: str | None = None
+    admission: Admission = field(default_factory=Admission)
 
     @staticmethod
     def of(request: HTTPRequest, operation: str, model: str, prompt: Any = None) -> "Origin":
         """Keeps the W3C trace context of the headers."""
         context = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
-        return Origin(request.state.request_id, operation, model, request.state.received, context, prompt)
+        state = request.state
+        key, admission = state.access.name, state.admission
+        return Origin(state.request_id, operation, model, state.received, context, prompt, key, admission)
 
     @property
     def trace_id(self) -> str | None:
@@ -88,6 +93,7 @@ class RequestLog:
         self.trace_id: str | None = None
         self._metrics, self._traces = sinks.metrics, sinks.traces
         self._metrics.admitted(self.model, self.prompt_tokens, len(self.sequences))
+        self._metrics.keys.admitted(origin.key)
 
     def output(self, output: SequenceOutput) -> None:
         """One step's output for one sequence."""
@@ -142,6 +148,10 @@ class RequestLog:
             self._metrics.finished(self.model, reason, len(unfinished))
         if isinstance(self.error, NonFiniteError):
             self._metrics.adapters.overflowed(self.model)
+        # A request that the engine refused, or never came to, took nothing; one that its client left took what it had.
+        prompt = 0 if self.error is not None and not self.generated else self.prompt_tokens
+        self.origin.admission.settle(prompt + self.generated)
+        self._metrics.keys.used(self.origin.key, prompt, self.generated)
         self._metrics.closed(self.model, self.ended - self.origin.received, self.generated, self.error is not None)
         self.trace_id = self._traces.record(self) if self._traces is not None else self.origin.trace_id
         self._log()
@@ -158,17 +168,19 @@ class RequestLog:
             "seconds": self.ended - self.origin.received,
         }
         log.info(
-            "%s: %d prompt tokens, %d generated, %s, %.0f ms, %s",
+            "%s: %d prompt tokens, %d generated, %s, %.0f ms, %s%s",
             self.model,
             self.prompt_tokens,
             self.generated,
             self.outcome if self.outcome != "ok" else ",".join(sorted(set(reasons))),
             1000 * (self.ended - self.origin.received),
             self.origin.request_id,
+            f" {self.origin.key}" if self.origin.key else "",
             extra=fields(
                 event="request",
                 request_id=self.origin.request_id,
                 id=self.request.id,
+                key=self.origin.key,
                 operation=self.origin.operation,
                 model=self.model,
                 adapter=self.adapter.key.name if self.adapter else None,

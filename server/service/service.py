@@ -11,8 +11,10 @@ from tucka_runtime.conversations import call_format
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, RouteScope
+from tucka_runtime.server.http.access import Access, Keys
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
 from tucka_runtime.server.service.leases import Lease, LoadedAdapter
 from tucka_runtime.server.service.reasoning import thinks
@@ -35,8 +37,14 @@ class Service:
     adapters: AdapterNames
     metrics: Metrics
     traces: Traces | None = None
+    audit: AuditLog | None = None
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
+    keys: Keys = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Reads the key file. Raises ConfigError."""
+        self.keys = Keys(self.config, self.metrics.keys)
 
     @property
     def ready(self) -> bool:
@@ -54,15 +62,17 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    def resolve(self, model: str) -> Lease:
-        """A lease on the adapter that `model` names, or on the base. Raises ModelNotFoundError, EngineDeadError."""
-        self.check_model(model)
-        return Lease() if model == self.model_name else self.adapters.lease(model)
+    def resolve(self, model: str, access: Access) -> Lease:
+        """A lease on the adapter that `model` names for who asks, or on the base. Raises ModelNotFoundError,
+        EngineDeadError."""
+        self.check_model(model, access)
+        base = model == self.model_name and access.sees(model)
+        return Lease() if base else self.adapters.lease(model, access.sees)
 
-    def check_model(self, model: str) -> None:
+    def check_model(self, model: str, access: Access) -> None:
         """Raises ModelNotFoundError, or EngineDeadError while nothing can be served."""
-        if model != self.model_name:
-            self.adapters.named(model)
+        if not (model == self.model_name and access.sees(model)):
+            self.adapters.named(model, access.sees)
         if not self.ready:
             raise EngineDeadError("The engine is restarting. Try again later.")
 

@@ -108,6 +108,28 @@ def test_the_readmes_python_runs_after_its_install() -> None:
     assert needed <= installed | {re.split(r"\W", name)[0] for name in dependencies} | {"tucka_runtime"}
 
 
+def test_no_server_is_open_to_strangers(compose: dict, steps: list[tuple[str, str]]) -> None:
+    """In a container it listens on all addresses: the pod has keys, and compose publishes what has none on this machine
+    alone. The image leaves it to who runs it, and every line that the page has for that starts."""
+    deployment, _ = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    folder = next(mount for mount in server["volumeMounts"] if mount["name"] == "keys")["mountPath"]
+    assert {"name": "TUCKA_API_KEY_FILE", "value": f"{folder}/keys.json"} in server["env"]
+    (secret,) = [volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "keys"]
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    assert f"kubectl create secret generic {secret} --from-file=keys.json" in page
+    tucka = compose["services"]["tucka"]
+    assert tucka["environment"] == {"TUCKA_INSECURE": "true"}
+    assert all(port.startswith("127.0.0.1:") for port in tucka["ports"])
+    assert "TUCKA_INSECURE=" not in dict(steps)["ENV"]
+    runs = [run for run in re.findall(r"^    .*docker run (?:[^\n\\]|\\\n)*", page, re.MULTILINE) if " -p " in run]
+    assert [re.findall(r"-p \S+|-e \w+", run) for run in runs] == [
+        ["-p 127.0.0.1:8000:8000", "-e TUCKA_INSECURE"],
+        ["-p 8000:8000", "-e TUCKA_API_KEY_FILE"],
+    ]
+
+
 def test_kubernetes_gives_the_server_the_time_it_is_told_to_take() -> None:
     deployment, service = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]["spec"]

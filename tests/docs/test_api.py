@@ -13,6 +13,7 @@ from tucka_runtime.server.api import bodies as protocol
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.http import errors as http_errors
 from tucka_runtime.server.http import keys as auth
+from tucka_runtime.server.http.access import Keys
 from tucka_runtime.server.metrics.metrics import Metrics
 
 TEXT = (ROOT / "docs" / "api.md").read_text()
@@ -32,7 +33,8 @@ def names(title: str) -> set[str]:
 
 
 def routes() -> set[str]:
-    service = SimpleNamespace(config=ServerConfig(), metrics=Metrics())
+    metrics = Metrics()
+    service = SimpleNamespace(config=ServerConfig(), metrics=metrics, keys=Keys(ServerConfig(), metrics.keys))
     made = app.create_app(service)._app._app._app  # type: ignore[arg-type, attr-defined]
     return {
         f"{method} {route.path.replace(':path', '')}" for route in made.routes for method in route.methods - {"HEAD"}
@@ -49,7 +51,7 @@ def test_every_route_is_named_with_its_key() -> None:
     for route, key in rows.items():
         path = route.split()[1]
         is_open = path in auth.PROBES or path.startswith(console.FOLDER)
-        expected = "none" if is_open else "admin" if auth._is_admin_path(path) else "user"
+        expected = "none" if is_open else auth.role_of(path) or "any"
         assert key == expected, route
 
 

@@ -23,6 +23,7 @@ def shown() -> dict[str, tuple[str, set[str]]]:
     metrics.on_step(*step(routes=((AdapterKey("fin", 1), Route(0, (0.5,))),)))
     metrics.load_took({"read": 0.1})
     metrics.answered("/health", "GET", "200")
+    metrics.keys.names(["acme"])
     info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64)
     found = {}
     tiers = AdapterTiers(1, (Residence("fin", 8),))

@@ -23,6 +23,7 @@ from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.http.server import HTTPServer, bind
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.tokenizer import Tokenizer
@@ -102,6 +103,7 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
             renders,
             adapters,
             metrics,  # type: ignore[arg-type]
+            audit=AuditLog(config.audit_log) if config.audit_log else None,
         )
         listener = bind(config.host, config.port)
         server = HTTPServer(create_app(service), config, listener)
@@ -118,7 +120,7 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
 
         running.append((server, thread, registry, stop_child))
         port = listener.getsockname()[1]
-        return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop)
+        return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop, service)
 
     yield start
     for server, thread, registry, stop_child in running:

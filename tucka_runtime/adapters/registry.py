@@ -273,6 +273,15 @@ def check_name(name: str) -> None:
         )
 
 
+def loggable(name: str) -> str:
+    """The name, or "?" where it is none: a client's own text stays out of logs."""
+    try:
+        check_name(name)
+    except InvalidRequestError:
+        return "?"
+    return name
+
+
 def _entry(item: Row) -> RegistryEntry:
     """An entry as it stands in the file; what later versions of the same format add is left out. Raises ValueError,
     KeyError, TypeError or InvalidRequestError if it is none."""

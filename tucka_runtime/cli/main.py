@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tucka_runtime import __version__
-from tucka_runtime.cli import settings
+from tucka_runtime.cli import keys, settings
 from tucka_runtime.cli.adapters import add_actions, add_server_flags
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.extras import EXTRAS, how_to_install
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "adapters", help="list, load and unload a server's adapters, look into folders of them"
     )
     add_actions(adapters)
+
+    keys.add_actions(commands.add_parser("keys", help="make, list and revoke API keys"))
 
     doctor = commands.add_parser("doctor", help="show what this machine has and what would be used")
     doctor.set_defaults(run=_doctor)

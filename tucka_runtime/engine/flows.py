@@ -1,8 +1,9 @@
 """Who waits, flow by flow, and whose turn it is. No torch.
 
-A flow is what one API key asks of one adapter, or of the base. Every flow has a virtual token counter (Sheng et al.,
-"Fairness in Serving Large Language Models", OSDI 2024): what it was served so far. The flow that was served least is
-next. A flow that begins to wait is lifted to the least of those that wait already: nobody saves turns up.
+A flow is what one tenant (an API key, or several that share) asks of one adapter, or of the base. Every flow has a
+virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): what it was served so far.
+The flow that was served least is next. A flow that begins to wait is lifted to the least of those that wait already:
+nobody saves turns up.
 """
 
 import itertools

@@ -4,11 +4,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import GOLDEN
+from tests.support.api_keys import write_keys
 from tests.support.servers import Server, series
 from tucka_runtime.errors import OverloadedError
 
@@ -167,6 +169,22 @@ def test_keys_are_asked_for_and_kept_in_memory_alone(start_fake: Any, visit: Any
     assert seen.context.cookies() == []
     page.reload()
     seen.state("locked")
+
+
+def test_a_key_that_may_only_ask_sees_its_own_models(start_fake: Any, visit: Any, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys", mine={"adapters": ("one",)})
+    server = start_fake(api_key_file=str(tmp_path / "keys"), admin_key=("admin-key",))
+    load(server, "one", "other", key="admin-key")
+    seen = visit(server)
+    seen.state("locked")
+    seen.page.keyboard.type(keys["mine"])
+    seen.page.keyboard.press("Enter")
+    seen.state("ready")
+    assert [box.get_attribute("value") for box in seen.page.query_selector_all("#names input")] == ["one"]
+    assert "has not the role metrics" in seen.text("#tiles") and "other" not in seen.text("body")
+    seen.page.fill("#prompt", "hello")
+    seen.page.click("#send")
+    seen.ended(1)
 
 
 def test_what_the_model_writes_is_text(start_fake: Any, visit: Any) -> None:
