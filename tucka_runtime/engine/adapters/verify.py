@@ -112,7 +112,8 @@ def _table(
     """The error of an adapted embedding's rows, or of an adapted head's logits, of random tokens and hidden states."""
     is_embed, module, rows = path == arch.embed, adapter.modules.get(path), adapter.tokens.get(path)
     own = adapter.saved.get(f"{path}.weight", weights.embed if is_embed else weights.head.dense()).to(weights.embed)
-    want, offset = own.double(), 0.0
+    want = own.double()
+    offset: float | Tensor = 0.0
     if isinstance(module, LoRAModule):
         product = (module.scale * module.b.double() @ module.a.double()).to(want)
         moved = (want.T if is_embed else want) + product
