@@ -22,6 +22,7 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.sources import AdapterSources
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -162,7 +163,8 @@ async def _start(
     name = config.served_model_name or folder.resolve().name
     metrics = Metrics(name, engine_config.max_loaded_adapters, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
-    adapters = AdapterNames(engine, registry, name, metrics)
+    sources = AdapterSources(registry, [Path(root) for root in config.adapter_root])
+    adapters = AdapterNames(engine, registry, name, metrics, sources)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)

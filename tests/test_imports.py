@@ -34,15 +34,14 @@ RULES = {
     "engine": f"{SHARED} models adapters kernels engine",
     "server.http": f"{SHARED} server.http",
     "server.metrics": f"{SHARED} server.http server.metrics",
-    "server.service": f"{SHARED} engine.client adapters.registry adapters.sources server.http server.metrics "
-    "server.service",
-    "server.api": f"{SHARED} adapters.sources server.http server.metrics server.service server.api",
+    "server.service": f"{SHARED} engine.client adapters server.http server.metrics server.service",
+    "server.api": f"{SHARED} adapters.files server.http server.metrics server.service server.api",
     "server": f"{SHARED} engine.client adapters.registry server",
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
-    "cli": f"{SHARED} server.serve server.batch cli loadtest.cli",
+    "cli": f"{SHARED} adapters.files server.serve server.batch cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     "bench bench_reuse bench_json": f"{SHARED} llm adapters engine.environment bench",
 }

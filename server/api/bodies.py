@@ -297,3 +297,9 @@ class LoadAdapterBody(Body):
     path: str
     load_inplace: bool | None = None
     pinned: PinnedRoute | None = None
+
+
+class UploadQuery(Body):
+    """What the query of an upload may say: its body is the adapter."""
+
+    load_inplace: bool | None = None

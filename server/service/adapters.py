@@ -8,14 +8,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name
-from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
     AdapterCapacityError,
@@ -32,6 +31,7 @@ from tucka_runtime.messages import AdapterInfo, Route
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
+from tucka_runtime.server.service.sources import AdapterSources, Found
 
 T = TypeVar("T")
 
@@ -48,7 +48,16 @@ class AdapterNames:
     event loop's pool, which prompts are tokenised in, never is.
     """
 
-    def __init__(self, engine: EngineClient, registry: AdapterRegistry, base_name: str, metrics: Metrics):
+    def __init__(
+        self,
+        engine: EngineClient,
+        registry: AdapterRegistry,
+        base_name: str,
+        metrics: Metrics,
+        sources: AdapterSources | None = None,
+    ):
+        """`sources`: where `load_from` may load from; by default requests' bodies alone."""
+        self.sources = sources or AdapterSources(registry)
         self._engine = engine
         self._registry = registry
         self._base_name = base_name
@@ -89,29 +98,34 @@ class AdapterNames:
         return list(self._loaded.values())
 
     async def load_from(
-        self, name: str, path: str, roots: Sequence[Path], inplace: bool, pinned: Route | None
+        self, name: str, source: AbstractAsyncContextManager[Found], inplace: bool, pinned: Route | None
     ) -> tuple[LoadedAdapter, bool]:
-        """`load` of what a client calls `path`, which must be below one of `roots`. A load that fails is counted by its
-        code and leaves a line in the log."""
+        """`load` of what a source finds. A load that fails is counted by its code and leaves a line in the log."""
         try:
-            source = await self._run(self._copies, resolve_source, path, roots)
-            return await self.load(name, source, inplace, pinned)
+            self.check_name(name)
+            async with source as found:
+                return await self.load(name, found.folder, inplace, pinned, origin=found.origin)
         except Exception as error:
             self._failed(name, error)
             raise
 
     async def load(
-        self, name: str, source: Path, inplace: bool = False, pinned: Route | None = None, durable: bool = True
+        self,
+        name: str,
+        source: Path,
+        inplace: bool = False,
+        pinned: Route | None = None,
+        durable: bool = True,
+        origin: str | None = None,
     ) -> tuple[LoadedAdapter, bool]:
         """Loads the adapter in `source`, or finds that the name has this very content already.
 
-        Returns it, and whether anything was loaded. `durable` puts it into the registry, to come back after a restart.
+        Returns it, and whether anything was loaded. `durable` puts it into the registry, to come back after a restart,
+        with its `origin`, by default the folder.
         Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
         name, and what the registry and the engine raise for the files.
         """
-        check_name(name)
-        if name == self._base_name:
-            raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
+        self.check_name(name)
         async with self._lock(name):
             begin = time.monotonic()
             stored = await self._run(self._copies, self._registry.ingest, source)
@@ -131,12 +145,18 @@ class AdapterNames:
                 self._check_engine()
                 self._generation += 1
                 entry = RegistryEntry(
-                    name, stored.digest, stored.blob, self._generation, str(source), pinned, self._fingerprint
+                    name, stored.digest, stored.blob, self._generation, origin or str(source), pinned, self._fingerprint
                 )
                 return await self._switch(entry, durable, copied), True
             finally:
                 self._registry.release(stored)
                 await self._collect()
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequestError and AdapterConflictError unless an adapter may have this name."""
+        check_name(name)
+        if name == self._base_name:
+            raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
 
     async def unload(self, name: str) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
@@ -193,6 +213,7 @@ class AdapterNames:
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""
+        self.sources.close()
         for pool in (self._copies, self._books):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -231,6 +252,8 @@ class AdapterNames:
 
     def _copy_again(self, entry: RegistryEntry) -> bool:
         """Whether the adapter's source gave its copy once more. The copy stays because the name keeps it."""
+        if not Path(entry.source).is_absolute():  # it came with a request
+            return False
         try:
             stored = self._registry.ingest(Path(entry.source))
         except TuckaError:

@@ -25,6 +25,7 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.sources import AdapterSources
 from tucka_runtime.tokenizer import Tokenizer
 
 
@@ -90,7 +91,8 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         config = ServerConfig(**{"port": 0, "adapter_root": (str(GOLDEN),)} | settings)  # type: ignore[arg-type]
         engine, metrics = FakeEngine(), Metrics()
         registry = AdapterRegistry(folder / f"state{len(running)}")
-        adapters = AdapterNames(engine, registry, "base", metrics)  # type: ignore[arg-type]
+        sources = AdapterSources(registry, [Path(root) for root in config.adapter_root])
+        adapters = AdapterNames(engine, registry, "base", metrics, sources)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]
         renders = ChatTemplate(template, {}) if template else None

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings.add_flags(batch)
     batch.set_defaults(run=_batch)
 
-    adapters = commands.add_parser("adapters", help="list, load and unload a server's adapters")
+    adapters = commands.add_parser("adapters", help="list, load, upload and unload a server's adapters")
     add_actions(adapters)
 
     doctor = commands.add_parser("doctor", help="show what this machine has and what would be used")
