@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes .venv at the top of the repository with TuckA runtime and, optionally, extras:
 #   sh deploy/install.sh                   what serving needs
-#   sh deploy/install.sh train,loadtest    and what `tucka train` and `tucka loadtest` need; otel: traces
+#   sh deploy/install.sh train,loadtest    and what `tucka train` and `tucka loadtest` need; otel: traces; s3, gs: adapters there
 #   sh deploy/install.sh test              and what the tests need: all of these
 # Where there is a C++ compiler (CXX names another than c++) it also builds the native kernels.
 # Where there is no NVIDIA GPU it takes torch's CPU build, never gigabytes of CUDA. PYTHON names another interpreter.

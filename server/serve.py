@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tucka_runtime.adapters.registry import AdapterRegistry, check_name
+from tucka_runtime.adapters.remote import Source
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
@@ -21,6 +22,7 @@ from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_fil
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.sources import AdapterSources
 from tucka_runtime.server.service.traces import Traces
@@ -78,6 +80,7 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
         if not os.path.isdir(root):
             raise ConfigError(f"--adapter-root {root} is no folder that can be read here.")
     _first_adapters(config)
+    _named_sources(config)
 
 
 def keep_compiled(state_dir: str | None) -> None:
@@ -163,13 +166,14 @@ async def _start(
     name = config.served_model_name or folder.resolve().name
     metrics = Metrics(name, engine_config.max_loaded_adapters, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
-    sources = AdapterSources(registry, [Path(root) for root in config.adapter_root])
+    sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], _named_sources(config))
     adapters = AdapterNames(engine, registry, name, metrics, sources)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)
         await template.warm_up()
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces)
+    service.resolver = Resolver(adapters, config.adapter_resolve)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)
@@ -195,6 +199,17 @@ def _first_adapters(config: ServerConfig) -> dict[str, Path]:
             raise ConfigError(f"--adapter {name} is given twice: every adapter needs a name of its own.")
         adapters[name] = Path(path).resolve()
     return adapters
+
+
+def _named_sources(config: ServerConfig) -> list[Source]:
+    """Those of --adapter-source. Raises ConfigError."""
+    sources = [Source.parse(text) for text in config.adapter_source]
+    names = {source.name for source in sources}
+    if len(names) < len(sources):
+        raise ConfigError("--adapter-source has a name twice: every source needs one of its own.")
+    if unknown := set(config.adapter_resolve) - names:
+        raise ConfigError(f"--adapter-resolve {min(unknown)}: there is no --adapter-source of that name.")
+    return sources
 
 
 async def _serve_until_stopped(

@@ -36,7 +36,7 @@ RULES = {
     "server.metrics": f"{SHARED} server.http server.metrics",
     "server.service": f"{SHARED} engine.client adapters server.http server.metrics server.service",
     "server.api": f"{SHARED} adapters.files server.http server.metrics server.service server.api",
-    "server": f"{SHARED} engine.client adapters.registry server",
+    "server": f"{SHARED} engine.client adapters.registry adapters.remote server",
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",

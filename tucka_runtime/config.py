@@ -95,6 +95,16 @@ class ServerConfig:
     adapter_root: tuple[str, ...] = _setting(
         (), "folder below which adapters may be loaded over HTTP; repeatable (default: none may)", metavar="DIR"
     )
+    adapter_source: tuple[str, ...] = _setting(
+        (),
+        "place that adapters may be loaded from as NAME:FOLDER; file:, s3:, gs:, https: or hf:; repeatable",
+        metavar="NAME=URI",
+    )
+    adapter_resolve: tuple[str, ...] = _setting(
+        (),
+        "source in which a model that is not registered is looked for by its name; repeatable, in order",
+        metavar="NAME",
+    )
     state_dir: str | None = _setting(
         None, "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten)", metavar="DIR"
     )

@@ -15,6 +15,8 @@ class Extra:
 EXTRAS = {
     "train": Extra(("peft", "matplotlib"), "tucka train"),
     "loadtest": Extra(("aiohttp",), "tucka loadtest"),
+    "s3": Extra(("s3fs",), "adapters in S3: tucka serve --adapter-source NAME=s3://..."),
+    "gs": Extra(("gcsfs",), "adapters in Google Cloud Storage: tucka serve --adapter-source NAME=gs://..."),
     "otel": Extra(("opentelemetry.exporter.otlp.proto.http",), "traces: tucka serve --otlp-traces-endpoint"),
 }
 

@@ -92,7 +92,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
     """Reads a request and submits it to the engine. Raises TuckaError, ClientDisconnect."""
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
-    lease = service.resolve(body.model)
+    lease = await service.resolve(body.model)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         context = Context(service, lease.adapter, http.state.cache_salt, answer_id, http.state.request_id)

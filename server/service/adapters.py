@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,17 +94,26 @@ class AdapterNames:
             )
         return self._loaded[name]
 
+    def knows(self, name: str) -> bool:
+        """Whether the name stands for something, or was promised to."""
+        return name == self._base_name or name in self._loaded or name in self._lost
+
     def all(self) -> list[LoadedAdapter]:
         return list(self._loaded.values())
 
     async def load_from(
-        self, name: str, source: AbstractAsyncContextManager[Found], inplace: bool, pinned: Route | None
+        self,
+        name: str,
+        source: AbstractAsyncContextManager[Found],
+        inplace: bool,
+        pinned: Route | None,
+        durable: bool = True,
     ) -> tuple[LoadedAdapter, bool]:
         """`load` of what a source finds. A load that fails is counted by its code and leaves a line in the log."""
         try:
             self.check_name(name)
             async with source as found:
-                return await self.load(name, found.folder, inplace, pinned, origin=found.origin)
+                return await self.load(name, found.folder, inplace, pinned, durable, found.origin)
         except Exception as error:
             self._failed(name, error)
             raise
@@ -235,7 +244,7 @@ class AdapterNames:
             except (EngineDeadError, AdapterCapacityError):
                 raise
             except TuckaError:
-                if not await self._run(self._copies, self._copy_again, entry):
+                if not await self._copy_again(entry):
                     raise
                 info = await self._load(entry)
         except EngineDeadError:
@@ -250,12 +259,13 @@ class AdapterNames:
         self._loaded[name] = LoadedAdapter(entry, info, created)
         self._metrics.adapter_loaded(info, info.load_seconds)
 
-    def _copy_again(self, entry: RegistryEntry) -> bool:
+    async def _copy_again(self, entry: RegistryEntry) -> bool:
         """Whether the adapter's source gave its copy once more. The copy stays because the name keeps it."""
-        if not Path(entry.source).is_absolute():  # it came with a request
-            return False
+        at_hand = Path(entry.source).is_absolute()  # an --adapter's may lie below no root
+        found = nullcontext(Found(Path(entry.source), entry.source)) if at_hand else self.sources.found(entry.source)
         try:
-            stored = self._registry.ingest(Path(entry.source))
+            async with found as source:
+                stored = await self._run(self._copies, self._registry.ingest, source.folder)
         except TuckaError:
             return False
         self._registry.release(stored)

@@ -17,6 +17,7 @@ from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
 from tucka_runtime.server.service.leases import Lease, LoadedAdapter
 from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
+from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import Tokenizer, unshielded
@@ -35,6 +36,7 @@ class Service:
     adapters: AdapterNames
     metrics: Metrics
     traces: Traces | None = None
+    resolver: Resolver | None = None
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -54,8 +56,11 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    def resolve(self, model: str) -> Lease:
-        """A lease on the adapter that `model` names, or on the base. Raises ModelNotFoundError, EngineDeadError."""
+    async def resolve(self, model: str) -> Lease:
+        """A lease on the adapter that `model` names, or on the base. Raises ModelNotFoundError, EngineDeadError, and
+        what a lookup in the sources raises (`Resolver.look_up`)."""
+        if self.resolver is not None and self.ready:
+            await self.resolver.look_up(model)
         lease = Lease() if model == self.model_name else self.adapters.lease(model)
         if not self.ready:
             lease.release()

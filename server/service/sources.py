@@ -1,8 +1,8 @@
-"""Where adapters come from: folders below the roots, and the bodies of requests."""
+"""Where adapters come from: folders below the roots, sources that the operator named, and the bodies of requests."""
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from tucka_runtime.adapters.archive import MAX_ARCHIVE_BYTES, unpack
-from tucka_runtime.adapters.files import FILE_LIMITS
+from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
+from tucka_runtime.adapters.readers import reader_of
 from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.adapters.remote import NoSuchAdapterError, Source, check_folder, fetch
 from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.errors import OverloadedError
 from tucka_runtime.server.http.errors import BodyTooLargeError
@@ -22,7 +24,7 @@ T = TypeVar("T")
 THREADS = 4  # for looking up folders, and for writing what comes over a network
 MAX_UPLOADS = 8  # at once: each may take up to MAX_ARCHIVE_BYTES twice on the disk
 PIECE_BYTES = 2**20  # of a body are handed to a thread at once
-UPLOADED = "upload"
+UPLOADED = "(upload)"
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,38 @@ class Found:
 
 
 class AdapterSources:
-    """Finds adapters in folders below `roots`, and takes them out of requests. What does not lie in a folder of its own
-    is written below the registry's root first, never into memory."""
+    """Finds adapters in folders below `roots` and in `named` sources, and takes them out of requests. What does not lie
+    in a folder of its own is written below the registry's root first, never into memory."""
 
-    def __init__(self, registry: AdapterRegistry, roots: Sequence[Path] = ()):
+    def __init__(self, registry: AdapterRegistry, roots: Sequence[Path] = (), named: Iterable[Source] = ()):
         self._registry = registry
         self._roots = roots
+        self._named = {source.name: source for source in named}
         self._uploads = 0
         self._threads = ThreadPoolExecutor(THREADS, "adapter-sources")
+        self._downloads = ThreadPoolExecutor(THREADS, "adapter-downloads")
 
     @asynccontextmanager
     async def found(self, path: str) -> AsyncIterator[Found]:
-        """The folder that a client calls `path`, while this is entered. Raises InvalidAdapterError."""
-        folder = await self._run(resolve_source, path, self._roots)
-        yield Found(folder, str(folder))
+        """The folder that a client calls `path`, while this is entered: one below a root, or `NAME:folder` in a source.
+
+        Raises InvalidAdapterError, NoSuchAdapterError, SourceError, StorageError.
+        """
+        name, colon, below = path.partition(":")
+        if not colon or name not in self._named:
+            folder = await self._run(resolve_source, path, self._roots)
+            yield Found(folder, str(folder))
+            return
+        source = self._named[name]
+        check_folder(below)
+        if source.scheme == "file":
+            folder = await self._run(_folder_in, source, below)
+            yield Found(folder, str(folder))
+            return
+        async with self._workspace() as folder:
+            with self._registry.refusals():
+                await self._run(_fetch, source, below, folder, pool=self._downloads)
+            yield Found(folder, path)
 
     @asynccontextmanager
     async def uploaded(self, pieces: AsyncIterator[bytes], boundary: bytes | None) -> AsyncIterator[Found]:
@@ -75,7 +95,8 @@ class AdapterSources:
 
     def close(self) -> None:
         """Waits for nothing."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._downloads):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def _unpacked(self, pieces: AsyncIterator[bytes], workspace: Path) -> Path:
         archive, folder = workspace / "archive", workspace / "unpacked"
@@ -101,8 +122,21 @@ class AdapterSources:
         finally:
             await asyncio.shield(self._run(shutil.rmtree, folder, True))
 
-    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+    async def _run(self, function: Callable[..., T], *arguments: object, pool: ThreadPoolExecutor | None = None) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool or self._threads, function, *arguments)
+
+
+def _fetch(source: Source, below: str, folder: Path) -> None:
+    fetch(reader_of(source), below, folder)
+
+
+def _folder_in(source: Source, below: str) -> Path:
+    """Raises NoSuchAdapterError."""
+    root = Path(source.location).resolve()
+    folder = (root / below).resolve()
+    if not folder.is_relative_to(root) or not (folder / CONFIG_NAME).is_file():
+        raise NoSuchAdapterError("the source has no such adapter: no adapter_config.json is there.")
+    return folder
 
 
 async def _bounded(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -16,6 +16,7 @@ import httpx
 
 from tests.support import GOLDEN
 from tests.support.fake_engine import FakeEngine
+from tucka_runtime.server.service.resolver import Resolver
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
@@ -26,12 +27,13 @@ TEMPLATE = (
 
 @dataclass
 class Server:
-    """A running server. `engine` is the fake one, where it is, `loop` the one it runs in."""
+    """A running server. `engine` is the fake one, where it is, `loop` the one it runs in, `resolver` its own."""
 
     url: str
     pid: int
     engine: FakeEngine | None = None
     loop: asyncio.AbstractEventLoop | None = None
+    resolver: Resolver | None = None
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     @property
