@@ -22,6 +22,7 @@ from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_fil
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.declared import Declared, read_declaration
 from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.sources import AdapterSources
@@ -79,6 +80,10 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
     for root in config.adapter_root:
         if not os.path.isdir(root):
             raise ConfigError(f"--adapter-root {root} is no folder that can be read here.")
+    if config.adapter_watch is not None and not os.path.isdir(config.adapter_watch):
+        raise ConfigError(f"--adapter-watch {config.adapter_watch} is no folder that can be read here.")
+    if config.adapters_file is not None:
+        read_declaration(Path(config.adapters_file))
     _first_adapters(config)
     _named_sources(config)
 
@@ -133,17 +138,25 @@ class Parts:
         self.engine = EngineClient(engine_config, config.log_format)
         self._registry: AdapterRegistry | None = None
         self._service: Service | None = None
+        self._keeping: asyncio.Task[None] | None = None
 
     async def start(self) -> Service:
         """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, TuckaError."""
         state = self._config.state_dir
         self._registry = await asyncio.to_thread(AdapterRegistry, Path(state) if state else None)
         self._service = await _start(self.engine, self._engine_config, self._config, self._registry)
+        declared = Declared(
+            self._service.adapters, _path(self._config.adapter_watch), _path(self._config.adapters_file)
+        )
+        await declared.look(first=True)
+        self._keeping = asyncio.create_task(declared.run())
         return self._service
 
     async def stop(self, timeout: int) -> None:
         """The engine gets `timeout` seconds to end, and none while it still loads: then it does not listen."""
         service = self._service
+        if self._keeping is not None:
+            self._keeping.cancel()
         await self.engine.stop(0 if service is None else timeout)
         if service is not None and service.template is not None:
             await service.template.stop()
@@ -184,6 +197,10 @@ async def _start(
             raise ConfigError(f"--adapter {adapter_name}: {error.message}") from None
     adapters.ready = True
     return service
+
+
+def _path(setting: str | None) -> Path | None:
+    return Path(setting) if setting else None
 
 
 def _first_adapters(config: ServerConfig) -> dict[str, Path]:

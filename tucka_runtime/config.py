@@ -105,6 +105,16 @@ class ServerConfig:
         "source in which a model that is not registered is looked for by its name; repeatable, in order",
         metavar="NAME",
     )
+    adapter_watch: str | None = _setting(
+        None,
+        "folder whose adapters are loaded as they appear, by their folders' names, and unloaded as they leave",
+        metavar="DIR",
+    )
+    adapters_file: str | None = _setting(
+        None,
+        "YAML file of adapters that are to be loaded and not to be (vLLMLoRAConfig), kept to while it changes",
+        metavar="FILE",
+    )
     state_dir: str | None = _setting(
         None, "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten)", metavar="DIR"
     )
