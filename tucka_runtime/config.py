@@ -26,7 +26,11 @@ def _setting(default: Any, help: str, **extra: Any) -> Any:
 class EngineConfig:
     """What the engine process needs to know."""
 
-    model: str | None = _setting(None, "folder of the base model (default: the embedded one)", metavar="DIR")
+    model: str | None = _setting(
+        None,
+        "folder of the base model, or org/name as on the Hugging Face Hub, of its cache (default: the embedded one)",
+        metavar="MODEL",
+    )
     dtype: str = _setting("auto", "type of the weights; auto takes the one they are stored in", choices=DTYPES)
     device: str = _setting("auto", "where to run; auto takes the GPU if there is one", choices=DEVICES)
     kernels: str = _setting(
@@ -91,6 +95,7 @@ class ServerConfig:
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8000, "port to listen on; 0 takes a free one")
     served_model_name: str | None = _setting(None, "name of the base model in requests (default: its folder's name)")
+    download: bool = _setting(False, "fetch a --model org/name that is not in the cache from the Hugging Face Hub")
     adapter: tuple[str, ...] = _setting((), "adapter to load at start; repeatable", metavar="NAME=PATH")
     adapter_root: tuple[str, ...] = _setting(
         (), "folder below which adapters may be loaded over HTTP; repeatable (default: none may)", metavar="DIR"
