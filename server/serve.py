@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from tucka_runtime.adapters.registry import AdapterRegistry, check_name
+from tucka_runtime.adapters.remote import Source
+from tucka_runtime.base_hub import with_hub_model
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
@@ -24,7 +26,10 @@ from tucka_runtime.server.reread import reread
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.declared import Declared, read_declaration
+from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.sources import AdapterSources
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -40,6 +45,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
     try:
         engine_config, config = with_embedded_default(engine_config, config)
+        engine_config, config = with_hub_model(engine_config, config)
         check_settings(engine_config, config)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_run(engine_config, config))
@@ -63,8 +69,8 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
     folder = Path(engine_config.model or "")
     if not os.path.isdir(folder):
         raise ConfigError(
-            f"--model {folder} is no folder that can be read here. Models are not downloaded by name: give the folder "
-            "of a Hugging Face model."
+            f"--model {folder} is no folder that can be read here. Give the folder of a Hugging Face model, or its "
+            "name there: org/name."
         )
     if not os.path.isfile(folder / "config.json"):
         raise ConfigError(f"--model {folder} has no config.json: give the folder of a Hugging Face model.")
@@ -81,7 +87,12 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
             raise ConfigError(f"--adapter-root {root} is no folder that can be read here.")
     if config.api_key_file is not None:
         read_key_file(config.api_key_file)
+    if config.adapter_watch is not None and not os.path.isdir(config.adapter_watch):
+        raise ConfigError(f"--adapter-watch {config.adapter_watch} is no folder that can be read here.")
+    if config.adapters_file is not None:
+        read_declaration(Path(config.adapters_file))
     _first_adapters(config)
+    _named_sources(config)
 
 
 def keep_compiled(state_dir: str | None) -> None:
@@ -142,17 +153,25 @@ class Parts:
         self.engine = EngineClient(engine_config, config.log_format)
         self._registry: AdapterRegistry | None = None
         self._service: Service | None = None
+        self._keeping: asyncio.Task[None] | None = None
 
     async def start(self) -> Service:
         """The service with its model and adapters loaded. Raises ModelLoadError, ConfigError, TuckaError."""
         state = self._config.state_dir
         self._registry = await asyncio.to_thread(AdapterRegistry, Path(state) if state else None)
         self._service = await _start(self.engine, self._engine_config, self._config, self._registry)
+        declared = Declared(
+            self._service.adapters, _path(self._config.adapter_watch), _path(self._config.adapters_file)
+        )
+        await declared.look(first=True)
+        self._keeping = asyncio.create_task(declared.run())
         return self._service
 
     async def stop(self, timeout: int) -> None:
         """The engine gets `timeout` seconds to end, and none while it still loads: then it does not listen."""
         service = self._service
+        if self._keeping is not None:
+            self._keeping.cancel()
         await self.engine.stop(0 if service is None else timeout)
         if service is not None and service.template is not None:
             await service.template.stop()
@@ -178,12 +197,14 @@ async def _start(
     name = config.served_model_name or folder.resolve().name
     metrics = Metrics(name, engine_config.adapter_slots, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
-    adapters = AdapterNames(engine, registry, name, metrics)
+    sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], _named_sources(config))
+    adapters = AdapterNames(engine, registry, name, metrics, sources)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)
         await template.warm_up()
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces, audit)
+    service.resolver = Resolver(adapters, config.adapter_resolve)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)
@@ -194,6 +215,10 @@ async def _start(
             raise ConfigError(f"--adapter {adapter_name}: {error.message}") from None
     adapters.ready = True
     return service
+
+
+def _path(setting: str | None) -> Path | None:
+    return Path(setting) if setting else None
 
 
 def _first_adapters(config: ServerConfig) -> dict[str, Path]:
@@ -209,6 +234,17 @@ def _first_adapters(config: ServerConfig) -> dict[str, Path]:
             raise ConfigError(f"--adapter {name} is given twice: every adapter needs a name of its own.")
         adapters[name] = Path(path).resolve()
     return adapters
+
+
+def _named_sources(config: ServerConfig) -> list[Source]:
+    """Those of --adapter-source. Raises ConfigError."""
+    sources = [Source.parse(text) for text in config.adapter_source]
+    names = {source.name for source in sources}
+    if len(names) < len(sources):
+        raise ConfigError("--adapter-source has a name twice: every source needs one of its own.")
+    if unknown := set(config.adapter_resolve) - names:
+        raise ConfigError(f"--adapter-resolve {min(unknown)}: there is no --adapter-source of that name.")
+    return sources
 
 
 async def _serve_until_stopped(

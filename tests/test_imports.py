@@ -15,7 +15,7 @@ OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
 SHARED = (
-    "errors config messages channel logs grammars schemas schema_objects schema_values base_files "
+    "errors config messages channel logs grammars schemas schema_objects schema_values base_files base_hub "
     "tokenizer client extras embedded machine children progress conversations"
 )
 """What both processes may know."""
@@ -36,10 +36,9 @@ RULES = {
     "engine": f"{SHARED} models adapters kernels engine",
     "server.http": f"{SHARED} server.http",
     "server.metrics": f"{SHARED} server.http server.metrics",
-    "server.service": f"{SHARED} engine.client adapters.blobs adapters.registry adapters.sources server.http "
-    "server.metrics server.service",
-    "server.api": f"{SHARED} adapters.sources server.http server.metrics server.service server.api",
-    "server": f"{SHARED} engine.client adapters.registry server",
+    "server.service": f"{SHARED} engine.client adapters server.http server.metrics server.service",
+    "server.api": f"{SHARED} adapters.files server.http server.metrics server.service server.api",
+    "server": f"{SHARED} engine.client adapters.registry adapters.remote server",
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
@@ -47,7 +46,7 @@ RULES = {
     "evals": f"{SHARED} llm trainer evals",
     "cli.eval": f"{SHARED} evals",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
-    "cli": f"{SHARED} server.serve server.batch server.http.key_file cli loadtest.cli",
+    "cli": f"{SHARED} adapters.files server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     "bench bench_reuse bench_json bench_ngram bench_tiers": f"{SHARED} llm adapters engine.environment bench",
 }

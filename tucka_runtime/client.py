@@ -5,11 +5,15 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tucka_runtime.errors import TuckaError
 
 KEY_VARIABLES = ("TUCKA_CLIENT_KEY", "OPENAI_API_KEY")
+PIECE_BYTES = 2**20  # of a file that are in memory at once
 TIMEOUT_SECONDS = 600  # loading a large adapter takes a while
 
 
@@ -32,20 +36,38 @@ class Client:
         self._key = client_key(api_key)
 
     def get(self, path: str) -> bytes:
-        return self._call("GET", path, None)
+        return self._call("GET", path, None, {})
 
     def post(self, path: str, body: dict[str, Any]) -> bytes:
-        return self._call("POST", path, body)
+        return self._call("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def delete(self, path: str) -> bytes:
-        return self._call("DELETE", path, None)
+        return self._call("DELETE", path, None, {})
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+    def upload(self, name: str, folder: Path, files: Iterable[str], replace: bool) -> bytes:
+        """Sends those of `files` that the folder has as the adapter `name`. Raises TuckaError where one cannot be read.
+
+        They go as multipart/form-data, piece by piece: an adapter may be larger than this machine's memory.
+        """
+        boundary = uuid.uuid4().hex
+        parts: list[bytes | Path] = []
+        for file in files:
+            if (folder / file).is_file():
+                disposition = f'Content-Disposition: form-data; name="file"; filename="{file}"'
+                parts += [f"--{boundary}\r\n{disposition}\r\n\r\n".encode(), folder / file, b"\r\n"]
+        parts.append(f"--{boundary}--\r\n".encode())
+        try:
+            length = sum(len(part) if isinstance(part, bytes) else part.stat().st_size for part in parts)
+            headers = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Content-Length": str(length)}
+            path = f"/v1/adapters/{urllib.parse.quote(name)}?load_inplace={json.dumps(replace)}"
+            return self._call("PUT", path, _pieces(parts), headers)
+        except OSError as error:
+            raise TuckaError(f"{error.filename or folder} cannot be read: {error.strerror}.") from None
+
+    def _call(self, method: str, path: str, data: bytes | Iterable[bytes] | None, headers: dict[str, str]) -> bytes:
         """The answer's body. Raises TuckaError with what the server or the network says."""
-        headers = {"Content-Type": "application/json"}
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
+            headers = headers | {"Authorization": f"Bearer {self._key}"}
         try:
             request = urllib.request.Request(self._url + path, data, headers, method=method)
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
@@ -67,3 +89,14 @@ class Client:
         except (ValueError, KeyError, TypeError):
             return f"The server answered {error.code} {error.reason}."
         return message.replace("`load_inplace: true`", "--replace")
+
+
+def _pieces(parts: Iterable[bytes | Path]) -> Iterator[bytes]:
+    """The bytes, and those of the files."""
+    for part in parts:
+        if isinstance(part, bytes):
+            yield part
+            continue
+        with part.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                yield piece

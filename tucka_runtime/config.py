@@ -27,7 +27,11 @@ def _setting(default: Any, help: str, **extra: Any) -> Any:
 class EngineConfig:
     """What the engine process needs to know."""
 
-    model: str | None = _setting(None, "folder of the base model (default: the embedded one)", metavar="DIR")
+    model: str | None = _setting(
+        None,
+        "folder of the base model, or org/name as on the Hugging Face Hub, of its cache (default: the embedded one)",
+        metavar="MODEL",
+    )
     dtype: str = _setting("auto", "type of the weights; auto takes the one they are stored in", choices=DTYPES)
     device: str = _setting("auto", "where to run; auto takes the GPU if there is one", choices=DEVICES)
     kernels: str = _setting(
@@ -113,9 +117,30 @@ class ServerConfig:
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8000, "port to listen on; 0 takes a free one")
     served_model_name: str | None = _setting(None, "name of the base model in requests (default: its folder's name)")
+    download: bool = _setting(False, "fetch a --model org/name that is not in the cache from the Hugging Face Hub")
     adapter: tuple[str, ...] = _setting((), "adapter to load at start; repeatable", metavar="NAME=PATH")
     adapter_root: tuple[str, ...] = _setting(
         (), "folder below which adapters may be loaded over HTTP; repeatable (default: none may)", metavar="DIR"
+    )
+    adapter_source: tuple[str, ...] = _setting(
+        (),
+        "place that adapters may be loaded from as NAME:FOLDER; file:, s3:, gs:, https: or hf:; repeatable",
+        metavar="NAME=URI",
+    )
+    adapter_resolve: tuple[str, ...] = _setting(
+        (),
+        "source in which a model that is not registered is looked for by its name; repeatable, in order",
+        metavar="NAME",
+    )
+    adapter_watch: str | None = _setting(
+        None,
+        "folder whose adapters are loaded as they appear, by their folders' names, and unloaded as they leave",
+        metavar="DIR",
+    )
+    adapters_file: str | None = _setting(
+        None,
+        "YAML file of adapters that are to be loaded and not to be (vLLMLoRAConfig), kept to while it changes",
+        metavar="FILE",
     )
     state_dir: str | None = _setting(
         None, "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten)", metavar="DIR"

@@ -12,6 +12,7 @@ TuckaError
 │   ├── AdapterConflictError    409  the name is taken by other content
 │   └── AdapterCapacityError    503  every slot is in use, or no memory is left
 ├── StorageError           503  the state folder's disk refuses, or a copy in it is damaged
+├── SourceError            503  an adapter's source cannot be read, or sends what it has not
 ├── NonFiniteError         500  a forward pass overflowed: no token can be chosen
 ├── OverloadedError        429  the queue is full or too slow; try again later
 └── EngineDeadError        503  the engine process is down or restarting
@@ -139,6 +140,13 @@ class StorageError(TuckaError):
     status = 503
     type = "server_error"
     code = "storage_unavailable"
+
+
+class SourceError(TuckaError):
+    """An adapter's source is not reached, refuses, or sends something else than it says that it has."""
+
+    status = 503
+    code = "source_unavailable"
 
 
 class NonFiniteError(TuckaError):

@@ -17,6 +17,8 @@ EXTRAS = {
     "data": Extra(("datasets",), "Parquet files and datasets' folders: tucka train --data"),
     "report": Extra(("tensorboard",), "tucka train --report-to tensorboard"),
     "loadtest": Extra(("aiohttp",), "tucka loadtest"),
+    "s3": Extra(("s3fs",), "adapters in S3: tucka serve --adapter-source NAME=s3://..."),
+    "gs": Extra(("gcsfs",), "adapters in Google Cloud Storage: tucka serve --adapter-source NAME=gs://..."),
     "otel": Extra(("opentelemetry.exporter.otlp.proto.http",), "traces: tucka serve --otlp-traces-endpoint"),
 }
 

@@ -1,9 +1,8 @@
-"""Managing adapters: GET/POST /v1/adapters, GET/DELETE /v1/adapters/{name}, vLLM's two routes
-with its bodies, and SGLang's."""
+"""Managing adapters: GET/POST /v1/adapters, GET/PUT/DELETE /v1/adapters/{name}, vLLM's two routes with its bodies, and
+SGLang's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -11,10 +10,12 @@ from starlette.responses import PlainTextResponse, Response
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody
+from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, UploadQuery
 from tucka_runtime.server.api.models import adapter_card, listed
-from tucka_runtime.server.api.reading import read_body
+from tucka_runtime.server.api.reading import accept, read_body
 from tucka_runtime.server.http.answers import JSONAnswer
+from tucka_runtime.server.http.body import pieces
+from tucka_runtime.server.http.multipart import boundary_of
 from tucka_runtime.server.service.audit import note
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
@@ -42,6 +43,20 @@ async def post_adapter(request: Request) -> Response:
     with _params(name="name", path=None if pinned else "path"):  # a pinned route that does not fit is no fault of it
         inplace, keep = bool(body.load_inplace), body.keep_resident
         adapter, loaded = await _load(request, body.name, body.path, inplace, pinned, keep)
+    return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
+
+
+async def put_adapter(request: Request) -> Response:
+    """The same for an adapter in the body: its files as multipart/form-data, else a .tar or .tar.gz of them."""
+    service: Service = request.app.state.service
+    asked = accept(request, UploadQuery, _query(request))
+    name, boundary = request.path_params["name"], boundary_of(request.headers.get("content-type", ""))
+    note("load", name)
+    with _params(name="name"):
+        request.state.access.check_name(name)
+        uploaded = service.adapters.sources.uploaded(pieces(request), boundary)
+        inplace, keep = bool(asked.load_inplace), asked.keep_resident
+        adapter, loaded = await service.adapters.load_from(name, uploaded, inplace, None, keep_resident=keep)
     return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
 
 
@@ -93,8 +108,17 @@ async def _load(
     service: Service = request.app.state.service
     note("load", name)
     request.state.access.check_name(name)
-    roots = [Path(root) for root in service.config.adapter_root]
-    return await service.adapters.load_from(name, path, roots, inplace, pinned, keep_resident)
+    source = service.adapters.sources.found(path)
+    return await service.adapters.load_from(name, source, inplace, pinned, keep_resident=keep_resident)
+
+
+def _query(request: Request) -> dict[str, bool | str]:
+    """The query as a body would say it. Raises InvalidRequestError."""
+    pairs = request.query_params.multi_items()
+    query = {key: {"true": True, "false": False}.get(value, value) for key, value in pairs}
+    if len(query) != len(pairs):
+        raise InvalidRequestError("The query names the same parameter twice. Send every one once.")
+    return query
 
 
 @contextmanager

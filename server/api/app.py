@@ -48,6 +48,7 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/v1/adapters", admin.post_adapter),
         ("GET", "/v1/adapters/{name:path}", admin.get_adapter),
         ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
+        ("PUT", "/v1/adapters/{name:path}", admin.put_adapter),
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
         ("POST", "/load_lora_adapter", admin.load_as_sglang),
@@ -69,9 +70,10 @@ def create_app(service: Service) -> ASGIApp:
         routes += [("GET", "/openapi.json", openapi.openapi), ("GET", "/docs", openapi.docs)]
         app.state.openapi = openapi.document([(method, path) for method, path, _ in routes])
     for method, path, endpoint in routes:
+        limit = None if endpoint is admin.put_adapter else config.max_body_bytes
         if method != "GET" and role_of(path) == "admin":
             endpoint = audited(f"{method} {path}", endpoint)
-        app.router.add_route(path, _with_body(endpoint, config.max_body_bytes), methods=[method])
+        app.router.add_route(path, _with_body(endpoint, limit), methods=[method])
     app.add_exception_handler(TuckaError, _tucka_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
@@ -87,17 +89,18 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
     return CORSMiddleware(
         app,
         allow_origins=origins,
-        allow_methods=("GET", "POST", "DELETE"),
+        allow_methods=("GET", "POST", "PUT", "DELETE"),
         allow_headers=("*",),
         expose_headers=("x-request-id", IGNORED_HEADER, "retry-after", *LIMIT_HEADERS),
     )
 
 
-def _with_body(endpoint: Endpoint, limit: int) -> Endpoint:
-    """The endpoint, entered when the request has arrived whole."""
+def _with_body(endpoint: Endpoint, limit: int | None) -> Endpoint:
+    """The endpoint, entered when the request has arrived whole; where there is no limit, it reads that itself."""
 
     async def enter(request: Request) -> Response:
-        await read(request, limit)
+        if limit is not None:
+            await read(request, limit)
         response = await endpoint(request)
         if ignored := getattr(request.state, "ignored", None):
             response.headers[IGNORED_HEADER] = shown(ignored)

@@ -299,3 +299,10 @@ class LoadAdapterBody(Body):
     load_inplace: bool | None = None
     pinned: PinnedRoute | None = None
     keep_resident: bool | None = None
+
+
+class UploadQuery(Body):
+    """What the query of an upload may say: its body is the adapter."""
+
+    load_inplace: bool | None = None
+    keep_resident: bool | None = None

@@ -95,7 +95,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
     access: Access = http.state.access
-    lease = service.resolve(body.model, access)
+    lease = await service.resolve(body.model, access)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tucka_runtime import __version__
+from tucka_runtime.adapters.files import FILE_LIMITS
 from tucka_runtime.server.api import anthropic_bodies, bodies
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.api.values import Body
@@ -39,6 +40,16 @@ BODIES: dict[str, type[Body]] = {
     "/detokenize": bodies.DetokenizeBody,
 }
 """Bodies by the path that they are posted to."""
+
+_FILE = {"type": "string", "format": "binary"}
+UPLOAD: dict[str, Any] = {
+    "application/x-tar": {"schema": _FILE},
+    "application/gzip": {"schema": _FILE},
+    "multipart/form-data": {
+        "schema": {"type": "object", "properties": dict.fromkeys(FILE_LIMITS, _FILE), "required": list(FILE_LIMITS)[:2]}
+    },
+}
+"""What an adapter is uploaded as."""
 
 
 class ErrorDetail(BaseModel):
@@ -89,14 +100,19 @@ def _described(method: str, path: str) -> APIRoute:
     parameters: dict[str, type] = {"name": str} if "{name" in path else {}
     if method == "POST" and path in BODIES:
         parameters["body"] = BODIES[path]
-    endpoint.__signature__ = Signature(  # type: ignore[attr-defined]
-        [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in parameters.items()]
-    )
+    described = [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in parameters.items()]
+    if method == "PUT":
+        described += [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+            for name, field in bodies.UploadQuery.model_fields.items()
+        ]
+    endpoint.__signature__ = Signature(described)  # type: ignore[attr-defined]
     return APIRoute(
         path,
         endpoint,
         methods=[method],
         response_model=None,
+        openapi_extra={"requestBody": {"required": True, "content": UPLOAD}} if method == "PUT" else None,
         operation_id="_".join([method.lower(), *re.findall(r"\w+", path.replace(":path", ""))]),
         summary=f"{method} {path.replace(':path', '')}",
         responses={

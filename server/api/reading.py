@@ -56,8 +56,13 @@ B = TypeVar("B", bound=Body)
 
 async def read_body(http: Request, kind: type[B]) -> B:
     """The request's body as `kind`. Raises InvalidRequestError, BodyTooLargeError, ClientDisconnect."""
+    return accept(http, kind, await read_json(http))
+
+
+def accept(http: Request, kind: type[B], value: dict[str, Any]) -> B:
+    """What a request says, as `kind`; notes for the answer which of it has no effect. Raises InvalidRequestError."""
     service: Service = http.app.state.service
-    body = parse(kind, await read_json(http))
+    body = parse(kind, value)
     ignored = sorted(ignored_names(body))
     if ignored and service.config.strict:
         raise InvalidRequestError(

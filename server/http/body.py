@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,14 +18,22 @@ _GZIP = b"\x1f\x8b"
 
 
 async def read(request: Request, limit: int) -> None:
-    """Leaves the body in `state.body`. Every request is read to its end before anything is done: what turns out
-    malformed or cut off there has done nothing.
+    """Leaves the body in `state.body`. Every request but an upload is read to its end before anything is done: what
+    turns out malformed or cut off there has done nothing.
 
     Raises InvalidRequestError, BodyTooLargeError, UnsupportedMediaTypeError, ClientDisconnect.
     """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise _compressed()
+    _check_encoding(request)
     request.state.body = await _read(request, limit)
+
+
+def pieces(request: Request) -> AsyncIterator[bytes]:
+    """The body as it arrives, for what is too large to be read whole first: where it ends is known when it has ended.
+
+    Raises UnsupportedMediaTypeError, and, as it is iterated, InvalidRequestError, ClientDisconnect.
+    """
+    _check_encoding(request)
+    return _chunks(request)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -67,19 +76,18 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
     return value
 
 
+def _check_encoding(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise _compressed()
+
+
 async def _read(request: Request, limit: int) -> bytearray:
     declared = request.headers.get("content-length")
     if declared is not None and int(declared) > limit and "expect" in request.headers:
         raise _too_large(limit)
     body = bytearray()
     total = 0
-    while True:
-        message = await request.receive()
-        if fault := request.scope["state"].get("fault"):  # the connection's: what came is malformed, or stopped coming
-            raise fault
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk = message.get("body", b"")
+    async for chunk in _chunks(request):
         total += len(chunk)
         if total <= limit:
             body += chunk
@@ -88,11 +96,22 @@ async def _read(request: Request, limit: int) -> bytearray:
         else:
             # Dropped but read on: a client that is still sending would see a reset instead of the answer.
             body.clear()
-        if not message.get("more_body", False):
-            break
     if total > limit:
         raise _too_large(limit)
     return body
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """Raises InvalidRequestError for what the connection finds malformed or cut off, ClientDisconnect."""
+    more = True
+    while more:
+        message = await request.receive()
+        if fault := request.scope["state"].get("fault"):  # the connection's: what came is malformed, or stopped coming
+            raise fault
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
 
 
 def _check(root: Any) -> None:

@@ -8,7 +8,7 @@ a new generation in one assignment, so a request meets the old or the new one, n
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
 from tucka_runtime.server.service.name_locks import NameLocks
 from tucka_runtime.server.service.names import Names
 from tucka_runtime.server.service.residency import Residency
+from tucka_runtime.server.service.sources import AdapterSources, Found
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,19 @@ log = logging.getLogger(__name__)
 class AdapterNames(Names):
     """Loads, replaces and unloads adapters by name."""
 
-    def __init__(self, engine: EngineClient, registry: AdapterRegistry, base_name: str, metrics: Metrics):
+    def __init__(
+        self,
+        engine: EngineClient,
+        registry: AdapterRegistry,
+        base_name: str,
+        metrics: Metrics,
+        sources: AdapterSources | None = None,
+    ):
+        """`sources`: where `load_from` may load from; by default requests' bodies alone."""
         super().__init__(base_name, Residency(engine, metrics), metrics)
+        self.sources = sources or AdapterSources(registry)
         self._engine = engine
-        self._copies = Copies(engine, registry, metrics)
+        self._copies = Copies(engine, registry, metrics, self.sources)
         self._leases = Leases(self.residency)
         self._locks = NameLocks()
         self._generation = 0
@@ -59,17 +69,17 @@ class AdapterNames(Names):
     async def load_from(
         self,
         name: str,
-        path: str,
-        roots: Sequence[Path],
+        source: AbstractAsyncContextManager[Found],
         inplace: bool,
         pinned: Route | None,
+        durable: bool = True,
         keep_resident: bool | None = None,
     ) -> tuple[LoadedAdapter, bool]:
-        """`load` of what a client calls `path`, which must be below one of `roots`. A load that fails is counted by its
-        code and leaves a line in the log."""
+        """`load` of what a source finds. A load that fails is counted by its code and leaves a line in the log."""
         try:
-            source = await self._copies.find(path, roots)
-            return await self.load(name, source, inplace, pinned, keep_resident)
+            self.check_name(name)
+            async with source as found:
+                return await self.load(name, found.folder, inplace, pinned, keep_resident, durable, found.origin)
         except Exception as error:
             self._failed(name, error)
             raise
@@ -82,18 +92,17 @@ class AdapterNames(Names):
         pinned: Route | None = None,
         keep_resident: bool | None = None,
         durable: bool = True,
+        origin: str | None = None,
     ) -> tuple[LoadedAdapter, bool]:
         """Loads the adapter in `source`, or finds that the name has this very content already.
 
-        Returns it, and whether anything was loaded. `durable` puts it into the registry, to come back after a restart.
-        `keep_resident` gives it a slot for good, or (False) no longer; None is false for new content, and changes
-        nothing otherwise.
+        Returns it, and whether anything was loaded. `durable` puts it into the registry, to come back after a restart,
+        with its `origin`, by default the folder. `keep_resident` gives it a slot for good, or (False) no longer; None
+        is false for new content, and changes nothing otherwise.
         Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
         name, and what the registry and the engine raise for the files.
         """
-        check_name(name)
-        if name == self._base_name:
-            raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
+        self.check_name(name)
         async with self._locks.hold(name):
             begin = time.monotonic()
             stored = await self._copies.ingest(source)
@@ -117,7 +126,7 @@ class AdapterNames(Names):
                     stored.digest,
                     stored.blob,
                     self._generation,
-                    str(source),
+                    origin or str(source),
                     pinned,
                     self._fingerprint,
                     keep_resident or False,
@@ -125,6 +134,12 @@ class AdapterNames(Names):
                 return await self._switch(entry, durable, copied), True
             finally:
                 await self._copies.put_back(stored)
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequestError and AdapterConflictError unless an adapter may have this name."""
+        check_name(name)
+        if name == self._base_name:
+            raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
 
     async def unload(self, name: str, sees: Sees = everything) -> bool:
         """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
@@ -190,6 +205,7 @@ class AdapterNames(Names):
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""
+        self.sources.close()
         self._copies.close()
 
     @property

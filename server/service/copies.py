@@ -9,17 +9,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry
-from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import AdapterCapacityError, EngineDeadError, StorageError, TuckaError
 from tucka_runtime.messages import AdapterInfo
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.sources import AdapterSources, Found
 
 T = TypeVar("T")
 
@@ -31,15 +32,11 @@ COPIES = 2  # adapters that are looked for and copied at once: each takes a core
 class Copies:
     """The registry, off the event loop, and loads from what it keeps."""
 
-    def __init__(self, engine: EngineClient, registry: AdapterRegistry, metrics: Metrics):
-        self._engine, self._registry, self._metrics = engine, registry, metrics
+    def __init__(self, engine: EngineClient, registry: AdapterRegistry, metrics: Metrics, sources: AdapterSources):
+        self._engine, self._registry, self._metrics, self._sources = engine, registry, metrics, sources
         self._reading = ThreadPoolExecutor(COPIES, "adapter-copies")
         self._books = ThreadPoolExecutor(1, "adapter-books")
         self._unsaved: dict[str, str] = {}  # blobs of the names that the registry does not remember
-
-    async def find(self, path: str, roots: Sequence[Path]) -> Path:
-        """The folder that a client calls `path`. Raises InvalidAdapterError."""
-        return await self._run(self._reading, resolve_source, path, roots)
 
     async def ingest(self, source: Path) -> StoredAdapter:
         """AdapterRegistry.ingest's."""
@@ -85,7 +82,17 @@ class Copies:
 
     async def again(self, entry: RegistryEntry) -> bool:
         """Whether the adapter's source gave its copy once more. It stays because the name keeps it."""
-        return await self._run(self._reading, self._copy_again, entry)
+        at_hand = Path(entry.source).is_absolute()  # an --adapter's may lie below no root
+        found = nullcontext(Found(Path(entry.source), entry.source)) if at_hand else self._sources.found(entry.source)
+        try:
+            async with found as source:
+                stored = await self.ingest(source.folder)
+        except TuckaError:
+            return False
+        self._registry.release(stored)
+        if stored.blob == entry.blob:
+            log.warning("the server's copy of adapter %s was damaged or gone; it is copied again", entry.name)
+        return stored.blob == entry.blob
 
     async def training(self, entry: RegistryEntry) -> Any:
         """The whole of an adapter's training.json; None if it has none."""
@@ -126,16 +133,6 @@ class Copies:
             self._registry.discard(blob)
         except OSError as error:
             log.error("a copy of an adapter that no name uses cannot be deleted: %s", error.strerror)
-
-    def _copy_again(self, entry: RegistryEntry) -> bool:
-        try:
-            stored = self._registry.ingest(Path(entry.source))
-        except TuckaError:
-            return False
-        self._registry.release(stored)
-        if stored.blob == entry.blob:
-            log.warning("the server's copy of adapter %s was damaged or gone; it is copied again", entry.name)
-        return stored.blob == entry.blob
 
     async def _run(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)

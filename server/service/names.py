@@ -40,6 +40,10 @@ class Names:
             raise lost()
         return self._loaded[name]
 
+    def knows(self, name: str) -> bool:
+        """Whether the name stands for something, or was promised to."""
+        return name == self._base_name or name in self._loaded or name in self._lost
+
     def _unknown(self, sees: Sees) -> ModelNotFoundError:
         return ModelNotFoundError.among(filter(sees, chain((self._base_name,), self._loaded)))
 

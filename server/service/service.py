@@ -19,6 +19,7 @@ from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
 from tucka_runtime.server.service.leases import Lease, LoadedAdapter
 from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
+from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import Tokenizer, unshielded
@@ -38,6 +39,7 @@ class Service:
     metrics: Metrics
     traces: Traces | None = None
     audit: AuditLog | None = None
+    resolver: Resolver | None = None
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     keys: Keys = field(init=False)
@@ -62,15 +64,17 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    def resolve(self, model: str, access: Access) -> Lease:
-        """A lease on the adapter that `model` names for who asks, or on the base. Raises ModelNotFoundError,
-        EngineDeadError."""
-        self.check_model(model, access)
+    async def resolve(self, model: str, access: Access) -> Lease:
+        """A lease on the adapter that `model` names for who asks, or on the base. Raises what `check_model` does."""
+        await self.check_model(model, access)
         base = model == self.model_name and access.sees(model)
         return Lease() if base else self.adapters.lease(model, access.sees)
 
-    def check_model(self, model: str, access: Access) -> None:
-        """Raises ModelNotFoundError, or EngineDeadError while nothing can be served."""
+    async def check_model(self, model: str, access: Access) -> None:
+        """Raises ModelNotFoundError, EngineDeadError while nothing can be served, and what a lookup in the sources
+        raises (`Resolver.look_up`)."""
+        if self.resolver is not None and self.ready and access.sees(model):
+            await self.resolver.look_up(model)
         if not (model == self.model_name and access.sees(model)):
             self.adapters.named(model, access.sees)
         if not self.ready:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import threading
@@ -29,10 +30,11 @@ def workplace(tmp_path: Path) -> Path:
 
 
 class FakeAdmin(HTTPServer):
-    """The routes that publishing uses. `refusal` is what a load answers; without one an empty folder is refused."""
+    """The routes that publishing uses. `refusal` is what an upload answers; without one what has no files is
+    refused."""
 
     def __init__(self) -> None:
-        self.loaded: list[dict[str, Any]] = []
+        self.loaded: list[tuple[str, list[bytes]]] = []
         self.names = ["taken"]
         self.keys: set[str | None] = set()
         self.refusal: tuple[int, str] | None = None
@@ -50,16 +52,15 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/adapters"
         self._answer(200, {"data": [{"id": name} for name in self.server.names]})
 
-    def do_POST(self) -> None:
-        assert self.path == "/v1/load_lora_adapter"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.keys.add(self.headers["Authorization"])
         if self.server.refusal:
             self._answer(self.server.refusal[0], {"error": {"message": self.server.refusal[1]}})
-        elif not (Path(body["lora_path"]) / "adapter_config.json").exists():
+        elif b'filename="adapter_config.json"' not in body:
             self._answer(400, {"error": {"message": "the adapter has no adapter_config.json."}})
         else:
-            self.server.loaded.append(body)
+            self.server.loaded.append((self.path, re.findall(rb'filename="(.*?)"', body)))
             self._answer(200, {})
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
@@ -121,19 +122,18 @@ def test_publish_checks_first_and_loads_at_last(
     monkeypatch.setenv("TUCKA_CLIENT_KEY", "k")
     publish = ("--steps", "1", "--overwrite", "--publish", admin.url)
     assert train(workplace, *publish) == 0
-    assert admin.loaded == [
-        {"lora_name": "out", "lora_path": str((workplace / "out").resolve()), "load_inplace": False}
-    ]
+    files = [b"adapter_config.json", b"adapter_model.safetensors", b"training.json"]
+    assert admin.loaded == [("/v1/adapters/out?load_inplace=false", files)]
     assert admin.keys == {"Bearer k"}
     assert train(workplace, *publish, "--name", "taken", "--replace") == 0
-    assert admin.loaded[-1]["load_inplace"]
+    assert admin.loaded[-1] == ("/v1/adapters/taken?load_inplace=true", files)
     with monkeypatch.context() as patch:
         patch.setattr(base_model, "load_model", None)
         assert train(workplace, *publish, "--name", "taken") == 2
         assert "--replace" in capsys.readouterr().err
-        admin.refusal = (400, "the adapter's path names no folder below an allowed root.")
+        admin.refusal = (403, "This key may not manage adapters.")
         assert train(workplace, *publish) == 2
-        assert "below an allowed root" in capsys.readouterr().err
+        assert "may not manage adapters" in capsys.readouterr().err
 
 
 def test_a_failed_publish_prints_the_command_that_does_it(
@@ -145,7 +145,7 @@ def test_a_failed_publish_prints_the_command_that_does_it(
     monkeypatch.setattr(TrainingProgress, "step", full)
     assert train(workplace, "--steps", "1", "--publish", admin.url, "--api-key", "secret") == 2
     said = capsys.readouterr().err
-    command = f"tucka adapters load out {workplace.resolve()}/out --url {admin.url} --replace"
+    command = f"tucka adapters upload out {workplace.resolve()}/out --url {admin.url} --replace"
     assert said.endswith(f"To publish it, with the same --api-key: {command}\n")
     assert "secret" not in said
 

@@ -18,6 +18,7 @@ from tests.support import GOLDEN
 from tests.support.fake_engine import FakeEngine
 from tests.support.servers import Server, make_base, start_command
 from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.adapters.remote import Source
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.http.server import HTTPServer, bind
@@ -25,7 +26,9 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.sources import AdapterSources
 from tucka_runtime.tokenizer import Tokenizer
 
 
@@ -91,7 +94,9 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         config = ServerConfig(**{"port": 0, "adapter_root": (str(GOLDEN),)} | settings)  # type: ignore[arg-type]
         engine, metrics = FakeEngine(), Metrics()
         registry = AdapterRegistry(folder / f"state{len(running)}")
-        adapters = AdapterNames(engine, registry, "base", metrics)  # type: ignore[arg-type]
+        named = [Source.parse(text) for text in config.adapter_source]
+        sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], named)
+        adapters = AdapterNames(engine, registry, "base", metrics, sources)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]
         renders = ChatTemplate(template, {}) if template else None
@@ -105,6 +110,7 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
             metrics,  # type: ignore[arg-type]
             audit=AuditLog(config.audit_log) if config.audit_log else None,
         )
+        service.resolver = Resolver(adapters, config.adapter_resolve)
         listener = bind(config.host, config.port)
         server = HTTPServer(create_app(service), config, listener)
         server.config.timeout_graceful_shutdown = 1

@@ -27,6 +27,13 @@ TRAINING_NAME = "training.json"
 MAX_CONFIG_BYTES = 2**20  # a target list that names every linear of a large model in full is about 100 KiB
 MAX_WEIGHTS_BYTES = 8 * 2**30  # rank 64 on every linear of a 70B model in fp32, with its own lm_head, is about 7 GiB
 MAX_TRAINING_BYTES = 64 * 2**10  # it is shown in adapter cards
+FILE_LIMITS = {
+    CONFIG_NAME: MAX_CONFIG_BYTES,
+    WEIGHTS_NAME: MAX_WEIGHTS_BYTES,
+    TRAINING_NAME: MAX_TRAINING_BYTES,
+}
+"""All files that an adapter has; the last may be missing."""
+
 MAX_JSON_DEPTH = 32  # far above what PEFT writes, far below the interpreter's recursion limit
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

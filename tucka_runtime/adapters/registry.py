@@ -15,7 +15,8 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -123,6 +124,22 @@ class AdapterRegistry:
             if (stored := self._blobs.find(source)) is None:  # what is here already needs no room
                 raise _refusal(error) from error
             return stored
+
+    def make_workspace(self) -> Path:
+        """An empty folder for files that are to be ingested: the caller's to delete, and deleted at the next start.
+        Raises StorageError."""
+        with self.refusals():
+            with self._mutex:
+                self._mend()
+            return Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._blobs.folder))
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """What the disk of the root says while this is entered is a StorageError."""
+        try:
+            yield
+        except OSError as error:
+            raise _refusal(error) from error
 
     def release(self, stored: StoredAdapter) -> None:
         """Once for every `ingest`: from now on `collect` and `discard` may delete it."""

@@ -1,12 +1,14 @@
-"""`tucka adapters`: lists, loads and unloads a server's adapters, and looks into folders of them."""
+"""`tucka adapters`: lists, loads, uploads and unloads a server's adapters, and looks into folders of them."""
 
 import argparse
 import json
 import urllib.parse
 from pathlib import Path
 
+from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
 from tucka_runtime.client import KEY_VARIABLES, Client
 from tucka_runtime.config import DTYPES
+from tucka_runtime.errors import TuckaError
 
 
 def add_actions(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +29,15 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     load.set_defaults(
         run=lambda flags: load_adapter(_client(flags), flags.name, flags.path, flags.replace, flags.keep_resident)
     )
+    upload = actions.add_parser("upload", help="send an adapter's files to the server, which needs no shared disk")
+    upload.add_argument("name", help="name for requests")
+    upload.add_argument("folder", type=Path, help="the adapter's folder on this machine")
+    upload.add_argument("--replace", action="store_true", help="replace other content of that name")
+    upload.set_defaults(run=lambda flags: upload_adapter(_client(flags), flags.name, flags.folder, flags.replace))
     unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
     unload.add_argument("name", help="its name")
     unload.set_defaults(run=lambda flags: unload_adapter(_client(flags), flags.name))
-    for action in (listing, load, unload):
+    for action in (listing, load, upload, unload):
         add_server_flags(action)
     _add_folder_actions(actions)
 
@@ -106,7 +113,17 @@ def list_adapters(client: Client) -> int:
 
 def load_adapter(client: Client, name: str, path: str, replace: bool, keep_resident: bool | None) -> int:
     body = {"name": name, "path": path, "load_inplace": replace, "keep_resident": keep_resident}
-    card = json.loads(client.post("/v1/adapters", body))
+    return _loaded(client.post("/v1/adapters", body))
+
+
+def upload_adapter(client: Client, name: str, folder: Path, replace: bool) -> int:
+    if not folder.is_dir():
+        raise TuckaError(f"{folder} is no folder here. Give the one that holds {CONFIG_NAME}.")
+    return _loaded(client.upload(name, folder, FILE_LIMITS, replace))
+
+
+def _loaded(answer: bytes) -> int:
+    card = json.loads(answer)
     print(f"{card['id']} is loaded: generation {card['tucka']['generation']}, digest {card['tucka']['digest'][:12]}")
     return 0
 

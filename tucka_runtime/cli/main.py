@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batch.set_defaults(run=_batch)
 
     adapters = commands.add_parser(
-        "adapters", help="list, load and unload a server's adapters, look into folders of them"
+        "adapters", help="list, load, upload and unload a server's adapters, look into folders of them"
     )
     add_actions(adapters)
 

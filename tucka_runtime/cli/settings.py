@@ -28,6 +28,7 @@ SOURCES = (
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 _PLAIN = {int: "a whole number", bool: "true or false", str: "a string (in quotes, if it looks like something else)"}
 _FOR_CLIENTS = {"TUCKA_CLIENT_KEY"}
+_SOURCE_TOKEN = "TUCKA_SOURCE_TOKEN_"  # adapters/readers.py
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
 
 
@@ -74,7 +75,9 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     return sorted(
         name
         for name, value in environment.items()
-        if name.startswith("TUCKA_") and name not in known and not (_SERVICE_LINK.search(name) or _is_link(value))
+        if name.startswith("TUCKA_")
+        and name not in known
+        and not (name.startswith(_SOURCE_TOKEN) or _SERVICE_LINK.search(name) or _is_link(value))
     )
 
 

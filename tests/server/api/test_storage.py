@@ -17,7 +17,7 @@ from tests.support.servers import Server
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.adapters.sources import resolve_source
 from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.service import copies as service_copies
+from tucka_runtime.server.service import sources as service_sources
 from tucka_runtime.server.service.adapters import AdapterNames
 
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
@@ -191,7 +191,7 @@ def test_prompts_never_wait_for_adapters(start_fake, monkeypatch: pytest.MonkeyP
     if stuck == "copying":
         monkeypatch.setattr(AdapterRegistry, "ingest", hang(AdapterRegistry.ingest))
     else:
-        monkeypatch.setattr(service_copies, "resolve_source", hang(resolve_source))
+        monkeypatch.setattr(service_sources, "resolve_source", hang(resolve_source))
     answers = []
 
     def load_one(i: int) -> None:
