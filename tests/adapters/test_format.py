@@ -607,7 +607,6 @@ def without(tensors, *endings):
         ({}, lambda b: without(tucka_tensors(b), "0.self_attn.q_proj.tucka_u"), InvalidAdapterError),
         ({}, lambda b: without(tucka_tensors(b), "tucka_ec"), InvalidAdapterError),
         ({}, lambda b: {**tucka_tensors(b), "extra": torch.ones(1)}, InvalidAdapterError),
-        ({}, lambda b: {**tucka_tensors(b), f"{PREFIX}lm_head.weight": torch.ones(16, 6)}, InvalidAdapterError),
         ({}, lambda b: {**tucka_tensors(b), f"{FIRST}.bias": torch.ones(6)}, InvalidAdapterError),
         ({}, lambda b: lora_tensors(b, "q_proj", "v_proj"), InvalidAdapterError),
         ({"modules_to_save": ["lm_head"]}, tucka_tensors, InvalidAdapterError),

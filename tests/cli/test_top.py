@@ -10,7 +10,8 @@ from tests.support.servers import Server
 from tucka_runtime.cli.main import main
 from tucka_runtime.cli.top import Change, Scrape, clip, draw
 from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineLoad, FinishReason, Route, StepStats
-from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
+from tucka_runtime.server.metrics.vllm import Residence
 
 
 def plain(lines: list[str]) -> str:
@@ -22,12 +23,13 @@ def metrics() -> Metrics:
     metrics = Metrics("base", max_adapters=8, block_size=16)
     for name in ("fin", "law"):
         info = AdapterInfo(AdapterKey(name, 1), "0" * 64, "tucka", 8, 4, 3, 2, 16.0, ("q",), 4, "q", None, 9, None)
-        metrics.adapter_loaded(info, {})
+        metrics.adapter_arrived(info)
     return metrics
 
 
 def scrape(metrics: Metrics, at: float) -> Scrape:
-    return Scrape.of(metrics.render().decode(), at)
+    tiers = AdapterTiers(loaded=3, resident=(Residence("fin", 8), Residence("law", 8)))
+    return Scrape.of(metrics.render(tiers=tiers).decode(), at)
 
 
 def work(metrics: Metrics, name: str, tokens: int, group: int) -> None:
@@ -51,7 +53,7 @@ def test_the_picture(metrics: Metrics) -> None:
         work(metrics, "fin", 10, 2)
     metrics.admitted("fin", 10, 1)
     text = plain(draw(Change(before, scrape(metrics, 102.0)), 100, None))
-    assert "engine up, restarts 0" in text and "adapters 2/8" in text
+    assert "engine up, restarts 0" in text and "adapters 3, slots 2/8" in text
     assert "tokens/s 90.0 out, 35.0 in" in text and "requests/s 3.0" in text
     assert "TTFT 250.0 ms" in text and "KV" in text and "50%" in text and "prefix hits 43%" in text
     assert "step 100.0 ms" in text and "route 10%" in text and "forward 90%" in text

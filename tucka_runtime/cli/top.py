@@ -129,7 +129,8 @@ def _server(change: Change, width: int) -> list[str]:
         f"{BOLD}engine{OFF} {up}, restarts {now.get('engine_restarts_total'):.0f}   "
         f"{BOLD}running{OFF} {now.get('requests_running'):.0f}   "
         f"{BOLD}waiting{OFF} {now.get('requests_waiting'):.0f}   "
-        f"{BOLD}adapters{OFF} {now.get('adapters_loaded'):.0f}/{now.get('adapter_slots'):.0f}",
+        f"{BOLD}adapters{OFF} {now.get('adapters_loaded'):.0f}, "
+        f"{BOLD}slots{OFF} {now.get('adapters', tier='resident'):.0f}/{now.get('adapter_slots'):.0f}",
         f"{BOLD}tokens/s{OFF} {change.rate('generation_tokens_total'):.1f} out, {prompt / change.seconds:.1f} in   "
         f"{BOLD}requests/s{OFF} {finished:.1f}   {BOLD}errors/s{OFF} {RED if failed else ''}{failed:.1f}{OFF}",
         f"{BOLD}TTFT{OFF} {_ms(change.mean('time_to_first_token_seconds'))}   "
