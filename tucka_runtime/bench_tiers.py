@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tucka_runtime.children import python
 from tucka_runtime.engine import environment
 
 environment.prepare()  # torch reads it when it is imported
@@ -61,7 +62,7 @@ class Phase:
 def serving(scratch: Path, *flags: str) -> Iterator[str]:
     """The address of `tucka serve` on the model of the folder."""
     log = scratch / "log"
-    command = [sys.executable, "-m", "tucka_runtime.cli.main", "serve", "--port", "0"]
+    command = python("-m", "tucka_runtime.cli.main", "serve", "--port", "0")
     with log.open("wb") as file:
         process = subprocess.Popen([*command, *flags], stdout=file, stderr=file)
     try:

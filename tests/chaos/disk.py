@@ -73,9 +73,9 @@ class Disk:
         data[-1 - number % 64] ^= 1 << number % 7
         file.write_bytes(data)
         self._kill_engine()
+        self._check("flipped")  # copies are read when their adapters are asked for
         if file.read_bytes() == data:
             self.wrong["the damaged copy is still there"] += 1
-        self._check("flipped")
 
     def _load(self, name: str) -> httpx.Response:
         return self.client.post("/v1/adapters", json={"name": name, "path": SOURCES[name] + "/adapter"})

@@ -144,7 +144,7 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "said"),
     [
-        ("meta/llama", {}, "not downloaded"),
+        ("meta/llama", {}, "not in the Hugging Face cache"),
         (".", {}, "no config.json"),
         (BASE, {"served_model_name": "my model"}, "--served-model-name"),
         (BASE, {"adapter_root": ("/nowhere",)}, "--adapter-root /nowhere"),

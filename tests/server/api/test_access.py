@@ -104,6 +104,7 @@ NAMING: dict[tuple[str, str], Callable[[str], dict[str, object]]] = {
     ("POST", "/detokenize"): lambda name: {"model": name, "tokens": [10]},
     ("GET", "/v1/models/{name}"): lambda name: {},
     ("GET", "/v1/adapters/{name}"): lambda name: {},
+    ("PUT", "/v1/adapters/{name}"): lambda name: {},
     ("POST", "/v1/adapters"): lambda name: {"name": name, "path": ADAPTER},
     ("POST", "/v1/load_lora_adapter"): lambda name: {"lora_name": name, "lora_path": ADAPTER},
     ("POST", "/load_lora_adapter"): lambda name: {"lora_name": name, "lora_path": ADAPTER},
@@ -112,6 +113,7 @@ NAMING: dict[tuple[str, str], Callable[[str], dict[str, object]]] = {
     ("POST", "/unload_lora_adapter"): lambda name: {"lora_name": name},
 }
 """Every route that takes a model's name, and its body with that name."""
+GIVING = (("POST", "/v1/adapters"), ("PUT", "/v1/adapters/{name}"))
 ABSENT = ("rival-none", "rival-x", "rival-lost", "base", "base:rival-x", "base:rival-none")
 """For who sees `law-*` alone: a name that is nobody's, a loaded adapter's, a lost one's, the base's."""
 
@@ -136,7 +138,7 @@ def test_anothers_model_is_one_that_does_not_exist(
     server: Server, keys: dict[str, str], method: str, route: str
 ) -> None:
     """To the byte. Where a name is to be given it is refused, whoever has it."""
-    named = "load" not in route.replace("unload", "") and (method, route) != ("POST", "/v1/adapters")
+    named = "load" not in route.replace("unload", "") and (method, route) not in GIVING
     told = {name: answered(server, keys["law"], method, route, name) for name in ABSENT}
     first = told["rival-none"]
     assert first[0] == (404 if named else 403)

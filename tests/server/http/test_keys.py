@@ -55,7 +55,18 @@ def test_row_23_probes_are_open(server: Server, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health/", "//health", "/health%2f", "/Health", "/health/x", "http://x/health", "/health%00", "/healthz"]
+    "path",
+    [
+        "/health/",
+        "//health",
+        "/health%2f",
+        "/Health",
+        "/health/x",
+        "http://health/v1/models",
+        "http://x/v1/models#/health",
+        "/health%00",
+        "/healthz",
+    ],
 )
 def test_row_23_what_only_looks_like_a_probe(server: Server, path: str) -> None:
     assert status(server, "GET", path) == 401

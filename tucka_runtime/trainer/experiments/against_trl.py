@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tucka_runtime.children import python
 from tucka_runtime.embedded import FOLDER
 
 WAYS = ("tucka", "tucka packed", "trl", "trl packed")
@@ -48,7 +49,7 @@ def main() -> int:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(args.rounds):
         for way in WAYS:
-            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--way", way]
+            command = python("-m", __spec__.name, *sys.argv[1:], "--way", way)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
