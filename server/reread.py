@@ -6,7 +6,7 @@ import logging
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.logs import fields
 from tucka_runtime.server.http.key_file import read_key_file
-from tucka_runtime.server.service.audit import Change
+from tucka_runtime.server.service.audit import AuditedChange
 from tucka_runtime.server.service.service import Service
 
 log = logging.getLogger("tucka_runtime.server")
@@ -31,4 +31,4 @@ async def reread(service: Service, hung_up: asyncio.Event) -> None:
         said = "".join(f"; {what}: {', '.join(names)}" for what, names in differs.items() if names)
         log.info("%d keys in %s%s", found.count, path, said, extra=fields(event="keys_read", **differs))
         if service.audit is not None:
-            await service.audit.write(None, None, Change("keys"), "ok", keys=differs)
+            await service.audit.write(None, None, AuditedChange("keys"), "ok", keys=differs)

@@ -35,7 +35,7 @@ WORKLOADS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """Seconds and tokens of decoding, sequences' steps in it, what was drafted and was right, and all tokens."""
 
     seconds: float
@@ -46,7 +46,7 @@ class Run:
     answers: list[list[int]]
 
 
-def answer(llm: LLM, request: Request) -> Run:
+def answer(llm: LLM, request: Request) -> Trial:
     """One request with several prompts, alone. Decoding begins when every prompt has its first token."""
     engine = llm.engine
     answers: list[list[int]] = [[] for _ in request.prompts]
@@ -61,13 +61,13 @@ def answer(llm: LLM, request: Request) -> Run:
             answers[out.index] += out.token_ids
         if not begin and all(answers):
             begin = time.perf_counter()
-    return Run(time.perf_counter() - begin, tokens, steps, drafted, accepted, answers)
+    return Trial(time.perf_counter() - begin, tokens, steps, drafted, accepted, answers)
 
 
-def measure(llms: dict[str, LLM], concurrency: int, new: int, rounds: int) -> dict[tuple[str, str], list[list[Run]]]:
+def measure(llms: dict[str, LLM], concurrency: int, new: int, rounds: int) -> dict[tuple[str, str], list[list[Trial]]]:
     """The runs of every round without drafts and with them, by workload and model. Raises RuntimeError if they do not
     answer alike. The first round warms up."""
-    found: dict[tuple[str, str], list[list[Run]]] = {}
+    found: dict[tuple[str, str], list[list[Trial]]] = {}
     make = random.Random(0)
     for number in range(rounds + 1):
         prompts = tuple(tuple(make.choices(FEW, k=64)) for _ in range(concurrency))
@@ -84,7 +84,7 @@ def measure(llms: dict[str, LLM], concurrency: int, new: int, rounds: int) -> di
     return found
 
 
-def show(concurrency: int, found: dict[tuple[str, str], list[list[Run]]]) -> None:
+def show(concurrency: int, found: dict[tuple[str, str], list[list[Trial]]]) -> None:
     """Prints a line for each workload and model."""
     print(f"\n{concurrency} at once")
     for (workload, model), rounds in found.items():

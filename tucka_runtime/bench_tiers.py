@@ -44,7 +44,7 @@ START_SECONDS = 600
 
 
 @dataclass
-class Phase:
+class Measured:
     """What clients saw: seconds to first tokens by where the adapter was before, and tokens, in `seconds`."""
 
     firsts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -52,7 +52,7 @@ class Phase:
     seconds: float = 0.0
     failed: int = 0
 
-    def add(self, other: "Phase") -> None:
+    def add(self, other: "Measured") -> None:
         for tier, firsts in other.firsts.items():
             self.firsts[tier] += firsts
         self.tokens, self.failed = self.tokens + other.tokens, self.failed + other.failed
@@ -77,7 +77,7 @@ def serving(scratch: Path, *flags: str) -> Iterator[str]:
         process.wait()
 
 
-def ask(address: str, name: str, prompt: list[int], phase: Phase) -> None:
+def ask(address: str, name: str, prompt: list[int], phase: Measured) -> None:
     """One streamed request, and where its adapter is just before."""
     card = json.loads(Client(address, None).get(f"/v1/adapters/{name}"))
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=120)
@@ -96,13 +96,13 @@ def ask(address: str, name: str, prompt: list[int], phase: Phase) -> None:
     connection.close()
 
 
-def run(address: str, names: list[str], weights: list[float], args: argparse.Namespace, seed: str) -> Phase:
+def run(address: str, names: list[str], weights: list[float], args: argparse.Namespace, seed: str) -> Measured:
     """Every client asks until the time is over."""
-    whole = Phase()
+    whole = Measured()
     begin = time.monotonic()
 
     def client(number: int) -> None:
-        draw, own = random.Random(f"{seed} {number}"), Phase()
+        draw, own = random.Random(f"{seed} {number}"), Measured()
         while time.monotonic() < begin + args.seconds:
             (name,) = draw.choices(names, weights)
             ask(address, name, [draw.randrange(10, args.vocab) for _ in range(PROMPT)], own)
@@ -119,14 +119,14 @@ def run(address: str, names: list[str], weights: list[float], args: argparse.Nam
     return whole
 
 
-def measure(address: str, names: list[str], args: argparse.Namespace) -> tuple[Phase, Phase]:
+def measure(address: str, names: list[str], args: argparse.Namespace) -> tuple[Measured, Measured]:
     """The eight's phases and those of all names, after one of each that warms up."""
-    few, everyone = Phase(), Phase()
+    few, everyone = Measured(), Measured()
     zipf = [1 / (rank + 1) for rank in range(len(names))]
     for number in range(args.rounds + 1):
         for total, own, weights in ((few, names[:FEW], [1.0] * FEW), (everyone, names, zipf)):
             for name in names[:FEW]:  # they are resident when a phase begins
-                ask(address, name, [10], Phase())
+                ask(address, name, [10], Measured())
             phase = run(address, own, weights, args, f"{number} {len(own)}")
             if number:
                 total.add(phase)
@@ -138,7 +138,7 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
-def show(few: Phase, everyone: Phase) -> None:
+def show(few: Measured, everyone: Measured) -> None:
     """Prints the table."""
     print(f"{'':28}{'requests':>9}{'p50 (ms)':>10}{'p99 (ms)':>10}{'tok/s':>8}")
     for what, phase in ((f"{FEW} adapters", few), ("all names", everyone)):

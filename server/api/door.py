@@ -101,7 +101,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
         context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
         opened = await door.open(context, body)  # meanwhile an adapter that is not resident is on its way
         http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
-        await until_disconnect(http.receive, lease.ready())
+        if lease.waits:
+            await until_disconnect(http.receive, lease.ready())
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
         origin = Origin.of(http, door.operation, model, shown)

@@ -11,7 +11,7 @@ from typing import Protocol
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.server.http.errors import ForbiddenNameError
 from tucka_runtime.server.http.key_file import ROLES, KeyRecord, digest_of, id_of, read_key_file
-from tucka_runtime.server.http.limits import Admission, Allowance, Limits
+from tucka_runtime.server.http.limits import Admission, Allowance, KeyLimits
 
 Sees = Callable[[str], bool]
 """Whether a key sees the model of this name."""
@@ -33,7 +33,7 @@ class Access:
     roles: frozenset[str] = frozenset(ROLES)
     tenant: str = ""
     patterns: tuple[str, ...] = ("*",)
-    limits: Limits | None = None
+    limits: KeyLimits | None = None
 
     @cached_property
     def sees_all(self) -> bool:
@@ -141,7 +141,7 @@ class Keys:
             limits = before.limits
             limits.set(allowance)
         else:
-            limits = Limits(allowance)
+            limits = KeyLimits(allowance)
         limits.refused = lambda limit: self._meter.refused(record.name, limit)
         tenant = f"key:{record.id}" if record.tenant is None else f"tenant:{record.tenant}"
         return Access(record.name, frozenset(record.roles), tenant, record.adapters, limits)

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from tucka_runtime.durable import write_file
 from tucka_runtime.errors import ConfigError
 
 ROLES = ("infer", "admin", "metrics")
@@ -114,26 +115,13 @@ def _locked(target: Path) -> Iterator[None]:
 def _replace(target: Path, keys: tuple[KeyRecord, ...]) -> None:
     """A new file is for its owner alone. One that is replaced keeps owner and group where this process may give them,
     and its mode but for what it gave to everybody."""
+
+    def keep(file: int) -> None:
+        if target.exists():
+            old = target.stat()
+            with suppress(PermissionError):
+                os.fchown(file, old.st_uid, old.st_gid)
+            os.fchmod(file, old.st_mode & 0o770)
+
     content = msgspec.json.format(msgspec.json.encode(_File(keys)), indent=2) + b"\n"
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)  # of a process that was killed, and had this one's number
-    file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(file, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            if target.exists():
-                old = target.stat()
-                with suppress(PermissionError):
-                    os.fchown(file, old.st_uid, old.st_gid)
-                os.fchmod(file, old.st_mode & 0o770)
-            os.fsync(file)
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_file(target.parent, target.name, content, 0o600, keep)

@@ -69,7 +69,7 @@ class Allowance:
     concurrent_requests: int | None = None
 
 
-class Limits:
+class KeyLimits:
     """One key's limits, and what is left of them. `refused` is told which limit refused a request: "requests",
     "tokens", "concurrent"."""
 
@@ -118,7 +118,7 @@ class Admission:
     Raises RateLimitError where a limit of requests is reached. A request that is refused by a limit counts for none.
     """
 
-    def __init__(self, limits: Limits | None = None):
+    def __init__(self, limits: KeyLimits | None = None):
         self._limits = limits
         self._tokens: TokenBucket | None = None
         self._reserved = 0

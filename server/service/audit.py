@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Change:
+class AuditedChange:
     """What a request changes. `action` is its route until who makes the change knows better; the digests are those of
     what the name stood for before and stands for after."""
 
@@ -38,13 +38,13 @@ class Change:
     after: str | None = None
 
 
-_current: ContextVar[Change | None] = ContextVar("change", default=None)
+_current: ContextVar[AuditedChange | None] = ContextVar("change", default=None)
 
 
 @contextmanager
-def watched(action: str) -> Iterator[Change]:
+def watched(action: str) -> Iterator[AuditedChange]:
     """What is noted within is noted in this change."""
-    change = Change(action)
+    change = AuditedChange(action)
     token = _current.set(change)
     try:
         yield change
@@ -84,7 +84,9 @@ class AuditLog:
                 "The server's audit log cannot be written, so nothing is changed. Make room on its disk."
             )
 
-    async def write(self, key: str | None, request_id: str | None, change: Change, result: str, **more: object) -> None:
+    async def write(
+        self, key: str | None, request_id: str | None, change: AuditedChange, result: str, **more: object
+    ) -> None:
         """Appends a line; `result` is "ok" or the code of the error that was answered."""
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

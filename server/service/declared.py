@@ -153,10 +153,9 @@ class Declared:
 
     def _stands(self, name: str, source: str) -> bool:
         """Whether the name stands for what was loaded from there: by this, or before a restart."""
-        for adapter in self._adapters.all():
-            if adapter.key.name == name:
-                return self._applied.get(name) == (source, adapter.key.generation) or adapter.entry.source == source
-        return False
+        if (adapter := self._adapters.find(name)) is None:
+            return False
+        return self._applied.get(name) == (source, adapter.key.generation) or adapter.entry.source == source
 
     async def _load(self, name: str, found: AbstractAsyncContextManager[Found], durable: bool) -> LoadedAdapter:
         adapter, _ = await self._adapters.load_from(name, found, True, None, durable)

@@ -76,6 +76,11 @@ class Lease:
             leases.hold(adapter.key)
             self._hold = leases.residency.want(adapter.key, load)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the adapter has no slot yet."""
+        return self._hold is not None and self._hold.coming is not None
+
     async def ready(self) -> None:
         """Returns once requests may be sent to the engine. Raises AdapterCapacityError if no slot gets free in time, or
         what loading the adapter raised."""

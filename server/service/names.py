@@ -40,6 +40,10 @@ class Names:
             raise lost()
         return self._loaded[name]
 
+    def find(self, name: str) -> LoadedAdapter | None:
+        """What the name stands for now, if anything."""
+        return self._loaded.get(name)
+
     def knows(self, name: str) -> bool:
         """Whether the name stands for something, or was promised to."""
         return name == self._base_name or name in self._loaded or name in self._lost

@@ -58,7 +58,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 @dataclass
-class Asked:
+class Sent:
     """A request, the content behind its adapter, and what became of it: aborted, or, under the scope `batch`, routed
     with others or in pieces."""
 
@@ -100,7 +100,7 @@ class Solo:
         self.engine = serve(kv_cache_tokens=8192)
         self.keys: dict[tuple[bool, str], AdapterKey] = {}
 
-    def __call__(self, asked: Asked) -> list[Answer]:
+    def __call__(self, asked: Sent) -> list[Answer]:
         request, key = asked.request, None
         if request.adapter is not None and asked.content is not None:
             fixed = request.adapter.name == FIXED
@@ -132,7 +132,7 @@ class Traffic:
         )
         self.engine.overlap = make.random() < 0.5
         self.report = Report()
-        self.asked: dict[str, Asked] = {}
+        self.asked: dict[str, Sent] = {}
         self.served: dict[str, tuple[AdapterKey, str]] = {}
         self.loads = 0
         for name in NAMES:
@@ -166,7 +166,7 @@ class Traffic:
 
         self.engine.runner.launch = watched  # type: ignore[method-assign]
 
-    def request(self, id: str) -> Asked:
+    def request(self, id: str) -> Sent:
         make = self.make
         name = make.choice((None, FIXED, *NAMES))
         key, content = self.served[name] if name is not None else (None, None)
@@ -182,7 +182,7 @@ class Traffic:
             make.choice((RouteScope.BATCH, RouteScope.REQUEST, RouteScope.PREFIX)),
             tenant=make.choice(("", "b")),
         )
-        return Asked(request, content, [Answer() for _ in range(request.n)])
+        return Sent(request, content, [Answer() for _ in range(request.n)])
 
     def step(self) -> None:
         outputs, stats = self.engine.step()

@@ -14,6 +14,7 @@ from tests.support.driving import GREEDY, Recorder, ask, build, prompt, relative
 from tucka_runtime.cli import adapter_files
 from tucka_runtime.cli.main import main
 from tucka_runtime.engine.adapters import verify
+from tucka_runtime.kernels import dispatch
 from tucka_runtime.messages import AdapterKey, Route
 
 KEY = AdapterKey("a", 1)
@@ -45,7 +46,9 @@ def test_inspect_of_a_dora_for_another_base(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_what_is_served_is_within_the_limit(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_served_is_within_the_limit(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TuckA routed by token (Llama) and inside the model (GPT-2, or behind another linear), DoRA, adapted tables."""
     save_model(tmp_path / "base", kind)
     layout = build(tmp_path / "base").layout
@@ -66,6 +69,10 @@ def test_what_is_served_is_within_the_limit(kind: str, tmp_path: Path, capsys: p
             assert "embed_tokens" in capsys.readouterr().out
     half = ["--model", str(tmp_path / "base"), "--dtype", "float16"]
     assert main(["adapters", "verify", str(tmp_path / "early"), *half]) == 0
+    choose = dispatch.choose  # a machine without native kernels, whose factors are float32 beside a half base
+    monkeypatch.setattr(dispatch, "choose", lambda device, kernels: choose(device, "reference"))
+    assert main(["adapters", "verify", str(tmp_path / "early"), *half]) == 0
+    assert "reference kernels, factors in float32: all within" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["factors", "affine"])

@@ -10,7 +10,7 @@ import pytest
 from tests.support.training import make_workplace, train
 from tucka_runtime.cli import eval as cli
 from tucka_runtime.client import Client
-from tucka_runtime.evals.asking import Answer
+from tucka_runtime.evals.asking import Reply
 from tucka_runtime.evals.questions import questions
 from tucka_runtime.evals.report import f1, score, table, wrong
 
@@ -122,7 +122,7 @@ def test_f1_is_squads() -> None:
 def test_wrong_answers_are_kept_with_what_was_asked(tmp_path: Path) -> None:
     (tmp_path / "d").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     wanted, _ = questions(tmp_path / "d", 4)
-    answers = [Answer("b", False), Answer(" b\n", False), Answer("c", False), Answer("b", True)]
+    answers = [Reply("b", False), Reply(" b\n", False), Reply("c", False), Reply("b", True)]
     row = score(wanted, answers, "m", None)
     assert (row.exact_match, row.cut) == (0.75, 1) and row.error == pytest.approx(0.2165, abs=1e-4)
     assert [(m["asked"], m["said"]) for m in wrong(wanted, answers, row)] == [("a", "c")]

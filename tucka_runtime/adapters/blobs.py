@@ -28,9 +28,8 @@ from tucka_runtime.adapters.files import (
     read_exactly,
     read_training,
     start_digest,
-    sync_folder,
-    write_file,
 )
+from tucka_runtime.durable import sync_folder, write_file
 from tucka_runtime.errors import InvalidAdapterError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
@@ -118,32 +117,6 @@ def read_training(folder_fd: int) -> bytearray | None:
             return read_exactly(file, size, TRAINING_NAME)
     except InvalidAdapterError:
         return None
-
-
-def write_file(folder: Path, name: str, data: bytes | bytearray) -> None:
-    """Replace `folder/name` by `data`, so that after a crash at any moment one of the two is there whole.
-
-    Raises OSError.
-    """
-    temporary = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
 
 
 def strict_json(data: bytes | bytearray) -> Any:

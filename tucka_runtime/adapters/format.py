@@ -36,7 +36,6 @@ from tucka_runtime.adapters.files import (
     read_training,
     start_digest,
     strict_json,
-    write_file,
 )
 from tucka_runtime.adapters.manifest import (
     PREFIX,
@@ -51,6 +50,7 @@ from tucka_runtime.adapters.manifest import (
 )
 from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
+from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 

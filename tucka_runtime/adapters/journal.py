@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from tucka_runtime.adapters.blobs import delete
-from tucka_runtime.adapters.files import strict_json, write_file
+from tucka_runtime.adapters.files import strict_json
+from tucka_runtime.durable import write_file
 
 TABLE = "registry.json"
 LOG = "registry.log."
 LEAST_LINES = 1000  # a log's before the table is written anew: with more rows it is as many lines as rows
 
-Row = dict[str, Any]
+JournalRow = dict[str, Any]
 
 
 class Journal:
@@ -37,7 +38,7 @@ class Journal:
         self._log: IO[bytes] | None = None  # None: the next change writes the table
         self._lines = 0
 
-    def read(self) -> tuple[int, list[Row]]:
+    def read(self) -> tuple[int, list[JournalRow]]:
         """The format's version and all rows, in the order in which their names first came; version 0 where there is
         nothing. Raises ValueError, KeyError or TypeError for what this class did not write."""
         try:
@@ -50,7 +51,7 @@ class Journal:
         if version > self._version:
             return version, []
         self._number = number
-        rows: dict[str, Row] = {}
+        rows: dict[str, JournalRow] = {}
         for row in table["adapters"]:
             if rows.setdefault(row["name"], row) is not row:
                 raise ValueError("it has a name twice")
@@ -62,7 +63,7 @@ class Journal:
         self._rows = {name: _line(row) for name, row in rows.items()}
         return version, list(rows.values())
 
-    def put(self, row: Row) -> None:
+    def put(self, row: JournalRow) -> None:
         """A new row, or one in place of its name's last."""
         text = _line(row)
         self._change(f'{{"put": {text}}}', {row["name"]: text})
@@ -132,7 +133,7 @@ class Journal:
             self._log.close()
             self._log = None
 
-    def _changes(self) -> list[Row]:
+    def _changes(self) -> list[JournalRow]:
         """What the log has. A crash may have cut its last line off."""
         try:
             lines = self._path(self._number).read_bytes().split(b"\n")
@@ -151,5 +152,5 @@ class Journal:
         return self.root / f"{LOG}{number}"
 
 
-def _line(row: Row) -> str:
+def _line(row: JournalRow) -> str:
     return json.dumps(row, ensure_ascii=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tucka_runtime.adapters.files import FILE_LIMITS
-from tucka_runtime.adapters.remote import ChangedError, Reader, RemoteFile, Source
+from tucka_runtime.adapters.remote import ChangedError, RemoteFile, Source, SourceReader
 from tucka_runtime.errors import InvalidAdapterError, SourceError
 
 PIECE_BYTES = 4 * 2**20
@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 30  # without a byte
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def reader_of(source: Source) -> Reader:
+def reader_of(source: Source) -> SourceReader:
     """A reader of a source that is not on this machine."""
     kinds: dict[str, type[StoreReader | HTTPSReader | HubReader]] = {"https": HTTPSReader, "hf": HubReader}
     return kinds.get(source.scheme, StoreReader)(source)

@@ -27,7 +27,7 @@ import msgspec
 
 from tucka_runtime.adapters.blobs import TEMPORARY, Blobs, StoredAdapter, delete
 from tucka_runtime.adapters.files import CONFIG_NAME, WEIGHTS_NAME, open_folder, read_training, strict_json
-from tucka_runtime.adapters.journal import TABLE, Journal, Row
+from tucka_runtime.adapters.journal import TABLE, Journal, JournalRow
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError, StorageError
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
 
@@ -299,7 +299,7 @@ def loggable(name: str) -> str:
     return name
 
 
-def _entry(item: Row) -> RegistryEntry:
+def _entry(item: JournalRow) -> RegistryEntry:
     """An entry as it stands in the file; what later versions of the same format add is left out. Raises ValueError,
     KeyError, TypeError or InvalidRequestError if it is none."""
     item = {"blob": item["digest"], **item}  # the first versions had no blob

@@ -67,7 +67,7 @@ class RemoteFile:
     digests: Mapping[str, str]
 
 
-class Reader(Protocol):
+class SourceReader(Protocol):
     """One source, while one adapter is fetched. Whatever its library raises is for `fetch` to translate."""
 
     def look(self, path: str) -> RemoteFile:
@@ -94,7 +94,7 @@ def check_folder(folder: str) -> None:
         )
 
 
-def fetch(reader: Reader, folder: str, target: Path) -> None:
+def fetch(reader: SourceReader, folder: str, target: Path) -> None:
     """Writes the files of the adapter in `folder` of a source into the folder `target`.
 
     Raises NoSuchAdapterError, InvalidAdapterError, SourceError, and OSError where `target` cannot be written.
@@ -114,7 +114,7 @@ def fetch(reader: Reader, folder: str, target: Path) -> None:
         _download(reader, path, file, target / name)
 
 
-def _download(reader: Reader, path: str, file: RemoteFile, target: Path) -> None:
+def _download(reader: SourceReader, path: str, file: RemoteFile, target: Path) -> None:
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -134,7 +134,7 @@ def _download(reader: Reader, path: str, file: RemoteFile, target: Path) -> None
                 raise SourceError(f"What arrived of the adapter's {target.name} is not what its source has. Try again.")
 
 
-def _append(reader: Reader, path: str, file: RemoteFile, target: Path) -> None:
+def _append(reader: SourceReader, path: str, file: RemoteFile, target: Path) -> None:
     """Goes on where `target` ends. Raises SourceError where less arrives than there is, ChangedError where more
     does."""
     with target.open("ab") as output:

@@ -14,7 +14,7 @@ from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.messages import RouteScope
 
 if TYPE_CHECKING:
-    from tucka_runtime.evals.asking import Asked
+    from tucka_runtime.evals.asking import Respondent
 
 SCOPES = [scope.value for scope in RouteScope if scope is not RouteScope.PINNED]
 
@@ -105,7 +105,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
-def _asked(args: argparse.Namespace) -> "Asked":
+def _asked(args: argparse.Namespace) -> "Respondent":
     from tucka_runtime.evals.asking import Folder, Server
 
     if args.url:

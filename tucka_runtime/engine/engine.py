@@ -148,10 +148,10 @@ class Engine:
         for chunk in chunks:
             chunk.seq.scheduled_at = chunk.seq.scheduled_at or scheduled
         launched = self.runner.launch(chunks)
-        drafted = {chunk.seq.key: len(chunk.draft) for chunk in chunks if chunk.draft}
-        for chunk in launched.chunks:
-            if chunk.seq.key in drafted:
-                self.scheduler.verified(chunk, drafted[chunk.seq.key])
+        if drafted := {chunk.seq.key: len(chunk.draft) for chunk in chunks if chunk.draft}:
+            for chunk in launched.chunks:
+                if chunk.seq.key in drafted:
+                    self.scheduler.verified(chunk, drafted[chunk.seq.key])
         for seq in launched.due_sequences:
             seq.pending += 1
         return _InFlight(chunks, launched, scheduled - begin)

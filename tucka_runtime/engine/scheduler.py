@@ -183,8 +183,10 @@ class Scheduler:
     def _speculate(self, chunks: list[ScheduledChunk]) -> None:
         """Puts drafts behind decoding rows. They get what is left of the step's budget and of the free blocks, until
         they are verified: nobody waits or gives way for one."""
-        budget = self.max_tokens - sum(chunk.count for chunk in chunks)
-        for i, chunk in enumerate(chunks):
+        drafting = [i for i, chunk in enumerate(chunks) if chunk.seq.ngrams is not None]
+        budget = self.max_tokens - sum(chunk.count for chunk in chunks) if drafting else 0
+        for i in drafting:
+            chunk = chunks[i]
             seq, end = chunk.seq, chunk.start + 1
             if seq.ngrams is None or seq.pending or chunk.count > 1 or chunk.start < seq.num_prompt:
                 continue

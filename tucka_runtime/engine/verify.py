@@ -21,21 +21,28 @@ def choose(sampler: Sampler, chosen: Chosen, logits: Tensor, batch: Batch) -> li
     takes their chunks' place in `batch.chunks`. With drafts the device is waited for, once a round."""
     chunks, due = batch.chunks, batch.due
     drafts = {i: draft for i in due if (draft := chunks[i].draft)}
+    if not drafts:
+        return [_round(sampler, chosen, logits, batch, due)] if due else []
     first_rows, rows = {}, 0
     for i in due:
         first_rows[i] = rows
         rows += 1 + len(drafts.get(i, ()))
     rounds: list[Round] = []
     while due:
-        seqs = [chunks[i].seq for i in due]
-        own = logits[[first_rows[i] + len(rounds) for i in due]] if drafts else logits
-        choice = sampler.choose(own, seqs)
-        rounds.append(Round(due, choice, chosen.keep(choice.tokens, seqs)))
-        due = _right(sampler, rounds, chunks, drafts) if drafts else []
+        own = logits[[first_rows[i] + len(rounds) for i in due]]
+        rounds.append(_round(sampler, chosen, own, batch, due))
+        due = _right(sampler, rounds, chunks, drafts)
     for i, draft in drafts.items():
         right = sum(i in part.due for part in rounds) - 1
         chunks[i] = replace(chunks[i], count=1 + right, draft=draft[:right])
     return rounds
+
+
+def _round(sampler: Sampler, chosen: Chosen, logits: Tensor, batch: Batch, due: list[int]) -> Round:
+    """One token for each of the chunks that are `due`, from logits (len(due), vocab)."""
+    seqs = [batch.chunks[i].seq for i in due]
+    choice = sampler.choose(logits, seqs)
+    return Round(due, choice, chosen.keep(choice.tokens, seqs))
 
 
 def _right(

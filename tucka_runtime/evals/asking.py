@@ -18,20 +18,20 @@ TOGETHER = 16  # requests to a server at once
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """The text that was said; `cut` where --max-tokens or the context ended it."""
 
     text: str
     cut: bool
 
 
-class Asked(Protocol):
+class Respondent(Protocol):
     """`base` is what the base is called, `routed` the adapters' names, each with whether a router is in it."""
 
     base: str
     routed: dict[str, bool]
 
-    def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Answer]:
+    def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         """The greedy answers of the base or an adapter, in the questions' order. Raises TuckaError."""
         ...
 
@@ -49,7 +49,7 @@ class Folder:
         self._max_tokens = max_tokens
         self.routed = {name: info.router is not None for name, info in self._llm.adapters.items()}
 
-    def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Answer]:
+    def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         """All at once, as a busy server would have them: under the scope batch they are routed together."""
         from tucka_runtime.messages import SamplingParams
 
@@ -57,7 +57,7 @@ class Folder:
         prompts = [self._prompt(question) for question in questions]
         sampling = SamplingParams(temperature=0, max_tokens=self._max_tokens)
         outputs = self._llm.generate(prompts, sampling, adapter, route, progress=sys.stderr.isatty())
-        return [Answer(o.outputs[0].text, o.outputs[0].finish_reason == "length") for o in outputs]
+        return [Reply(o.outputs[0].text, o.outputs[0].finish_reason == "length") for o in outputs]
 
     def _prompt(self, question: Question) -> list[int]:
         tokenizer = self._llm.tokenizer
@@ -85,22 +85,22 @@ class Server:
             raise ConfigError(f"--adapter: {', '.join(missing)} is not loaded there. Loaded are: {there}.")
         self.routed = {name: found[name] for name in adapters or found}
 
-    def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Answer]:
+    def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         with ThreadPoolExecutor(TOGETHER) as pool:
             return list(pool.map(lambda question: self._ask(question, model, route), questions))
 
-    def _ask(self, question: Question, model: str, route: str | None) -> Answer:
+    def _ask(self, question: Question, model: str, route: str | None) -> Reply:
         body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": self._max_tokens}
         if route is not None:
             body["route"] = route
         asked = question.asked
         if isinstance(asked, str):
             choice = self._choice("/v1/completions", body | {"prompt": asked})
-            return Answer(choice["text"], choice["finish_reason"] == "length")
+            return Reply(choice["text"], choice["finish_reason"] == "length")
         if question.record.tools:
             body["tools"] = list(question.record.tools)
         choice = self._choice("/v1/chat/completions", body | {"messages": [_for_api(message) for message in asked]})
-        return Answer(choice["message"].get("content") or "", choice["finish_reason"] == "length")
+        return Reply(choice["message"].get("content") or "", choice["finish_reason"] == "length")
 
     def _choice(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -110,7 +110,7 @@ class Server:
         return choice
 
 
-def plan(asked: Asked, routes: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def plan(asked: Respondent, routes: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """(model, route scope) of every row of the report: the base, and each adapter under each scope; one that has no
     router once. Without `routes` an adapter is routed as it is served."""
     yield asked.base, None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tucka_runtime.evals.asking import Answer
+from tucka_runtime.evals.asking import Reply
 from tucka_runtime.evals.questions import Question, final
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -18,7 +18,7 @@ MOST_TASKS = 6  # columns of sub-tasks in the table
 
 
 @dataclass(frozen=True)
-class Row:
+class Score:
     """What one model scored. `error` is the standard error of `exact_match`; `cut` counts answers that had no end."""
 
     model: str
@@ -31,14 +31,14 @@ class Row:
     cut: int
 
 
-def score(questions: Sequence[Question], answers: Sequence[Answer], model: str, route: str | None) -> Row:
+def score(questions: Sequence[Question], answers: Sequence[Reply], model: str, route: str | None) -> Score:
     """The row of a model's answers."""
     right: dict[str, list[bool]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
         right[question.task].append(final(answer.text) == question.expected)
     exact = sum(map(sum, right.values())) / len(questions)
     overlaps = [f1(final(a.text), q.expected) for q, a in zip(questions, answers, strict=True)]
-    return Row(
+    return Score(
         model, route, len(questions), exact, math.sqrt(exact * (1 - exact) / len(questions)),
         sum(overlaps) / len(questions), {task: sum(own) / len(own) for task, own in sorted(right.items())},
         sum(answer.cut for answer in answers),
@@ -54,7 +54,7 @@ def f1(said: str, expected: str) -> float:
     return 2 * common / (len(left) + len(right))
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Score]) -> str:
     """The rows in columns, with the sub-tasks where there are a few."""
     tasks = list(rows[0].by_task)
     tasks = tasks if 1 < len(tasks) <= MOST_TASKS else []
@@ -67,7 +67,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def wrong(questions: Sequence[Question], answers: Sequence[Answer], row: Row) -> list[dict[str, Any]]:
+def wrong(questions: Sequence[Question], answers: Sequence[Reply], row: Score) -> list[dict[str, Any]]:
     """The answers that are not what was expected, with what was asked."""
     return [
         {
@@ -79,7 +79,7 @@ def wrong(questions: Sequence[Question], answers: Sequence[Answer], row: Row) ->
     ]  # fmt: skip
 
 
-def write(folder: Path, rows: Sequence[Row], mistakes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+def write(folder: Path, rows: Sequence[Score], mistakes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """report.json, wrong.jsonl and report.png. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     report = about | {"rows": [asdict(row) for row in rows]}
@@ -89,7 +89,7 @@ def write(folder: Path, rows: Sequence[Row], mistakes: Sequence[dict[str, Any]],
     _picture(rows, folder / "report.png")
 
 
-def _picture(rows: Sequence[Row], path: Path) -> None:
+def _picture(rows: Sequence[Score], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tucka_runtime.adapters.files import write_file
+from tucka_runtime.durable import write_file
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.data import Example, collate, epoch, pack

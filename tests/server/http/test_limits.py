@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tucka_runtime.server.http.errors import RateLimitError
-from tucka_runtime.server.http.limits import Admission, Allowance, Limits, TokenBucket, duration
+from tucka_runtime.server.http.limits import Admission, Allowance, KeyLimits, TokenBucket, duration
 
 
 class Clock:
@@ -62,7 +62,7 @@ def test_a_wait_is_as_long_as_it_has_to_be_and_no_longer(per_minute: int, steps:
 @given(st.integers(1, 100), STEPS)
 def test_a_settled_request_counts_what_it_used(per_minute: int, steps: list) -> None:
     """At one moment: whatever was reserved, what is left is what was not used, debts included."""
-    limits = Limits(Allowance(tokens_per_minute=per_minute), Clock())
+    limits = KeyLimits(Allowance(tokens_per_minute=per_minute), Clock())
     left = per_minute
     for _, reserved, used in steps:
         request = Admission(limits)
@@ -81,7 +81,7 @@ def test_a_settled_request_counts_what_it_used(per_minute: int, steps: list) -> 
 
 
 def test_what_is_refused_counts_for_no_limit() -> None:
-    limits = Limits(Allowance(2, 100, 1), Clock())
+    limits = KeyLimits(Allowance(2, 100, 1), Clock())
     refused = []
     limits.refused = refused.append
     first = Admission(limits)
@@ -105,7 +105,7 @@ def test_what_is_refused_counts_for_no_limit() -> None:
 
 
 def test_a_request_that_ends_twice_ends_once() -> None:
-    limits = Limits(Allowance(tokens_per_minute=100, concurrent_requests=2), Clock())
+    limits = KeyLimits(Allowance(tokens_per_minute=100, concurrent_requests=2), Clock())
     one, other = Admission(limits), Admission(limits)
     one.reserve(50)
     one.settle(20)
@@ -119,7 +119,7 @@ def test_a_request_that_ends_twice_ends_once() -> None:
 
 def test_another_limit_takes_over_what_was_used() -> None:
     clock = Clock()
-    limits = Limits(Allowance(tokens_per_minute=100, concurrent_requests=1), clock)
+    limits = KeyLimits(Allowance(tokens_per_minute=100, concurrent_requests=1), clock)
     running = Admission(limits)
     running.reserve(50)
     limits.set(Allowance(tokens_per_minute=1000, concurrent_requests=1))

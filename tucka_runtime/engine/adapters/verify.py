@@ -23,8 +23,9 @@ from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import Weights
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""The relative L2 error that is allowed, by the factors' type: a half type rounds both factors, the low-rank half and
-the result, by 2^-11 or 2^-8 each at most."""
+"""The relative L2 error that is allowed, by the less precise of the factors' type and the base's. A half type rounds
+both factors, the low-rank half and the result, by 2^-11 or 2^-8 each at most; the reference's factors on a CPU are
+float32 whatever the base is in, which still rounds the result."""
 
 ROWS = 16
 ROUTED = 8  # sets of router inputs
