@@ -128,8 +128,10 @@ def main(given: list[str] | None = None) -> int:
         finally:
             process.terminate()
             process.wait(60)
-        if "Traceback" in (place / "log").read_text():
+        log = (place / "log").read_text()
+        if "Traceback" in log:
             disk.wrong["a traceback in the log"] += 1
+            print(log)
     for what, count in sorted(disk.outcomes.items()):
         print(f"{count:6d}  {what}")
     print(f"{len(disk.back):6d}  engines killed, all adapters back after {statistics.median(disk.back):.1f} s (median)")
