@@ -9,6 +9,7 @@ size. Right is that the memory is flat: after the first quarter it may grow by -
 import argparse
 import asyncio
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ import httpx
 from tests.support.servers import engine_of, start_command
 
 MODELS = ("base", "formats", "words", "triage", "sql")
-PARTS = 8
+PARTS = 24
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -63,20 +64,25 @@ def main(given: list[str] | None = None) -> int:
         process, url = start_command(log=Path(folder) / "log")
         try:
             engine, begin = engine_of(process.pid), time.monotonic()
-            seen = [resident(engine)]
+            seen, times = [resident(engine)], [0.0]
             print(f"       0 requests {seen[0]:8.1f} MiB", flush=True)
             for part in range(PARTS):
                 share = flags.requests * (part + 1) // PARTS - flags.requests * part // PARTS
                 asyncio.run(send(url, share, draw))
                 seen.append(resident(engine))
+                times.append(time.monotonic() - begin)
                 done = flags.requests * (part + 1) // PARTS
-                print(f"{done:8} requests {seen[-1]:8.1f} MiB {time.monotonic() - begin:7.0f} s", flush=True)
+                print(f"{done:8} requests {seen[-1]:8.1f} MiB {times[-1]:7.0f} s", flush=True)
         finally:
             process.terminate()
             process.wait()
-    grown = seen[-1] - seen[PARTS // 4]
-    percent = 100 * grown / seen[PARTS // 4]
+    first = PARTS // 4
+    grown = seen[-1] - seen[first]
+    percent = 100 * grown / seen[first]
+    slope = 3600 * statistics.linear_regression(times[first:], seen[first:]).slope
     print(f"after the first quarter: {grown:+.1f} MiB, {percent:+.2f}% ({flags.percent}% are allowed)")
+    minutes = (times[-1] - times[first]) / 60
+    print(f"slope after the first quarter: {slope:+.1f} MiB an hour, over {minutes:.0f} minutes")
     return percent > flags.percent
 
 

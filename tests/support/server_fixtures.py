@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,16 @@ from tucka_runtime.server.service.sources import AdapterSources
 from tucka_runtime.tokenizer import Tokenizer
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What fails against a running server says what that server wrote last."""
+    report = yield
+    for server in getattr(item, "funcargs", {}).values():
+        if report.failed and isinstance(server, Server) and server.log is not None:
+            report.sections.append(("the server's last lines", "\n".join(server.log.read_text().splitlines()[-80:])))
+    return report
+
+
 @pytest.fixture(scope="session")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder below which the live server loads adapters."""
@@ -51,7 +62,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, roots: Path) -> Iterator[Serv
         "--shutdown-timeout", "5",
         log=folder / "log",
     )  # fmt: skip
-    server = Server(url, process.pid)
+    server = Server(url, process.pid, log=folder / "log")
     yield server
     assert process.poll() is None, f"the server died:\n{(folder / 'log').read_text()}"
     process.send_signal(signal.SIGINT)

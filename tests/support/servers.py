@@ -27,13 +27,15 @@ TEMPLATE = (
 
 @dataclass
 class Server:
-    """A running server. `engine` is the fake one, where it is, `loop` the one it runs in, `service` what it serves."""
+    """A running server. `engine` is the fake one, where it is, `loop` the one it runs in, `service` what it serves,
+    `log` the file that a command writes its lines to."""
 
     url: str
     pid: int
     engine: FakeEngine | None = None
     loop: asyncio.AbstractEventLoop | None = None
     service: Service | None = None
+    log: Path | None = None
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     @property
