@@ -21,7 +21,7 @@ from tucka_runtime.server.http.errors import internal_error, reason
 from tucka_runtime.server.http.limits import UNBOUNDED_ANSWER
 from tucka_runtime.server.http.stream import HEARTBEAT, EventStream, until_disconnect, with_silences
 from tucka_runtime.server.service.events import ParserFactory, PlainText
-from tucka_runtime.server.service.generation import ChoiceDelta, Generation
+from tucka_runtime.server.service.generation import ChoiceDelta, Generation, Usage
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.request_log import Origin
 from tucka_runtime.server.service.service import Service
@@ -30,6 +30,7 @@ from tucka_runtime.server.service.text import stopping
 log = getLogger(__name__)
 
 Endpoint = Callable[[HTTPRequest], Awaitable[Response]]
+Submit = Callable[[], Awaitable[Generation]]
 A = TypeVar("A")
 B = TypeVar("B", bound=ModelBody)
 S = TypeVar("S", bound=SamplingBody)
@@ -90,8 +91,9 @@ class Door(Generic[B, A]):
     open: Callable[[Context, B], Awaitable[Opened[A]]]
 
 
-async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
-    """Reads a request and submits it to the engine. Raises TuckaError, ClientDisconnect."""
+async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
+    """Reads a request; what is returned last submits it to the engine, once its adapter is resident, and has to be
+    called. Raises TuckaError, ClientDisconnect; so does that."""
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
     access: Access = http.state.access
@@ -101,15 +103,23 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Generation]:
         context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
         opened = await door.open(context, body)  # meanwhile an adapter that is not resident is on its way
         http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
-        if lease.waits:
-            await until_disconnect(http.receive, lease.ready())
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
         origin = Origin.of(http, door.operation, model, shown)
-        return body, opened.answer, Generation(service, opened.request, lease, origin, opened.parser)
     except BaseException:
         lease.release()
         raise
+
+    async def submit() -> Generation:
+        try:
+            if lease.waits:
+                await lease.ready()
+            return Generation(service, opened.request, lease, origin, opened.parser)
+        except BaseException:
+            lease.release()
+            raise
+
+    return body, opened.answer, submit
 
 
 def most_tokens(request: Request, context: int) -> int:
@@ -124,18 +134,19 @@ def generating(door: Door[S, Answer]) -> Endpoint:
     """The handler of a door whose answers are generated."""
 
     async def handle(http: HTTPRequest) -> Response:
-        body, answer, generation = await begin(door, http)
+        body, answer, submit = await begin(door, http)
         if not body.stream:
-            choices = await until_disconnect(http.receive, finished(generation))
-            return JSONAnswer(answer.whole(choices, generation.usage))
-        frames = _frames(answer, generation, http)
+            choices, usage = await until_disconnect(http.receive, finished(submit))
+            return JSONAnswer(answer.whole(choices, usage))
+        frames = _frames(answer, submit, http)
         return EventStream(await until_disconnect(http.receive, anext(frames)), frames)
 
     return handle
 
 
-async def finished(generation: Generation) -> list[ChoiceDelta]:
+async def finished(submit: Submit) -> tuple[list[ChoiceDelta], Usage]:
     """All choices, each with all of its deltas in one."""
+    generation = await submit()
     choices: dict[int, ChoiceDelta] = {}
     async with aclosing(generation.steps()) as steps:
         async for deltas in steps:
@@ -144,10 +155,11 @@ async def finished(generation: Generation) -> list[ChoiceDelta]:
                     choices[delta.index].extend(delta)
                 else:
                     choices[delta.index] = delta
-    return [choices[i] for i in sorted(choices)]
+    return [choices[i] for i in sorted(choices)], generation.usage
 
 
-async def _written(answer: Answer, generation: Generation) -> AsyncGenerator[bytes, None]:
+async def _written(answer: Answer, submit: Submit) -> AsyncGenerator[bytes, None]:
+    generation = await submit()
     async with aclosing(generation.steps()) as steps:
         async for deltas in steps:
             if frames := b"".join([answer.frame(delta, generation.usage) for delta in deltas]):
@@ -155,13 +167,13 @@ async def _written(answer: Answer, generation: Generation) -> AsyncGenerator[byt
     yield answer.ending(generation.usage)
 
 
-async def _frames(answer: Answer, generation: Generation, http: HTTPRequest) -> AsyncGenerator[bytes, None]:
+async def _frames(answer: Answer, submit: Submit, http: HTTPRequest) -> AsyncGenerator[bytes, None]:
     """A failure before the first frame, or the first heartbeat, is raised: it still has a status code of its own."""
     heartbeat = http.app.state.service.config.sse_heartbeat
     begun = False
     try:
         async with (
-            aclosing(_written(answer, generation)) as frames,
+            aclosing(_written(answer, submit)) as frames,
             aclosing(with_silences(frames, heartbeat)) as heard,
         ):
             async for frame in heard:

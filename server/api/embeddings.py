@@ -49,10 +49,10 @@ EMBEDDING = Door("embeddings", "embd-", EmbeddingBody, open_embeddings)
 
 
 async def embeddings(http: HTTPRequest) -> Response:
-    body, head, generation = await begin(EMBEDDING, http)
-    choices = await until_disconnect(http.receive, finished(generation))
+    body, head, submit = await begin(EMBEDDING, http)
+    choices, usage = await until_disconnect(http.receive, finished(submit))
     raw = body.encoding_format == "base64"
-    content = await asyncio.to_thread(_encoded, head, choices, raw, generation.usage)
+    content = await asyncio.to_thread(_encoded, head, choices, raw, usage)
     return Response(content, media_type="application/json")
 
 

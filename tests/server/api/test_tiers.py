@@ -1,5 +1,6 @@
 """More adapters than slots, on the real engine: each answers as itself whatever comes and goes."""
 
+import json
 import os
 import shutil
 import signal
@@ -165,6 +166,22 @@ def test_a_cold_request_is_refused_when_no_slot_gets_free(start_fake) -> None:
     assert not residency.awaited
     server.engine.seconds_per_token = 0
     assert ask(server, "n2").status_code == 200
+
+
+def test_a_stream_that_waits_for_a_slot_says_so(start_fake) -> None:
+    """A proxy in front would take the silence for a dead server. A refusal after the first comment is an event."""
+    server: Server = start_fake(sse_heartbeat=0.1)
+    residency = server.engine.on_restart.__self__.residency
+    residency._slots, residency._timeout = 1, 1
+    for name in ("n1", "n2"):
+        server.post("/v1/adapters", {"name": name, "path": str(NAMES[name])}).raise_for_status()
+    server.engine.seconds_per_token = 0.05
+    with streaming(server, "n1"):
+        answer = server.post("/v1/completions", {"model": "n2", "prompt": "x", "stream": True})
+    comments, _, event = answer.text.rpartition("data: ")
+    assert answer.status_code == 200 and comments.count(": still here\n\n") >= 3
+    assert json.loads(event)["error"]["code"] == "adapter_capacity"
+    assert [request.adapter.name for request in server.engine.requests] == ["n1"] and not residency.awaited
 
 
 def test_a_restart_loads_what_is_kept_and_the_rest_when_it_is_asked_for(
