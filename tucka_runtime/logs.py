@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 COMPLAINT_SECONDS = 60.0
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -24,6 +24,30 @@ class OnceAMinute:
             return False
         self._quiet_until = now + COMPLAINT_SECONDS
         return True
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """What cannot be written, as on a full disk, is counted and no traceback: the next line that can be says so."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            notice = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "args": (lost,)}
+            super().emit(logging.makeLogRecord(notice | {"msg": "%d lines of this log could not be written"}))
+            if self._lost:
+                self._lost = lost + 1  # this one neither
+                return
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            self._lost += 1
+        else:
+            super().handleError(record)
 
 
 class PlainFormatter(logging.Formatter):
@@ -66,7 +90,7 @@ def fields(**values: Any) -> dict[str, Any]:
 
 def set_up_logging(log_format: str, process: str) -> None:
     """Everything goes to stderr: ours from INFO on, others' warnings. `process` is "server" or "engine"."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     if log_format == "json":
         handler.setFormatter(JSONFormatter(process))
         sys.excepthook = lambda kind, error, trace: logging.critical("stopped", exc_info=(kind, error, trace))

@@ -4,6 +4,9 @@ import json
 import logging
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +139,29 @@ def test_prompts_stay_out_unless_asked_for(start_fake, caplog: pytest.LogCapture
         start_fake().post("/v1/completions", {"model": "base", "prompt": "a secret", "max_tokens": 2})
     assert "secret" not in repr([made.__dict__ for made in caplog.records])
     assert [made.fields["outcome"] for made in caplog.records if made.name.endswith("requests")] == ["ok"]
+
+
+def test_a_log_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    """As where the disk is full, and has room again before logging has told of its own failure."""
+    program = """
+import logging, resource, signal
+from tucka_runtime.logs import StderrHandler, set_up_logging
+set_up_logging("plain", "server")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+told, limits = StderrHandler.handleError, iter([0, hard])
+def tell(handler, record):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (next(limits), hard))
+    told(handler, record)
+StderrHandler.handleError = tell
+log = logging.getLogger("tucka_runtime.x")
+log.info("before")
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+log.info("lost")
+log.info("lost too")
+log.info("after")
+"""
+    with (tmp_path / "log").open("wb") as file:
+        subprocess.run([sys.executable, "-c", program], stderr=file, check=True)
+    said = [line[9:] for line in (tmp_path / "log").read_text().splitlines()]
+    assert said == ["INFO before", "WARNING 2 lines of this log could not be written", "INFO after"]

@@ -190,7 +190,9 @@ def test_thoughts_are_told_apart(start_fake: StartFake) -> None:
     server.engine.script = '\nhm\n</think>\n\nHi<tool_call>{"name": "now"}</tool_call>'
     for tools in ([], TOOLS):
         rest = "Hi" if tools else server.engine.script.split("\n\n")[1]
-        answer = client(server).chat.completions.create(**ASK, tools=tools).choices[0]
+        whole = client(server).chat.completions.create(**ASK, tools=tools)
+        answer, used = whole.choices[0], whole.usage.completion_tokens_details.reasoning_tokens
+        assert used == server.engine.script.index("</think>") + len("</think>")
         assert answer.message.content == rest and bool(answer.message.tool_calls) == bool(tools)
         assert answer.message.reasoning == answer.message.reasoning_content == "hm"  # type: ignore[attr-defined]
         message, _ = streamed(server, **ASK, tools=tools)
