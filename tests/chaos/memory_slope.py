@@ -1,6 +1,7 @@
 """Sends varied requests to a `tucka serve` of the embedded default and prints how the engine's memory grows.
 
     .venv/bin/python -m tests.chaos.memory_slope --requests 20000
+    .venv/bin/python -m tests.chaos.memory_slope --minutes 60
 
 Prompt lengths, answers, models and how many requests run at once differ all the time, so that every batch is of another
 size. Right is that the memory is flat: after the first quarter it may grow by --percent.
@@ -8,6 +9,7 @@ size. Right is that the memory is flat: after the first quarter it may grow by -
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 import sys
@@ -26,6 +28,7 @@ PARTS = 24
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, help="instead of a number of requests")
     parser.add_argument("--percent", type=float, default=1.0, help="growth after the first quarter that is a fault")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(given)
@@ -36,8 +39,8 @@ def resident(pid: int) -> float:
     return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
 
 
-async def send(url: str, count: int, draw: random.Random) -> None:
-    """So many requests, in bursts of 1 to 48."""
+async def send(url: str, count: float, until: float, draw: random.Random) -> int:
+    """So many requests, in bursts of 1 to 48, or as many as begin before `until` by the monotonic clock."""
 
     async def one(client: httpx.AsyncClient) -> None:
         body = {
@@ -50,10 +53,12 @@ async def send(url: str, count: int, draw: random.Random) -> None:
         (await client.post(f"{url}/v1/completions", json=body)).raise_for_status()
 
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as client:
-        while count:
-            burst = min(count, draw.randint(1, 48))
+        sent = 0
+        while sent < count and time.monotonic() < until:
+            burst = int(min(count - sent, draw.randint(1, 48)))
             await asyncio.gather(*(one(client) for _ in range(burst)))
-            count -= burst
+            sent += burst
+        return sent
 
 
 def main(given: list[str] | None = None) -> int:
@@ -66,12 +71,15 @@ def main(given: list[str] | None = None) -> int:
             engine, begin = engine_of(process.pid), time.monotonic()
             seen, times = [resident(engine)], [0.0]
             print(f"       0 requests {seen[0]:8.1f} MiB", flush=True)
-            for part in range(PARTS):
-                share = flags.requests * (part + 1) // PARTS - flags.requests * part // PARTS
-                asyncio.run(send(url, share, draw))
+            done = 0
+            for part in range(1, PARTS + 1):
+                if flags.minutes is None:
+                    count, until = flags.requests * part // PARTS - done, math.inf
+                else:
+                    count, until = math.inf, begin + 60 * flags.minutes * part / PARTS
+                done += asyncio.run(send(url, count, until, draw))
                 seen.append(resident(engine))
                 times.append(time.monotonic() - begin)
-                done = flags.requests * (part + 1) // PARTS
                 print(f"{done:8} requests {seen[-1]:8.1f} MiB {times[-1]:7.0f} s", flush=True)
         finally:
             process.terminate()
