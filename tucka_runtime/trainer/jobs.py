@@ -83,7 +83,7 @@ class Together:
             except Diverged as error:
                 job.failed = error.message
         if losses:
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(losses).sum().backward()
 
     def _end(self, job: Job) -> None:
         try:

@@ -143,7 +143,7 @@ class Loop:
             for batch in work.batches:
                 # with a cache transformers would not keep packed records apart
                 out = self.model(**batch, use_cache=False)
-                self.learn(work, out.logits, batch).backward()  # type: ignore[no-untyped-call]
+                self.learn(work, out.logits, batch).backward()
             self.end(work)
         return self.history
 
