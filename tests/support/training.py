@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def flags_of(folder: Path, *flags: str) -> list[str]:
     return [*required, "--batch-size", "8", "--r", "4", *flags]
 
 
-def train(folder: Path, *flags: str) -> int:
-    """Runs the command in this process; returns its exit status."""
+def train(folder: Path, *flags: str, given: Sequence[str] | None = None) -> int:
+    """Runs the command in this process, after the flags of `flags_of`, or of `given` instead; returns its exit
+    status."""
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    return cli.run(parser.parse_args(flags_of(folder, *flags)))
+    return cli.run(parser.parse_args(flags_of(folder, *flags) if given is None else [*given, *flags]))

@@ -1,17 +1,13 @@
 """The flags of `tucka train`: each is also a key of its --config file, and a run can be told in them again."""
 
 import argparse
-import contextlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tucka_runtime.client import KEY_VARIABLES
-from tucka_runtime.errors import ConfigError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 
 
@@ -114,6 +110,17 @@ FLAGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags; what is not given stays out of the namespace until `complete`. Imports nothing heavy."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these flags (default: none)")
+    parser.add_argument(
+        "--jobs",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of several adapters to train together: `jobs`, and these "
+        "flags for each; `defaults` for all. --out is then the folder of their folders (default: one adapter)",
+    )
+    parser.add_argument(
+        "--sweep", action="append", metavar="FLAG=A,B", help="train an adapter for each value of this flag, together; "
+        "with several --sweep for each combination. --out is the folder of their folders (default: one adapter)",
+    )  # fmt: skip
     for flag in FLAGS:
         said = flag.said or flag.default
         text = f"{flag.help} (default: {said})".replace("%", "%%")
@@ -126,18 +133,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )  # fmt: skip
 
 
-def complete(given: argparse.Namespace) -> argparse.Namespace:
-    """What was given, else what the --config file says, else the default. Raises ConfigError for the file."""
-    file = _read(given.config) if given.config else {}
-    args = argparse.Namespace(**{f.name: getattr(given, f.name, file.get(f.name, f.default)) for f in FLAGS})
-    for name in ("data", "out"):
-        if getattr(args, name) is None:
-            raise ConfigError(f"--{name} is missing: give it here or in the --config file.")
-    if args.resume and args.overwrite:
-        raise ConfigError("--resume continues what is in --out, and --overwrite replaces it: give one of the two.")
-    return args
-
-
 def of_run(args: argparse.Namespace) -> dict[str, Any]:
     """What makes the adapter, as a --config file would say it. Of paths the names alone: the folders above them are
     nobody's business."""
@@ -146,54 +141,17 @@ def of_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command(args: argparse.Namespace, **instead: bool) -> str:
-    """The command line of these settings, `instead` replacing some. A key is not shown."""
+    """The command line of these settings, complete or as given, `instead` replacing some. A key is not shown."""
     words = ["tucka", "train"]
+    for option in ("config", "jobs"):
+        if file := getattr(args, option, None):
+            words += [f"--{option}", str(file)]
+    for axis in getattr(args, "sweep", None) or ():
+        words += ["--sweep", axis]
     for flag in FLAGS:
-        value = instead.get(flag.name, getattr(args, flag.name))
+        value = instead.get(flag.name, getattr(args, flag.name, flag.default))
         if value == flag.default or flag.name == "api_key":
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [flag.option, *map(str, values)]
     return shlex.join(words)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The settings in a --config file, of the types that the flags have. Raises ConfigError."""
-    try:
-        table = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigError(f"The configuration file {path} is not valid YAML.") from None
-    if not isinstance(table, dict):
-        raise ConfigError(f"The configuration file {path} must be a mapping of flags to values, as `lr: 0.002`.")
-    known = {flag.name: flag for flag in FLAGS}
-    values = {str(name).replace("-", "_"): value for name, value in table.items()}
-    if unknown := sorted(set(values) - set(known)):
-        raise ConfigError(f"{path} names what is no flag of tucka train: {', '.join(unknown)}. See tucka train --help.")
-    return {name: _converted(known[name], value) for name, value in values.items() if value is not None}
-
-
-def _converted(flag: Flag, value: Any) -> Any:
-    wanted = flag.type
-    if isinstance(flag.default, list):
-        names = value if isinstance(value, list) else [value]
-        if not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"{flag.name} in the configuration file must be a name or a list of names.")
-        for name in names:
-            _check_choice(flag, name)
-        return names or flag.default
-    if wanted is float and isinstance(value, str):  # YAML reads 2e-3, without a point, as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, str if wanted is Path else wanted) or (wanted is int and isinstance(value, bool)):
-        raise ConfigError(f"{flag.name} in the configuration file must be a {wanted.__name__.lower()}.")
-    _check_choice(flag, value)
-    return Path(str(value)) if wanted is Path else value
-
-
-def _check_choice(flag: Flag, value: Any) -> None:
-    if flag.choices and value not in flag.choices:
-        raise ConfigError(f"{flag.name} in the configuration file must be one of {', '.join(flag.choices)}.")

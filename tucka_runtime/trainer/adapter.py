@@ -160,6 +160,13 @@ def digest(data: bytes | Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in data).encode()).hexdigest()
 
 
+def settled(config: Any) -> str:
+    """An adapter's configuration as text, but for the base's place: the same base may lie elsewhere."""
+    table = config.to_dict()
+    del table["base_model_name_or_path"]
+    return json.dumps(table, default=sorted, sort_keys=True)
+
+
 def manifest(
     settings: AdapterSettings,
     loop: Any,

@@ -50,6 +50,26 @@ def routed_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, route: TrainingRout
     return h @ u_hat.T
 
 
+def grouped_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, alpha: Tensor, route: TrainingRoute) -> Tensor:
+    """alpha · x Û M Ûᵀ of n adapters at once, for x (n, rows · S, d), u (n, d, r), c (n, t, p), g (n, k, p, r, r),
+    alpha (n,). The route is one a batch (n, 1), a row (n, rows) or a token (n, rows, S) of each."""
+    n, k = g.shape[:2]
+    u_hat = unit(u, dims=2).to(x.dtype)
+    mix = route.weights.flatten(1, -2) @ unit(c, dims=2)  # (n, routes, p)
+    g_hat = unit(g, dims=3) * alpha.view(n, 1, 1, 1, 1)
+    h = x @ u_hat
+    if route.group.ndim == 3:
+        place = nn.functional.one_hot(route.group.flatten(1), k).to(mix.dtype)[..., None] * mix[..., None, :]
+        wide = h[..., None, None, :] * place.to(h.dtype)[..., None]
+        h = wide.flatten(-3) @ g_hat.to(h.dtype).flatten(1, 3)
+    else:
+        of = (route.group + k * torch.arange(n, device=g.device)[:, None]).flatten()
+        chosen = g_hat.flatten(0, 1).index_select(0, of)
+        core = torch.einsum("bp,bpij->bij", mix.flatten(0, 1), chosen).to(h.dtype)
+        h = torch.bmm(h.reshape(len(of), -1, h.shape[-1]), core).view(h.shape)
+    return h @ u_hat.mT
+
+
 class TuckALayer(nn.Module, BaseTunerLayer):
     """A Linear or Conv1D with any number of TuckA adapters; all its tensors are fp32 whatever the base's dtype."""
 
@@ -121,7 +141,8 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
-    def _delta(self, x: Tensor, adapter: str) -> Tensor:
+    def routed(self, x: Tensor, adapter: str) -> TrainingRoute:
+        """The adapter's route here; its router computes it from x. Raises RuntimeError where there is none yet."""
         router = self.routers[adapter]
         if adapter in self.tucka_ec:
             router.compute(x, self.tucka_ec[adapter], self.tucka_config[adapter], self.training)
@@ -136,7 +157,11 @@ class TuckALayer(nn.Module, BaseTunerLayer):
                 "TuckA: the route has no graph, so its centroids would not be trained. Reentrant gradient "
                 "checkpointing does this: set use_reentrant=False (gradient_checkpointing_kwargs of the Trainer)."
             )
-        return routed_delta(x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], now.route)
+        return now.route
+
+    def _delta(self, x: Tensor, adapter: str) -> Tensor:
+        route = self.routed(x, adapter)
+        return routed_delta(x, self.tucka_u[adapter], self.tucka_c[adapter], self.tucka_g[adapter], route)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(

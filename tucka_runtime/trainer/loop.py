@@ -15,10 +15,11 @@ from torch import nn
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
+from tucka_runtime.trainer.adapter import settled
 from tucka_runtime.trainer.data import Example, collate, epoch, pack
 from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
 from tucka_runtime.trainer.model import set_route_scope
-from tucka_runtime.trainer.progress import Step, TrainingProgress
+from tucka_runtime.trainer.progress import Progress, Step
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -69,6 +70,22 @@ class LoopConfig:
         return ROUTES[self.route_batch][0]
 
 
+class Diverged(ConfigError):
+    """A loss is no number any more."""
+
+
+@dataclass
+class Work:
+    """What one optimiser step computes: its micro-batches as the model's arguments, how many completion tokens these
+    have, how many tokens without padding, and the loss so far."""
+
+    batches: list[dict[str, torch.Tensor]]
+    targets: int
+    tokens: int
+    before: torch.Tensor | None
+    loss: float = 0.0
+
+
 @dataclass
 class History:
     """What the figures need, one entry a step (or an evaluation)."""
@@ -94,7 +111,7 @@ class Loop:
 
     def __init__(
         self, model: Any, train: list[Example], held: list[Example], config: LoopConfig, *, pad: int,
-        device: torch.device, router: Any = None, folder: Path | None = None, progress: TrainingProgress | None = None,
+        device: torch.device, router: Any = None, folder: Path | None = None, progress: Progress | None = None,
     ):  # fmt: skip
         self.model, self.train, self.held, self.config = model, train, held, config
         self.pad, self.device, self.router, self.folder, self.progress = pad, device, router, folder, progress
@@ -109,6 +126,11 @@ class Loop:
         self._epoch: tuple[int, list[list[Example]]] = (-1, [])
 
     @property
+    def turn(self) -> int:
+        """Steps after which every route scope has had its turn."""
+        return 1 if self.router is None else len(ROUTES[self.config.route_batch])
+
+    @property
     def finished(self) -> bool:
         return self.step >= self.config.steps or self.history.stopped_early
 
@@ -117,22 +139,12 @@ class Loop:
         is stopping ends sooner, and the model holds what a checkpoint is to have."""
         self.model.train()
         while not self.finished and not self.stopping:
-            loss, load, tokens = self._optimise()
-            self.history.loss.append(loss)
-            self.history.load.append(load)
-            self.step += 1
-            if self.progress:
-                self.progress.step(Step(self.step, loss, load, tokens, learning_rate(self.config, self.step - 1)))
-            every = self.config.eval_every
-            if self.held and every and (self.step % every == 0 or self.step == self.config.steps):
-                self._evaluate()
-            every = self.config.checkpoint_every
-            if self.folder and every and self.step % every == 0 and not self.finished:
-                self._checkpoint(self.folder)
-        if self.finished and self.best is not None:
-            with torch.no_grad():
-                for name, p in self.parameters:
-                    p.copy_(self.best[name])
+            work = self.begin()
+            for batch in work.batches:
+                # with a cache transformers would not keep packed records apart
+                out = self.model(**batch, use_cache=False)
+                self.learn(work, out.logits, batch).backward()
+            self.end(work)
         return self.history
 
     def _checkpoint(self, folder: Path) -> None:
@@ -166,10 +178,9 @@ class Loop:
             found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
-    def _optimise(self) -> tuple[float, list[int], int]:
-        """One optimiser step: its loss, the mean over all its completion tokens however they fall into batches; the
-        groups' load; the tokens without padding."""
-        c = self.config
+    def begin(self) -> Work:
+        """Readies one optimiser step: its batches, the route scope, the learning rate."""
+        c, before = self.config, None
         if self.router is not None:
             scopes = ROUTES[c.route_batch]
             self._route(scopes[self.step % len(scopes)])
@@ -180,22 +191,43 @@ class Loop:
             group["lr"] = learning_rate(c, self.step)
         examples = [self._micro_batch(self.step * c.accumulate + i) for i in range(c.accumulate)]
         batches = [self._collate(batch) for batch in examples]
-        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            out = self.model(**batch, use_cache=False)  # with a cache transformers would not keep packed records apart
-            loss = completion_loss(out.logits, batch["labels"])[0] / tokens
-            if not torch.isfinite(loss):
-                raise ConfigError(
-                    f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
-                )
-            loss.backward()
-            total += loss.item()
-        nn.utils.clip_grad_norm_([p for _, p in self.parameters], c.clip)
+        targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        return Work(batches, targets, sum(len(e.ids) for batch in examples for e in batch), before)
+
+    def learn(self, work: Work, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A micro-batch's part of the step's loss, which is the mean over all the step's completion tokens however they
+        fall into batches. Raises Diverged."""
+        loss = completion_loss(logits, batch["labels"])[0] / work.targets
+        if not torch.isfinite(loss):
+            raise Diverged(
+                f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
+            )
+        work.loss += loss.item()
+        return loss
+
+    def end(self, work: Work) -> None:
+        """Takes the step that the gradients say, and what is due after it: figures, evaluation, checkpoint; after the
+        last, the best evaluated weights."""
+        nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        load = [] if self.router is None else (self.router.counts - before).tolist()
-        return total, load, sum(len(e.ids) for batch in examples for e in batch)
+        load = [] if self.router is None else (self.router.counts - work.before).tolist()
+        self.history.loss.append(work.loss)
+        self.history.load.append(load)
+        self.step += 1
+        if self.progress:
+            rate = learning_rate(self.config, self.step - 1)
+            self.progress.step(Step(self.step, work.loss, load, work.tokens, rate))
+        every = self.config.eval_every
+        if self.held and every and (self.step % every == 0 or self.step == self.config.steps):
+            self._evaluate()
+        every = self.config.checkpoint_every
+        if self.folder and every and self.step % every == 0 and not self.finished:
+            self._checkpoint(self.folder)
+        if self.finished and self.best is not None:
+            with torch.no_grad():
+                for name, p in self.parameters:
+                    p.copy_(self.best[name])
 
     def _route(self, scope: str) -> None:
         set_route_scope(self.model, scope, prefix_tokens=self.config.route_prefix_tokens)
@@ -233,7 +265,7 @@ class Loop:
         gaps = "".join(repr(e.gaps) for e in self.train if e.gaps)
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
-            "adapter": _settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
+            "adapter": settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
             "data": hashlib.sha256((repr(self.train) + gaps).encode()).hexdigest(),
         }  # fmt: skip
 
@@ -242,7 +274,7 @@ class Loop:
         among the loop's settings and among the adapter's."""
         if name == "adapter":
             config = self.model.peft_config["default"]
-            text = _settled(type(config)())
+            text = settled(type(config)())
             return json.dumps(json.loads(text) | json.loads(saved[name]), sort_keys=True)
         return saved.get(name, getattr(LoopConfig(steps=1), name, None))
 
@@ -283,10 +315,3 @@ class Loop:
         self.history, self.step, self.best = History(**state["history"]), state["step"], state["best"]
         if self.router is not None:
             self.router.load_state_dict(state["router"])
-
-
-def _settled(config: Any) -> str:
-    """An adapter's configuration as text, but for the base's place: the same base may lie elsewhere."""
-    table = config.to_dict()
-    del table["base_model_name_or_path"]
-    return json.dumps(table, default=sorted, sort_keys=True)

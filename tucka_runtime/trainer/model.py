@@ -34,8 +34,8 @@ class TuckAModel(BaseTuner):
         # Set before Module.__init__ runs: injection needs it, and it holds no tensors.
         object.__setattr__(self, "routers", {})
         super().__init__(model, *args, **kwargs)
-        model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
-        model.register_forward_hook(self._end_forward)
+        model.register_forward_pre_hook(self.begin_forward, with_kwargs=True)
+        model.register_forward_hook(self.end_forward)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: TuckAConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
@@ -82,7 +82,7 @@ class TuckAModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the wrapped model: padding and labels decide which tokens count in the route."""
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
@@ -106,7 +106,7 @@ class TuckAModel(BaseTuner):
         for router in self.routers.values():
             router.begin(counts, prompt, decoding, records)
 
-    def _end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: when this forward is differentiated, other forwards may have come after it (a loss of two
         forwards, a reference model). Gradient checkpointing then runs layers again, and they need its routes."""
         forwards = [(router, router.current) for router in self.routers.values()]

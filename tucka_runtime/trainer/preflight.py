@@ -67,11 +67,11 @@ def longest_record(asked: int | None, config: Any) -> int:
     return asked or min(LONGEST, context)
 
 
-def check_disk(folder: Path, parameters: int, checkpoints: bool) -> None:
+def check_disk(folder: Path, parameters: int, checkpoints: bool, beside: int = 0) -> None:
     """Raises ConfigError where what a run writes would not fit, or the adapter is larger than the server takes.
 
     A checkpoint holds the parameters, the best ones and AdamW's two moments in fp32, and for a moment the new one
-    lies beside the old.
+    lies beside the old. `beside` are the parameters of other trainings of this run, which go to the same disk.
     """
     weights = 4 * parameters
     if weights > MAX_WEIGHTS_BYTES:
@@ -79,7 +79,7 @@ def check_disk(folder: Path, parameters: int, checkpoints: bool) -> None:
             f"The adapter would have {weights / 2**30:.1f} GiB, and the server takes {MAX_WEIGHTS_BYTES / 2**30:.0f}. "
             "Lower --r, or name fewer --target-modules."
         )
-    needed = weights + (8 * weights if checkpoints else 0) + 2**20
+    needed = (4 * beside + weights) * (9 if checkpoints else 1) + 2**20
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(nearest).free
     if free < needed:

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tucka_runtime.trainer.evaluate import Evaluation
 from tucka_runtime.trainer.tracking import Tracker
@@ -26,6 +27,16 @@ class Step:
     load: list[int]
     tokens: int
     lr: float
+
+
+class Progress(Protocol):
+    """Who is told how a training goes."""
+
+    def step(self, step: Step) -> None: ...
+
+    def evaluated(self, step: int, result: Evaluation) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 def mean_load(loads: list[list[int]], turn: int) -> list[float]:
@@ -57,35 +68,58 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Figures:
+    """One training's figures as they come: what its line says, and what its trackers are told of every step. The route
+    scopes take turns of `turn` steps."""
+
+    def __init__(self, steps: int, turn: int, trackers: Sequence[Tracker] = ()):
+        self._turn, self._trackers = turn, trackers
+        self._loads: deque[list[int]] = deque(maxlen=turn * max(1, -(-max(1, steps // 10) // turn)))
+        self._started = time.monotonic()
+        self.tokens = 0
+
+    def step(self, step: Step) -> str:
+        """Takes a step; returns it in words: its loss and the experts' shares."""
+        self._loads.append(step.load)
+        self.tokens += step.tokens
+        load = mean_load(list(self._loads), self._turn)
+        values = {
+            "train/loss": step.loss,
+            "train/learning_rate": step.lr,
+            "train/tokens_per_second": self.tokens / max(time.monotonic() - self._started, 1e-9),
+        }
+        self._track(values | {f"experts/{i}": share for i, share in enumerate(load)}, step.number)
+        experts = f" experts {'/'.join(f'{share:.0%}'[:-1] for share in load)}%" if load else ""
+        return f"loss {step.loss:.4f}{experts}"
+
+    def evaluated(self, step: int, result: Evaluation) -> None:
+        self._track({"eval/loss": result.loss, "eval/exact_match": result.exact}, step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step)
+
+
 class TrainingProgress:
-    """Says each step of a run of `steps`, of which `done` lie behind; the route scopes take turns of `turn` steps.
-    The `trackers` are told the same figures of every step."""
+    """Says each step of a run of `steps`, of which `done` lie behind."""
 
     def __init__(self, steps: int, done: int, turn: int, trackers: Sequence[Tracker] = ()):
         from tqdm import tqdm
 
-        self._trackers = trackers
-
-        self._steps, self._done, self._turn = steps, done, turn
+        self._steps, self._done = steps, done
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, file=sys.stderr)
-        self._loads: deque[list[int]] = deque(maxlen=turn * max(1, -(-max(1, steps // 10) // turn)))
+        self._figures = Figures(steps, turn, trackers)
         self._started = self._said = time.monotonic()
-        self._tokens = 0
 
     def step(self, step: Step) -> None:
-        self._loads.append(step.load)
-        self._tokens += step.tokens
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
-        load = mean_load(list(self._loads), self._turn)
-        experts = f" experts {'/'.join(f'{share:.0%}'[:-1] for share in load)}%" if load else ""
-        text = f"loss {step.loss:.4f}{experts} {self._tokens / seconds:.0f} tok/s"
-        values = {
-            "train/loss": step.loss,
-            "train/learning_rate": step.lr,
-            "train/tokens_per_second": self._tokens / seconds,
-        }
-        self._track(values | {f"experts/{i}": share for i, share in enumerate(load)}, step.number)
+        said = self._figures.step(step)
+        text = f"{said} {self._figures.tokens / seconds:.0f} tok/s"
         self._bar.update(1)
         self._bar.set_postfix_str(text, refresh=False)
         tenth = step.number % max(1, self._steps // 10) == 0 or step.number == self._steps
@@ -96,23 +130,79 @@ class TrainingProgress:
 
     def evaluated(self, step: int, result: Evaluation) -> None:
         self._write(f"step {step}/{self._steps} held out: loss {result.loss:.4f} exact match {result.exact:.3f}")
-
-        self._track({"eval/loss": result.loss, "eval/exact_match": result.exact}, step)
+        self._figures.evaluated(step, result)
 
     def warn(self, text: str) -> None:
         self._write(f"warning: {text}")
 
     def close(self) -> None:
         self._bar.close()
-        for tracker in self._trackers:
-            tracker.close()
-
-    def _track(self, values: dict[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(values, step)
+        self._figures.close()
 
     def _write(self, line: str) -> None:
         if self._bar.disable:
             print(line, file=sys.stderr, flush=True)
         else:
             self._bar.write(line, file=sys.stderr)
+
+
+class JobProgress:
+    """The progress of one job among several, said in the lines of all."""
+
+    def __init__(self, name: str, steps: int, done: int, figures: Figures, all_jobs: "JobsProgress"):
+        self.name, self.steps, self.done, self.first = name, steps, done, done
+        self.loss: float | None = None
+        self.figures, self._all = figures, all_jobs
+        all_jobs.jobs.append(self)
+
+    def step(self, step: Step) -> None:
+        self.figures.step(step)
+        self.done, self.loss = step.number, step.loss
+
+    def evaluated(self, step: int, result: Evaluation) -> None:
+        self._all.say(
+            f"{self.name}: step {step}/{self.steps} held out: loss {result.loss:.4f} exact match {result.exact:.3f}"
+        )
+        self.figures.evaluated(step, result)
+
+    def warn(self, text: str) -> None:
+        self._all.say(f"warning: {self.name}: {text}")
+
+    def leave(self) -> None:
+        """The job has ended: nothing is left of it."""
+        self.steps = self.done
+        self.figures.close()
+
+    @property
+    def left(self) -> float:
+        """Tokens that its remaining steps will compute, if they are as the ones so far."""
+        return self.figures.tokens / max(1, self.done - self.first) * (self.steps - self.done)
+
+
+class JobsProgress:
+    """One line for all jobs, ten times in the longest of them, and at least once a minute."""
+
+    def __init__(self) -> None:
+        self.jobs: list[JobProgress] = []
+        self._started = self._said = time.monotonic()
+        self._turns = 0
+
+    def turn(self) -> None:
+        """All running jobs have taken a step."""
+        self._turns += 1
+        now = time.monotonic()
+        longest = max(job.steps - job.first for job in self.jobs)
+        if self._turns % max(1, longest // 10) and now - self._said < SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        seconds = max(now - self._started, 1e-9)
+        speed = sum(job.figures.tokens for job in self.jobs) / seconds
+        left = sum(job.left for job in self.jobs) / max(speed, 1e-9)
+        losses = ", ".join(
+            f"{job.name} {job.done}/{job.steps} loss {job.loss:.4f}" for job in self.jobs if job.loss is not None
+        )
+        self.say(f"{losses}; {speed:.0f} tok/s elapsed {clock(seconds)} left {clock(left)}")
+
+    @staticmethod
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,224 @@
+"""What `tucka train` does before the first step: it checks, reads the data, makes the adapter."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tucka_runtime.embedded import FOLDER
+from tucka_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tucka_runtime.trainer.adapter import AdapterSettings
+    from tucka_runtime.trainer.data import Example
+    from tucka_runtime.trainer.evaluate import Evaluation
+    from tucka_runtime.trainer.loop import Loop, LoopConfig
+    from tucka_runtime.trainer.publish import Publication
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what is wrong at first sight: libraries and the model take seconds to load."""
+    folder = base_folder(args)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: --model must be the folder of a Hugging Face model.")
+    for path in filter(None, (args.data, args.eval_data)):
+        if not path.exists():
+            raise ConfigError(f"The data file {path} does not exist.")
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError("--eval-fraction must be from 0 to below 1")
+    for name in ("num_threads", "steps", "eval_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raises ConfigError where a training would undo, or continue, what is not meant."""
+    from tucka_runtime.trainer.loop import CHECKPOINT
+
+    if resume and not (out / CHECKPOINT).is_file():
+        raise ConfigError(f"--resume: there is no checkpoint in {out}. Start without it.")
+    found = [name for name in ("adapter_config.json", CHECKPOINT) if (out / name).exists()]
+    if found and not resume and not overwrite:
+        go_on = ", or continue from its checkpoint with --resume" if CHECKPOINT in found else ""
+        raise ConfigError(
+            f"{out} holds an earlier training ({', '.join(found)}). Give another --out, or replace it with "
+            f"--overwrite{go_on}."
+        )
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written: {nearest} is no folder, or not one this user may write to.")
+
+
+def base_folder(args: argparse.Namespace) -> Path:
+    """The folder of the base model, which is the embedded one where none is named."""
+    return args.model or FOLDER / "base"
+
+
+def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
+    """What the flags say of the adapter and of the loop, whose steps are known once the data is read."""
+    from tucka_runtime.trainer.adapter import AdapterSettings
+    from tucka_runtime.trainer.loop import LoopConfig
+    from tucka_runtime.trainer.preflight import check_limits
+
+    alpha = args.alpha if args.alpha is not None else 2.0 * args.r if args.method == "lora" else 64.0
+    settings = AdapterSettings(
+        method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=alpha,
+        target_modules=tuple(args.target_modules), centroids=args.centroids,
+        ec_perturb_scale=args.ec_perturb_scale, balance=args.balance, dropout=args.dropout, rslora=args.rslora,
+    )  # fmt: skip
+    check_limits(settings)
+    config = LoopConfig(
+        steps=args.steps or 1, batch_size=args.batch_size, accumulate=args.accumulate, lr=args.lr, warmup=args.warmup,
+        weight_decay=args.weight_decay, route_batch=args.route_batch,
+        route_prefix_tokens=args.route_prefix_tokens, eval_every=args.eval_every or 1,
+        patience=args.patience, checkpoint_every=args.checkpoint_every or 0, seed=args.seed,
+        packing=args.packing, group_by_length=args.group_by_length, gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
+    return settings, config
+
+
+@dataclass
+class Base:
+    """What is known of the base before its weights are read, and what trainings of one run share: records that were
+    read, and what the base alone scores."""
+
+    folder: Path
+    device: Any
+    config: Any
+    sizes: dict[str, tuple[int, int]]
+    fingerprint: str
+    tokenizer: Any
+    _records: dict[tuple[Any, ...], "list[Example]"] = field(default_factory=dict)
+    _scores: "dict[tuple[Example, ...], Evaluation]" = field(default_factory=dict)
+
+    def records(self, path: Path, longest: int, learn: str, strict: bool) -> "list[Example]":
+        """The examples of a file. Raises DataError."""
+        from tucka_runtime.trainer import data
+
+        key = (path, longest, learn, strict)
+        if key not in self._records:
+            tell = partial(print, file=sys.stderr)
+            self._records[key] = data.load(path, self.tokenizer, longest, learn, strict, tell)
+        return list(self._records[key])
+
+    def score(self, loop: "Loop") -> "Evaluation":
+        """Held-out figures of the base alone."""
+        key = tuple(loop.held)
+        if key not in self._scores:
+            self._scores[key] = loop.evaluate_base()
+        return self._scores[key]
+
+
+@dataclass
+class Plan:
+    """One training that has passed all checks which need no weights, and what is likely not meant by it."""
+
+    args: argparse.Namespace
+    base: Base
+    settings: "AdapterSettings"
+    config: "LoopConfig"
+    train: "list[Example]"
+    held: "list[Example]"
+    publication: "Publication | None"
+    warnings: list[str]
+
+
+def open_base(args: argparse.Namespace) -> Base:
+    """Raises ConfigError where the base cannot be used."""
+    from tucka_runtime.models.weights import fingerprint
+    from tucka_runtime.trainer import preflight
+    from tucka_runtime.trainer.base_model import choose_device, load_skeleton, load_tokenizer
+
+    folder = base_folder(args)
+    device, skeleton = choose_device(args.device), load_skeleton(folder)
+    sizes = preflight.linears(skeleton)
+    return Base(folder, device, skeleton.config, sizes, fingerprint(folder), load_tokenizer(folder))
+
+
+def check_settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig, Publication | None]":
+    """What the flags say, and the server that waits for the result. Raises ConfigError."""
+    from tucka_runtime.trainer import tracking
+    from tucka_runtime.trainer.publish import Publication
+
+    tracking.check(args.report_to)
+    settings, config = _settings(args)
+    publication = None
+    if args.publish:
+        name = args.name or args.out.resolve().name
+        publication = Publication(args.publish, name, args.out, args.api_key, args.replace)
+        publication.check()
+    return settings, config, publication
+
+
+def plan(
+    args: argparse.Namespace, base: Base, checked: "tuple[AdapterSettings, LoopConfig, Publication | None]"
+) -> Plan:
+    """Reads the data. Raises ConfigError or DataError."""
+    from tucka_runtime.trainer import data, preflight
+
+    settings, config, publication = checked
+    targets = preflight.check_targets(settings, base.sizes)
+    longest = preflight.longest_record(args.max_length, base.config)
+    train = base.records(args.data, longest, args.learn, args.strict)
+    if args.eval_data:
+        held = base.records(args.eval_data, longest, args.learn, args.strict)
+    else:
+        train, held = data.split(train, args.eval_fraction, args.seed)
+    steps = args.steps or max(1, round(args.epochs * len(train) / (args.batch_size * args.accumulate)))
+    tenth = max(1, steps // 10)
+    config = replace(
+        config, steps=steps, eval_every=args.eval_every or tenth,
+        checkpoint_every=tenth if args.checkpoint_every is None else args.checkpoint_every,
+    )  # fmt: skip
+    warnings = preflight.warnings(settings, [base.sizes[name] for name in targets], len(train), len(held))
+    return Plan(args, base, settings, config, train, held, publication, warnings)
+
+
+def load(base: Base, args: argparse.Namespace, packing: bool, together: bool = False) -> Any:
+    """The base's weights, and the threads that it gets: where several train together, each product has rows enough for
+    all cores. Raises ConfigError."""
+    import torch
+
+    from tucka_runtime import machine
+    from tucka_runtime.trainer.base_model import load_model, prepare
+
+    hidden = base.config.get_text_config().hidden_size
+    most = torch.get_num_threads()
+    torch.set_num_threads(
+        args.num_threads or (min(most, machine.cores().count) if together else machine.threads(hidden, most))
+    )
+    model = load_model(base.folder, args.dtype, base.device)
+    prepare(model, packing, args.gradient_checkpointing)
+    return model
+
+
+def build(planned: Plan, model: Any, beside: int = 0) -> "Loop":
+    """The loop, with a fresh adapter on `model`, and torch's generator as the seed says; `beside` parameters of other
+    trainings go to the same disk. Raises ConfigError."""
+    from tucka_runtime.trainer import preflight
+    from tucka_runtime.trainer.adapter import attach, router_of, seed_all, trainable_parameters
+    from tucka_runtime.trainer.loop import Loop
+
+    args, config = planned.args, planned.config
+    adapted = attach(model, planned.settings, args.seed)
+    parameters = trainable_parameters(adapted)
+    preflight.check_disk(args.out, parameters, config.checkpoint_every > 0, beside)
+    seed_all(args.seed)
+    return Loop(
+        adapted, planned.train, planned.held, config, pad=planned.base.tokenizer.ends[0],  # masked: any token does
+        device=planned.base.device, router=router_of(adapted), folder=args.out,
+    )  # fmt: skip
+
+
+def summary(loop: "Loop", method: str) -> str:
+    """What is about to be trained."""
+    from tucka_runtime.trainer.adapter import trainable_parameters
+
+    per_step = loop.config.batch_size * loop.config.accumulate
+    return (
+        f"{method}: {trainable_parameters(loop.model):,} trainable parameters; {len(loop.train)} examples to train on, "
+        f"{len(loop.held)} held out; {loop.config.steps} steps of {per_step}"
+    )

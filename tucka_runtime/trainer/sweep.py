@@ -1,0 +1,77 @@
+"""What several trainings came to, side by side: a table, JSON and a picture, from what each wrote of itself."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tucka_runtime.adapters.files import TRAINING_NAME
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: its steps and last loss, the held-out figures where something was held out, or why it failed."""
+
+    name: str
+    steps: int | None = None
+    final_loss: float | None = None
+    held_out_loss: float | None = None
+    exact_match: float | None = None
+    failed: str | None = None
+
+
+def row(name: str, folder: Path, failed: str | None) -> Row:
+    """The row of a training that has written into `folder`, or has failed."""
+    if failed is not None:
+        return Row(name, failed=failed)
+    training: dict[str, Any] = json.loads((folder / TRAINING_NAME).read_text("utf-8"))
+    held = training.get("eval", {})
+    return Row(name, training["steps"], training["final_loss"], held.get("loss"), held.get("exact_match"))
+
+
+def best(rows: Sequence[Row]) -> Row | None:
+    """The row with the highest held-out exact match, of several the one with the lowest held-out loss."""
+    measured = [row for row in rows if row.exact_match is not None]
+    return max(measured, key=lambda row: (row.exact_match or 0.0, -(row.held_out_loss or 0.0)), default=None)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in columns; the best one is marked, and a failed one says why."""
+    first = best(rows)
+    lines = [["job", "steps", "loss", "held-out loss", "exact match", ""]]
+    for row in rows:
+        figures = [f"{value:.4f}" if value is not None else "-" for value in (row.final_loss, row.held_out_loss)]
+        exact = f"{row.exact_match:.3f}" if row.exact_match is not None else "-"
+        said = f"failed: {row.failed.splitlines()[0]}" if row.failed else "best" if row is first else ""
+        lines.append([row.name, str(row.steps or "-"), *figures, exact, said])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
+    """report.json and report.png. Raises OSError."""
+    first = best(rows)
+    report = {"best": first and first.name, "rows": [asdict(row) for row in rows]}
+    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _picture(rows, folder / "report.png")
+
+
+def _picture(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (11, 1 + 0.4 * len(rows))
+    fig, (exact, loss) = plt.subplots(1, 2, figsize=size, sharey=True, constrained_layout=True)
+    names = [row.name + (" (failed)" if row.failed else "") for row in rows]
+    exact.bar_label(exact.barh(names, [row.exact_match or 0.0 for row in rows]), fmt="%.3f", padding=4)
+    exact.set(xlabel="exact match, held out", xlim=(0, 1.15))
+    held = loss.barh(names, [row.held_out_loss or 0.0 for row in rows], color="tab:orange")
+    loss.bar_label(held, fmt="%.4f", padding=4)
+    loss.set(xlabel="loss of a completion token, held out")
+    loss.margins(x=0.15)
+    exact.invert_yaxis()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
