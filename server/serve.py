@@ -23,6 +23,7 @@ from tucka_runtime.server.http.key_file import read_key_file
 from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_files, bind, check_open
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.reread import reread
+from tucka_runtime.server.scrapes import bind_for_scrapes, scraped
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
@@ -106,6 +107,7 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
     allow_open_files(config.max_connections)
     listener = bind(config.host, config.port)
     check_open(config, listener)
+    scrapes = bind_for_scrapes(config)
     parts = Parts(engine_config, config)
     stopping, at_once = asyncio.Event(), asyncio.Event()
 
@@ -131,17 +133,19 @@ async def _run(engine_config: EngineConfig, config: ServerConfig) -> int:
         service = starting.result()
         server = HTTPServer(create_app(service), config, listener)
         listener.listen(BACKLOG)  # who reads that it is ready may connect
-        _greet(service, listener)
-        gc.collect()
-        gc.freeze()  # imported modules stay: no collection walks them again
-        rereading = asyncio.create_task(reread(service, hung_up))
-        await _serve_until_stopped(server, service, stopping, at_once)
+        async with scraped(service, scrapes):
+            _greet(service, listener)
+            gc.collect()
+            gc.freeze()  # imported modules stay: no collection walks them again
+            rereading = asyncio.create_task(reread(service, hung_up))
+            await _serve_until_stopped(server, service, stopping, at_once)
         return 0
     finally:
         if rereading is not None:
             rereading.cancel()
         await parts.stop(STOP_ENGINE_SECONDS)
-        listener.close()
+        for port in filter(None, (listener, scrapes)):
+            port.close()
 
 
 class Parts:

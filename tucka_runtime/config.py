@@ -116,6 +116,9 @@ class ServerConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8000, "port to listen on; 0 takes a free one")
+    metrics_port: int | None = _setting(
+        None, "port that answers /metrics, /health and /ready without a key, nothing else; 0 takes a free one"
+    )
     served_model_name: str | None = _setting(None, "name of the base model in requests (default: its folder's name)")
     download: bool = _setting(False, "fetch a --model org/name that is not in the cache from the Hugging Face Hub")
     adapter: tuple[str, ...] = _setting((), "adapter to load at start; repeatable", metavar="NAME=PATH")
@@ -200,8 +203,11 @@ class ServerConfig:
         _check_choices(self)
         for name in ("max_body_bytes", "max_n", "max_connections", "keep_alive_timeout"):
             _check_at_least(self, name, 1)
-        if not 0 <= self.port <= 65535:
-            raise ConfigError("port must be between 0 and 65535; 0 takes a free one")
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be between 0 and 65535; 0 takes a free one")
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ConfigError("metrics_port is port itself: without a key it needs one of its own")
         for name in ("max_logprobs", "drain_delay", "shutdown_timeout", "sse_heartbeat"):
             _check_at_least(self, name, 0)
         for name in ("api_key", "admin_key"):

@@ -59,6 +59,10 @@ def create_app(service: Service) -> ASGIApp:
         ("POST", "/ping", ops.health),
         ("GET", "/ready", ops.ready),
         ("GET", "/version", ops.version),
+        ("GET", "/server_info", ops.server_info),
+        ("GET", "/get_server_info", ops.server_info),
+        ("GET", "/model_info", ops.model_info),
+        ("GET", "/get_model_info", ops.model_info),
         ("GET", "/metrics", ops.metrics),
         ("POST", "/tokenize", ops.tokenize),
         ("POST", "/detokenize", ops.detokenize),
@@ -74,12 +78,27 @@ def create_app(service: Service) -> ASGIApp:
         if method != "GET" and role_of(path) == "admin":
             endpoint = audited(f"{method} {path}", endpoint)
         app.router.add_route(path, _with_body(endpoint, limit), methods=[method])
-    app.add_exception_handler(TuckaError, _tucka_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected_error)
+    _add_handlers(app)
     is_open = console.serves if config.console else lambda scope: False
     keyed = Auth(app, service.keys, service.metrics.keys, is_open)
     return RequestScope(_cors(Guard(keyed), config.cors_origin), service.metrics.answered, _templates(app))
+
+
+def create_metrics_app(service: Service) -> ASGIApp:
+    """Figures and probes alone, for everybody who reaches their port."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    for path, endpoint in (("/metrics", ops.metrics), ("/health", ops.health), ("/ready", ops.ready)):
+        app.router.add_route(path, endpoint, methods=["GET"])
+    _add_handlers(app)
+    opened = Auth(app, service.keys, service.metrics.keys, lambda scope: True)
+    return RequestScope(Guard(opened), service.metrics.answered, _templates(app))
+
+
+def _add_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(TuckaError, _tucka_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
 
 
 def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:

@@ -61,6 +61,35 @@ async def version(request: Request) -> Response:
     )
 
 
+async def server_info(request: Request) -> Response:
+    """What sglang-router asks of a server as it takes it in, by SGLang's names."""
+    service: Service = request.app.state.service
+    return JSONAnswer(
+        {
+            "model_path": service.model_name,
+            "served_model_name": service.model_name,
+            "version": __version__,
+            "tp_size": 1,
+            "dp_size": 1,
+            "max_total_num_tokens": service.info.kv_cache_tokens,
+            "context_length": service.info.max_model_len,
+        }
+    )
+
+
+async def model_info(request: Request) -> Response:
+    """The base, by SGLang's names."""
+    service: Service = request.app.state.service
+    return JSONAnswer(
+        {
+            "model_path": service.model_name,
+            "tokenizer_path": service.model_name,
+            "is_generation": True,
+            "model_type": service.info.model_type,
+        }
+    )
+
+
 async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     engine = service.engine

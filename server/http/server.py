@@ -90,8 +90,9 @@ class _Seldom(logging.Filter):
         return record.msg != self._message or self._complaint.due()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The port is taken at once, but connections are accepted only when somebody listens. Raises ConfigError."""
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
+    """The port is taken at once, but connections are accepted only when somebody listens. Raises ConfigError, which
+    names the flag that the port came from."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named, asyncio turns Nagle's algorithm off on every connection; it held events back for 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -101,7 +102,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port."
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or {flag}."
         ) from None
     return listener
 

@@ -26,13 +26,23 @@ def test_a_missing_extra_is_one_line(command: str, module: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["m/llama"], "--model m/llama"),
-        (["--lora-modules", "law=/a/law"], "--adapter NAME=PATH"),
         (["--speculative-config", '{"method": "ngram"}'], "--speculate ngram"),
-        (["--enable-lora"], "not needed"),
+        (["--ssl-certfile", "tls.crt"], "put a proxy in front"),
+        (["m/llama", "other"], "unrecognized arguments: other"),
+        (["--enable-lora", "yes"], "unrecognized arguments: yes"),
+        (["--tensor-parallel-size=2"], "on one device"),
+        (["--lora-modules", "law"], "NAME=PATH"),
+        (["--lora-modules", "law="], "NAME=PATH"),
+        (["--lora-modules", "{'name': 'law'}"], '{"name": "law", "path": "/a/law"}'),
+        (["--lora-modules", '{"name": "law"}'], '{"name": "law", "path": "/a/law"}'),
+        (["--lora-modules", '{"name": "law", "path": 1}'], "as texts"),
+        (["--lora-modules", '{"name": "law", "path": "/a", "rank": 8}'], "base_model_name may stand there"),
+        (["--lora-modules"], "unrecognized arguments: --lora-modules"),
     ],
 )
-def test_the_habits_of_vllm(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_vllm_takes_and_this_server_does_not(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["serve", *arguments])
     error = capsys.readouterr().err

@@ -121,7 +121,9 @@ def test_what_it_says_to_try_shows_an_adapter_and_its_root_says_where_to_go(embe
 
 
 def test_a_port_stays_open_for_the_drain_delay(tmp_path: Path) -> None:
-    process, url = start_command("--drain-delay", "4", "--shutdown-timeout", "5", log=tmp_path / "log")
+    log = tmp_path / "log"
+    process, url = start_command("--drain-delay", "4", "--shutdown-timeout", "5", "--metrics-port", "0", log=log)
+    (port,) = re.findall(r"metrics without a key on port (\d+)", log.read_text())
     with httpx.Client(timeout=30, base_url=url) as pooled:
         assert pooled.get("/ready").status_code == 200
         process.send_signal(signal.SIGTERM)
@@ -131,6 +133,7 @@ def test_a_port_stays_open_for_the_drain_delay(tmp_path: Path) -> None:
         assert answer.status_code == 200, "what still comes is served, on a connection of before"
         assert answer.headers["connection"] == "close", "and goes elsewhere the next time"
         assert pooled.post("/v1/completions", json=ask).status_code == 200, "on a new connection too"
+        assert "tucka_engine_up 1" in httpx.get(f"http://127.0.0.1:{port}/metrics").text, "and scraped to the end"
     assert process.wait(20) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(url + "/ready")

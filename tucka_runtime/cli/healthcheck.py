@@ -9,13 +9,14 @@ import urllib.request
 from pathlib import Path
 
 from tucka_runtime.cli import settings
+from tucka_runtime.cli.vllm_flags import translate
 
 
 def url(command: list[str]) -> str:
     """Where a server with this command line, and this process's environment, answers whether it is ready."""
     parser = argparse.ArgumentParser()
     settings.add_flags(parser)
-    given = command[command.index("serve") + 1 :] if "serve" in command else []
+    given, _ = translate(command[command.index("serve") + 1 :] if "serve" in command else [])
     _, config = settings.from_environment(parser.parse_known_args(given)[0])
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{config.port}/ready"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tucka_runtime import __version__
-from tucka_runtime.cli import keys, settings
+from tucka_runtime.cli import keys, settings, vllm_flags
 from tucka_runtime.cli.adapters import add_actions, add_server_flags
-from tucka_runtime.errors import TuckaError
+from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.extras import EXTRAS, how_to_install
 from tucka_runtime.logs import set_up_logging
 
@@ -68,9 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_other(commands, "eval", "tucka_runtime.cli.eval", "score a base and adapters on records", arguments, "train")
     _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
 
-    flags, unknown = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    translated: list[str] = []
+    if given[:1] == ["serve"]:
+        try:
+            given[1:], translated = vllm_flags.translate(given[1:])
+        except ConfigError as error:
+            serve.error(error.message)
+    serve.set_defaults(translated=translated)
+    flags, unknown = parser.parse_known_args(given)
     if unknown:
-        hints = "".join(f"\n{hint}" for hint in _vllm_hints(unknown)) if flags.command == "serve" else ""
+        hints = "".join(f"\n{hint}" for hint in vllm_flags.hints(unknown)) if flags.command == "serve" else ""
         commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
     try:
         status: int = flags.run(flags)
@@ -86,23 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _vllm_hints(unknown: Sequence[str]) -> list[str]:
-    """What to write instead of what `vllm serve` takes."""
-    hints = []
-    if not unknown[0].startswith("-"):
-        hints.append(f"The model is named with a flag: --model {unknown[0]}.")
-    if any(argument.startswith("--lora-modules") for argument in unknown):
-        hints.append("For --lora-modules NAME=PATH write --adapter NAME=PATH, once for each adapter.")
-    if any(argument.startswith("--speculative-config") for argument in unknown):
-        hints.append(
-            "For --speculative-config with the method ngram write --speculate ngram; its numbers are "
-            "--speculate-tokens, --speculate-min-ngram and --speculate-max-ngram. There is no other method."
-        )
-    if "--enable-lora" in unknown:
-        hints.append("--enable-lora is not needed: adapters are always served.")
-    return hints
-
-
 def interval(text: str) -> float:
     """A flag's type; argparse names it where the text is no number."""
     seconds = float(text)
@@ -114,6 +105,8 @@ def interval(text: str) -> float:
 def _serve(flags: argparse.Namespace) -> int:
     engine_config, server_config = settings.from_environment(flags)
     set_up_logging(server_config.log_format, "server")
+    for line in flags.translated:
+        log.info("vLLM's command line: %s", line)
     for variable in settings.unknown_variables(os.environ):
         log.warning("%s is no setting of this server and has no effect: tucka serve --help lists those", variable)
     try:

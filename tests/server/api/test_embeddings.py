@@ -105,5 +105,17 @@ def test_tokenizer_info(live: Server) -> None:
     assert "assistant" in info["chat_template"] and info["model_max_length"] == 256
 
 
+def test_what_sglang_router_asks(live: Server) -> None:
+    """It takes a server's name from the first of these that answers, never a folder of this machine."""
+    for path in ("/server_info", "/get_server_info"):
+        info = live.get(path).json()
+        assert (info["model_path"], info["served_model_name"]) == ("llama-tiny", "llama-tiny")
+        assert (info["tp_size"], info["dp_size"], info["context_length"]) == (1, 1, 256)
+    for path in ("/model_info", "/get_model_info"):
+        assert live.get(path).json() == {
+            "model_path": "llama-tiny", "tokenizer_path": "llama-tiny", "is_generation": True, "model_type": "llama",
+        }  # fmt: skip
+
+
 def test_tokenizer_info_without_a_tokenizer(start_fake: StartFake) -> None:
     assert start_fake(with_tokenizer=False).get("/tokenizer_info").status_code == 400

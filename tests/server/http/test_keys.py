@@ -15,6 +15,7 @@ PATHS = (
     "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/base", "/v1/adapters", "/v1/adapters/x",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/version", "/tokenize", "/detokenize", "/",
     "/v1/embeddings", "/tokenizer_info", "/load_lora_adapter", "/unload_lora_adapter",
+    "/server_info", "/get_server_info", "/model_info", "/get_model_info",
     "/v1/messages", "/v1/messages/count_tokens", "/docs", "/openapi.json", "/nowhere",
 )  # fmt: skip
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE")
