@@ -43,6 +43,7 @@ RULES = {
     "loadtest": "errors client loadtest",
     "cli.train cli.train_flags": f"{SHARED} models adapters trainer cli.train_flags",
     "cli.adapter_files": f"{SHARED} models adapters kernels engine.adapters cli",
+    "cli.compress": f"{SHARED} models adapters kernels engine.adapters llm cli",
     "evals": f"{SHARED} llm trainer evals",
     "cli.eval": f"{SHARED} evals",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
