@@ -246,7 +246,7 @@ class AdapterInfo:
     k: int | None
     t: int | None
     p: int | None
-    alpha: float
+    alpha: float | None
     target_modules: tuple[str, ...]
     num_modules: int
     router: str | None

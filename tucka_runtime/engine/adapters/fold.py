@@ -173,7 +173,7 @@ def describe(
         k=tucka.k if tucka else None,
         t=tucka.t if tucka else None,
         p=tucka.p if tucka else None,
-        alpha=tucka.alpha if tucka else lora.lora_alpha if lora else 1.0,
+        alpha=tucka.alpha if tucka else lora.lora_alpha if lora else None,
         target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})),
         num_modules=len(adapter.modules),
         router=adapter.router,
