@@ -25,6 +25,8 @@ POLICY = (
     "engine.scheduler engine.flows engine.block_manager engine.route_cache engine.sequence engine.pace engine.ngram"
 )
 
+BENCHES = "bench bench_reuse bench_json bench_ngram bench_tiers bench_banks"
+
 # Who may import what of ours, a package standing for all that is in it. The first row that names a module is its own.
 RULES = {
     "kernels": "kernels",
@@ -49,7 +51,7 @@ RULES = {
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} adapters.files server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
-    "bench bench_reuse bench_json bench_ngram bench_tiers": f"{SHARED} llm adapters engine.environment bench",
+    BENCHES: f"{SHARED} llm adapters engine.environment bench",
 }
 
 # Neither these nor anything that they import may name torch.

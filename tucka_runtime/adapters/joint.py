@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_STEPS = 500
-LEAST_GAIN = 1e-9
+LEAST_GAIN = 1e-7
 """The rounds end where one lowers the mean squared relative error by less."""
 
 
