@@ -58,7 +58,8 @@ def diagonalise(b: Tensor, a: Tensor, rank: int, diagonal: bool) -> Joint:
 def norm_of_product(b: Tensor, a: Tensor) -> Tensor:
     """‖b[i] @ a[i]‖ (N,) of b (N, d_out, r) and a (N, r, d_in), to the last digits also where it is nearly nothing."""
     left, right = torch.linalg.qr(b, mode="r")[1], torch.linalg.qr(a.mT, mode="r")[1]
-    return torch.linalg.matrix_norm(left @ right.mT)
+    norms: Tensor = torch.linalg.matrix_norm(left @ right.mT)
+    return norms
 
 
 def relative_errors(b: Tensor, a: Tensor, u: Tensor, cores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,8 @@ def _times(x: Tensor, cores: Tensor) -> Tensor:
 def _orthogonal(x: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns."""
     left, _, right = torch.linalg.svd(x, full_matrices=False)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def _span(columns: Tensor) -> Tensor | None:
@@ -145,7 +147,8 @@ def _span(columns: Tensor) -> Tensor | None:
     if count * r >= d:
         return None
     stacked = columns.transpose(0, 1).reshape(d, count * r)
-    return torch.linalg.qr(stacked[:, stacked.any(0)])[0]
+    span: Tensor = torch.linalg.qr(stacked[:, stacked.any(0)])[0]
+    return span
 
 
 def _widened(x: Tensor, rank: int) -> Tensor:
