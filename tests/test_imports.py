@@ -26,6 +26,8 @@ POLICY = (
 )
 TRAIN = "cli.train cli.train_flags cli.train_files cli.train_plan cli.train_end cli.train_jobs"
 
+BENCHES = "bench bench_reuse bench_json bench_ngram bench_tiers bench_banks"
+
 # Who may import what of ours, a package standing for all that is in it. The first row that names a module is its own.
 RULES = {
     "kernels": "kernels",
@@ -44,12 +46,13 @@ RULES = {
     "loadtest": "errors client loadtest",
     TRAIN: f"{SHARED} models adapters trainer {TRAIN}",
     "cli.adapter_files": f"{SHARED} models adapters kernels engine.adapters cli",
+    "cli.compress": f"{SHARED} models adapters kernels engine.adapters llm cli",
     "evals": f"{SHARED} llm trainer evals",
     "cli.eval": f"{SHARED} evals",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} adapters.files server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
-    "bench bench_reuse bench_json bench_ngram bench_tiers": f"{SHARED} llm adapters engine.environment bench",
+    BENCHES: f"{SHARED} llm adapters engine.environment bench",
 }
 
 # Neither these nor anything that they import may name torch.

@@ -109,11 +109,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues prompts, texts or token ids, all at once; the outputs come in their order.
 
-        `sampling` and `adapter` (a name, None for the base) are one for all, or one each. `route` is the route scope:
-        by default what the adapter was trained for, else "batch". `progress` shows on stderr how many are done, and
-        tokens per second. Raises InvalidRequestError for a prompt that cannot be read or does not fit,
-        ModelNotFoundError for an unknown adapter.
-        """
+        `sampling` and `adapter` (a name, `bank/member`, None for the base) are one for all, or one each. `route` is the
+        route scope: by default what the adapter was trained for, else "batch". `progress` shows on stderr how many are
+        done, and tokens per second. Raises InvalidRequestError for a prompt that cannot be read or does not fit,
+        ModelNotFoundError for an unknown adapter."""
         listed: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         ids = [self._ids(prompt, True) for prompt in listed]
         return self._run(ids, sampling, adapter, route, n, progress)
@@ -173,12 +172,7 @@ class LLM:
     def _request(
         self, ids: tuple[int, ...], sampling: SamplingParams, name: str | None, route: RouteScope | str | None, n: int
     ) -> Request:
-        info = None
-        if name is not None:
-            if name not in self.adapters:
-                known = ", ".join(self.adapters) or "none is loaded"
-                raise ModelNotFoundError(f"No adapter of that name; there are: {known}.", "adapter")
-            info = self.adapters[name]
+        info, member = self._find(name) if name is not None else (None, None)
         limit = self.engine.info.max_model_len
         if len(ids) >= limit:
             raise ContextLengthError.too_long(limit, f"{len(ids)} tokens and no room for an answer", "prompt")
@@ -189,8 +183,21 @@ class LLM:
             sampling=replace(stopping(sampling, self.tokenizer), max_tokens=most),
             n=n,
             adapter=info.key if info else None,
+            member=member,
             route_scope=RouteScope(route or (info.scope if info else None) or RouteScope.BATCH),
         )
+
+    def _find(self, name: str) -> tuple[AdapterInfo, int | None]:
+        """The adapter of a name, or the bank and which of its members is `bank/member`."""
+        bank, _, own = name.rpartition("/")
+        if name in self.adapters and not self.adapters[name].members:
+            return self.adapters[name], None
+        if bank in self.adapters and own in self.adapters[bank].members:
+            return self.adapters[bank], self.adapters[bank].members.index(own)
+        if name in self.adapters:
+            raise ModelNotFoundError("That is a bank of adapters: name one of them, as `bank/member`.", "adapter")
+        known = ", ".join(self.adapters) or "none is loaded"
+        raise ModelNotFoundError(f"No adapter of that name; there are: {known}.", "adapter")
 
 
 class _Running:

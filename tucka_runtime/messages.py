@@ -116,7 +116,7 @@ class Request:
     """What the engine is asked for: by the HTTP doors, by `LLM`, or to warm up. `prompts` are token ids; `cache_salt`
     separates tenants' KV reuse; `route_scope` counts for adapters that have a router. With `pooling` each prompt is
     embedded, and `max_tokens` is 0. Turns are shared out between tenants and adapters; of one tenant's requests to one
-    adapter the least `priority` goes first."""
+    adapter the least `priority` goes first. `member` is the one asked for of an adapter that is a bank."""
 
     id: str
     prompts: tuple[tuple[int, ...], ...]
@@ -128,6 +128,7 @@ class Request:
     pooling: Pooling | None = None
     tenant: str = ""
     priority: int = 0
+    member: int | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -232,11 +233,11 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A loaded adapter. `kind` is "tucka" or "lora". `scope` is what it is served with unless the request says so:
-    "pinned" where its route is fixed, which no request changes; what its manifest says it was trained for ("route");
-    or None. `route_prefix_tokens` is how many tokens route a prompt under the scope "prefix", None without a router.
-    `bytes` are those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage
-    of loading it took."""
+    """A loaded adapter. `kind` is "tucka", "lora" or "bank", whose `members` requests choose from. `scope` is what it
+    is served with unless the request says so: "pinned" where its route is fixed, which no request changes; what its
+    manifest says it was trained for ("route"); or None. `route_prefix_tokens` is how many tokens route a prompt under
+    the scope "prefix", None without a router. `bytes` are those of its tensors on the device; `training` is its
+    manifest; `load_seconds` what each stage of loading it took."""
 
     key: AdapterKey
     digest: str
@@ -245,7 +246,7 @@ class AdapterInfo:
     k: int | None
     t: int | None
     p: int | None
-    alpha: float
+    alpha: float | None
     target_modules: tuple[str, ...]
     num_modules: int
     router: str | None
@@ -254,6 +255,7 @@ class AdapterInfo:
     training: dict[str, Any] | None
     route_prefix_tokens: int | None = None
     load_seconds: dict[str, float] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

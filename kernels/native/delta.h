@@ -8,23 +8,29 @@ namespace tucka {
 // Up to so many rows of one adapter are added to at once: their sums stay in the L1 cache.
 constexpr int64_t kRows = 4;
 
-// Rows first..end, of one adapter's segment and one core; -1 for the base's.
+// Rows first..end of one adapter, whose factors they share whatever their cores are; -1 for the base's.
 struct Run {
-  int64_t first, end, core, adapter;
+  int64_t first, end, adapter;
 };
 
-// The rows of a batch in runs of at most `most`; `tiles` None: all are the base's.
+// The rows of a batch in runs of at most `most`; `tiles` None: all are the base's. Tiles of one adapter that lie side by
+// side, as of requests with routes of their own or of a bank's members, are one run: factors are read once for it.
 inline std::vector<Run> runs(const std::optional<Tensor>& tiles, int64_t num_rows, int64_t most) {
-  std::vector<Run> out;
-  auto cut = [&](int64_t first, int64_t end, int64_t core, int64_t adapter) {
-    for (; first < end; first += most) out.push_back({first, std::min(first + most, end), core, adapter});
-  };
+  std::vector<Run> whole, out;
   if (!tiles) {
-    cut(0, num_rows, -1, -1);
-    return out;
+    whole.push_back({0, num_rows, -1});
+  } else {
+    const int32_t* t = tiles->const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < tiles->size(0); i++, t += 4) {
+      if (!whole.empty() && whole.back().end == t[0] && whole.back().adapter == t[3])
+        whole.back().end = std::max<int64_t>(whole.back().end, t[1]);
+      else
+        whole.push_back({t[0], t[1], t[3]});
+    }
   }
-  const int32_t* t = tiles->const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < tiles->size(0); i++, t += 4) cut(t[0], t[1], t[2], t[3]);
+  for (const Run& run : whole)
+    for (int64_t first = run.first; first < run.end; first += most)
+      out.push_back({first, std::min(first + most, run.end), run.adapter});
   return out;
 }
 

@@ -6,6 +6,10 @@ namespace tucka {
 // Rank rows whose products with a row of x are summed up at once.
 constexpr int kRanks = 4;
 
+// Rows of one adapter that read its U together, or as many as a tile has if those are more: enough that reading it costs
+// little, few enough that a batch of one adapter still is work for many threads. Unmeasured.
+constexpr int64_t kShrinkRows = 16;
+
 // out[r][k] = x_r · u_k for R rows and kRanks rank rows, all d long.
 template <int R, class T>
 inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out, int64_t out_stride) {
@@ -48,6 +52,22 @@ void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank
     for (int64_t r = 0; r < rows; r++) t[r * rank + k] = dot(x + r * x_stride, u + k * d, d);
 }
 
+// The core of each row of the batch.
+inline std::vector<int64_t> row_cores(const Tensor& tiles, int64_t num_rows) {
+  std::vector<int64_t> out(num_rows, -1);
+  const int32_t* t = tiles.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < tiles.size(0); i++, t += 4) std::fill(out.begin() + t[0], out.begin() + t[1], t[2]);
+  return out;
+}
+
+// The rows of the longest tile.
+inline int64_t longest(const Tensor& tiles) {
+  const int32_t* t = tiles.const_data_ptr<int32_t>();
+  int64_t most = 0;
+  for (int64_t i = 0; i < tiles.size(0); i++, t += 4) most = std::max<int64_t>(most, t[1] - t[0]);
+  return most;
+}
+
 Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, const Tensor& tiles,
                    const std::optional<Tensor>& cores, int64_t width) {
   TORCH_CHECK_VALUE(x.stride(1) == 1, "the rows of x must be contiguous");
@@ -57,7 +77,8 @@ Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, co
     TORCH_CHECK_VALUE(cores->stride(3) == 1, "the rows of a core must be contiguous");
   }
   Tensor h = at::empty({x.size(0), n, width}, x.options().dtype(at::kFloat));
-  const std::vector<Run> own = runs(tiles, x.size(0), std::numeric_limits<int64_t>::max() / 2);
+  const std::vector<Run> own = runs(tiles, x.size(0), std::max(kShrinkRows, longest(tiles)));
+  const std::vector<int64_t> core_of = row_cores(tiles, x.size(0));
   const int64_t* address = u_ptr.const_data_ptr<int64_t>();
   const int32_t* rank = ranks.const_data_ptr<int32_t>();
   float* to = h.data_ptr<float>();
@@ -77,8 +98,12 @@ Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, co
         return;
       }
       for (int64_t i = 0; i < count; i++) std::fill_n(out + i * n * width, r, 0.f);
-      const T* core = cores->const_data_ptr<T>() + run.core * cores->stride(0) + j * cores->stride(1);
-      add_product(out, n * width, t, r, Strided<T>{core, cores->stride(2)}, count, r, r);
+      for (int64_t i = 0, end = 0; i < count; i = end) {
+        const int64_t own_core = core_of[run.first + i];
+        for (end = i + 1; end < count && core_of[run.first + end] == own_core; end++) {}
+        const T* core = cores->const_data_ptr<T>() + own_core * cores->stride(0) + j * cores->stride(1);
+        add_product(out + i * n * width, n * width, t + i * r, r, Strided<T>{core, cores->stride(2)}, end - i, r, r);
+      }
     });
   });
   return h;

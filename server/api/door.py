@@ -67,6 +67,7 @@ class Context:
             pooling=pooling,
             tenant=self.tenant,
             priority=body.priority or 0,
+            member=self.adapter.member if self.adapter else None,
         )
 
 

@@ -18,7 +18,8 @@ async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
     sees = request.state.access.sees
     first = [base_card(service)] if sees(service.model_name) else []
-    return await listed(service, service.adapters.all(sees), first)
+    models = [model for adapter in service.adapters.all() for model in adapter.members if sees(model.model)]
+    return await listed(service, models, first)
 
 
 async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[dict[str, Any]] = ()) -> Response:
@@ -37,7 +38,7 @@ async def get_model(request: Request) -> Response:
         return await list_models(request)
     if name == service.model_name and sees(name):
         return JSONAnswer(base_card(service))
-    return JSONAnswer(adapter_card(service, service.adapters.get(name, sees)))
+    return JSONAnswer(adapter_card(service, service.adapters.card(name, sees)))
 
 
 def base_card(service: Service) -> dict[str, Any]:
@@ -53,15 +54,15 @@ def base_card(service: Service) -> dict[str, Any]:
 
 
 def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
-    """A card as OpenAI's; `parent` is the base, and `tucka` has what is particular to adapters."""
+    """A card as OpenAI's; `parent` is the base, or a member's bank; `tucka` has what adapters alone have."""
     info = adapter.info
     return {
-        "id": adapter.key.name,
+        "id": adapter.model,
         "object": "model",
         "created": adapter.created,
         "owned_by": "tucka",
         "root": service.model_name,
-        "parent": service.model_name,
+        "parent": service.model_name if adapter.member is None else adapter.key.name,
         "max_model_len": service.info.max_model_len,
         "tucka": {
             "digest": adapter.digest,
@@ -77,6 +78,7 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
             "router": info.router,
             "target_modules": list(info.target_modules),
             "num_modules": info.num_modules,
+            "members": list(info.members) if info.members and adapter.member is None else None,
             "bytes": info.bytes,
             "tier": service.adapters.tier(adapter),
             "keep_resident": adapter.entry.keep_resident,

@@ -59,7 +59,7 @@ export function answerCard(model) {
 }
 
 export function kind({ tucka }) {
-  return tucka ? { tucka: "TuckA", lora: "LoRA" }[tucka.kind] : "base model";
+  return tucka ? { tucka: "TuckA", lora: "LoRA", bank: "in a bank" }[tucka.kind] : "base model";
 }
 
 /** What a model is, in a few words: of an adapter its kind, rank and experts. */

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tucka_runtime.adapters.registry import RegistryEntry
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
@@ -13,15 +13,28 @@ from tucka_runtime.server.service.residency import Residency
 @dataclass(frozen=True)
 class LoadedAdapter:
     """What a name stands for. `info` is without `training`, which may be long, and without the seconds of a load;
-    `created` is in seconds since the epoch."""
+    `created` is in seconds since the epoch. `member` says which one of a bank is meant."""
 
     entry: RegistryEntry
     info: AdapterInfo
     created: int
+    member: int | None = None
 
     @property
     def key(self) -> AdapterKey:
         return self.entry.key
+
+    @property
+    def model(self) -> str:
+        """How requests call it."""
+        return self.key.name if self.member is None else f"{self.key.name}/{self.info.members[self.member]}"
+
+    @property
+    def members(self) -> "list[LoadedAdapter]":
+        """What requests may ask for: itself, or, of a bank, all of its members."""
+        if self.member is not None or not self.info.members:
+            return [self]
+        return [replace(self, member=i) for i in range(len(self.info.members))]
 
     @property
     def digest(self) -> str:

@@ -1,6 +1,7 @@
 """What each name stands for, and where that is: read by everybody, written by adapters.py alone."""
 
 import time
+from dataclasses import replace
 from itertools import chain
 
 from tucka_runtime.adapters.registry import RegistryEntry
@@ -73,9 +74,36 @@ class Names:
         return self.residency.tier(adapter.key)
 
     def named(self, name: str, sees: Sees = everything) -> LoadedAdapter:
-        """What the name, or `base:name` as SGLang has it, stands for now. Raises what `get` does."""
-        known = (name in self._loaded or name in self._lost) and sees(name)
-        return self.get(name if known else name.removeprefix(f"{self._base_name}:"), sees)
+        """What a request gets for the name, or for `base:name` as SGLang has it: an adapter, or `bank/member`. Raises
+        what `get` does; a bank by itself is no model."""
+        for own in (name, name.removeprefix(f"{self._base_name}:")):
+            if (found := self.member(own, sees)) is not None:
+                return found
+            if sees(own) and (own in self._loaded or own in self._lost):
+                found = self.get(own, sees)
+                if found.info.members:
+                    raise ModelNotFoundError(
+                        "This is a bank of adapters. Ask for one of them, as `bank/member`.", "model"
+                    )
+                return found
+        raise self._unknown(sees)
+
+    def member(self, name: str, sees: Sees = everything) -> LoadedAdapter | None:
+        """What `bank/member` stands for now, unless an adapter has that very name. Raises StorageError where the bank
+        was lost."""
+        bank, slash, own = name.rpartition("/")
+        if not slash or not sees(name) or name in self._loaded or name in self._lost:
+            return None
+        if bank in self._lost:
+            raise lost()
+        found = self._loaded.get(bank)
+        if found is None or own not in found.info.members:
+            return None
+        return replace(found, member=found.info.members.index(own))
+
+    def card(self, name: str, sees: Sees = everything) -> LoadedAdapter:
+        """An adapter, a bank, or a member of one. Raises what `get` does."""
+        return self.member(name, sees) or self.get(name, sees)
 
     def _stand(self, entry: RegistryEntry, info: AdapterInfo) -> LoadedAdapter:
         """Lets a name stand for an adapter from now on."""

@@ -183,7 +183,7 @@ class RequestLog:
                 key=self.origin.key,
                 operation=self.origin.operation,
                 model=self.model,
-                adapter=self.adapter.key.name if self.adapter else None,
+                adapter=self.adapter.model if self.adapter else None,
                 digest=self.adapter.digest if self.adapter else None,
                 generation=self.adapter.key.generation if self.adapter else None,
                 route_scope=self.request.route_scope and str(self.request.route_scope),

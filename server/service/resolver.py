@@ -40,6 +40,8 @@ class Resolver:
         """
         if not self._marked or self._adapters.knows(name) or not _NAME.fullmatch(name):
             return
+        if self._adapters.member(name) is not None:
+            return
         if (found := self._failed.get(name)) is not None and time.monotonic() < found[0]:
             if found[1] is not None:
                 raise type(found[1])(found[1].message, "model")

@@ -113,7 +113,7 @@ def _attributes(record: RequestLog) -> dict[str, Any]:
         attributes["gen_ai.request.seed"] = sampling.seed
     if record.adapter is not None:
         attributes |= {
-            "tucka.adapter.name": record.adapter.key.name,
+            "tucka.adapter.name": record.adapter.model,
             "tucka.adapter.digest": record.adapter.digest,
             "tucka.adapter.generation": record.adapter.key.generation,
         }

@@ -843,7 +843,7 @@ def test_what_zero_3_leaves_is_not_blamed_on_the_base(tmp_path, base):
 
 def test_another_kind_is_said_before_what_is_in_it(tmp_path, base):
     config = lora_config(peft_type="LOHA", auto_mapping={"base_model_class": "X"})
-    with pytest.raises(InvalidAdapterError, match="`peft_type` is LOHA, not TUCKA or LORA"):
+    with pytest.raises(InvalidAdapterError, match="`peft_type` is LOHA, not TUCKA, LORA or TUCKA_BANK"):
         read_adapter(put(tmp_path, config, lora_tensors(base)), base)
 
 

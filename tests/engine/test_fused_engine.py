@@ -1,9 +1,12 @@
 """The whole engine on the fused kernels, on a tiny model in fp32: on a GPU, or where there is none in Triton's
 interpreter, which runs what a GPU would."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.support.banks import save_bank
 from tests.support.driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
 from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.engine import Engine
@@ -11,14 +14,14 @@ from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.interpreted
-EARLY, LATE, PLAIN, DORA = (AdapterKey(name, 1) for name in ("early", "late", "plain", "dora"))
+EARLY, LATE, PLAIN, DORA, BANK = (AdapterKey(name, 1) for name in ("early", "late", "plain", "dora", "bank"))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_tokens_equal_the_reference_paths(tmp_path, kind):
-    """Base, TuckA routed by token and inside the model, LoRA of another rank, DoRA, mixed in one batch; prefill in
-    chunks."""
+    """Base, TuckA routed by token and inside the model, LoRA of another rank, DoRA, a bank's members, mixed in one
+    batch; prefill in chunks."""
     save_model(tmp_path / "model", kind)
     attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
     output = ("c_proj",) if kind == "gpt2" else ("o_proj", "down_proj")
@@ -34,6 +37,8 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
         engine.load_adapter(LATE, save_tucka(tmp_path / "late", layout, seed=1, targets=output, r=6))
         engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", layout, targets=attention + output, r=18))
         engine.load_adapter(DORA, save_lora(tmp_path / "dora", layout, targets=attention + output, dora=True))
+        bank = save_bank(tmp_path / "banks" / "bank", layout, "full", targets=attention + output)
+        engine.load_adapter(BANK, bank)
         greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
         drawn = SamplingParams(max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, seed=5, ignore_eos=True)
         done = run(
@@ -44,6 +49,8 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
             ask(prompt(6, 3), id="late", adapter=LATE, sampling=greedy),
             ask(prompt(4, 4), id="plain", adapter=PLAIN, sampling=greedy),
             ask(prompt(5, 5), id="dora", adapter=DORA, sampling=greedy),
+            replace(ask(prompt(4, 6), id="member 3", adapter=BANK, sampling=greedy), member=3),
+            replace(ask(prompt(3, 7), id="member 1", adapter=BANK, sampling=greedy), member=1),
         )
         if engine.runner.graphs is not None:
             assert any(shape.affine for shape in engine.runner.graphs.buckets), "decoding went by the graphs' tables"

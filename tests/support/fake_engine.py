@@ -33,6 +33,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.config = EngineConfig()
         self.info = EngineInfo("llama", VOCAB, 2048, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2, 64)
+        self.members: tuple[str, ...] = ()
         self.ready = True
         self.restarts = 0
         self.silence = 0.0
@@ -78,8 +79,9 @@ class FakeEngine:
         if resident:
             self.loaded[key] = folder
         return AdapterInfo(
-            key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj", None, 1, None
-        )
+            key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj", None, 1, None,
+            members=self.members,
+        )  # fmt: skip
 
     def evict_adapter(self, key: AdapterKey) -> None:
         self.loaded.pop(key, None)

@@ -108,8 +108,27 @@ class LoRASpec:
     inference_mode: bool = False
 
 
-AdapterSpec = TuckASpec | LoRASpec
-C = TypeVar("C", TuckASpec, LoRASpec)
+@dataclass(frozen=True)
+class BankSpec:
+    """adapter_config.json of `peft_type` TUCKA_BANK, which `tucka compress` writes: many adapters, the `members`, over
+    one basis of rank `r`. `target_modules` are whole names of linears; `core` is "full" or "diagonal"."""
+
+    r: int = 8
+    core: str = "full"
+    members: list[str] = field(default_factory=list)
+    target_modules: list[str] = field(default_factory=list)
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+
+PeftSpec = TuckASpec | LoRASpec
+"""What `peft` knows, whose rules for naming modules hold."""
+
+AdapterSpec = PeftSpec | BankSpec
+PEFT_TYPES: dict[type[AdapterSpec], str] = {TuckASpec: "TUCKA", LoRASpec: "LORA", BankSpec: "TUCKA_BANK"}
+C = TypeVar("C", TuckASpec, LoRASpec, BankSpec)
 
 
 def parse_config(data: bytes | bytearray) -> AdapterSpec:
@@ -121,15 +140,17 @@ def parse_config(data: bytes | bytearray) -> AdapterSpec:
     if not isinstance(table, dict):
         raise invalid("it is not a JSON object")
     peft_type = table.pop("peft_type", None)
-    if peft_type not in ("TUCKA", "LORA"):  # first of all: what else its configuration says is for another kind
+    if peft_type not in PEFT_TYPES.values():  # first of all: what else its configuration says is for another kind
         kind = f"{peft_type}, " if isinstance(peft_type, str) and re.fullmatch("[A-Z0-9_]{1,32}", peft_type) else ""
-        raise invalid(f"`peft_type` is {kind}not TUCKA or LORA; other kinds of adapters are not supported")
+        raise invalid(f"`peft_type` is {kind}not TUCKA, LORA or TUCKA_BANK; other kinds of adapters are not supported")
     for name in _CODE_FIELDS:
         if table.pop(name, None) is not None:
             raise invalid(f"`{name}` is set. Adapters bring no code: set it to null")
     _ignore_mapping(table.pop("auto_mapping", None))
     if peft_type == "TUCKA":
         return _parse(table, TuckASpec, required=("r", "k", "t", "p", "alpha", "target_modules"))
+    if peft_type == "TUCKA_BANK":
+        return _parse(table, BankSpec, required=("r", "core", "members", "target_modules"))
     for name in _INERT_LORA_FIELDS:
         table.pop(name, None)
     return _parse(table, LoRASpec, required=("r", "lora_alpha", "target_modules"))
@@ -153,8 +174,7 @@ def _ignore_mapping(value: Any) -> None:
 
 def config_as_dict(config: AdapterSpec) -> dict[str, Any]:
     """The fields as they stand in an adapter_config.json."""
-    peft_type = "TUCKA" if isinstance(config, TuckASpec) else "LORA"
-    return {**asdict(config), "peft_type": peft_type, "auto_mapping": None}
+    return {**asdict(config), "peft_type": PEFT_TYPES[type(config)], "auto_mapping": None}
 
 
 def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C:
@@ -172,6 +192,10 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
         if name in known:
             CHECKS[name](name, value)
     config = kind(**{name: value for name, value in table.items() if name in known})
+    if isinstance(config, BankSpec):
+        if not isinstance(config.target_modules, list):
+            raise invalid("`target_modules` of a bank must be a list of whole names of linears")
+        return config
     _check_layers(config)
     if isinstance(config, TuckASpec):
         if config.k * config.t > MAX_CENTROIDS:
@@ -190,7 +214,7 @@ def _parse(table: dict[str, Any], kind: type[C], required: tuple[str, ...]) -> C
     return config
 
 
-def _check_layers(config: AdapterSpec) -> None:
+def _check_layers(config: PeftSpec) -> None:
     restricted = config.layers_to_transform not in (None, [])
     if isinstance(config.target_modules, str) and (restricted or config.layers_pattern):
         raise invalid(

@@ -17,6 +17,7 @@ MAX_SCALE = 1e6  # |alpha|: beyond it the delta leaves the range of fp16 whateve
 MAX_ENTRIES = 4096  # names in a list: more than a large model has linears
 MAX_TOKENS = 65536  # rows of the embedding that an adapter brings by itself
 MAX_NAME = 256
+MAX_MEMBER = 64  # characters of a name in a bank, which requests write behind the bank's own
 MAX_TEXT = 4096  # paths, regular expressions
 
 
@@ -118,6 +119,29 @@ def _tokens(name: str, value: Any) -> None:
             raise invalid(f"`{name}` must be a list of 1 to {MAX_TOKENS} different token ids, or an object of those")
 
 
+def _members(name: str, value: Any) -> None:
+    if (
+        not isinstance(value, list)
+        or not 0 < len(value) <= MAX_ENTRIES
+        or not all(isinstance(item, str) and is_member(item) for item in value)
+        or len(set(value)) < len(value)
+    ):
+        raise invalid(
+            f"`{name}` must be a list of 1 to {MAX_ENTRIES} different names of 1 to {MAX_MEMBER} letters, digits or "
+            "characters of `. _ @ -`"
+        )
+
+
+def is_member(name: str) -> bool:
+    """Whether an adapter in a bank may be called so: it goes into logs and URLs as it is."""
+    return bool(re.fullmatch(rf"[A-Za-z0-9._@-]{{1,{MAX_MEMBER}}}", name)) and name not in (".", "..")
+
+
+def _core(name: str, value: Any) -> None:
+    if value not in ("full", "diagonal"):
+        raise invalid(f"`{name}` must be `full` or `diagonal`")
+
+
 def _init(name: str, value: Any) -> None:
     if type(value) is not bool:
         text(name, value)
@@ -157,4 +181,6 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "base_model_name_or_path": optional(text),
     "revision": optional(text),
     "inference_mode": _flag,
+    "core": _core,
+    "members": _members,
 }

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import (
     AdapterSpec,
+    BankSpec,
     LoRASpec,
     TuckASpec,
     config_as_dict,
@@ -56,6 +57,8 @@ from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 
 __all__ = [
     "Adapter",
+    "BankModule",
+    "BankSpec",
     "BaseLayout",
     "LoRAModule",
     "LoRASpec",
@@ -97,19 +100,28 @@ class LoRAModule:
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
-    """A validated adapter.
+class BankModule:
+    """One adapted linear of a bank of N members, fp32: u (r, d_in), e (r, d_out), and core (N, r, r), or (N, r) where
+    cores are diagonal; member i's change is ((x uᵀ) core[i]) e."""
 
-    modules: by module path, in the base's declaration order. router and ec (k·t, d_in of the router; fp32) are None
-    for LoRA. Of an adapted embedding d_in is the vocabulary. saved: whole replacements of base parameters by name, in
-    the base's layout; a replaced embedding leaves a tied head as it was. tokens: by the path of the embedding or the
-    head, the ids (n,) int64, ascending, and the values (n, d) of rows that are replaced. training: the training.json
-    beside it, if that is a JSON object.
-    """
+    u: torch.Tensor
+    e: torch.Tensor
+    core: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A validated adapter, or a bank of them.
+
+    modules: by module path, in the base's declaration order. router and ec (k·t, d_in of the router; fp32) are None for
+    LoRA and banks. Of an adapted embedding d_in is the vocabulary. saved: whole replacements of base parameters by
+    name, in the base's layout; a replaced embedding leaves a tied head as it was. tokens: by the path of the embedding
+    or the head, the ids (n,) int64, ascending, and the values (n, d) of rows that are replaced. training: the
+    training.json beside it, if that is a JSON object."""
 
     config: AdapterSpec
     digest: str
-    modules: dict[str, TuckAModule | LoRAModule]
+    modules: dict[str, TuckAModule | LoRAModule | BankModule]
     router: str | None
     ec: torch.Tensor | None
     saved: dict[str, torch.Tensor]
@@ -118,7 +130,7 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        return "tucka" if isinstance(self.config, TuckASpec) else "lora"
+        return {TuckASpec: "tucka", LoRASpec: "lora", BankSpec: "bank"}[type(self.config)]
 
     @property
     def route_prefix_tokens(self) -> int:
@@ -152,9 +164,8 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
             entries = read_header(file, size, digest)
-            tables = {
-                name: found for name, found in expected_tables(entries.keys(), base).items() if name not in expected
-            }
+            unasked_for = {} if isinstance(config, BankSpec) else expected_tables(entries.keys(), base)
+            tables = {name: found for name, found in unasked_for.items() if name not in expected}
             expected |= {name: shape for name, (_, shape) in tables.items()}
             check_names(entries.keys(), expected.keys(), targets, base)
             check_shapes(entries, expected)
@@ -172,7 +183,12 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
         one = next(iter(unasked.values()))
         unasked = {f"{path}.weight": one for path in base.tables}
     saved = unasked | saved
-    modules: dict[str, TuckAModule | LoRAModule]
+    modules: dict[str, TuckAModule | LoRAModule | BankModule]
+    if isinstance(config, BankSpec):
+        modules = {
+            path: BankModule(*(tensors[f"{path}.bank_{part}"] for part in ("u", "e", "core"))) for path in targets
+        }
+        return Adapter(config, digest.hexdigest(), modules, None, None, {}, training)
     if isinstance(config, LoRASpec):
         scales = _lora_scales(config, ranks)
         modules = {

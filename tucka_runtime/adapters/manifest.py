@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from tucka_runtime.adapters.base_layout import BaseLayout
-from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec
+from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckASpec
 from tucka_runtime.adapters.config_fields import printable
 from tucka_runtime.adapters.safefile import Entry
 from tucka_runtime.adapters.targets import is_all_linear, match_targets
@@ -120,6 +120,14 @@ def find_targets(config: AdapterSpec, base: BaseLayout) -> list[str]:
     Raises InvalidAdapterError if it reaches something else too, BaseModelMismatchError if it reaches nothing.
     """
     linears = list(base.linears)
+    if isinstance(config, BankSpec):
+        named = set(config.target_modules)
+        if foreign := named - base.linears.keys():
+            raise BaseModelMismatchError(
+                f"the bank's `target_modules` name {_some(foreign)}, and this base model has no such linear inside its "
+                "decoder blocks. It was made for another base."
+            )
+        return [path for path in linears if path in named]
     if is_all_linear(config):
         targets = match_targets(config, linears)
     else:
@@ -162,7 +170,7 @@ def find_router(config: TuckASpec, targets: list[str]) -> str:
 def _expected_saved(config: AdapterSpec, targets: list[str], base: BaseLayout) -> dict[str, Expected]:
     """PEFT's matching: every module whose name ends with an entry is replaced, with all that is in it."""
     expected: dict[str, Expected] = {}
-    for entry in set(config.modules_to_save or ()):
+    for entry in set(() if isinstance(config, BankSpec) else config.modules_to_save or ()):
         names = [name for name in base.parameters if any(owner.endswith(entry) for owner in _owners(name))]
         if not names:
             raise BaseModelMismatchError(
@@ -190,6 +198,13 @@ def _expected_module(
     config: AdapterSpec, path: str, size: tuple[int, int], rank: int | None, is_router: bool
 ) -> dict[str, Expected]:
     d_in, d_out = size
+    if isinstance(config, BankSpec):
+        core = (config.r,) * (1 if config.core == "diagonal" else 2)
+        return {
+            f"{PREFIX}{path}.bank_u": Expected((config.r, d_in), (False, True)),
+            f"{PREFIX}{path}.bank_e": Expected((config.r, d_out), (False, True)),
+            f"{PREFIX}{path}.bank_core": Expected((len(config.members), *core), (False,) * (1 + len(core))),
+        }
     if isinstance(config, LoRASpec):
         r = config.r if rank is None else rank
         expected = {
@@ -262,7 +277,7 @@ def _remedy(extra: list[str], base: BaseLayout) -> str:
 
 def adapted_path(name: str) -> str | None:
     """The module an adapter tensor belongs to; None for other tensors."""
-    match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|lora_\w+(\.weight|\.bias)?)", name, re.ASCII)
+    match = re.fullmatch(r"base_model\.model\.(.+)\.(tucka_\w+|bank_\w+|lora_\w+(\.weight|\.bias)?)", name, re.ASCII)
     return match and match[1]
 
 

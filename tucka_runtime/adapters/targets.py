@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from tucka_runtime.adapters.config import AdapterSpec
+from tucka_runtime.adapters.config import PeftSpec
 from tucka_runtime.adapters.files import CONFIG_NAME
 from tucka_runtime.children import python
 from tucka_runtime.errors import InvalidAdapterError, TuckaError
@@ -44,7 +44,7 @@ json.dump(rows, sys.stdout)
 """
 
 
-def match_targets(config: AdapterSpec, names: Iterable[str]) -> list[str]:
+def match_targets(config: PeftSpec, names: Iterable[str]) -> list[str]:
     """Returns those of `names` (dotted module paths) that the configuration adapts, in the given order.
 
     As PEFT has it: an entry of a list matches the name it equals and those that end with "." + entry, of which
@@ -66,7 +66,7 @@ def match_targets(config: AdapterSpec, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in matching and (name in exact or _in_layers(config, name))]
 
 
-def is_all_linear(config: AdapterSpec) -> bool:
+def is_all_linear(config: PeftSpec) -> bool:
     """Whether the target is PEFT's shorthand for every linear but the head."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
@@ -94,7 +94,7 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _in_layers(config: AdapterSpec, name: str) -> bool:
+def _in_layers(config: PeftSpec, name: str) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tucka_runtime.adapters.base_layout import BaseLayout, base_layout
-from tucka_runtime.adapters.config import AdapterSpec, LoRASpec, TuckASpec, parse_config
+from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckASpec, parse_config
 from tucka_runtime.adapters.files import (
     MAX_WEIGHTS_BYTES,
     WEIGHTS_NAME,
@@ -79,11 +79,11 @@ def inspect_adapter(folder: Path, model: Path | None) -> int:
 
 def verify_adapter(folder: Path, model: Path, dtype: str) -> int:
     """Prints the error of each kind of module against the definition; 1 if any is over the limit."""
-    arch, layout, _ = _base(model)
+    arch, layout, _ = open_base(model)
     adapter = read_adapter(folder, layout)
     ops = dispatch.choose(CPU, "auto")
     weights, kind = load_weights(model, arch, dtype, CPU, ops.linear)
-    factors = _factors(ops, kind)
+    factors = factors_dtype(ops, kind)
     limit = max(LIMITS[factors], LIMITS[kind])  # a base in a half type rounds results, whatever the factors are in
     worst: dict[str, float] = {}
     with torch.inference_mode():
@@ -105,10 +105,10 @@ def export_adapter(folder: Path, target: Path, model: Path, route: str) -> int:
     """Writes the plain LoRA that a TuckA adapter is under one route."""
     if (target / "adapter_config.json").exists():
         raise ConfigError("There is an adapter in the target folder. Name a new one.")
-    arch, layout, _ = _base(model)
+    arch, layout, _ = open_base(model)
     adapter = read_adapter(folder, layout)
     if not isinstance(adapter.config, TuckASpec):
-        raise ConfigError("The adapter is a LoRA already.")
+        raise ConfigError(f"The adapter is a {_kind(adapter.config)}. Only TuckA adapters have routes to be under.")
     pinned = parse_route(route, adapter.config)
     weights, _ = load_weights(model, arch, "float32", CPU, linear)
     folded = fold(KEY, adapter, arch, weights, dispatch.backend("reference"), torch.float32, pinned)
@@ -156,19 +156,21 @@ def _plain(line: str) -> str:
     return shown + "..." * (len(line) > MAX_LINE)
 
 
-def _base(model: Path) -> tuple[Architecture, BaseLayout, torch.dtype]:
+def open_base(model: Path) -> tuple[Architecture, BaseLayout, torch.dtype]:
     """The base's architecture, what adapters are checked against, and its type."""
     _, arch = read_base(model)
     return arch, base_layout(arch, fingerprint(model), str(model)), stored_dtype(model, arch)
 
 
-def _factors(ops: Ops, kind: torch.dtype) -> torch.dtype:
+def factors_dtype(ops: Ops, kind: torch.dtype) -> torch.dtype:
     return torch.float32 if ops.fp32_factors else kind
 
 
 def _kind(config: AdapterSpec) -> str:
     if isinstance(config, TuckASpec):
         return "TuckA"
+    if isinstance(config, BankSpec):
+        return f"bank of {len(config.members):,}, {config.core} cores"
     return "LoRA" + " (DoRA)" * config.use_dora + " with biases" * config.lora_bias
 
 
@@ -178,6 +180,10 @@ def _shape(config: AdapterSpec) -> Iterator[tuple[str, str]]:
         yield "experts", f"{config.k} groups of {config.t}, {config.p} slices each"
         yield "scale", f"alpha {config.alpha:g}"
         yield "router", config.router_name or "the first adapted module"
+        return
+    if isinstance(config, BankSpec):
+        yield "rank", str(config.r)
+        yield "members", ", ".join(config.members)
         return
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     yield "rank", str(config.r) + "".join(f", {name}: {r}" for name, r in config.rank_pattern.items())
@@ -224,12 +230,12 @@ def _norms(tensors: dict[str, Tensor]) -> Iterator[str]:
 
 def _on_base(folder: Path, model: Path) -> tuple[list[tuple[str, str]], int]:
     """Whether it can be served on a base, and what it takes there."""
-    arch, layout, kind = _base(model)
+    arch, layout, kind = open_base(model)
     try:
         adapter: Adapter = read_adapter(folder, layout)
     except AdapterError as error:
         return [("on this base", f"not served: {error.message}")], 1
-    factors = _factors(dispatch.choose(CPU, "auto"), kind)
+    factors = factors_dtype(dispatch.choose(CPU, "auto"), kind)
     resident, _ = folded_bytes(adapter, arch, kind, factors, None)
     rows = [
         ("on this base", "served"),

@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top.set_defaults(run=_top)
 
     _add_other(commands, "train", "tucka_runtime.cli.train", "train an adapter", arguments)
+    _add_other(commands, "compress", "tucka_runtime.cli.compress", "make one bank of many adapters", arguments)
     _add_other(commands, "eval", "tucka_runtime.cli.eval", "score a base and adapters on records", arguments, "train")
     _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
 
@@ -151,7 +152,7 @@ def _add_other(
     extra: str | None = None,
 ) -> None:
     """A subcommand of another part, which is imported only when it is the one that is asked for. To run, which its
-    help does not, it needs an `extra`, by default that of its name."""
+    help does not, it may need an `extra`, by default that of its name."""
     needed = extra or name
     parser = commands.add_parser(name, help=help)
     given = sys.argv[1:] if arguments is None else arguments
@@ -166,7 +167,7 @@ def _add_other(
             return status
         except ModuleNotFoundError as error:
             missing = (error.name or "").partition(".")[0]
-            if missing not in EXTRAS[needed].modules:
+            if needed not in EXTRAS or missing not in EXTRAS[needed].modules:
                 raise
             parser.exit(2, f"tucka {name}: {missing} is not installed. To get it, {how_to_install(needed)}.\n")
 

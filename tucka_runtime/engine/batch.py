@@ -1,7 +1,7 @@
 """Scheduled chunks as one packed set of device tensors.
 
 Row order: base rows first (and prompts that are only being routed), then adapter by adapter; within one the sequences
-that share its route, then those with a route of their own, one segment each.
+that share its route, or member by member of a bank, then those with a route of their own, one segment each.
 """
 
 from collections.abc import Mapping
@@ -139,12 +139,12 @@ def known_ids(chunk: ScheduledChunk) -> list[int]:
     return own if len(own) == chunk.count else [*own, 0]
 
 
-def row_order(chunk: ScheduledChunk) -> tuple[bool, str, int, bool]:
+def row_order(chunk: ScheduledChunk) -> tuple[bool, str, int, bool, int]:
     """The sorting key of rows. Sorting is stable: within a segment the scheduler's order stays."""
     seq = chunk.seq
     if seq.adapter is None or seq.routing:
-        return False, "", 0, False
-    return True, seq.adapter.name, seq.adapter.generation, seq.routes_itself
+        return False, "", 0, False, 0
+    return True, seq.adapter.name, seq.adapter.generation, seq.routes_itself, seq.request.member or 0
 
 
 def segment(
@@ -154,7 +154,7 @@ def segment(
     segments: list[Segment] = []
     segment_of: list[int | None] = []
     sums: list[RouteSum] = []
-    shared: AdapterKey | None = None  # the adapter whose shared segment is the last one
+    shared: tuple[AdapterKey, int | None] | None = None  # the adapter and member whose segment is the last one
     for chunk, first in zip(chunks, first_rows, strict=True):
         seq, end = chunk.seq, first + chunk.count
         if seq.adapter is None:
@@ -172,10 +172,11 @@ def segment(
             segment_of.append(len(segments) - 1)
             shared = None
         else:
-            if shared == seq.adapter:
+            own = seq.adapter, seq.request.member
+            if shared == own:
                 segments[-1].end = end
             else:
-                segments.append(Segment(first, end, seq.adapter))
-                shared = seq.adapter
+                segments.append(Segment(first, end, seq.adapter, member=seq.request.member))
+                shared = own
             segment_of.append(len(segments) - 1)
     return segments, segment_of, sums

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.delta import AdapterDelta
-from tucka_runtime.engine.adapters.segment import Routes, Segment, core_rows, route_plan
+from tucka_runtime.engine.adapters.segment import Routes, Segment, core_rows, route_plan, write_members
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen, known_ids, segment
 from tucka_runtime.engine.decoder import Decoder
@@ -211,6 +211,8 @@ class Bucket:
         spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
         at["tiles"].copy_(Segments.build(spans, self.rows, shared.table.capacity, CPU, rows, self.rows).tiles)
         at["records"].zero_()
+        if active:
+            write_members(segments, rows, active, self.cores)
         parts = [routed.parts if active and (routed := active.folded[s.adapter].routed) else None for s in segments]
         self._routed = [(s, part.t) for s, part in enumerate(parts) if part is not None]
         if not self._routed:

@@ -96,7 +96,8 @@ class Engine:
         sequences = []
         for index in range(request.num_sequences):
             # A route scope is for adapters that are routed: not for the base, LoRA and pinned ones.
-            routed = self.adapters.lease(request.adapter).routed if request.adapter is not None else None
+            key = request.adapter
+            routed = self.adapters.lease(key, request.member).routed if key is not None else None
             scope, prefix = (request.route_scope, routed.router.prefix_tokens) if routed else (None, 0)
             # One request's answers differ; the multiplier spreads indices over the seed's upper half.
             own_seed = (seed + index * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF

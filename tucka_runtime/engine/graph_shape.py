@@ -24,7 +24,7 @@ class Limits(NamedTuple):
             parts = folded.routed.parts if folded.routed else None
             limits = Limits(
                 max(limits.rank, power_of_2(folded.max_rank)),
-                max(limits.core_rank, power_of_2(parts.rank if parts else 0)),
+                max(limits.core_rank, power_of_2(folded.core_rank)),
                 max(limits.k, power_of_2(parts.k if parts else 0)),
                 max(limits.t, power_of_2(parts.t if parts else 0)),
             )

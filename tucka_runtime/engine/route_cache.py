@@ -12,11 +12,11 @@ from tucka_runtime.messages import Route
 
 
 def owner(seq: Sequence, rope_limit: int | None) -> tuple[object, ...]:
-    """Whose a sequence's KV and route are: of tenant and weights, and, where rotary positions stretch with a prompt
-    longer than `rope_limit`, of its length."""
+    """Whose a sequence's KV and route are: of tenant and weights, a bank's member's, and, where rotary positions
+    stretch with a prompt longer than `rope_limit`, of its length."""
     adapter = (seq.adapter.name, seq.adapter.generation) if seq.adapter else None
     stretched = seq.num_prompt if rope_limit is not None and seq.num_prompt > rope_limit else None
-    return seq.request.cache_salt, adapter, stretched
+    return seq.request.cache_salt, adapter, seq.request.member, stretched
 
 
 class RouteCache:

@@ -25,7 +25,7 @@ class ActiveSet:
     sites: Mapping[tuple[int, int], DeltaSite]
     arch: Architecture
     core_rank: int
-    """Side of the largest core; 0 if none depends on a route."""
+    """Side of the largest core; 0 if none depends on a route or a member."""
     max_rank: int
     """The largest rank of all factors."""
     layouts: dict[object, tuple[Segments, Plans]] = field(default_factory=dict)
@@ -77,6 +77,6 @@ def active_set(
         num_adapters=num_adapters,
         sites=sites,
         arch=arch,
-        core_rank=max((a.routed.parts.rank for a in adapters if a.routed), default=0),
+        core_rank=max(a.core_rank for a in adapters),
         max_rank=max(a.max_rank for a in adapters),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet, Plans
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedTable
-from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, core_rows, route_plan
+from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, core_rows, route_plan, write_members
 from tucka_runtime.kernels.ops import LowRank, Ops
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 from tucka_runtime.kernels.tables.segments import Segments, SitePlan
@@ -105,8 +105,9 @@ class AdapterDelta:
         rank, last = active.core_rank, max(rows)
         # Zeros, for a smaller core is the upper left block of its place, and what lies beside it is multiplied too.
         self.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
-        if any(active.folded[s.adapter].routed is None for s in segments):
+        if not all(active.folded[s.adapter].core_rank for s in segments):
             self.cores[last] = torch.eye(rank, device=device)
+        write_members(segments, rows, active, self.cores)
 
     def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
         """The cores of all segments whose route is given or known from token ids; the others start to wait."""

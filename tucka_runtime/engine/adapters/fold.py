@@ -8,9 +8,9 @@ with biases, also scale and offset the base's y_j before that.
 import torch
 from torch import Tensor
 
-from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAModule, TuckASpec
+from tucka_runtime.adapters.format import Adapter, BankModule, BankSpec, LoRAModule, LoRASpec, TuckAModule, TuckASpec
 from tucka_runtime.config import ROUTE_SCOPES
-from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedRouter, FoldedTable, TuckACores, Where
+from tucka_runtime.engine.adapters.folded import BankCores, FoldedAdapter, FoldedRouter, FoldedTable, TuckACores, Where
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
@@ -50,12 +50,16 @@ def fold(
     affine: dict[Where, Tensor] = {}
     base = _BaseLinears(arch, weights)
     cores: list[tuple[Where, Tensor, Tensor]] = []
+    members: list[tuple[Where, Tensor]] = []
     saved = _saved(adapter, arch, weights)
     for path, module in adapter.modules.items():
         if path not in where:  # the embedding or the head: see `_tables`
             continue
         at = where[path]
-        if isinstance(module, LoRAModule):
+        if isinstance(module, BankModule):
+            u, e = module.u, module.e
+            members.append((at, module.core))
+        elif isinstance(module, LoRAModule):
             own = None if module.magnitude is None else base.weight(at)
             u, e, change = _lora(module, own, base.bias(at))
             if change is not None:
@@ -75,9 +79,13 @@ def fold(
         router = FoldedRouter(
             where[adapter.router], c.shape[1], adapter.ec.to(device), table, adapter.route_prefix_tokens
         )
-        numbers = [arch.first_linear(at.layer, at.site) + at.target for at, _, _ in cores]
-        routed = TuckACores(torch.tensor(numbers, dtype=torch.int64).to(device), g, c, router)
-    folded = FoldedAdapter(key, factors, affine, routed, saved, _tables(adapter, saved, arch, weights, dtype))
+        routed = TuckACores(_numbers([at for at, _, _ in cores], arch, device), g, c, router)
+    bank = None
+    if members:
+        stacked = torch.stack([core.to(device, dtype) for _, core in members], dim=1)
+        bank = BankCores(_numbers([at for at, _ in members], arch, device), stacked)
+    tables = _tables(adapter, saved, arch, weights, dtype)
+    folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank)
     # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
     # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
     if not torch.stack([t.isfinite().all() for t in folded.tensors()]).all():
@@ -86,6 +94,12 @@ def fold(
             "or its alpha are far too large."
         )
     return folded
+
+
+def _numbers(where: list[Where], arch: Architecture, device: torch.device) -> Tensor:
+    """The numbers (M,) int64 of linears among all of the model."""
+    numbers = [arch.first_linear(at.layer, at.site) + at.target for at in where]
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
 def folded_bytes(
@@ -105,7 +119,11 @@ def folded_bytes(
         else:
             d_in, width = (arch.vocab, arch.hidden) if path == arch.embed else (arch.hidden, arch.vocab)
             copied = arch.vocab * arch.hidden * base.itemsize
-        if isinstance(module, LoRAModule):
+        if isinstance(module, BankModule):
+            r, core = module.u.shape[0], module.core.numel() * dtype.itemsize
+            kept += 8 + core
+            passing += core  # until they are stacked
+        elif isinstance(module, LoRAModule):
             r = module.a.shape[0]
             kept += 8 * width if module.magnitude is not None or module.bias is not None else 0
             if module.magnitude is not None:  # the base's own and its sum with the change
@@ -140,6 +158,8 @@ def describe(
     """The card of an adapter that was folded."""
     config = adapter.config
     tucka = config if isinstance(config, TuckASpec) else None
+    lora = config if isinstance(config, LoRASpec) else None
+    bank = config if isinstance(config, BankSpec) else None
     scope = None
     if tucka is not None:
         trained = (adapter.training or {}).get("route")
@@ -153,7 +173,7 @@ def describe(
         k=tucka.k if tucka else None,
         t=tucka.t if tucka else None,
         p=tucka.p if tucka else None,
-        alpha=config.alpha if isinstance(config, TuckASpec) else config.lora_alpha,
+        alpha=tucka.alpha if tucka else lora.lora_alpha if lora else None,
         target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})),
         num_modules=len(adapter.modules),
         router=adapter.router,
@@ -162,6 +182,7 @@ def describe(
         training=adapter.training,
         route_prefix_tokens=folded.routed.router.prefix_tokens if folded.routed else None,
         load_seconds=load_seconds,
+        members=tuple(bank.members) if bank else (),
     )
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tucka_runtime.kernels.tables import transfer
 from tucka_runtime.kernels.tables.routes import CoreParts
 from tucka_runtime.messages import AdapterKey
 
@@ -46,6 +47,27 @@ class TuckACores:
     @cached_property
     def parts(self) -> CoreParts:
         return CoreParts(self.c, self.g, self.linears, self.router.table)
+
+
+@dataclass(frozen=True, eq=False)
+class BankCores:
+    """The cores of a bank's N members, in the factors' type: cores (N, M, r, r) of the M adapted linears, or (N, M, r)
+    where they are diagonal; `linears` (M,) as in TuckACores."""
+
+    linears: Tensor
+    cores: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.cores.shape[-1]
+
+    def write(self, members: list[int], rows: list[int], out: Tensor) -> None:
+        """Puts the cores of members where segments take theirs from: rows of out (C, every linear, R, R)."""
+        chosen, place = transfer.place([torch.tensor(members), torch.tensor(rows)], out.device)
+        own = self.cores.index_select(0, chosen)
+        own = torch.diag_embed(own) if own.dim() == 3 else own
+        beside = out.shape[-1] - self.rank
+        out[place[:, None], self.linears] = torch.nn.functional.pad(own, [0, beside, 0, beside])
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +118,9 @@ class FoldedTable:
 @dataclass(frozen=True, eq=False)
 class FoldedAdapter:
     """An adapter in the serving form. `factors` has (U (r, d_in), E (r, d_out)) of each adapted linear, `affine` what
-    it changes of the base's own product there, scale and offset (2, d_out) fp32, where it does; `routed` is None where
-    the core is constant; `saved` replaces parameters of the base by name, and `tables` change its embedding or its
-    head, by their paths."""
+    it changes of the base's own product there, scale and offset (2, d_out) fp32, where it does; `routed` and `bank` are
+    None where the core is constant; `saved` replaces parameters of the base by name, and `tables` change its embedding
+    or its head, by their paths."""
 
     key: AdapterKey
     factors: Mapping[Where, tuple[Tensor, Tensor]]
@@ -106,6 +128,7 @@ class FoldedAdapter:
     routed: TuckACores | None
     saved: Mapping[str, Tensor]
     tables: Mapping[str, FoldedTable] = field(default_factory=dict)
+    bank: BankCores | None = None
 
     def tensors(self) -> list[Tensor]:
         """All that it holds on the device."""
@@ -116,6 +139,8 @@ class FoldedAdapter:
             router = self.routed.router
             tensors += [self.routed.g, self.routed.c, self.routed.linears, router.centroids]
             tensors += [] if router.table is None else [router.table]
+        if self.bank is not None:
+            tensors += [self.bank.linears, self.bank.cores]
         return tensors
 
     @property
@@ -132,12 +157,17 @@ class FoldedAdapter:
     def max_rank(self) -> int:
         return max((u.shape[0] for u, _ in self.factors.values()), default=0)
 
+    @property
+    def core_rank(self) -> int:
+        """The side of its cores; 0 where they are constant."""
+        return self.routed.parts.rank if self.routed else self.bank.rank if self.bank else 0
+
     @cached_property
     def shape(self) -> tuple[object, ...]:
         """Adapters of one shape take the same kernels."""
         parts = self.routed.parts if self.routed else None
         routed = (parts.k, parts.t, parts.rank, parts.table is None) if parts else None
-        return frozenset(site for _, site in self.sites), self.max_rank, routed
+        return frozenset(site for _, site in self.sites), self.max_rank, routed, self.bank is not None
 
     @cached_property
     def sites(self) -> frozenset[tuple[int, int]]:

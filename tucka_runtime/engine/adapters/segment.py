@@ -14,7 +14,7 @@ from tucka_runtime.messages import AdapterKey, Route
 
 @dataclass(eq=False)
 class Segment:
-    """Rows first..end of a batch that share an adapter and a route.
+    """Rows first..end of a batch that share an adapter and a route, or the `member` of a bank.
 
     The route is `given`, or comes from the tokens `ids`, or, where the adapter has no table of them, from the router's
     inputs. `ids` are those of the `prompt`, the tokens that a sequence of its own is routed by, if there is one, else
@@ -26,6 +26,7 @@ class Segment:
     adapter: AdapterKey
     given: Route | None = None
     prompt: list[int] | None = None
+    member: int | None = None
     ids: Tensor | None = None
 
     @property
@@ -79,11 +80,25 @@ class Routes:
 
 
 def core_rows(segments: Sequence[Segment], active: ActiveSet, identity: int | None = None) -> list[int]:
-    """Which core each segment takes: its own where that depends on a route, else the one at `identity`, which lies
-    right behind the others where it is not given."""
-    routed = [active.folded[s.adapter].routed is not None for s in segments]
+    """Which core each segment takes: its own where that depends on a route or a member, else the one at `identity`,
+    which lies right behind the others where it is not given."""
+    routed = [active.folded[s.adapter].core_rank > 0 for s in segments]
     own, constant = count(), sum(routed) if identity is None else identity
     return [next(own) if r else constant for r in routed]
+
+
+def write_members(segments: Sequence[Segment], rows: Sequence[int], active: ActiveSet, cores: Tensor) -> None:
+    """Puts the cores of the banks' members into those that the segments take, `rows` of cores (C, every linear, R, R):
+    bank by bank, whatever the number of members."""
+    own: dict[AdapterKey, list[int]] = {}
+    for s, segment in enumerate(segments):
+        if segment.member is not None:
+            own.setdefault(segment.adapter, []).append(s)
+    for key, places in own.items():
+        bank = active.folded[key].bank
+        assert bank is not None
+        members = [member for s in places if (member := segments[s].member) is not None]
+        bank.write(members, [rows[s] for s in places], cores)
 
 
 def route_plan(

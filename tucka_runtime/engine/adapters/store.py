@@ -9,7 +9,7 @@ import torch
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.slots import SlotTable
-from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, ModelNotFoundError
+from tucka_runtime.errors import AdapterCapacityError, AdapterConflictError, InvalidRequestError, ModelNotFoundError
 from tucka_runtime.messages import AdapterKey
 from tucka_runtime.models.architecture import Architecture
 
@@ -66,11 +66,15 @@ class AdapterStore:
             self.table.add(folded)
         self.loaded[folded.key] = _Loaded(folded)
 
-    def lease(self, key: AdapterKey) -> FoldedAdapter:
-        """Raises ModelNotFoundError for an adapter that is not loaded, or is being unloaded."""
+    def lease(self, key: AdapterKey, member: int | None = None) -> FoldedAdapter:
+        """An adapter, or a bank of which a `member` is asked for. Raises ModelNotFoundError for one that is not loaded,
+        or is being unloaded, and InvalidRequestError for a bank without that member, or a member of what is none."""
         entry = self.loaded.get(key)
         if entry is None or entry.unloading:
             raise ModelNotFoundError("The adapter was unloaded before the request reached the engine.", "model")
+        bank = entry.folded.bank
+        if (member is None) != (bank is None) or (bank and not 0 <= (member or 0) < len(bank.cores)):
+            raise InvalidRequestError("The adapter is a bank without that member, or no bank.", "model")
         entry.leases += 1
         return entry.folded
 

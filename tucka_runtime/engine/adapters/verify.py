@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
-from tucka_runtime.adapters.format import Adapter, LoRAModule, TuckAModule, TuckASpec
+from tucka_runtime.adapters.format import Adapter, BankModule, BankSpec, LoRAModule, TuckAModule, TuckASpec
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.delta import AdapterDelta
 from tucka_runtime.engine.adapters.fold import fold, locate
@@ -41,15 +41,16 @@ class Finding:
 
 
 def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dtype: torch.dtype) -> Iterator[Finding]:
-    """Every module's change of random inputs, under a random route of each group, and the routes of random inputs.
+    """Every module's change of random inputs, under a random route of each group or of each member of a bank, and the
+    routes of random inputs.
     `dtype` is the factors' type. Raises InvalidAdapterError as `fold` does."""
     device, kind = weights.embed.device, weights.embed.dtype
     folded = fold(KEY, adapter, arch, weights, ops, dtype)
     active = ActiveSet.stack([folded], arch, dtype, device)
     random = torch.Generator().manual_seed(0)
     where, worst = locate(arch), dict.fromkeys(adapter.modules, 0.0)
-    for route in _routes(adapter, random):
-        segment = Segment(0, ROWS, KEY, given=route)
+    for route, member in _choices(adapter, random):
+        segment = Segment(0, ROWS, KEY, given=route, member=member)
         delta = AdapterDelta.build(ROWS, [segment], [], active, ops, dtype, device)
         for layer, s in active.sites:
             site = arch.sites[s]
@@ -65,8 +66,9 @@ def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dty
                     continue
                 own = slice(site.columns[j], site.columns[j + 1])
                 scale, want = change(
-                    adapter, path, x.double(), dense[own].double(), None if bias is None else bias[own].double(), route
-                )
+                    adapter, path, x.double(), dense[own].double(), None if bias is None else bias[own].double(), route,
+                    member,
+                )  # fmt: skip
                 worst[path] = max(worst[path], _relative(ours[:, own], want))
                 if scale is not None:
                     worst[path] = max(worst[path], _relative(folded.affine[where[path]][0].double(), scale))
@@ -78,7 +80,13 @@ def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dty
 
 
 def change(
-    adapter: Adapter, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route | None
+    adapter: Adapter,
+    path: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    route: Route | None,
+    member: int | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """By the definition, all in float64: the scale s (d_out,) of the base's product where a module has one, and what
     comes to s ⊙ (Wx + b) for x (n, d_in)."""
@@ -89,7 +97,10 @@ def change(
         g, c, u = g / g.norm(), c / c.norm(), u / u.norm()
         core = torch.einsum("i,ij,jab->ab", torch.tensor(route.weights).to(x), c, g)
         return None, adapter.config.alpha * (x @ u @ core @ u.T) @ weight.T
-    assert isinstance(module, LoRAModule)
+    if isinstance(module, BankModule):
+        assert member is not None
+        core = module.core[member].to(x)
+        return None, x @ module.u.to(x).T @ (core if core.dim() == 2 else core.diag()) @ module.e.to(x)
     product = module.scale * module.b.to(x) @ module.a.to(x)
     if module.magnitude is not None:
         scale = module.magnitude.to(x) / (weight + product).norm(dim=1)
@@ -99,12 +110,15 @@ def change(
     return None, moved if module.bias is None else moved + module.scale * module.bias.to(x)
 
 
-def _routes(adapter: Adapter, random: torch.Generator) -> list[Route | None]:
+def _choices(adapter: Adapter, random: torch.Generator) -> list[tuple[Route | None, int | None]]:
+    """The routes and the members that its changes depend on."""
     config = adapter.config
+    if isinstance(config, BankSpec):
+        return [(None, member) for member in range(len(config.members))]
     if not isinstance(config, TuckASpec):
-        return [None]
+        return [(None, None)]
     # As fp32 has them, in which routes are kept.
-    return [Route(group, tuple(torch.rand(config.t, generator=random).tolist())) for group in range(config.k)]
+    return [(Route(group, tuple(torch.rand(config.t, generator=random).tolist())), None) for group in range(config.k)]
 
 
 def _table(
