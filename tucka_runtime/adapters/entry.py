@@ -6,7 +6,7 @@ An entry is a row of the registry's table (journal.py); what is read of one is c
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -36,7 +36,7 @@ class RegistryEntry:
     keep_resident: bool = False
     info: AdapterInfo | None = None
     version_of: str | None = None
-    versions: tuple[Self, ...] = ()
+    versions: tuple["RegistryEntry", ...] = ()
 
     @property
     def key(self) -> AdapterKey:
