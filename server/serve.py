@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tucka_runtime.adapters.registry import AdapterRegistry, check_name
+from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.adapters.remote import Source
 from tucka_runtime.base_hub import with_hub_model
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
+from tucka_runtime.names import check_name
 from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.http.key_file import read_key_file
 from tucka_runtime.server.http.server import BACKLOG, HTTPServer, allow_open_files, bind, check_open
@@ -202,7 +203,7 @@ async def _start(
     metrics = Metrics(name, engine_config.adapter_slots, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
     sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], _named_sources(config))
-    adapters = AdapterNames(engine, registry, name, metrics, sources)
+    adapters = AdapterNames(engine, registry, name, metrics, sources, config.adapter_versions)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)

@@ -16,7 +16,7 @@ PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("ke
 
 SHARED = (
     "errors config messages channel logs grammars schemas schema_objects schema_values base_files base_hub durable "
-    "tokenizer client extras embedded machine children progress conversations"
+    "tokenizer client extras embedded machine children progress conversations names"
 )
 """What both processes may know."""
 

@@ -145,6 +145,9 @@ class ServerConfig:
         "YAML file of adapters that are to be loaded and not to be (vLLMLoRAConfig), kept to while it changes",
         metavar="FILE",
     )
+    adapter_versions: int = _setting(
+        1, "newest contents of a name that are kept, with the one that it stands for: to ask for, and to roll back to"
+    )
     state_dir: str | None = _setting(
         None, "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten)", metavar="DIR"
     )
@@ -201,7 +204,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("max_body_bytes", "max_n", "max_connections", "keep_alive_timeout"):
+        for name in ("adapter_versions", "max_body_bytes", "max_n", "max_connections", "keep_alive_timeout"):
             _check_at_least(self, name, 1)
         for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
             if port is not None and not 0 <= port <= 65535:

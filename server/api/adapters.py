@@ -1,5 +1,5 @@
-"""Managing adapters: GET/POST /v1/adapters, GET/PUT/DELETE /v1/adapters/{name}, vLLM's two routes with its bodies, and
-SGLang's."""
+"""Managing adapters: GET/POST /v1/adapters, GET/PUT/DELETE /v1/adapters/{name}, POST its rollback, vLLM's two routes
+with its bodies, and SGLang's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, UnloadLoraBody, UploadQuery
+from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, RollbackBody, UnloadLoraBody, UploadQuery
 from tucka_runtime.server.api.models import adapter_card, listed
 from tucka_runtime.server.api.reading import accept, read_body
 from tucka_runtime.server.http.answers import JSONAnswer
@@ -58,6 +58,17 @@ async def put_adapter(request: Request) -> Response:
         inplace, keep = bool(asked.load_inplace), asked.keep_resident
         adapter, loaded = await service.adapters.load_from(name, uploaded, inplace, None, keep_resident=keep)
     return JSONAnswer(adapter_card(service, adapter), 201 if loaded else 200)
+
+
+async def roll_back(request: Request) -> Response:
+    """200 with the card of what the name stands for then. The body may be empty."""
+    service: Service = request.app.state.service
+    name = request.path_params["name"]
+    note("rollback", name)
+    body = await read_body(request, RollbackBody) if request.state.body else RollbackBody()
+    with _params(name="name"):
+        adapter = await service.adapters.rollback(name, body.to, request.state.access.sees)
+    return JSONAnswer(adapter_card(service, adapter))
 
 
 async def delete_adapter(request: Request) -> Response:

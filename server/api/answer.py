@@ -58,6 +58,7 @@ class OpenAIAnswer(Answer, Generic[G]):
         request: Request,
         adapter: LoadedAdapter | None,
         tokenizer: Tokenizer | None,
+        fingerprint: str,
     ):
         self.body, self.options, self.request, self.adapter = body, options, request, adapter
         self.labels = Labels(tokenizer, bool(body.return_tokens_as_token_ids))
@@ -67,6 +68,7 @@ class OpenAIAnswer(Answer, Generic[G]):
             "object": self.chunk_name if body.stream else self.object_name,
             "created": int(time.time()),
             "model": body.model,
+            "system_fingerprint": fingerprint,
         }
         self._before = b"data: " + encode_json(self.head)[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Scope
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
-from tucka_runtime.server.api import console, openapi, ops
+from tucka_runtime.server.api import aliases, console, openapi, ops
 from tucka_runtime.server.api.anthropic_messages import MESSAGES, count_tokens
 from tucka_runtime.server.api.audited import audited
 from tucka_runtime.server.api.chat import CHAT
@@ -49,6 +49,11 @@ def create_app(service: Service) -> ASGIApp:
         ("GET", "/v1/adapters/{name:path}", admin.get_adapter),
         ("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
         ("PUT", "/v1/adapters/{name:path}", admin.put_adapter),
+        ("POST", "/v1/adapters/{name:path}/rollback", admin.roll_back),
+        ("GET", "/v1/aliases", aliases.list_aliases),
+        ("POST", "/v1/aliases", aliases.post_alias),
+        ("GET", "/v1/aliases/{name:path}", aliases.get_alias),
+        ("DELETE", "/v1/aliases/{name:path}", aliases.delete_alias),
         ("POST", "/v1/load_lora_adapter", admin.load_lora_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_lora_adapter),
         ("POST", "/load_lora_adapter", admin.load_as_sglang),

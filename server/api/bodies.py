@@ -25,6 +25,7 @@ from tucka_runtime.server.api.values import (
     BadWords,
     Body,
     CacheSalt,
+    Digits,
     LogitBias,
     NonEmpty,
     Nothing,
@@ -33,6 +34,7 @@ from tucka_runtime.server.api.values import (
     Prompts,
     Stops,
     StopTokenIds,
+    Targets,
     Texts,
     TokenIds,
 )
@@ -100,7 +102,6 @@ class StreamOptions(Body):
 class WithoutEffect(Body, without_effect=True):
     """Fields of OpenAI, vLLM and SGLang that change nothing about an answer of this server, whatever their value."""
 
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     request_id: str | None = None
@@ -143,9 +144,10 @@ class Unsupported(Body, without_effect=True):
 
 
 class ModelBody(Body):
-    """What is asked of the engine at every door."""
+    """What is asked of the engine at every door. `user` says whose requests an alias answers alike."""
 
     model: NonEmpty
+    user: str | None = None
     cache_salt: CacheSalt | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     route: Literal["batch", "request", "prefix"] | None = None
@@ -299,6 +301,15 @@ class LoadAdapterBody(Body):
     load_inplace: bool | None = None
     pinned: PinnedRoute | None = None
     keep_resident: bool | None = None
+
+
+class RollbackBody(Body):
+    to: Digits | None = None
+
+
+class AliasBody(Body):
+    name: str
+    targets: Targets
 
 
 class UploadQuery(Body):

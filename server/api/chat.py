@@ -42,7 +42,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             max_tokens_param=param,
         ),
     )
-    answer = ChatAnswer(body, options, asked.request, context.adapter, service.tokenizer)
+    answer = ChatAnswer(body, options, asked.request, context.adapter, service.tokenizer, context.fingerprint)
     return Opened(asked.request, answer, asked.prompt_for_log, asked.parser)
 
 

@@ -47,7 +47,7 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
     if sampling.stop:
         service.text_tokenizer("stop")
     request = context.request(body, ids, sampling, n)
-    answer = CompletionAnswer(body, options, request, context.adapter, service.tokenizer)
+    answer = CompletionAnswer(body, options, request, context.adapter, service.tokenizer, context.fingerprint)
     if body.echo:
         whole = body.truncate_prompt_tokens is None
         answer.echoes = [_echo(request, i, prompt, whole, service.tokenizer) for i, prompt in enumerate(prompts)]

@@ -47,6 +47,12 @@ class Context:
     id: str
     request_id: str
 
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: the first digits of the digest of the adapter that answers, or of the base."""
+        digest = self.adapter.digest if self.adapter is not None else self.service.info.fingerprint
+        return f"fp_{digest[:12]}"
+
     def request(
         self,
         body: ModelBody,
@@ -98,7 +104,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
     access: Access = http.state.access
-    lease = await service.resolve(body.model, access)
+    lease = await service.resolve(body.model, access, body.user)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
@@ -106,7 +112,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
         http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
-        origin = Origin.of(http, door.operation, model, shown)
+        origin = Origin.of(http, door.operation, model, body.model, shown)
     except BaseException:
         lease.release()
         raise

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: the base model and its adapters as cards."""
+"""GET /v1/models and /v1/models/{id}: the base model, its aliases and its adapters as cards."""
 
 import asyncio
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
     sees = request.state.access.sees
     first = [base_card(service)] if sees(service.model_name) else []
+    first += [alias_card(service, alias.name) for alias in service.adapters.aliases if sees(alias.name)]
     models = [model for adapter in service.adapters.all() for model in adapter.members if sees(model.model)]
     return await listed(service, models, first)
 
@@ -38,6 +39,8 @@ async def get_model(request: Request) -> Response:
         return await list_models(request)
     if name == service.model_name and sees(name):
         return JSONAnswer(base_card(service))
+    if name in service.adapters.aliases and sees(name):
+        return JSONAnswer(alias_card(service, name))
     return JSONAnswer(adapter_card(service, service.adapters.card(name, sees)))
 
 
@@ -51,6 +54,11 @@ def base_card(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.info.max_model_len,
     }
+
+
+def alias_card(service: Service, name: str) -> dict[str, Any]:
+    """What it stands for is shown to admins alone, by /v1/aliases."""
+    return base_card(service) | {"id": name, "parent": service.model_name}
 
 
 def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
@@ -67,6 +75,8 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
         "tucka": {
             "digest": adapter.digest,
             "generation": adapter.key.generation,
+            "version_of": adapter.entry.version_of,
+            "versions": [version.name for version in adapter.entry.versions],
             "kind": info.kind,
             "r": info.r,
             "k": info.k,

@@ -32,6 +32,8 @@ BODIES: dict[str, type[Body]] = {
     "/v1/messages/count_tokens": anthropic_bodies.CountTokensBody,
     "/v1/embeddings": bodies.EmbeddingBody,
     "/v1/adapters": bodies.LoadAdapterBody,
+    "/v1/adapters/{name:path}/rollback": bodies.RollbackBody,
+    "/v1/aliases": bodies.AliasBody,
     "/v1/load_lora_adapter": bodies.LoadLoraBody,
     "/v1/unload_lora_adapter": bodies.UnloadLoraBody,
     "/load_lora_adapter": bodies.LoadLoraBody,

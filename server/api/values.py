@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from tucka_runtime.names import MAX_TARGETS, MAX_WEIGHT, VERSION_DIGITS
+
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
@@ -82,6 +84,13 @@ LogitBias = Annotated[
     BeforeValidator(_at_most(MAX_LOGIT_BIAS)),
     Field(max_length=MAX_LOGIT_BIAS),
 ]
+Targets = Annotated[
+    dict[str, Annotated[int, Field(ge=1, le=MAX_WEIGHT)]],
+    BeforeValidator(_at_most(MAX_TARGETS)),
+    Field(min_length=1, max_length=MAX_TARGETS),
+]
+Digits = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{VERSION_DIGITS},64}}$")]
+"""Of a version's digest, as many as name it."""
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 Nothing = EmptyList | EmptyObject | Literal[False, ""] | None

@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Protocol
 
 from tucka_runtime.config import ServerConfig
+from tucka_runtime.names import split_version
 from tucka_runtime.server.http.errors import ForbiddenNameError
 from tucka_runtime.server.http.key_file import ROLES, KeyRecord, digest_of, id_of, read_key_file
 from tucka_runtime.server.http.limits import Admission, Allowance, KeyLimits
 
 Sees = Callable[[str], bool]
-"""Whether a key sees the model of this name."""
+"""Whether a key sees the model of this name. Who sees a name sees its versions (`name@digest`)."""
 
 _NO_DIGEST = "0" * 64
 
@@ -44,7 +45,9 @@ class Access:
         if self.sees_all:
             return everything
         found = re.compile("|".join(map(fnmatch.translate, self.patterns))).match
-        return lambda name: found(name) is not None
+        return lambda name: (
+            found(name) is not None or ((of := split_version(name)) is not None and found(of[0]) is not None)
+        )
 
     def check_name(self, name: str) -> None:
         """Raises ForbiddenNameError where nothing may be put under this name: alike whether there is something."""

@@ -19,6 +19,7 @@ PROBES = ("/health", "/ping", "/ready")
 METRICS = "/metrics"
 _ADMIN_PATHS = (
     "/v1/adapters",
+    "/v1/aliases",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/load_lora_adapter",

@@ -1,66 +1,35 @@
-"""The names of this server: which generation of which adapter a name stands for right now.
+"""Changes of the server's names: which generation of which adapter a name stands for right now, and before.
 
 A name stands for an adapter that was checked and whose copy is on the disk; whether the engine has it as well, is
 residency.py's matter. Changes to one name are made one after the other; reading a name never waits. A name switches to
 a new generation in one assignment, so a request meets the old or the new one, never a mixture.
 """
 
-import contextlib
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry, check_name, loggable
-from tucka_runtime.engine.client import EngineClient
-from tucka_runtime.errors import (
-    AdapterCapacityError,
-    AdapterConflictError,
-    BaseModelMismatchError,
-    EngineDeadError,
-    InvalidRequestError,
-    StorageError,
-    TuckaError,
-)
+from tucka_runtime.adapters.entry import RegistryEntry
+from tucka_runtime.errors import AdapterConflictError, InvalidRequestError, ModelNotFoundError, TuckaError
 from tucka_runtime.logs import fields
-from tucka_runtime.messages import AdapterInfo, Route
+from tucka_runtime.messages import Route
+from tucka_runtime.names import Alias, check_name, split_version
 from tucka_runtime.server.http.access import Sees, everything
-from tucka_runtime.server.http.errors import reason
-from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service import audit
-from tucka_runtime.server.service.coming import Tier
-from tucka_runtime.server.service.copies import Copies, lost
-from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
-from tucka_runtime.server.service.name_locks import NameLocks
-from tucka_runtime.server.service.names import Names
-from tucka_runtime.server.service.residency import Residency
-from tucka_runtime.server.service.sources import AdapterSources, Found
+from tucka_runtime.server.service.copies import lost
+from tucka_runtime.server.service.leases import LoadedAdapter
+from tucka_runtime.server.service.restored import RestoredNames
+from tucka_runtime.server.service.sources import Found
 
 log = logging.getLogger(__name__)
 
 
-class AdapterNames(Names):
-    """Loads, replaces and unloads adapters by name."""
-
-    def __init__(
-        self,
-        engine: EngineClient,
-        registry: AdapterRegistry,
-        base_name: str,
-        metrics: Metrics,
-        sources: AdapterSources | None = None,
-    ):
-        """`sources`: where `load_from` may load from; by default requests' bodies alone."""
-        super().__init__(base_name, Residency(engine, metrics), metrics)
-        self.sources = sources or AdapterSources(registry)
-        self._engine = engine
-        self._copies = Copies(engine, registry, metrics, self.sources)
-        self._leases = Leases(self.residency)
-        self._locks = NameLocks()
-        self._generation = 0
-        self.ready = False
+class AdapterNames(RestoredNames):
+    """Loads, replaces, rolls back and unloads adapters by name, and gives names aliases."""
 
     async def training(self, adapter: LoadedAdapter) -> Any:
         """The whole of the adapter's training.json; None if it has none."""
@@ -102,8 +71,8 @@ class AdapterNames(Names):
         Raises AdapterConflictError when the name has other content and `inplace` is false, InvalidRequestError for the
         name, and what the registry and the engine raise for the files.
         """
-        self.check_name(name)
         async with self._locks.hold(name):
+            self.check_name(name)
             begin = time.monotonic()
             stored = await self._copies.ingest(source)
             copied = time.monotonic() - begin
@@ -120,18 +89,18 @@ class AdapterNames(Names):
                         "name",
                     )
                 self._check_engine()
-                self._generation += 1
+                self._metrics.load_took({"copy": copied})
                 entry = RegistryEntry(
                     name,
                     stored.digest,
                     stored.blob,
-                    self._generation,
+                    self._next_generation(),
                     origin or str(source),
                     pinned,
                     self._fingerprint,
                     keep_resident or False,
                 )
-                return await self._switch(entry, durable, copied), True
+                return await self._switch(entry, durable), True
             finally:
                 await self._copies.put_back(stored)
 
@@ -140,23 +109,102 @@ class AdapterNames(Names):
         check_name(name)
         if name == self._base_name:
             raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
+        if name in self.aliases:
+            raise AdapterConflictError("That is the name of an alias. Choose another one, or delete the alias.", "name")
+        if split_version(name) is not None:
+            raise InvalidRequestError(
+                "A name that ends in @ and 12 or more hexadecimal digits is a version's. Choose another one.", "name"
+            )
+
+    async def rollback(self, name: str, to: str | None = None, sees: Sees = everything) -> LoadedAdapter:
+        """Lets the name stand again for content that it stood for before: the last, or the one whose digest begins with
+        `to`. It comes back after a restart. A name that stands for that content already is left as it is.
+
+        Raises ModelNotFoundError for the name, and where there is no such version; StorageError, and what the engine
+        raises, where its copy cannot be loaded.
+        """
+        audit.note("rollback", name)
+        if not sees(name):
+            raise self._unknown(sees)
+        async with self._locks.hold(name):
+            entry = self._lost[name] if name in self._lost else self.get(name).entry
+            self._check_owner(entry)
+            if to is not None and entry.digest.startswith(to) and name in self._loaded:
+                audit.note_digests(entry.digest, entry.digest)
+                return self._loaded[name]
+            version = next((v for v in entry.versions if to is None or v.digest.startswith(to)), None)
+            if version is None:
+                kept = ", ".join(version.name for version in entry.versions)
+                raise ModelNotFoundError(
+                    "No such earlier content of that name is kept. "
+                    + (f"There are {kept}." if kept else "There is none: --adapter-versions says how many are kept."),
+                    "to",
+                )
+            try:
+                if version.name in self._lost:
+                    raise lost()
+                self._check_engine()
+                generation, keep = self._next_generation(), entry.keep_resident
+                again = replace(
+                    version, name=name, generation=generation, keep_resident=keep, info=None, version_of=None
+                )
+                return await self._switch(again, durable=True)
+            except TuckaError as error:
+                self._failed(name, error)
+                raise
+
+    async def put_alias(self, name: str, targets: Mapping[str, int], sees: Sees = everything) -> tuple[Alias, bool]:
+        """Gives an alias, or one that there is other targets (names with their weights); durable when this returns.
+        Returns it, and whether it is new.
+
+        Raises AdapterConflictError where the name is an adapter's or the base's, InvalidRequestError for it or for the
+        targets, ModelNotFoundError for a target that is not there, and StorageError.
+        """
+        audit.note("alias", name)
+        alias = Alias(name, tuple(targets.items()))
+        async with self._locks.hold(name):
+            new = name not in self.aliases
+            if new:
+                self.check_name(name)
+            if name in self._loaded or name in self._lost:
+                raise AdapterConflictError("That is the name of an adapter. Choose another one.", "name")
+            for target in targets:
+                if target in self.aliases and sees(target):
+                    raise InvalidRequestError("An alias stands for adapters, not for another alias.", "targets")
+                if target == self._base_name and sees(target):
+                    raise InvalidRequestError("An alias stands for adapters, not for the base model.", "targets")
+                self.model(target, sees)
+            await self._copies.save_alias(alias)
+            self.aliases.set(alias)
+            log.info("alias %s is set", name, extra=fields(event="alias_set", adapter=name))
+            return alias, new
+
+    async def remove_alias(self, name: str, sees: Sees = everything) -> None:
+        """Forgets an alias; requests that it has resolved go on. Raises ModelNotFoundError, StorageError."""
+        audit.note("unalias", name)
+        async with self._locks.hold(name):
+            self.alias_of(name, sees)
+            await self._copies.forget(name)
+            self.aliases.drop(name)
+            log.info("alias %s is removed", name, extra=fields(event="alias_removed", adapter=name))
 
     async def unload(self, name: str, sees: Sees = everything) -> bool:
-        """Forgets the name; its requests go on. Returns whether there are any. Raises ModelNotFoundError, and
-        InvalidRequestError for the base."""
+        """Forgets the name and its versions; their requests go on. Returns whether there are any. Raises
+        ModelNotFoundError, and InvalidRequestError for the base, an alias and a version."""
         audit.note("unload", name)
         if not sees(name):
             raise self._unknown(sees)
         if name == self._base_name:
             raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
         async with self._locks.hold(name):
+            if name in self.aliases:
+                raise InvalidRequestError("That is an alias. DELETE /v1/aliases/{name} removes it.", "name")
             entry = self._lost[name] if name in self._lost else self.get(name).entry
+            self._check_owner(entry)
             self._check_engine()
             await self._copies.forget(name)
-            self._forget(name)
-            self._lost.pop(name, None)
             audit.note_digests(entry.digest, None)
-            in_use = await self._retire(entry)
+            in_use = any([await self._drop(known) for known in (entry, *entry.versions)])
             log.info(
                 "adapter %s is unloaded%s",
                 name,
@@ -164,110 +212,6 @@ class AdapterNames(Names):
                 extra=fields(event="adapter_unloaded", adapter=name, digest=entry.digest, generation=entry.generation),
             )
             return in_use
-
-    async def restore(self, base_fingerprint: str) -> None:
-        """Lets names stand for what the registry remembers, in the generations that they had. What belongs to another
-        base is left out and logged; what is not on the disk any more is lost (`lost`).
-
-        Loaded is only what is kept resident, and what has no card yet: the rest comes when it is asked for."""
-        for entry in await self._copies.remembered():
-            self._generation = max(self._generation, entry.generation)
-            if entry.base_fingerprint == base_fingerprint:
-                self._lost[entry.name] = entry
-            else:
-                self._failed(entry.name, BaseModelMismatchError("it was loaded beside another base model."))
-        with contextlib.suppress(EngineDeadError):  # `reload` goes on where it has stopped
-            await self._find_again()
-
-    async def reload(self) -> None:
-        """Prepares for a fresh engine process, which has no adapters: those that are kept resident are loaded, others
-        come when they are asked for. What is lost is looked for once more.
-
-        Raises EngineDeadError if that process dies too.
-        """
-        self.ready = False
-        self.residency.reset()
-        for entry in await self._copies.missing([adapter.entry for adapter in self._loaded.values()]):
-            async with self._locks.hold(entry.name):
-                self._lose(entry)
-        await self._find_again()
-        for adapter in self.all():
-            if adapter.entry.keep_resident and self.tier(adapter) is not Tier.RESIDENT:
-                async with self._locks.hold(adapter.key.name):
-                    await self._load_again(adapter.entry)
-        self.ready = True
-
-    def lease(self, name: str, sees: Sees = everything) -> Lease:
-        """Holds what is `named` so: it is unloaded only when the lease is over. Where it has no slot, it is sent
-        for."""
-        adapter = self.named(name, sees)
-        return Lease(self._leases, adapter, lambda resident: self._fetch(adapter.entry, resident))
-
-    def close(self) -> None:
-        """Waits for no copy that has not begun."""
-        self.sources.close()
-        self._copies.close()
-
-    @property
-    def _fingerprint(self) -> str:
-        return self._engine.info.fingerprint if self._engine.info else ""
-
-    async def _fetch(self, entry: RegistryEntry, resident: bool) -> AdapterInfo:
-        """Loads what a name stands for. Where neither its copy nor its source can be read, the name is lost. Raises
-        EngineDeadError, AdapterCapacityError, StorageError."""
-        try:
-            return await self._copies.load_or_copy_again(entry, resident)
-        except (EngineDeadError, AdapterCapacityError):
-            raise
-        except TuckaError as error:
-            self._failed(entry.name, error)
-            self._lose(entry)
-            raise lost() from None
-
-    async def _find_again(self) -> None:
-        """Whatever is lost and on the disk, or where it came from, is there again. Raises EngineDeadError."""
-        gone = {entry.name for entry in await self._copies.missing(list(self._lost.values()))}
-        for entry in list(self._lost.values()):
-            if entry.name in gone and not await self._copies.again(entry):
-                self._failed(entry.name, lost())
-                continue
-            async with self._locks.hold(entry.name):
-                if self._lost.get(entry.name) is not entry:
-                    continue
-                if entry.info is None or entry.keep_resident:
-                    await self._load_again(entry)
-                else:
-                    self._stand(entry, entry.info)
-
-    async def _load_again(self, entry: RegistryEntry) -> None:
-        """What a name stands for, loaded. Where that cannot be, it is lost. Raises EngineDeadError."""
-        try:
-            info = await self.residency.admit(
-                entry.key, lambda resident: self._fetch(entry, resident), entry.keep_resident, entry.key
-            )
-        except EngineDeadError:
-            raise
-        except StorageError:
-            return  # it is lost, and said so
-        except TuckaError as error:
-            self._failed(entry.name, error)
-            if entry.info is not None:  # no slot can be kept for it: it comes when it is asked for, if there is one
-                self._stand(entry, entry.info)
-            else:
-                self._lose(entry)
-            return
-        entry = replace(entry, info=info)
-        with contextlib.suppress(StorageError):  # it is loaded once more after the next start
-            await self._copies.save(entry, durable=True)
-        self._stand(entry, info)
-
-    async def _retire(self, entry: RegistryEntry) -> bool:
-        """Unloads a generation that no name stands for any more, and deletes its copy, as soon as nothing uses it;
-        whether something does."""
-        if self._leases.retire(entry.key, lambda: self._copies.discard_soon(entry.blob)):
-            return True
-        await self._copies.discard(entry.blob)
-        return False
 
     async def _again(self, old: LoadedAdapter, keep_resident: bool | None, durable: bool) -> LoadedAdapter:
         """A load of what the name stands for already. It may have been loaded by a flag, which a restart forgets."""
@@ -288,19 +232,35 @@ class AdapterNames(Names):
             await self._copies.save(old.entry, durable)
         return old
 
-    async def _switch(self, entry: RegistryEntry, durable: bool, copied: float) -> LoadedAdapter:
-        """The disk first: whoever was told that a name stands for something finds it there after a restart. `copied`:
-        seconds that it took to check and copy the files."""
+    def _next_generation(self) -> int:
+        self._generation += 1
+        return self._generation
+
+    def _check_owner(self, entry: RegistryEntry) -> None:
+        if entry.version_of is not None:
+            raise InvalidRequestError("That is a version of a name, which goes with the name. Give the name.", "name")
+
+    async def _drop(self, entry: RegistryEntry) -> bool:
+        """What the entry's name stood for goes; whether requests use it."""
+        self._forget(entry.name)
+        self._lost.pop(entry.name, None)
+        return await self._retire(entry)
+
+    async def _switch(self, entry: RegistryEntry, durable: bool) -> LoadedAdapter:
+        """The disk first: whoever was told that a name stands for something finds it there after a restart."""
         name = entry.name
         old = self._loaded.get(name)
-        self._metrics.load_took({"copy": copied})
         info = await self.residency.admit(
             entry.key,
             lambda resident: self._copies.load(entry, resident),
             entry.keep_resident,
             old.key if old else None,
         )
-        entry = replace(entry, info=info)
+        old = self._loaded.get(name)  # it may have been lost meanwhile
+        before = old.entry if old is not None else self._lost.get(name)
+        versions = before.versions if before is not None else ()
+        earlier = versions if old is None else (old.entry, *versions)
+        entry = replace(entry, info=info).after(earlier, self._num_versions)
         try:
             await self._copies.save(entry, durable)
         except TuckaError:
@@ -311,8 +271,9 @@ class AdapterNames(Names):
         old = self._loaded.get(name)
         adapter = self._stand(entry, info)
         audit.note_digests(old.digest if old is not None else None, entry.digest)
-        if old is not None:
-            await self._retire(old.entry)
+        await self._change_versions(old, versions, entry.versions)
+        if before is not None:
+            await self._retire(before)
         log.info(
             "adapter %s is loaded: %s, digest %s, generation %d",
             name,
@@ -323,18 +284,17 @@ class AdapterNames(Names):
         )
         return adapter
 
-    def _failed(self, name: str, error: Exception) -> None:
-        name = loggable(name)
-        self._metrics.adapter_refused(reason(error))
-        log.warning(
-            "adapter %s is not loaded, %s: %s",
-            name,
-            reason(error),
-            error.message if isinstance(error, TuckaError) else "an error inside the server",
-            extra=fields(event="adapter_refused", adapter=name, error=reason(error)),
-        )
-
-    def _check_engine(self) -> None:
-        """A change made while `reload` brings the names into a new process would be lost."""
-        if not self._engine.ready:
-            raise EngineDeadError("The engine is restarting. Try again later.")
+    async def _change_versions(
+        self, old: LoadedAdapter | None, before: Sequence[RegistryEntry], after: Sequence[RegistryEntry]
+    ) -> None:
+        """Those that are kept no longer go; what the name stood for until now may be kept from now on."""
+        kept = {version.key for version in before} & {version.key for version in after}
+        gone = [version for version in before if version.key not in kept]
+        for version in gone:
+            self._forget(version.name)
+            self._lost.pop(version.name, None)
+        for version in after:
+            if version.key not in kept and version.info is not None:
+                self._stand(version, version.info, old.created if old is not None else None)
+        for version in gone:
+            await self._retire(version)

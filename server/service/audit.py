@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from tucka_runtime.adapters.registry import loggable
 from tucka_runtime.errors import ConfigError, StorageError
 from tucka_runtime.logs import fields
+from tucka_runtime.names import loggable
 
 T = TypeVar("T")
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tucka_runtime.adapters.blobs import StoredAdapter
-from tucka_runtime.adapters.registry import AdapterRegistry, RegistryEntry
+from tucka_runtime.adapters.entry import RegistryEntry
+from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import AdapterCapacityError, EngineDeadError, StorageError, TuckaError
 from tucka_runtime.messages import AdapterInfo
+from tucka_runtime.names import Alias
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.sources import AdapterSources, Found
 
@@ -36,7 +38,7 @@ class Copies:
         self._engine, self._registry, self._metrics, self._sources = engine, registry, metrics, sources
         self._reading = ThreadPoolExecutor(COPIES, "adapter-copies")
         self._books = ThreadPoolExecutor(1, "adapter-books")
-        self._unsaved: dict[str, str] = {}  # blobs of the names that the registry does not remember
+        self._unsaved: dict[str, list[str]] = {}  # blobs of the names that the registry does not remember
 
     async def ingest(self, source: Path) -> StoredAdapter:
         """AdapterRegistry.ingest's."""
@@ -53,12 +55,20 @@ class Copies:
             await self._run(self._books, self._registry.put, entry)
             self._unsaved.pop(entry.name, None)
         else:
-            self._unsaved[entry.name] = entry.blob
+            self._unsaved[entry.name] = entry.blobs
 
     async def forget(self, name: str) -> None:
-        """The name stands for nothing any more. Raises StorageError."""
+        """The name, or alias, stands for nothing any more. Raises StorageError."""
         await self._run(self._books, self._registry.remove, name)
         self._unsaved.pop(name, None)
+
+    async def save_alias(self, alias: Alias) -> None:
+        """AdapterRegistry.put_alias's."""
+        await self._run(self._books, self._registry.put_alias, alias)
+
+    def aliases(self) -> list[Alias]:
+        """Those that the registry remembers."""
+        return self._registry.aliases()
 
     async def discard(self, blob: str) -> None:
         """Deletes a copy, unless a name uses it."""
@@ -127,7 +137,7 @@ class Copies:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _discard(self, blob: str) -> None:
-        if blob in list(self._unsaved.values()):
+        if any(blob in blobs for blobs in list(self._unsaved.values())):
             return
         try:
             self._registry.discard(blob)

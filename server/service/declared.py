@@ -16,8 +16,8 @@ from pathlib import Path
 import yaml
 
 from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
-from tucka_runtime.adapters.registry import check_name
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
+from tucka_runtime.names import check_name
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.sources import Found

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tucka_runtime.adapters.registry import RegistryEntry
+from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
 from tucka_runtime.server.service.coming import Load
 from tucka_runtime.server.service.residency import Residency

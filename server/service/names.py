@@ -1,15 +1,19 @@
-"""What each name stands for, and where that is: read by everybody, written by adapters.py alone."""
+"""What each name stands for, and where that is: read by everybody, written by adapters.py and restored.py alone.
+
+Names, their kept versions (`name@digest`) and aliases share one namespace, and the base's name is in it.
+"""
 
 import time
 from dataclasses import replace
-from itertools import chain
 
-from tucka_runtime.adapters.registry import RegistryEntry
-from tucka_runtime.errors import ModelNotFoundError
+from tucka_runtime.adapters.entry import RegistryEntry
+from tucka_runtime.errors import ModelNotFoundError, StorageError
 from tucka_runtime.messages import AdapterInfo
+from tucka_runtime.names import Alias, split_version, version_name
 from tucka_runtime.server.http.access import Sees, everything
 from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
 from tucka_runtime.server.metrics.vllm import Residence
+from tucka_runtime.server.service.aliases import Aliases, choose
 from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import lost
 from tucka_runtime.server.service.leases import LoadedAdapter
@@ -23,7 +27,8 @@ class Names:
         self._base_name = base_name
         self.residency = residency
         self._metrics = metrics
-        self._loaded: dict[str, LoadedAdapter] = {}
+        self.aliases = Aliases()
+        self._loaded: dict[str, LoadedAdapter] = {}  # versions too, each under its own name
         self._lost: dict[str, RegistryEntry] = {}
 
     @property
@@ -33,13 +38,14 @@ class Names:
         return len(self._lost)
 
     def get(self, name: str, sees: Sees = everything) -> LoadedAdapter:
-        """What the name stands for now. Raises ModelNotFoundError, also where it is not seen, and StorageError where
-        its adapter was lost."""
-        if not sees(name) or (name not in self._loaded and name not in self._lost):
-            raise self._unknown(sees)
-        if name in self._lost:
+        """What the name, or version, stands for now. Raises ModelNotFoundError, also where it is not seen, and
+        StorageError where its adapter was lost."""
+        known = self._called(name)
+        if not sees(name) or (known not in self._loaded and known not in self._lost):
+            raise self._unknown(sees, name)
+        if known in self._lost:
             raise lost()
-        return self._loaded[name]
+        return self._loaded[known]
 
     def find(self, name: str) -> LoadedAdapter | None:
         """What the name stands for now, if anything."""
@@ -47,10 +53,68 @@ class Names:
 
     def knows(self, name: str) -> bool:
         """Whether the name stands for something, or was promised to."""
-        return name == self._base_name or name in self._loaded or name in self._lost
+        return name == self._base_name or name in self.aliases or name in self._loaded or name in self._lost
 
-    def _unknown(self, sees: Sees) -> ModelNotFoundError:
-        return ModelNotFoundError.among(filter(sees, chain((self._base_name,), self._loaded)))
+    def alias(self, name: str, sees: Sees = everything) -> Alias | None:
+        """The alias of that name, or `base:name` as SGLang has it, for who sees it."""
+        found = self.aliases.find(name) or self.aliases.find(name.removeprefix(f"{self._base_name}:"))
+        return found if found is not None and sees(found.name) else None
+
+    def alias_of(self, name: str, sees: Sees = everything) -> Alias:
+        """The alias of that very name. Raises ModelNotFoundError, also where it is not seen."""
+        found = self.aliases.find(name)
+        if found is None or not sees(name):
+            raise self._unknown(sees)
+        return found
+
+    def target(self, alias: Alias, who: str | None = None) -> str:
+        """The target of the alias for `who`, of those that are there. Who asks need not see it. Raises
+        ModelNotFoundError without any, and StorageError where one was lost."""
+        there: list[str] = []
+        gone: StorageError | None = None
+        for name, _ in alias.targets:
+            try:
+                self.model(name)
+                there.append(name)
+            except ModelNotFoundError:
+                pass
+            except StorageError as error:
+                gone = error
+        if (target := choose(alias, who, there.__contains__)) is not None:
+            return target
+        if gone is not None:
+            raise gone
+        raise ModelNotFoundError(
+            "None of the adapters is loaded that this alias stands for. Load one of them, or give the alias others.",
+            "model",
+        )
+
+    def check(self, name: str, sees: Sees = everything) -> None:
+        """Raises what `named` and `target` do where a request for that name could not be answered."""
+        if (alias := self.alias(name, sees)) is not None:
+            self.target(alias)
+        else:
+            self.named(name, sees)
+
+    def _called(self, name: str) -> str:
+        """The name under which a version is known that may be named by more digits of its digest, and may be what its
+        name stands for at the moment."""
+        if name in self._loaded or name in self._lost or (version := split_version(name)) is None:
+            return name
+        owner, digits = version
+        for known in (owner, version_name(owner, digits)):
+            adapter = self._loaded.get(known)
+            entry = self._lost.get(known) if adapter is None else adapter.entry
+            if entry is not None and entry.digest.startswith(digits):
+                return known
+        return name
+
+    def _unknown(self, sees: Sees, name: str | None = None) -> ModelNotFoundError:
+        """For a name that is nobody's. Where it would be a version, the others of its name are named first."""
+        names = [self._base_name, *self._loaded, *(alias.name for alias in self.aliases)]
+        if name is not None and (version := split_version(name)) is not None and version[0] in self._loaded:
+            names.sort(key=lambda known: (split_version(known) or (known,))[0] != version[0])
+        return ModelNotFoundError.among(filter(sees, names))
 
     def all(self, sees: Sees = everything) -> list[LoadedAdapter]:
         return [adapter for name, adapter in self._loaded.items() if sees(name)]
@@ -74,19 +138,19 @@ class Names:
         return self.residency.tier(adapter.key)
 
     def named(self, name: str, sees: Sees = everything) -> LoadedAdapter:
-        """What a request gets for the name, or for `base:name` as SGLang has it: an adapter, or `bank/member`. Raises
-        what `get` does; a bank by itself is no model."""
+        """What a request gets for the name, or for `base:name` as SGLang has it. Raises what `model` does."""
         for own in (name, name.removeprefix(f"{self._base_name}:")):
-            if (found := self.member(own, sees)) is not None:
-                return found
-            if sees(own) and (own in self._loaded or own in self._lost):
-                found = self.get(own, sees)
-                if found.info.members:
-                    raise ModelNotFoundError(
-                        "This is a bank of adapters. Ask for one of them, as `bank/member`.", "model"
-                    )
-                return found
-        raise self._unknown(sees)
+            called = self._called(own)
+            if (sees(own) and (called in self._loaded or called in self._lost)) or self.member(own, sees) is not None:
+                return self.model(own, sees)
+        raise self._unknown(sees, name)
+
+    def model(self, name: str, sees: Sees = everything) -> LoadedAdapter:
+        """An adapter, or `bank/member`. Raises what `get` does; a bank by itself is no model."""
+        found = self.card(name, sees)
+        if found.member is None and found.info.members:
+            raise ModelNotFoundError("This is a bank of adapters. Ask for one of them, as `bank/member`.", "model")
+        return found
 
     def member(self, name: str, sees: Sees = everything) -> LoadedAdapter | None:
         """What `bank/member` stands for now, unless an adapter has that very name. Raises StorageError where the bank
@@ -94,6 +158,7 @@ class Names:
         bank, slash, own = name.rpartition("/")
         if not slash or not sees(name) or name in self._loaded or name in self._lost:
             return None
+        bank = self._called(bank)
         if bank in self._lost:
             raise lost()
         found = self._loaded.get(bank)
@@ -105,11 +170,12 @@ class Names:
         """An adapter, a bank, or a member of one. Raises what `get` does."""
         return self.member(name, sees) or self.get(name, sees)
 
-    def _stand(self, entry: RegistryEntry, info: AdapterInfo) -> LoadedAdapter:
+    def _stand(self, entry: RegistryEntry, info: AdapterInfo, created: int | None = None) -> LoadedAdapter:
         """Lets a name stand for an adapter from now on."""
         self._lost.pop(entry.name, None)
         old = self._loaded.get(entry.name)
-        created = old.created if old is not None and old.key == entry.key else int(time.time())
+        if created is None:
+            created = old.created if old is not None and old.key == entry.key else int(time.time())
         adapter = self._loaded[entry.name] = LoadedAdapter(entry, info, created)
         return adapter
 

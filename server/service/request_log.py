@@ -27,12 +27,14 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 @dataclass(frozen=True)
 class Origin:
     """The HTTP request behind a generation. `operation` is the GenAI conventions' name for it, `model` the registered
-    name that it was resolved by, `received` when its first bytes came (`time.monotonic()`); `prompt` is None unless it
-    may be logged. `key` is the name of the key that it came with, `admission` what it takes of that key's limits."""
+    name that it was resolved to, `asked` what it called that, an alias maybe; `received` is when its first bytes came
+    (`time.monotonic()`); `prompt` is None unless it may be logged. `key` is the name of the key that it came with,
+    `admission` what it takes of that key's limits."""
 
     request_id: str
     operation: str
     model: str
+    asked: str
     received: float
     context: dict[str, str]
     prompt: Any = None
@@ -40,12 +42,12 @@ class Origin:
     admission: Admission = field(default_factory=Admission)
 
     @staticmethod
-    def of(request: HTTPRequest, operation: str, model: str, prompt: Any = None) -> "Origin":
+    def of(request: HTTPRequest, operation: str, model: str, asked: str, prompt: Any = None) -> "Origin":
         """Keeps the W3C trace context of the headers."""
         context = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
         state = request.state
         key, admission = state.access.name, state.admission
-        return Origin(state.request_id, operation, model, state.received, context, prompt, key, admission)
+        return Origin(state.request_id, operation, model, asked, state.received, context, prompt, key, admission)
 
     @property
     def trace_id(self) -> str | None:
@@ -183,6 +185,7 @@ class RequestLog:
                 key=self.origin.key,
                 operation=self.origin.operation,
                 model=self.model,
+                asked=self.origin.asked,
                 adapter=self.adapter.model if self.adapter else None,
                 digest=self.adapter.digest if self.adapter else None,
                 generation=self.adapter.key.generation if self.adapter else None,

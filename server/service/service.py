@@ -64,11 +64,16 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    async def resolve(self, model: str, access: Access) -> Lease:
-        """A lease on the adapter that `model` names for who asks, or on the base. Raises what `check_model` does."""
+    async def resolve(self, model: str, access: Access, user: str | None = None) -> Lease:
+        """A lease on the adapter that `model` names for who asks, or on the base. Where it is an alias, all requests of
+        one `user`, or else of one key, get the same. Raises what `check_model` does."""
         await self.check_model(model, access)
-        base = model == self.model_name and access.sees(model)
-        return Lease() if base else self.adapters.lease(model, access.sees)
+        if model == self.model_name and access.sees(model):
+            return Lease()
+        if (alias := self.adapters.alias(model, access.sees)) is not None:
+            who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
+            return self.adapters.lease(self.adapters.target(alias, who))
+        return self.adapters.lease(model, access.sees)
 
     async def check_model(self, model: str, access: Access) -> None:
         """Raises ModelNotFoundError, EngineDeadError while nothing can be served, and what a lookup in the sources
@@ -76,7 +81,7 @@ class Service:
         if self.resolver is not None and self.ready and access.sees(model):
             await self.resolver.look_up(model)
         if not (model == self.model_name and access.sees(model)):
-            self.adapters.named(model, access.sees)
+            self.adapters.check(model, access.sees)
         if not self.ready:
             raise EngineDeadError("The engine is restarting. Try again later.")
 

@@ -56,7 +56,8 @@ def test_every_route_is_named_with_its_key() -> None:
 
 
 def test_every_field_of_a_generation_is_named() -> None:
-    named = names("Completions and chat") - {"finish_reason", "stop_reason", "usage", "cached_tokens", "route"}
+    answered = {"finish_reason", "stop_reason", "usage", "cached_tokens", "route", "system_fingerprint"}
+    named = names("Completions and chat") - answered
     kinds = (protocol.CompletionBody, protocol.ChatBody)
     acted_upon = {name for kind in kinds for name in kind.model_fields.keys() - kind.ignored}
     assert named == acted_upon - {"route"} and "| `route` |" in section("Completions and chat")

@@ -107,7 +107,8 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         registry = AdapterRegistry(folder / f"state{len(running)}")
         named = [Source.parse(text) for text in config.adapter_source]
         sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], named)
-        adapters = AdapterNames(engine, registry, "base", metrics, sources)  # type: ignore[arg-type]
+        versions = config.adapter_versions
+        adapters = AdapterNames(engine, registry, "base", metrics, sources, versions)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]
         renders = ChatTemplate(template, {}) if template else None

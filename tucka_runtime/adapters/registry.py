@@ -1,4 +1,5 @@
-"""The API process's durable memory of adapters: which names stand for which content, and a private copy of each.
+"""The API process's durable memory of adapters: which names stand for which content, a private copy of each, and the
+names that are aliases of others.
 
     <root>/lock                      held while a server uses the root
     <root>/registry.json, .log.<n>   the names (journal.py)
@@ -10,54 +11,29 @@ After a crash at any moment the same names come back with the same content. No t
 import fcntl
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from tucka_runtime.adapters.blobs import TEMPORARY, Blobs, StoredAdapter, delete
+from tucka_runtime.adapters.entry import RegistryEntry, alias_of, entry_of
 from tucka_runtime.adapters.files import CONFIG_NAME, WEIGHTS_NAME, open_folder, read_training, strict_json
-from tucka_runtime.adapters.journal import TABLE, Journal, JournalRow
+from tucka_runtime.adapters.journal import TABLE, Journal
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError, StorageError
-from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
+from tucka_runtime.names import Alias
 
 log = logging.getLogger(__name__)
 
 _TEMPORARY_ROOT = "tucka-"
 _IS_TEMPORARY = b"temporary"
-_BLOB = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
-_VERSION = 2
-
-
-@dataclass(frozen=True)
-class RegistryEntry:
-    """What a name stands for. `source` is where it was loaded from: for people to read, and to copy it again from there
-    where the private copy is lost. `keep_resident`: it always has a slot. `info` is its card, without what is in the
-    copy's training.json; None in entries of versions that did not keep it."""
-
-    name: str
-    digest: str
-    blob: str
-    generation: int
-    source: str
-    pinned_route: Route | None
-    base_fingerprint: str
-    keep_resident: bool = False
-    info: AdapterInfo | None = None
-
-    @property
-    def key(self) -> AdapterKey:
-        return AdapterKey(self.name, self.generation)
+_VERSION = 3  # 2 knew no aliases
 
 
 class AdapterRegistry:
@@ -85,11 +61,11 @@ class AdapterRegistry:
         self._mutex = threading.Lock()
         self._journal = Journal(self.root, _VERSION)
         try:
-            self._entries = self._load()
+            self._entries, self._aliases = self._load()
         except ConfigError:
             self._lock_file.close()
             raise
-        self._named = Counter(entry.blob for entry in self._entries.values())
+        self._named = Counter(blob for entry in self._entries.values() for blob in entry.blobs)
         self._journal.clean()
         for leftover in self._blobs.folder.glob(f"{TEMPORARY}*"):
             delete(leftover)
@@ -163,34 +139,48 @@ class AdapterRegistry:
             return None
 
     def put(self, entry: RegistryEntry) -> None:
-        """Let a name stand for ingested content from now on; durable when this returns. Raises StorageError."""
+        """Let a name stand for ingested content from now on, with its versions; durable when this returns. Raises
+        StorageError."""
         with self._mutex:
-            if self._entries.get(entry.name) == entry:
+            before = self._entries.get(entry.name)
+            if before == entry:
                 return
             if not self.folder(entry.blob).is_dir():
                 raise StorageError("The server's copy of the adapter is gone from its state folder. Load it again.")
-            self._change(lambda: self._journal.put(asdict(entry)))
-            if (before := self._entries.get(entry.name)) is not None:
-                self._named[before.blob] -= 1
+            self._change(lambda: self._journal.put(entry.row()))
+            self._named.subtract(before.blobs if before is not None else ())
+            self._named.update(entry.blobs)
             self._entries[entry.name] = entry
-            self._named[entry.blob] += 1
+
+    def put_alias(self, alias: Alias) -> None:
+        """A new alias, or one in place of its name's last; durable when this returns. Raises StorageError."""
+        with self._mutex:
+            self._change(lambda: self._journal.put(alias.row()))
+            self._aliases[alias.name] = alias
 
     def remove(self, name: str) -> None:
-        """Forget a name; durable when this returns. Its content stays until `collect` or `discard`. Raises
-        StorageError."""
+        """Forget a name or an alias; durable when this returns. A name's content stays until `collect` or `discard`.
+        Raises StorageError."""
         with self._mutex:
-            if name in self._entries:
+            if name in self._entries or name in self._aliases:
                 self._change(lambda: self._journal.remove(name))
-                self._named[self._entries.pop(name).blob] -= 1
+                self._aliases.pop(name, None)
+                if (entry := self._entries.pop(name, None)) is not None:
+                    self._named.subtract(entry.blobs)
 
     def names(self) -> list[RegistryEntry]:
         """Every name, in the order they were first put."""
         with self._mutex:
             return list(self._entries.values())
 
+    def aliases(self) -> list[Alias]:
+        """Every alias, in the order they were first put."""
+        with self._mutex:
+            return list(self._aliases.values())
+
     def collect(self, keep: Collection[str] = ()) -> None:
         """Delete the copies that no name refers to, but those in `keep` and those not yet released. Raises OSError."""
-        self._blobs.collect({entry.blob for entry in self.names()} | set(keep))
+        self._blobs.collect({blob for entry in self.names() for blob in entry.blobs} | set(keep))
 
     def discard(self, blob: str) -> None:
         """Delete that copy, unless a name refers to it or it is not yet released. Raises OSError."""
@@ -244,7 +234,7 @@ class AdapterRegistry:
         except OSError as error:
             raise _refusal(error) from error
 
-    def _load(self) -> dict[str, RegistryEntry]:
+    def _load(self) -> tuple[dict[str, RegistryEntry], dict[str, Alias]]:
         try:
             version, rows = self._journal.read()
             if version > _VERSION:
@@ -252,13 +242,20 @@ class AdapterRegistry:
                     f"{TABLE} in the state folder was written by a newer version of this server (its format is "
                     f"{version}, this one reads {_VERSION}). Start that version, or give another --state-dir."
                 )
-            entries = [_entry(row) for row in rows]
+            entries: dict[str, RegistryEntry] = {}
+            aliases: dict[str, Alias] = {}
+            for row in rows:
+                if (alias := alias_of(row)) is not None:
+                    aliases[alias.name] = alias
+                else:
+                    entry = entry_of(row)
+                    entries[entry.name] = entry
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidRequestError) as error:
             why = f": {error}" if isinstance(error, ValueError) else ""
             raise ConfigError(
                 f"{TABLE} in the state folder cannot be read{why}. Restore it, or remove it to start without adapters."
             ) from None
-        return {entry.name: entry for entry in entries}
+        return entries, aliases
 
 
 def _make_temporary_root() -> Path:
@@ -279,56 +276,6 @@ def _remove_leftovers() -> None:
                     shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # not one of these, or in use
             continue
-
-
-def check_name(name: str) -> None:
-    """Raise InvalidRequestError unless `name` can name an adapter: it goes into logs, headers and URLs as it is."""
-    if not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name) or {"", ".", ".."} & set(name.split("/")):
-        raise InvalidRequestError(
-            "an adapter's name must be 1 to 128 letters, digits or characters of `. _ : / @ -`, without empty, `.` or "
-            "`..` parts between slashes. Choose another name."
-        )
-
-
-def loggable(name: str) -> str:
-    """The name, or "?" where it is none: a client's own text stays out of logs."""
-    try:
-        check_name(name)
-    except InvalidRequestError:
-        return "?"
-    return name
-
-
-def _entry(item: JournalRow) -> RegistryEntry:
-    """An entry as it stands in the file; what later versions of the same format add is left out. Raises ValueError,
-    KeyError, TypeError or InvalidRequestError if it is none."""
-    item = {"blob": item["digest"], **item}  # the first versions had no blob
-    names = ("name", "digest", "blob", "generation", "source", "pinned_route", "base_fingerprint")
-    known = {name: item[name] for name in names}
-    if not all(isinstance(known[name], str) for name in ("name", "digest", "blob", "source", "base_fingerprint")):
-        raise ValueError("a text of an entry is none")
-    check_name(known["name"])
-    if not _BLOB.fullmatch(known["blob"]) or known["blob"][:64] != known["digest"]:
-        raise ValueError("a `blob` is not the name of a copy")
-    if type(known["generation"]) is not int or known["generation"] < 0:
-        raise ValueError("a `generation` is not a natural number")
-    if (pinned := known["pinned_route"]) is not None:
-        if type(pinned["group"]) is not int or not all(type(weight) in (int, float) for weight in pinned["weights"]):
-            raise ValueError("a `pinned_route` is not a group and its weights")
-        known["pinned_route"] = Route(pinned["group"], tuple(pinned["weights"]))
-    keep, info = item.get("keep_resident", False), item.get("info")
-    if type(keep) is not bool:
-        raise ValueError("a `keep_resident` is neither true nor false")
-    return RegistryEntry(**known, keep_resident=keep, info=_info(info))
-
-
-def _info(item: Any) -> AdapterInfo | None:
-    """A card as it stands in the file. One of another version, whose cards have other fields, is made anew when the
-    adapter is loaded."""
-    try:
-        return None if item is None else msgspec.convert(item, AdapterInfo)
-    except msgspec.ValidationError:
-        return None
 
 
 def _refusal(error: OSError) -> StorageError:

@@ -1,4 +1,5 @@
-"""`tucka adapters`: lists, loads, uploads and unloads a server's adapters, and looks into folders of them."""
+"""`tucka adapters`: lists, loads, uploads, rolls back and unloads a server's adapters, gives them aliases, and looks
+into folders of them."""
 
 import argparse
 import json
@@ -37,9 +38,38 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     unload = actions.add_parser("unload", help="unload an adapter; its running requests finish")
     unload.add_argument("name", help="its name")
     unload.set_defaults(run=lambda flags: unload_adapter(_client(flags), flags.name))
-    for action in (listing, load, upload, unload):
+    for action in (listing, load, upload, unload, *_version_actions(actions), *_alias_actions(actions)):
         add_server_flags(action)
     _add_folder_actions(actions)
+
+
+def _version_actions(
+    actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> tuple[argparse.ArgumentParser, ...]:
+    """Those for what a name stood for before (--adapter-versions)."""
+    versions = actions.add_parser("versions", help="show the contents of a name that are kept")
+    versions.add_argument("name", help="its name")
+    versions.set_defaults(run=lambda flags: list_versions(_client(flags), flags.name))
+    rollback = actions.add_parser("rollback", help="let a name stand again for what it stood for before")
+    rollback.add_argument("name", help="its name")
+    rollback.add_argument("--to", metavar="DIGEST", help="the content, by 12 or more digits (default: the last)")
+    rollback.set_defaults(run=lambda flags: roll_back(_client(flags), flags.name, flags.to))
+    return versions, rollback
+
+
+def _alias_actions(
+    actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> tuple[argparse.ArgumentParser, ...]:
+    aliases = actions.add_parser("aliases", help="show the aliases and what they stand for")
+    aliases.set_defaults(run=lambda flags: list_aliases(_client(flags)))
+    alias = actions.add_parser("alias", help="let a name stand for one of several adapters, by their weights")
+    alias.add_argument("name", help="the alias")
+    alias.add_argument("target", nargs="+", metavar="NAME[=WEIGHT]", help="an adapter, or name@digest (weight: 1)")
+    alias.set_defaults(run=lambda flags: set_alias(_client(flags), flags.name, flags.target))
+    unalias = actions.add_parser("unalias", help="forget an alias; the adapters stay")
+    unalias.add_argument("name", help="the alias")
+    unalias.set_defaults(run=lambda flags: remove_alias(_client(flags), flags.name))
+    return aliases, alias, unalias
 
 
 def _add_folder_actions(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -125,6 +155,46 @@ def upload_adapter(client: Client, name: str, folder: Path, replace: bool) -> in
 def _loaded(answer: bytes) -> int:
     card = json.loads(answer)
     print(f"{card['id']} is loaded: generation {card['tucka']['generation']}, digest {card['tucka']['digest'][:12]}")
+    return 0
+
+
+def list_versions(client: Client, name: str) -> int:
+    card = json.loads(client.get(f"/v1/adapters/{urllib.parse.quote(name)}"))["tucka"]
+    print(f"{name}@{card['digest'][:12]}  generation {card['generation']}  now")
+    for version in card["versions"]:
+        generation = json.loads(client.get(f"/v1/adapters/{urllib.parse.quote(version)}"))["tucka"]["generation"]
+        print(f"{version}  generation {generation}")
+    return 0
+
+
+def roll_back(client: Client, name: str, to: str | None) -> int:
+    return _loaded(client.post(f"/v1/adapters/{urllib.parse.quote(name)}/rollback", {"to": to}))
+
+
+def list_aliases(client: Client) -> int:
+    aliases = json.loads(client.get("/v1/aliases"))["data"]
+    for alias in aliases:
+        print(f"{alias['name']}  {' '.join(f'{name}={weight}' for name, weight in alias['targets'].items())}")
+    if not aliases:
+        print("there are no aliases")
+    return 0
+
+
+def set_alias(client: Client, name: str, targets: list[str]) -> int:
+    weights = {}
+    for target in targets:
+        known, _, weight = target.partition("=")
+        if weight and not weight.isdecimal():
+            raise TuckaError("A target is NAME or NAME=WEIGHT, whose weight is a whole number from 1.")
+        weights[known] = int(weight or 1)
+    client.post("/v1/aliases", {"name": name, "targets": weights})
+    print(f"{name} stands for {' '.join(f'{known}={weight}' for known, weight in weights.items())}")
+    return 0
+
+
+def remove_alias(client: Client, name: str) -> int:
+    client.delete(f"/v1/aliases/{urllib.parse.quote(name)}")
+    print(f"{name} stands for nothing")
     return 0
 
 

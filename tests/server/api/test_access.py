@@ -13,13 +13,14 @@ from tests.support.api_keys import ask, bearer, write_keys
 from tests.support.monitoring import wait_until
 from tests.support.server_fixtures import fake_servers
 from tests.support.servers import TEMPLATE, Server
-from tucka_runtime.adapters.registry import RegistryEntry
+from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.server.api.app import create_app
 from tucka_runtime.tokenizer import Tokenizer
 
 ADAPTER = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
 ADMIN = (
     "/v1/adapters",
+    "/v1/aliases",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/load_lora_adapter",
@@ -27,6 +28,7 @@ ADMIN = (
 )
 ANY = ("/", "/version", "/openapi.json", "/docs")
 OPEN = ("/health", "/ping", "/ready", "/console/")
+TARGETS = {"law-a": 1, "rival-x": 1}
 RESTRICTED = {"roles": ("infer", "admin", "metrics"), "adapters": ("law-*",)}
 
 
@@ -63,6 +65,8 @@ def server(
             assert server.post("/v1/adapters", body, headers=bearer(keys["root"])).status_code == 201
         lost = RegistryEntry("rival-lost", "0" * 64, "0" * 64, 9, "/nowhere", None, "")
         server.service.adapters._lost["rival-lost"] = lost
+        for alias in ({"name": "rival-alias", "targets": {"rival-x": 1}}, {"name": "law-alias", "targets": TARGETS}):
+            assert server.post("/v1/aliases", alias, headers=bearer(keys["root"])).status_code == 201
         yield server
 
 
@@ -111,13 +115,17 @@ NAMING: dict[tuple[str, str], Callable[[str], dict[str, object]]] = {
     ("POST", "/v1/load_lora_adapter"): lambda name: {"lora_name": name, "lora_path": ADAPTER},
     ("POST", "/load_lora_adapter"): lambda name: {"lora_name": name, "lora_path": ADAPTER},
     ("DELETE", "/v1/adapters/{name}"): lambda name: {},
+    ("POST", "/v1/adapters/{name}/rollback"): lambda name: {"to": "0" * 12},
+    ("POST", "/v1/aliases"): lambda name: {"name": name, "targets": {"law-a": 1}},
+    ("GET", "/v1/aliases/{name}"): lambda name: {},
+    ("DELETE", "/v1/aliases/{name}"): lambda name: {},
     ("POST", "/v1/unload_lora_adapter"): lambda name: {"lora_name": name},
     ("POST", "/unload_lora_adapter"): lambda name: {"lora_name": name},
 }
 """Every route that takes a model's name, and its body with that name."""
-GIVING = (("POST", "/v1/adapters"), ("PUT", "/v1/adapters/{name}"))
-ABSENT = ("rival-none", "rival-x", "rival-lost", "base", "base:rival-x", "base:rival-none")
-"""For who sees `law-*` alone: a name that is nobody's, a loaded adapter's, a lost one's, the base's."""
+GIVING = (("POST", "/v1/adapters"), ("PUT", "/v1/adapters/{name}"), ("POST", "/v1/aliases"))
+ABSENT = ("rival-none", "rival-x", "rival-lost", "rival-alias", "base", "base:rival-x", "base:rival-none")
+"""For who sees `law-*` alone: a name that is nobody's, a loaded adapter's, a lost one's, an alias, the base's."""
 
 
 def answered(server: Server, key: str, method: str, route: str, name: str) -> tuple[int, dict[str, str], bytes]:
@@ -154,6 +162,9 @@ def test_what_a_key_sees_it_may_use(server: Server, keys: dict[str, str]) -> Non
     """So that the walk above walks into nothing by chance."""
     for method, route in NAMING:
         if method != "DELETE" and "unload" not in route:
+            if "aliases" in route or "rollback" in route:  # it is no alias, and nothing is kept of before
+                assert answered(server, keys["law"], method, route, "law-a")[0] in (404, 409), route
+                continue
             assert answered(server, keys["law"], method, route, "law-a")[0] in (200, 201, 400), route
             assert answered(server, keys["root"], method, route, "rival-x")[0] in (200, 201, 400), route
     assert answered(server, keys["root"], "GET", "/v1/models/{name}", "rival-lost")[0] == 503
@@ -166,11 +177,29 @@ def test_lists_have_what_a_key_sees(server: Server, keys: dict[str, str]) -> Non
     for path in ("/v1/models", "/v1/models/", "/v1/adapters"):
         for key, names in (("law", {"law-a", "law-b"}), ("root", {"law-a", "law-b", "rival-x"})):
             listed = {card["id"] for card in server.get(path, headers=bearer(keys[key])).json()["data"]}
-            assert listed - {"base"} == names and ("base" in listed) == (key == "root" and "models" in path)
+            aliases = {"law": {"law-alias"}, "root": {"law-alias", "rival-alias"}}[key] if "models" in path else set()
+            assert listed - {"base"} == names | aliases and ("base" in listed) == (key == "root" and "models" in path)
     body = {"lora_name": "law-c", "lora_path": ADAPTER}
     loaded = server.post("/load_lora_adapter", body, headers=bearer(keys["law"])).json()["loaded_adapters"]
     assert set(loaded) == {"law-a", "law-b", "law-c"}
     server.post("/unload_lora_adapter", body, headers=bearer(keys["law"])).raise_for_status()
+
+
+def test_an_alias_is_used_by_who_sees_its_name_and_shows_the_targets_that_are_seen(
+    server: Server, keys: dict[str, str]
+) -> None:
+    """It may stand for adapters that its users do not see. Nobody makes one for what they do not see."""
+    before = len(server.engine.requests)
+    assert {ask(server, keys["law"], model="law-alias", user=f"u{i}").status_code for i in range(20)} == {200}
+    used = {request.adapter.name for request in server.engine.requests[before:] if request.adapter}
+    assert used == {"law-a", "rival-x"}
+    shown = server.get("/v1/aliases", headers=bearer(keys["law"])).json()["data"]
+    assert shown == [{"name": "law-alias", "object": "alias", "targets": {"law-a": 1}}]
+    body = {"name": "law-mine", "targets": {"rival-x": 1}}
+    refused = server.post("/v1/aliases", body, headers=bearer(keys["law"]))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "targets")
+    assert b"rival" not in refused.content
+    assert ask(server, keys["law"], model="rival-x").status_code == 404
 
 
 def test_metrics_have_the_names_that_a_key_sees(server: Server, keys: dict[str, str]) -> None:

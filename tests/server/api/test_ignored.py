@@ -22,7 +22,7 @@ SPELLED_OUT = {
     "top_logprobs": 0, "tool_choice": "auto", "function_call": "auto", "length_penalty": 1.0, "priority": 0,
     "bad_words": [], "chat_template_kwargs": {}, "continue_final_message": False, "add_generation_prompt": True,
     "spaces_between_special_tokens": True, "echo": False, "stop": "", "store": True, "reasoning_effort": "low",
-    "verbosity": "high", "request_id": "r-1", "user": "me", "metadata": {"a": "b"}, "tools": [], "functions": [],
+    "verbosity": "high", "request_id": "r-1", "rid": "me", "metadata": {"a": "b"}, "tools": [], "functions": [],
     "documents": [], "modalities": ["text"], "service_tier": "auto", "logit_bias": {}, "stop_token_ids": [],
 }  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_null_content_and_top_p_0(live: Server) -> None:
     ("path", "body", "param"),
     [
         ("/v1/chat/completions", CHAT | {"no_such_field": 1}, "no_such_field"),
-        ("/v1/chat/completions", CHAT | {"user": "me"}, "user"),
+        ("/v1/chat/completions", CHAT | {"store": True}, "store"),
         ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages.x"),
         ("/v1/completions", TEXT | {"a b": 1}, None),
         ("/tokenize", {"prompt": "a", "x": 1}, "x"),

@@ -306,7 +306,7 @@ def test_row_51_what_asks_for_nothing_is_taken_and_named(start_fake: StartFake) 
     assert answer.headers["x-tucka-ignored"].split(", ") == [
         "background", "input.encrypted_content", "input.id", "input.status", "max_tool_calls", "prompt_cache_key",
         "reasoning", "service_tier", "store", "stream_options", "stream_options.include_obfuscation", "text.verbosity",
-        "tools.custom", "tools.local_shell", "tools.web_search", "truncation", "user", "x",
+        "tools.custom", "tools.local_shell", "tools.web_search", "truncation", "x",
     ]  # fmt: skip
 
 
