@@ -48,6 +48,7 @@ RULES = {
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} adapters.files server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
+    "bench_kv": f"{SHARED} llm engine.environment trainer",
     "bench bench_reuse bench_json bench_ngram bench_tiers": f"{SHARED} llm adapters engine.environment bench",
 }
 
