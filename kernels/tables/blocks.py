@@ -35,7 +35,7 @@ def slot_bytes(kv_heads: int, d: int) -> int:
 def int8_cache(slots: int, kv_heads: int, d: int, device: torch.device) -> Tensor:
     """Zeros (slots, KV, D), and their scales behind them."""
     whole = torch.zeros(slots, slot_bytes(kv_heads, d), dtype=torch.int8, device=device)
-    return whole[:, : kv_heads * d].unflatten(1, (kv_heads, d))
+    return whole.as_strided((slots, kv_heads, d), (whole.stride(0), d, 1))
 
 
 def scales(cache: Tensor) -> Tensor:
