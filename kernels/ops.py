@@ -7,6 +7,9 @@ Shapes: T rows of a batch, those of the base first, then one run of rows per seg
 n linears that share their input; R is the widest rank in a batch, k groups of t experts make a route. Sums are in fp32
 whatever the type of the rows. A fused op rounds its result once; the reference's steps within an op round too, each.
 
+A KV cache is in the rows' type, or int8 with a scale for each token and head (tables/blocks.py), which is written and
+read with it; both caches of a call have one type.
+
 Of the tables the reference reads what lies on the host (spans, factors as tensors, ranks, plans); a backend by address
 reads what lies on the device (addresses, ranks, tiles, block tables), which is all that a graph's batch fills in.
 """
@@ -113,7 +116,8 @@ class ExpandQkvRopeKv(Protocol):
     """What stands between the packed qkv product and attention: the delta, head norms, rotary positions, the KV write.
 
     qkv (T, (H + 2·KV)·D), used up -> rotated queries (T, H, D); keys and values go to their slots of the caches (slots,
-    KV, D) by slot_mapping (T,) int64, of which a negative one is not written (rows that fill up a graph's batch).
+    KV, D) by slot_mapping (T,) int64, of which a negative one is not written (rows that fill up a graph's batch). An
+    int8 cache gets them rounded to the nearest of 127 steps to either side, of the largest of a head's sizes.
     cos, sin (T, 1, D/2) or None without rotary positions; head_norms are q's and k's RMSNorm weights, (D,) or (T, 1,
     D), or None; low_rank None: no adapter in the batch. Raises ValueError where a head lies in two targets."""
 

@@ -99,7 +99,7 @@ class Scraped:
 
     def __init__(self, metrics: Metrics):
         self.metrics = metrics
-        info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "none", 2048, "reference", 2, 64)
+        info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "none", 2048, "reference", 2, 64, "float32")
         engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
         self.info = info
         names: Any = SimpleNamespace(ready=True)

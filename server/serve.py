@@ -293,7 +293,7 @@ def _greet(service: Service, listener: socket.socket) -> None:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     names = [adapter.key.name for adapter in service.adapters.all()]
     log.info(
-        "model %s: %s, %s on %s, %s kernels, %d threads, context %d, %d tokens of KV cache",
+        "model %s: %s, %s on %s, %s kernels, %d threads, context %d, %d tokens of KV cache in %s",
         service.model_name,
         info.model_type,
         info.dtype,
@@ -302,6 +302,7 @@ def _greet(service: Service, listener: socket.socket) -> None:
         info.num_threads,
         info.max_model_len,
         info.kv_cache_tokens,
+        info.kv_cache_dtype,
     )
     log.info("adapters: %s", ", ".join(names) or "none")
     if service.tokenizer is None:

@@ -69,7 +69,7 @@ OUTPUTS = [
     SequenceOutput("four", 0, embedding=array("f", (0.5, float("nan"), -1e-40))),
 ]
 STATS = StepStats(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 7, 8, 9, (KEY,), ((KEY, ROUTE),))
-INFO = EngineInfo("llama", 1, 2, (3, 4), "float32", "cpu", 5, "f", 6, "native", 7, 8)
+INFO = EngineInfo("llama", 1, 2, (3, 4), "float32", "cpu", 5, "f", 6, "native", 7, 8, "int8")
 ADAPTER = AdapterInfo(
     KEY, "d", "tucka", 8, 3, None, 2, 16.0, ("q", "v"), 4, None, "batch", 9, {"a": [1, None, "b"]}, 64, {"read": 0.1}
 )

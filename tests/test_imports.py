@@ -53,6 +53,7 @@ RULES = {
     "cli": f"{SHARED} adapters.files server.serve server.batch server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     BENCHES: f"{SHARED} llm adapters engine.environment bench",
+    "bench_kv": f"{SHARED} llm engine.environment trainer",
 }
 
 # Neither these nor anything that they import may name torch.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +108,35 @@ def test_texts_and_chats_of_the_embedded_model() -> None:
     (text,) = llm.generate("Once upon", SamplingParams(temperature=0, max_tokens=5))
     assert isinstance(text.outputs[0].text, str) and len(text.outputs[0].token_ids) <= 5
     assert not llm.engine.busy and not llm.engine.requests
+
+
+def test_stop_strings_end_an_answer_within_a_draft_where_they_do_without() -> None:
+    """The base says ` abc abcbabcbabcbabcbabc abcb...`, which is drafted some tokens at a time: a stop string that is a
+    part of it ends in the middle of what one step brings, with the same text, tokens and cause."""
+    plain, drafted = (LLM(device="cpu", kv_cache_tokens=4096, speculate=how) for how in ("none", "ngram"))
+    bursts: list[int] = []
+    step = drafted.engine.step
+
+    def watched() -> Any:
+        outputs, stats = step()
+        bursts.append(stats.accepted_tokens if stats is not None else 0)
+        return outputs, stats
+
+    drafted.engine.step = watched  # type: ignore[method-assign]
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    (free,) = drafted.generate("abc abc abc abc", sampling)
+    text = free.outputs[0].text
+    assert max(bursts) >= 3 and len(text) == 40
+    for end in (20, 28, 29):
+        stop = text[end - 9 : end]
+        found = []
+        for llm in (plain, drafted):
+            (output,) = llm.generate("abc abc abc abc", replace(sampling, stop=(stop, "never said")))
+            (own,) = output.outputs
+            found.append((own.text, own.token_ids, own.finish_reason, own.stop_reason))
+            assert not llm.engine.busy and not llm.engine.requests
+        assert found[0] == found[1]
+        assert found[1][0] == text[: text.index(stop)] and found[1][2:] == (FinishReason.STOP, stop)
 
 
 def test_thousands_of_prompts_each_with_its_adapter(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from tucka_runtime.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference", "fused", "native")
 SPECULATIONS = ("none", "ngram")
@@ -60,6 +61,11 @@ class EngineConfig:
     )
     block_size: int = _setting(16, "tokens in one KV block")
     kv_cache_tokens: int | None = _setting(None, "tokens the KV cache holds (default: what memory allows)")
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "type of the KV cache; auto takes the weights', int8 holds some twice as many tokens, rounded",
+        choices=KV_CACHE_DTYPES,
+    )
     adapter_slots: int = _setting(
         256, "adapters that are ready for a batch at once; others come when they are asked for, in place of those"
     )

@@ -210,7 +210,8 @@ class SequenceOutput:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The model as it is served. `fingerprint` is weights.fingerprint's, `kernels` the backend's name."""
+    """The model as it is served. `fingerprint` is weights.fingerprint's, `kernels` the backend's name;
+    `kv_cache_dtype` is a type, never auto."""
 
     model_type: str
     vocab_size: int
@@ -224,6 +225,7 @@ class EngineInfo:
     kernels: str
     num_threads: int
     hidden_size: int
+    kv_cache_dtype: str
 
     @property
     def context(self) -> int:

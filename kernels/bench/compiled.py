@@ -27,6 +27,7 @@ from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, blocks
 from tucka_runtime.kernels.fused import core, expand_residual, launch, norm, shrink_core
 from tucka_runtime.kernels.fused.backend import OPS
 from tucka_runtime.kernels.ops import LowRank
+from tucka_runtime.kernels.tables.blocks import int8_cache
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 
 
@@ -124,6 +125,7 @@ def _calls() -> list[tuple[str, Any]]:
         )
         plan = blocks(rows, rows if label == "prompt" else 1024, label != "prompt", torch.device("cpu"))
         cache = torch.empty(64, shape.kv_heads, shape.head, dtype=torch.bfloat16)
+        small = int8_cache(64, shape.kv_heads, shape.head, torch.device("cpu"))
         angle = torch.empty(rows, 1, shape.head // 2, dtype=torch.bfloat16)
         x, weight = torch.empty(rows, shape.d, dtype=torch.bfloat16), torch.empty(shape.d, dtype=torch.bfloat16)
         q = torch.empty(rows, shape.heads, shape.head, dtype=torch.bfloat16)
@@ -184,6 +186,14 @@ def _calls() -> list[tuple[str, Any]]:
                 lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, None, 1e-5),
             )
             continue  # what else there is has no tiles
+        if label != "single":
+            add("attention, int8", lambda q=q, k=small, p=plan: ops.attention(q, k, k, p, 0.1))
+            add(
+                "expand_qkv_rope_kv, int8",
+                lambda c=case, d=at_qkv, a=angle, k=small, w=whole: ops.expand_qkv_rope_kv(
+                    c.y, d, a, a, None, 1e-5, k, k, w
+                ),
+            )
         add("norm", lambda x=x, w=weight: ops.norm(x, w, w, 1e-5))
         add("attention", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1))
         add("attention, window", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1, 512))

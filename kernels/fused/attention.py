@@ -166,6 +166,12 @@ def prefill(
 
 
 @triton.jit
+def _scales(cache, head, head_step):
+    """Where the scale of a head of an int8 cache's first slot lies: behind all heads."""
+    return (cache + tl.num_programs(1) * head_step).to(tl.pointer_type(tl.float32)) + head
+
+
+@triton.jit
 def _attend(
     q,
     k_cache,
@@ -178,6 +184,8 @@ def _attend(
     window,
     k_slot,
     v_slot,
+    k_scales,
+    v_scales,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -200,7 +208,16 @@ def _attend(
         mask = real[:, None] & (i < D)[None, :]
         k = tl.load(k_cache + slot[:, None] * k_slot + i[None, :], mask=mask, other=0.0)
         v = tl.load(v_cache + slot[:, None] * v_slot + i[None, :], mask=mask, other=0.0)
+        if k_cache.dtype.element_ty == tl.int8:
+            k_scale = tl.load(k_scales + slot * (k_slot // 4), mask=real, other=0.0)
+            v_scale = tl.load(v_scales + slot * (v_slot // 4), mask=real, other=0.0)
+            # Keys are exact in any type, and their scale is their score's. Values are rounded once: fp16 holds few
+            # products of a weight and a scale.
+            k = k.to(q.dtype)
+            v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+        if k_cache.dtype.element_ty == tl.int8:
+            s *= k_scale[None, :]
         seen = real[None, :] & (j[None, :] <= position[:, None])
         if WINDOWED:
             seen = seen & (position[:, None] - j[None, :] < window)
@@ -277,6 +294,8 @@ def _prefill(
         window,
         k_slot,
         v_slot,
+        _scales(k_cache, head, k_head),
+        _scales(v_cache, head, v_head),
         D,
         BLOCK_D,
         BLOCK_SIZE,
@@ -364,6 +383,8 @@ def _decode(
             window,
             k_slot,
             v_slot,
+            _scales(k_cache, head, k_head),
+            _scales(v_cache, head, v_head),
             D,
             BLOCK_D,
             BLOCK_SIZE,

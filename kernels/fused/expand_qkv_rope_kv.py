@@ -250,12 +250,30 @@ def _finish(
         tl.store(out, a.to(dtype), mask=mask_a)
         tl.store(out + HALF, b.to(dtype), mask=mask_b)
     else:
-        real = slot >= 0
-        if head < heads + kv_heads:
-            out = k_cache + slot * k_slot + (head - heads) * k_head + i[None, :]
-            tl.store(out, a.to(dtype), mask=mask_a & real)
-            tl.store(out + HALF, b.to(dtype), mask=mask_b & real)
-        else:
-            out = v_cache + slot * v_slot + (head - heads - kv_heads) * v_head + i[None, :]
-            tl.store(out, a.to(dtype), mask=mask_a & real)
-            tl.store(out + HALF, b.to(dtype), mask=mask_b & real)
+        own_head = head - heads
+        place = k_cache + slot * k_slot
+        if head >= heads + kv_heads:
+            own_head = head - heads - kv_heads
+            place = v_cache + slot * v_slot
+        if k_cache.dtype.element_ty == tl.int8:
+            a, b, scale = _quantize(a, b, mask_a, mask_b)
+            scale_at = (place + kv_heads * D).to(tl.pointer_type(tl.float32)) + own_head
+            tl.store(scale_at, scale[:, None], mask=inside[:, None] & (slot >= 0))
+        place += own_head * k_head + i[None, :]
+        to = k_cache.dtype.element_ty
+        tl.store(place, a.to(to), mask=mask_a & (slot >= 0))
+        tl.store(place + HALF, b.to(to), mask=mask_b & (slot >= 0))
+
+
+@triton.jit
+def _quantize(a, b, mask_a, mask_b):
+    """The halves of heads as whole numbers up to 127, and their scales (BLOCK_M,), as kernels/reference/int8.py makes
+    them. A maximum leaves NaNs out: they count as infinite, so that the scale tells of them."""
+    size_a = tl.where(mask_a, tl.where(a != a, float("inf"), tl.abs(a)), 0.0)
+    size_b = tl.where(mask_b, tl.where(b != b, float("inf"), tl.abs(b)), 0.0)
+    size = tl.maximum(tl.maximum(tl.max(size_a, 1), tl.max(size_b, 1)), 1e-30)
+    finite = (size < float("inf"))[:, None]
+    steps = (127.0 / size)[:, None]
+    a = tl.where(finite, tl.floor(tl.where(finite, a, 0.0) * steps + 0.5), 1.0)
+    b = tl.where(finite, tl.floor(tl.where(finite, b, 0.0) * steps + 0.5), 1.0)
+    return a, b, size / 127.0

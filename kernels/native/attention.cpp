@@ -1,4 +1,6 @@
-// ops.Attention: keys and values are read where they lie, in the cache's type, and summed up in fp32.
+// ops.Attention: keys and values are read where they lie, in the cache's type, and summed up in fp32. A scale of an int8
+// cache is one number of a key or value: it multiplies the key's scores, and the value's weights.
+#include "int8.h"
 #include "product.h"
 
 namespace tucka {
@@ -20,12 +22,12 @@ struct Rows {
   const T* operator[](int64_t i) const { return cache + offsets[i]; }
 };
 
-// A sequence's context in the caches.
-template <class T>
+// A sequence's context in the caches, of type C; `row` elements are a slot's, of which the first heads · D are numbers.
+template <class C>
 struct Context {
-  const T *k, *v;
+  const C *k, *v;
   const int32_t* blocks;
-  int64_t block_size, row, d;
+  int64_t block_size, row, heads, d;
 
   // Where the tokens first..first + count begin in either cache.
   void find(int64_t first, int64_t count, int64_t* offsets) const {
@@ -112,37 +114,55 @@ inline void score(const float* q, const T* const* keys, int64_t d, float* scores
   for (int g = 0; g < G; g++) sum4(sums[g], scores + g * kKeys);
 }
 
+// Multiplies the scores (m, kKeys) of `count` tokens with the scales of their keys, or the weights with those of their
+// values, where the cache has any. Runs of `group` rows share a KV head, the first of them `head`.
+template <class C>
+inline void scale_scores(const Context<C>& context, const C* cache, const int64_t* offsets, int64_t head, int64_t group,
+                         int64_t m, int64_t count, float* scores) {
+  if constexpr (std::is_same_v<C, int8_t>) {
+    float scales[kKeys];
+    for (int64_t first = 0; first < m; first += group, head++) {
+      for (int64_t n = 0; n < count; n++)
+        std::memcpy(scales + n, cache + offsets[n] + context.heads * context.d + head * sizeof(float), sizeof(float));
+      for (int64_t r = first; r < first + group; r++)
+        for (int64_t n = 0; n < count; n++) scores[r * kKeys + n] *= scales[n];
+    }
+  }
+}
+
 // The queries (heads · group, D) of the KV heads from `head` on over the keys first..end of a context. Tokens come
 // before heads, so that the caches are read in their own order, the one in which the hardware fetches lines ahead.
-template <class T>
-void attend(const Context<T>& context, const float* q, int64_t group, int64_t head, int64_t heads, int64_t first,
+template <class C>
+void attend(const Context<C>& context, const float* q, int64_t group, int64_t head, int64_t heads, int64_t first,
             int64_t end, Softmax softmax, float* scores) {
   const int64_t d = context.d, m = heads * group;
-  const T *k = context.k + head * d, *v = context.v + head * d;
+  const C *k = context.k + head * d, *v = context.v + head * d;
   int64_t offsets[kKeys];
   softmax.clear(m);
   for (int64_t i = first; i < end; i += kKeys) {
     const int64_t count = std::min(kKeys, end - i);
     context.find(i, count, offsets);
     for (int64_t n = 0; n < count; n += 4) {
-      const T* keys[4];
+      const C* keys[4];
       for (int64_t j = 0; j < 4; j++) {
         const int64_t at = offsets[std::min(n + j, count - 1)];
         keys[j] = k + at;
-        for (int64_t c = 0; c < heads * d; c += 64 / sizeof(T)) __builtin_prefetch(v + at + c);  // needed next
+        for (int64_t c = 0; c < heads * d; c += 64 / sizeof(C)) __builtin_prefetch(v + at + c);  // needed next
       }
       for (int64_t h = 0; h < heads; h++) {
         int64_t at = h * group;
         for (; at + 2 <= (h + 1) * group; at += 2) score<2>(q + at * d, keys, d, scores + at * kKeys + n);
         if (at < (h + 1) * group) score<1>(q + at * d, keys, d, scores + at * kKeys + n);
-        for (const T*& key : keys) key += d;
+        for (const C*& key : keys) key += d;
       }
     }
+    scale_scores(context, context.k, offsets, head, group, m, count, scores);
     for (int64_t r = 0; r < m; r++) softmax.weigh(r, scores + r * kKeys, count);
+    scale_scores(context, context.v, offsets, head, group, m, count, scores);
     for (int64_t n = 0; n < count; n += kValues)
       for (int64_t h = 0; h < heads; h++)
         add_product(softmax.sums + h * group * d, d, scores + h * group * kKeys + n, kKeys,
-                    Rows<T>{v + h * d, offsets + n}, group, std::min(kValues, count - n), d);
+                    Rows<C>{v + h * d, offsets + n}, group, std::min(kValues, count - n), d);
   }
 }
 
@@ -179,18 +199,20 @@ struct Metadata {
   int64_t num_singles, num_tiles, block_size;
 };
 
-template <class T>
+// T: the type of queries and outputs, C: that of the caches.
+template <class T, class C>
 struct Attend {
-  const T *q, *k, *v;
+  const T* q;
+  const C *k, *v;
   T* out;
   Metadata meta;
-  int64_t heads, kv_heads, d, window;
+  int64_t heads, kv_heads, d, row, window;
   float scale;
 
   int64_t group() const { return heads / kv_heads; }
 
-  Context<T> context(int64_t sequence) const {
-    return {k, v, meta.block_table + meta.first_block[sequence], meta.block_size, kv_heads * d, d};
+  Context<C> context(int64_t sequence) const {
+    return {k, v, meta.block_table + meta.first_block[sequence], meta.block_size, row, kv_heads, d};
   }
 
   // `count` queries of a row, scaled, in fp32.
@@ -267,7 +289,7 @@ struct Attend {
   void prompt(int64_t sequence, int64_t first, int64_t rows, int64_t count, int64_t head) const {
     const int64_t g = group(), m = rows * g, row = meta.query_start[sequence] + first;
     const int64_t position = meta.lengths[sequence] - count + first;  // of the first row
-    const Context<T> own = context(sequence);
+    const Context<C> own = context(sequence);
     float* room = scratch(m * (2 * d + 2 + kKeys) + kKeys * d + d);
     float *queried = room, *sums = queried + m * d, *top = sums + m * d, *mass = top + m, *scores = mass + m;
     float *turned = scores + m * kKeys, *key = turned + kKeys * d;
@@ -275,7 +297,7 @@ struct Attend {
     Softmax softmax{top, mass, sums, d};
     softmax.clear(m);
     int64_t offsets[kKeys];
-    const Rows<T> keys{own.k + head * d, offsets}, values{own.v + head * d, offsets};
+    const Rows<C> keys{own.k + head * d, offsets}, values{own.v + head * d, offsets};
     const int64_t last = position + rows;
     for (int64_t i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
       const int64_t some = std::min(kKeys, last - i);
@@ -286,12 +308,14 @@ struct Attend {
       }
       std::fill_n(scores, m * kKeys, 0.f);
       add_product(scores, kKeys, queried, d, Strided<float>{turned, kKeys}, m, d, some);
+      scale_scores(own, own.k, offsets, head, m, m, some, scores);
       for (int64_t r = 0; r < m; r++) {
         const int64_t at = position + r / g, seen = std::min(some, at + 1 - i);  // keys i..at, of these
         for (int64_t n = std::max<int64_t>(0, seen); n < some; n++) scores[r * kKeys + n] = -kInfinity;
         for (int64_t n = 0; n < std::min(some, at - window + 1 - i); n++) scores[r * kKeys + n] = -kInfinity;
         softmax.weigh(r, scores + r * kKeys, some);
       }
+      scale_scores(own, own.v, offsets, head, m, m, some, scores);
       add_product(sums, d, scores, kKeys, values, m, some, d);
     }
     for (int64_t r = 0; r < m; r++) softmax.write(r, out + ((row + r / g) * heads + head * g + r % g) * d);
@@ -301,24 +325,36 @@ struct Attend {
 Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start,
                  const Tensor& lengths, const Tensor& block_table, const Tensor& first_block, const Tensor& singles,
                  const Tensor& tiles, int64_t block_size, double scale, int64_t window) {
-  check_type(k_cache, q);
-  check_type(v_cache, q);
-  TORCH_CHECK_VALUE(q.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous(),
-                    "queries and caches must be contiguous");
+  const bool quantized = check_caches(k_cache, v_cache, q);
+  TORCH_CHECK_VALUE(q.is_contiguous(), "queries must be contiguous");
   Tensor out = at::empty_like(q);
+  const Metadata meta{query_start.const_data_ptr<int32_t>(), lengths.const_data_ptr<int32_t>(),
+                      block_table.const_data_ptr<int32_t>(), first_block.const_data_ptr<int32_t>(),
+                      singles.const_data_ptr<int32_t>(),     tiles.const_data_ptr<int32_t>(),
+                      singles.size(0),                       tiles.size(0),
+                      block_size};
   by_type(q, [&](auto type) {
     using T = decltype(type);
-    const Metadata meta{query_start.const_data_ptr<int32_t>(), lengths.const_data_ptr<int32_t>(),
-                        block_table.const_data_ptr<int32_t>(), first_block.const_data_ptr<int32_t>(),
-                        singles.const_data_ptr<int32_t>(),     tiles.const_data_ptr<int32_t>(),
-                        singles.size(0),                       tiles.size(0),
-                        block_size};
-    const Attend<T> attend{q.const_data_ptr<T>(), k_cache.const_data_ptr<T>(), v_cache.const_data_ptr<T>(),
-                           out.data_ptr<T>(),     meta,                        q.size(1),
-                           k_cache.size(1),       q.size(2),                   window,
-                           static_cast<float>(scale)};
-    if (meta.num_singles) attend.decode();
-    if (meta.num_tiles) attend.prefill();
+    const auto run = [&](auto cell) {
+      using C = decltype(cell);
+      const Attend<T, C> attend{q.const_data_ptr<T>(),
+                                k_cache.const_data_ptr<C>(),
+                                v_cache.const_data_ptr<C>(),
+                                out.data_ptr<T>(),
+                                meta,
+                                q.size(1),
+                                k_cache.size(1),
+                                q.size(2),
+                                k_cache.stride(0),
+                                window,
+                                static_cast<float>(scale)};
+      if (meta.num_singles) attend.decode();
+      if (meta.num_tiles) attend.prefill();
+    };
+    if (quantized)
+      run(int8_t{});
+    else
+      run(T{});
   });
   return out;
 }

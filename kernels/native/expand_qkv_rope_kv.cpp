@@ -1,5 +1,6 @@
 // ops.ExpandQkvRopeKv.
 #include "delta.h"
+#include "int8.h"
 #include "norm.h"
 
 namespace tucka {
@@ -34,10 +35,10 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
                           const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
                           const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
                           const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
-  check_type(k_cache, qkv);
-  TORCH_CHECK_VALUE(qkv.stride(1) == 1 && k_cache.is_contiguous() && v_cache.is_contiguous(),
-                    "rows and caches must be contiguous");
-  const int64_t kv_heads = k_cache.size(1), d = k_cache.size(2), all = qkv.size(1) / d, heads = all - 2 * kv_heads;
+  const bool quantized = check_caches(k_cache, v_cache, qkv);
+  TORCH_CHECK_VALUE(qkv.stride(1) == 1, "rows must be contiguous");
+  const int64_t kv_heads = k_cache.size(1), d = k_cache.size(2), stride = k_cache.stride(0);
+  const int64_t all = qkv.size(1) / d, heads = all - 2 * kv_heads;
   const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   for (int64_t j = 1; j < delta.n; j++)
     TORCH_CHECK_VALUE(delta.borders[j] % d == 0, "a head lies in two targets");
@@ -49,7 +50,8 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
     const T* rows = qkv.const_data_ptr<T>();
     const T *c = cos ? cos->const_data_ptr<T>() : nullptr, *s = sin ? sin->const_data_ptr<T>() : nullptr;
     const HeadNorm<T> norms[2] = {HeadNorm<T>(q_norm), HeadNorm<T>(k_norm)};
-    T *q_to = q.data_ptr<T>(), *k_to = k_cache.data_ptr<T>(), *v_to = v_cache.data_ptr<T>();
+    T* q_to = q.data_ptr<T>();
+    void* caches[2] = {k_cache.data_ptr(), v_cache.data_ptr()};
     deal(own.size() * all, kRows * d * (4 + delta.work()), [&](int64_t item) {
       const Run& run = own[item / all];
       const int64_t head = item % all;
@@ -66,9 +68,14 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
         if (head < heads) {
           from_float(x, q_to + (r * heads + head) * d, d);
         } else if (slots[r] >= 0) {
-          const bool key = head < heads + kv_heads;
-          const int64_t at = slots[r] * kv_heads + head - heads - (key ? 0 : kv_heads);
-          from_float(x, (key ? k_to : v_to) + at * d, d);
+          const bool value = head >= heads + kv_heads;
+          const int64_t own_head = head - heads - (value ? kv_heads : 0), at = slots[r] * stride;
+          if (quantized) {
+            int8_t* to = static_cast<int8_t*>(caches[value]) + at;
+            quantize(x, to + own_head * d, to + kv_heads * d + own_head * sizeof(float), d);
+          } else {
+            from_float(x, static_cast<T*>(caches[value]) + at + own_head * d, d);
+          }
         }
       }
     });

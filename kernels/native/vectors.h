@@ -41,6 +41,18 @@ template <class T>
 inline Pair load_pair(const T* p) {
   if constexpr (std::is_same_v<T, float>) {
     return {Vec::loadu(p), Vec::loadu(p + kLanes)};
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))),
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + kLanes))))};
+#elif defined(CPU_CAPABILITY_AVX2)
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + kLanes))))};
+#else
+    float wide[kStep];
+    for (int64_t i = 0; i < kStep; i++) wide[i] = p[i];
+    return load_pair(wide);
+#endif
   } else {
     static_assert(at::vec::Vectorized<T>::size() == kStep);
     auto [a, b] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p));

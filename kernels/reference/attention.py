@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tucka_runtime.kernels.reference.int8 import read
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata, Decode
 
 
@@ -19,8 +20,8 @@ def attention(
     for prefill in metadata.prefills:
         own = slice(prefill.first, prefill.end)
         count, length = prefill.end - prefill.first, len(prefill.slots)
-        k = k_cache.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
-        v = v_cache.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
+        k = read(k_cache, prefill.slots).to(q.dtype).transpose(0, 1).unsqueeze(0)
+        v = read(v_cache, prefill.slots).to(q.dtype).transpose(0, 1).unsqueeze(0)
         whole = count == length and (window is None or length <= window)
         mask = None if whole else _causal_mask(count, length, window, q.device)
         y = scaled_dot_product_attention(
@@ -60,9 +61,19 @@ def _decode(
         metadata.memo[mask_key] = torch.zeros(batch, longest, device=q.device).masked_fill_(hidden, float("-inf"))
     # In fp32 whatever the caches' type: bf16 products round scores and probabilities, which doubles attention's error
     # and breaks the promise to be as near to float64 as transformers (1.3 times its error); it costs next to none.
-    k = k_cache.view(-1, d).index_select(0, metadata.memo[key]).float().view(batch * kv_heads, longest, d)
-    v = v_cache.view(-1, d).index_select(0, metadata.memo[key]).float().view(batch * kv_heads, longest, d)
+    k = _by_head(k_cache, decode.slots, metadata.memo[key])
+    v = _by_head(v_cache, decode.slots, metadata.memo[key])
     scores = torch.bmm(q.float().reshape(batch * kv_heads, heads // kv_heads, d), k.transpose(1, 2))
     scores = torch.add(metadata.memo[mask_key][:, None, None], scores.view(batch, kv_heads, -1, longest), alpha=scale)
     p = torch.softmax(scores, dim=-1)
     return torch.bmm(p.view(batch * kv_heads, -1, longest), v).view(batch, heads, d).to(q.dtype)
+
+
+def _by_head(cache: Tensor, slots: Tensor, places: Tensor) -> Tensor:
+    """(B · KV, L, D) fp32 of slots (B, L); `places` are those of their heads in a cache that is nothing but heads."""
+    (batch, longest), (kv_heads, d) = slots.shape, cache.shape[1:]
+    if cache.dtype == torch.int8:
+        found = read(cache, slots.flatten()).view(batch, longest, kv_heads, d).transpose(1, 2)
+    else:
+        found = cache.view(-1, d).index_select(0, places).float()
+    return found.reshape(batch * kv_heads, longest, d)

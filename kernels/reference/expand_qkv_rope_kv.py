@@ -4,6 +4,7 @@ from torch import Tensor
 
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.reference.expand import expand
+from tucka_runtime.kernels.reference.int8 import write
 from tucka_runtime.kernels.reference.norm import rms_norm
 from tucka_runtime.kernels.reference.rotary import rotate
 
@@ -35,6 +36,6 @@ def expand_qkv_rope_kv(
     written = slot_mapping >= 0
     if not written.all():
         slot_mapping, k, v = slot_mapping[written], k[written], v[written]
-    k_cache.index_copy_(0, slot_mapping, k)
-    v_cache.index_copy_(0, slot_mapping, v)
+    write(k_cache, slot_mapping, k)
+    write(v_cache, slot_mapping, v)
     return q.contiguous()

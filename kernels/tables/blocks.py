@@ -1,6 +1,8 @@
 """Where a batch's keys and values lie: the metadata that attention reads. Shared by all layers of a step.
 
-A cache is (slots, KV heads, D); slot = block · block_size + offset. A sequence's rows are contiguous in the batch.
+A cache is (slots, KV heads, D); slot = block · block_size + offset. It is in the rows' type, or int8: then behind the
+numbers of all heads of a slot lie their fp32 scales, so that whoever holds a block holds its scales. A sequence's rows
+are contiguous in the batch.
 """
 
 from array import array
@@ -20,6 +22,29 @@ SMALLEST_BUCKET = 256
 
 # Rows of a prompt that one entry of `AttentionMetadata.tiles` stands for. The fused prefill cuts it further.
 TILE = 128
+
+SCALE_BYTES = 4
+"""Of a head of an int8 cache. D is a multiple of it, so that scales are aligned."""
+
+
+def slot_bytes(kv_heads: int, d: int) -> int:
+    """Of an int8 cache: a multiple of 16, which is as much as a GPU's thread reads at once."""
+    return -(-kv_heads * (d + SCALE_BYTES) // 16) * 16
+
+
+def int8_cache(slots: int, kv_heads: int, d: int, device: torch.device) -> Tensor:
+    """Zeros (slots, KV, D), and their scales behind them."""
+    whole = torch.zeros(slots, slot_bytes(kv_heads, d), dtype=torch.int8, device=device)
+    return whole.as_strided((slots, kv_heads, d), (whole.stride(0), d, 1))
+
+
+def scales(cache: Tensor) -> Tensor:
+    """(slots, KV) fp32 of an int8 cache, where they lie."""
+    slots, kv_heads, d = cache.shape
+    places = cache.as_strided(
+        (slots, kv_heads * SCALE_BYTES), (cache.stride(0), 1), cache.storage_offset() + kv_heads * d
+    )
+    return places.view(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ def shown() -> dict[str, tuple[str, set[str]]]:
     metrics.load_took({"read": 0.1})
     metrics.answered("/health", "GET", "200")
     metrics.keys.names(["acme"])
-    info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64)
+    info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64, "float32")
     found = {}
     tiers = AdapterTiers(1, (Residence("fin", 8),))
     for family in text_string_to_metric_families(metrics.render(info=info, oldest={"fin": 1.0}, tiers=tiers).decode()):

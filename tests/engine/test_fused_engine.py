@@ -59,6 +59,22 @@ def test_tokens_equal_the_reference_paths(tmp_path, kind):
     assert answers("fused") == answers("reference")
 
 
+@pytest.mark.timeout(600)
+def test_an_int8_cache_gives_the_reference_paths_tokens(tmp_path):
+    """Decoding by graphs' tables, whose empty rows write nothing."""
+    save_model(tmp_path / "model", sliding_window=8, kind="mistral", num_hidden_layers=1)
+    found = []
+    for kernels in ("fused", "reference"):
+        engine: Engine = build(
+            tmp_path / "model", kernels=kernels, device=DEVICE, max_num_seqs=2, kv_cache_dtype="int8"
+        )
+        engine.overlap = kernels == "fused"
+        greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        done = run(engine, *(ask(prompt(9 + i, i), id=f"{i}", sampling=greedy) for i in range(2)))
+        found.append([answer.token_ids for sequences in done for answer in sequences])
+    assert found[0] == found[1]
+
+
 def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
     """One at a time; then no batch has to wait for one, whoever is in it."""
     save_model(tmp_path / "model")

@@ -81,7 +81,7 @@ def test_loads_are_refused_while_the_engine_serves(
     adapter = read_adapter(folder, engine.layout)
     _, most = folded_bytes(adapter, engine.runner.arch, engine.runner.dtype, engine.runner.factor_dtype, None)
     memory = engine.runner.memory
-    cache = sum(t.nbytes for pair in engine.runner.caches for t in pair)
+    cache = sum(t.untyped_storage().nbytes() for pair in engine.runner.caches for t in pair)
     monkeypatch.setattr(
         machine, "memory", lambda: Memory(cache + memory.step_bytes + 2 * one + 2 * most + one // 2, "its cgroup")
     )

@@ -22,6 +22,7 @@ from tucka_runtime.engine.adapters.folded import FoldedAdapter, Where
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.kernels.reference.core import core
 from tucka_runtime.kernels.reference.route import select
+from tucka_runtime.kernels.tables.blocks import scales
 from tucka_runtime.kernels.tables.routes import RoutePlan
 from tucka_runtime.messages import (
     AdapterKey,
@@ -92,7 +93,7 @@ def build(folder: Path, **settings: Any) -> Engine:
 def poison(engine: Engine) -> None:
     for pair in engine.runner.caches:
         for cache in pair:
-            cache.fill_(float("nan"))
+            (scales(cache) if cache.dtype == torch.int8 else cache).fill_(float("nan"))
 
 
 @dataclass

@@ -32,7 +32,9 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.config = EngineConfig()
-        self.info = EngineInfo("llama", VOCAB, 2048, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2, 64)
+        self.info = EngineInfo(
+            "llama", VOCAB, 2048, (2,), "float32", "cpu", 4096, "fake", 2048, "reference", 2, 64, "float32"
+        )
         self.members: tuple[str, ...] = ()
         self.ready = True
         self.restarts = 0

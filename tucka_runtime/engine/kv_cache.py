@@ -8,6 +8,7 @@ from torch import Tensor
 from tucka_runtime import machine
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import ModelLoadError
+from tucka_runtime.kernels.tables.blocks import SCALE_BYTES, int8_cache, slot_bytes
 from tucka_runtime.models.architecture import Architecture
 
 logger = logging.getLogger(__name__)
@@ -19,12 +20,31 @@ CPU_MEMORY_SHARE = 0.25
 GPU_MEMORY_SHARE = 0.85
 
 
+def cache_dtype(config: EngineConfig, arch: Architecture, weights: torch.dtype) -> torch.dtype:
+    """The type of the caches. Raises ModelLoadError where the model's heads cannot be kept in the one asked for."""
+    if config.kv_cache_dtype == "auto":
+        return weights
+    if arch.head_dim % SCALE_BYTES:
+        raise ModelLoadError(
+            f"An int8 KV cache keeps heads of a multiple of {SCALE_BYTES} numbers; this model's have {arch.head_dim}. "
+            "Leave --kv-cache-dtype at auto."
+        )
+    return torch.int8
+
+
+def _slot_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Of the keys of one token in one layer."""
+    if dtype == torch.int8:
+        return slot_bytes(arch.kv_heads, arch.head_dim)
+    return arch.kv_heads * arch.head_dim * dtype.itemsize
+
+
 def count_blocks(
     config: EngineConfig, arch: Architecture, max_len: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """The blocks of `config.block_size` tokens that the cache has: as many as asked for, else what memory allows. Is
     asked once the weights are loaded. Raises ModelLoadError if not even one sequence of `max_len` fits."""
-    token_bytes = 2 * arch.num_layers * arch.kv_heads * arch.head_dim * dtype.itemsize
+    token_bytes = 2 * arch.num_layers * _slot_bytes(arch, dtype)
     wanted = config.kv_cache_tokens
     if wanted is None:
         # More than every sequence at full length can never be used.
@@ -49,9 +69,11 @@ def _room(device: torch.device) -> float:
 def make_caches(
     arch: Architecture, slots: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, (slots, KV heads, D)."""
+    """Keys and values of each layer, (slots, KV heads, D), an int8 cache's with their scales behind them."""
 
     def cache() -> Tensor:
+        if dtype == torch.int8:
+            return int8_cache(slots, arch.kv_heads, arch.head_dim, device)
         return torch.zeros(slots, arch.kv_heads, arch.head_dim, dtype=dtype, device=device)
 
     return [(cache(), cache()) for _ in range(arch.num_layers)]

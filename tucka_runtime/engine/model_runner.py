@@ -25,7 +25,7 @@ from tucka_runtime.engine.batch import Batch, Chosen, row_order
 from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
-from tucka_runtime.engine.kv_cache import count_blocks, make_caches
+from tucka_runtime.engine.kv_cache import cache_dtype, count_blocks, make_caches
 from tucka_runtime.engine.launched import Launched, Result, Round, Stages
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.pooler import Pooler
@@ -67,8 +67,9 @@ class ModelRunner:
         tokenizer = Tokenizer.load(folder)
         ends = tokenizer.ends if tokenizer else end_tokens(folder, None)
         self.block_size = config.block_size
-        self.num_blocks = count_blocks(config, arch, max_len, self.dtype, self.device)
-        self.caches = make_caches(arch, self.num_blocks * self.block_size, self.dtype, self.device)
+        kv_dtype = cache_dtype(config, arch, self.dtype)
+        self.num_blocks = count_blocks(config, arch, max_len, kv_dtype, self.device)
+        self.caches = make_caches(arch, self.num_blocks * self.block_size, kv_dtype, self.device)
         self.factor_dtype = torch.float32 if self.ops.fp32_factors else self.dtype
         self.adapters = AdapterStore(arch, self.device, self.factor_dtype, config.adapter_slots, self.ops.by_address)
         self.sampler = Sampler(self.ops, arch.vocab, frozenset(ends), self.device, tokenizer)
@@ -88,7 +89,7 @@ class ModelRunner:
                 max_len,
                 self.block_size,
             )
-        cached = sum(t.nbytes for pair in self.caches for t in pair)
+        cached = sum(t.untyped_storage().nbytes() for pair in self.caches for t in pair)
         self.memory = AdapterMemory(self.device, cached)
         identity = fingerprint(folder)
         self.layout = base_layout(arch, identity, config.model)
@@ -105,6 +106,7 @@ class ModelRunner:
             kernels=self.ops.name,
             num_threads=torch.get_num_threads(),
             hidden_size=arch.hidden,
+            kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         )
 
     def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:

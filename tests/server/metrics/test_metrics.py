@@ -222,7 +222,7 @@ def test_vllm_names_can_be_left_out() -> None:
 
 
 def test_the_engine_is_described() -> None:
-    info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64)
+    info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "f", 2048, "reference", 2, 64, "float32")
     found = samples(Metrics(block_size=16), info=info, version="1.2")
     labels = {"version": "1.2", "type": "llama", "dtype": "float32", "device": "cpu", "kernels": "reference"}
     assert found["tucka_engine_info", tuple(sorted(labels.items()))] == 1
