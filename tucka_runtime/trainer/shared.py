@@ -157,6 +157,8 @@ def _by_token(route: TrainingRoute, width: int) -> TrainingRoute:
 class CarrierLinear(nn.Module):
     """A linear of the base in the carrier: y = W(x + TuckA's changes) + LoRA's changes, each for its own rows."""
 
+    carrier: "Carrier"
+
     def __init__(self, linear: nn.Module, name: str, carrier: "Carrier"):
         super().__init__()
         self.linear, self.name = linear, name
