@@ -31,12 +31,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def no_handler_stays() -> Iterator[None]:
-    """A command that a test runs logs to the stderr of that test, which is closed after it."""
-    before = set(logging.root.handlers)
+def logging_stays() -> Iterator[None]:
+    """A command that a test runs logs to the stderr of that test, which is closed after it, and may silence loggers."""
+    handlers = set(logging.root.handlers)
+    loggers = [known for known in logging.root.manager.loggerDict.values() if isinstance(known, logging.Logger)]
+    levels = [(known, known.level) for known in (logging.root, *loggers)]
     yield
-    for handler in set(logging.root.handlers) - before:
+    for handler in set(logging.root.handlers) - handlers:
         logging.root.removeHandler(handler)
+    for known, level in levels:
+        if known.level != level:
+            known.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,9 @@
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import FinishReason, Request, RouteReport, SequenceOutput, TokenLogprob
@@ -44,6 +45,14 @@ class ChoiceDelta:
         self.tokens += later.tokens
         self.finish_reason, self.stop_reason, self.route = later.finish_reason, later.stop_reason, later.route
         self.called = later.called
+
+
+class Taken(NamedTuple):
+    """An output whose delta the reader has got: whether a client sees something new in it, and how its choice ended."""
+
+    output: SequenceOutput
+    shown: bool
+    ends: FinishReason | None
 
 
 @dataclass(slots=True)
@@ -90,19 +99,22 @@ class Generation:
         error: TuckaError | None = None
         try:
             async for outputs in self._stream:
-                taken: list[tuple[SequenceOutput, ChoiceDelta]] = []
+                deltas: list[ChoiceDelta] = []
+                taken: list[Taken] = []
                 for output in outputs:
                     if output.finish is not None and (error := output.finish.error) is not None:
                         break
                     if not self._texts[output.index].finished:
-                        taken.append((output, self._take(output)))
+                        delta = self._take(output)
+                        deltas.append(delta)
+                        taken.append(Taken(output, self._shows(delta), delta.finish_reason))
                     # Else it ended with a stop string: what still comes, at last its "abort", is nobody's.
                 if taken:
-                    yield [delta for _, delta in taken]
+                    yield deltas  # the reader's from now on: it may join them
                     self._sent(taken)
                 if error is not None:
                     raise error
-                unfinished -= sum(delta.finish_reason is not None for _, delta in taken)
+                unfinished -= sum(each.ends is not None for each in taken)
                 if not unfinished:
                     break
         except (asyncio.CancelledError, GeneratorExit):  # the client left
@@ -152,12 +164,15 @@ class Generation:
             output.embedding,
         )
 
-    def _sent(self, taken: list[tuple[SequenceOutput, ChoiceDelta]]) -> None:
-        """Books what the reader has done with. A client sees nothing new in half a character, nor in a token that has
-        no text."""
-        now, tokens_alone = time.monotonic(), self._service.tokenizer is None
-        for output, delta in taken:
-            ends = delta.finish_reason
-            self._log.sent(output, bool(delta.text or ends or (tokens_alone and delta.tokens)), now)
+    def _shows(self, delta: ChoiceDelta) -> bool:
+        """Whether a client sees something new in it: not in half a character, nor in a token that has no text."""
+        tokens_alone = self._service.tokenizer is None
+        return bool(delta.text or delta.finish_reason or (tokens_alone and delta.tokens))
+
+    def _sent(self, taken: Sequence[Taken]) -> None:
+        """Books what the reader has done with."""
+        now = time.monotonic()
+        for output, shown, ends in taken:
+            self._log.sent(output, shown, now)
             if ends is not None:
                 self._log.finished(output, ends)

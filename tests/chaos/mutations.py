@@ -1,7 +1,8 @@
 """Clients' bodies, mutated at every level, against a server of their own: `python -m tests.chaos.mutations --count N`.
 
 Right is that every answer is one that docs/api.md names: no 5xx but a 503 for what is full, no engine restarted, no
-traceback in the log, and memory that is flat: after the first quarter it may grow by --percent.
+traceback in the log, and memory that is flat: after the first quarter it may grow by --percent. A body whose name was
+mutated may load an adapter under it; those are unloaded before the memory is read, for they take some.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from tucka_runtime.embedded import FOLDER
 
 PARTS = 8
 CONTEXT = 128
+ADAPTERS = ("formats", "words", "triage", "sql")
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "integer"}}, "required": ["a"]}
 FUNCTION = {"name": "get_weather", "description": "Weather.", "parameters": SCHEMA, "strict": True}
 HISTORY: list[dict[str, Any]] = [
@@ -165,7 +167,7 @@ def trial(count: int, threads: int, seed: int) -> tuple[Counter[str], list[str],
     answers: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         log = Path(folder) / "log"
-        adapters = [f"{name}={FOLDER / 'adapters' / name}" for name in ("formats", "words", "triage", "sql")]
+        adapters = [f"{name}={FOLDER / 'adapters' / name}" for name in ADAPTERS]
         named = [word for adapter in adapters for word in ("--adapter", adapter)]
         roots = ("--adapter-root", str(FOLDER / "adapters"), "--max-model-len", str(CONTEXT))
         process, url = start_command(*named, *roots, log=log)
@@ -181,6 +183,9 @@ def trial(count: int, threads: int, seed: int) -> tuple[Counter[str], list[str],
                 thread.start()
             for thread in running:
                 thread.join()
+            for card in server.get("/v1/adapters").json()["data"]:
+                if card["id"] not in ADAPTERS:
+                    server.client.delete(f"{server.url}/v1/adapters/{card['id']}").raise_for_status()
             memory.append(resident(process.pid) + resident(engine))
             answers = sum((client.answers for client in clients), Counter())
             print(f"{answers.total():8} answers {memory[-1]:8.1f} MiB {time.monotonic() - begun:6.0f} s", flush=True)

@@ -5,6 +5,7 @@ Answers are letters, determined by the prompt's ids alone. Token ids are those o
 """
 
 import asyncio
+import contextlib
 import zlib
 from array import array
 from collections.abc import AsyncIterator
@@ -27,8 +28,8 @@ VOCAB = 320
 
 
 class FakeEngine:
-    """`seconds_per_token`, what is said instead of letters (`script`), and one fault: `fail_after` tokens every stream
-    raises `failure`."""
+    """`seconds_per_token`, what is said instead of letters (`script`), how many outputs a stream brings at once, as to
+    a reader that is slow (`at_once`), and one fault: `fail_after` tokens every stream raises `failure`."""
 
     def __init__(self) -> None:
         self.config = EngineConfig()
@@ -44,6 +45,7 @@ class FakeEngine:
         self.on_restart = None
         self.seconds_per_token = 0.0
         self.script: str | None = None
+        self.at_once = 1
         self.fail_after: int | None = None
         self.failure: Exception = EngineDeadError("the fake engine died")
         self.submit_error: Exception | None = None
@@ -99,7 +101,11 @@ class FakeStream(AsyncIterator[list[SequenceOutput]]):
         self._outputs = self._run(request)
 
     async def __anext__(self) -> list[SequenceOutput]:
-        return [await anext(self._outputs)]
+        found = [await anext(self._outputs)]
+        with contextlib.suppress(StopAsyncIteration):
+            while len(found) < self._engine.at_once:
+                found.append(await anext(self._outputs))
+        return found
 
     def end(self, index: int) -> None:
         self._engine.ended.add((self.request_id, index))

@@ -24,7 +24,7 @@ OPTIONS.append(StreamOptions(include_usage=True, continuous_usage_stats=True))
 
 
 def answer_of(kind: type[OpenAIAnswer[Any]], body: Any, options: StreamOptions) -> OpenAIAnswer[Any]:
-    return kind(body, options, Request("answer-1", ((1,), (2,)), SamplingParams()), None, None)
+    return kind(body, options, Request("answer-1", ((1,), (2,)), SamplingParams()), None, None, "digest")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["no usage", "usage", "usage so far"])

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import GOLDEN
@@ -69,6 +70,19 @@ def test_an_adapter_comes_and_goes(live: Server) -> None:
         assert [name for name in found if name.startswith("vllm:lora_adapter_loaded") and '"guest"' in name]
         assert live.client.delete(live.url + "/v1/adapters/guest").status_code == 200
         assert not [name for name in series(live) if "guest" in name]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 7, 100])
+def test_a_slow_reader_gets_all_and_each_answer_is_counted_once(start_fake, at_once: int) -> None:
+    """Several outputs of a choice, its last among them, may come in one go."""
+    server: Server = start_fake()
+    server.engine.at_once = at_once
+    answer = server.post("/v1/completions", ASK | {"model": "base", "n": 3, "max_tokens": 4}).json()
+    assert [(len(c["text"]), c["finish_reason"]) for c in answer["choices"]] == [(4, "length")] * 3
+    assert answer["usage"]["completion_tokens"] == 12
+    found = series(server)
+    assert found['tucka_requests_total{finish_reason="length"}'] == 3
+    assert not [name for name in found if "requests_total" in name and "abort" in name and found[name]]
 
 
 def held(server: Server) -> tuple[float, ...]:
