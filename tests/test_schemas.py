@@ -136,6 +136,13 @@ def test_where_it_cannot_be_followed(schema: dict[str, Any], place: str) -> None
     assert reason is not None and f"(at `{place}`)" in reason
 
 
+@pytest.mark.parametrize("shift", range(4))
+def test_a_complaint_that_is_cut_within_a_character_is_one(shift: int) -> None:
+    """llguidance cuts what it quotes after 100 bytes, and panics where that is no character's end."""
+    schema = {"type": "object", "properties": {"b": {"type": {}}}, "required": [["a" * shift + "\U0001f600" * 60]]}
+    assert check_schema(json.dumps(schema)) is not None
+
+
 def test_what_is_no_schema_is_left_as_it_is() -> None:
     for value in (1, "x", None, [], {"properties": [1]}, {"allOf": {"a": 1}}, {"items": 3}, {"$ref": "#/a/b"}):
         assert followable(value) == value

@@ -60,7 +60,18 @@ def of_text(text: str) -> str | None:
 
 def usable(grammar: str) -> bool:
     """Whether a grammar can be followed within LIMITS."""
-    return not LLMatcher.validate_grammar(grammar, limits=LIMITS)
+    return not _complaint(grammar)
+
+
+def _complaint(grammar: str) -> str:
+    """llguidance's message about a grammar; empty if there is none. It panics where it cuts a long message in the
+    middle of a character, and such an error passes every `except Exception`."""
+    try:
+        return LLMatcher.validate_grammar(grammar, limits=LIMITS)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return "panic"
 
 
 def after_thought(grammar: str, begun: bool, begin: str, end: str) -> str:
@@ -109,7 +120,7 @@ def _fault(schema: Any) -> str:
     """llguidance's message about a schema; empty if there is none."""
     try:
         text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
-        return LLMatcher.validate_grammar(text, limits=LIMITS)
+        return _complaint(text)
     except ValueError as error:
         return str(error)
 
