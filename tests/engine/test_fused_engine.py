@@ -21,8 +21,10 @@ EARLY, LATE, PLAIN, DORA, BANK = (AdapterKey(name, 1) for name in ("early", "lat
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_tokens_equal_the_reference_paths(tmp_path, kind):
     """Base, TuckA routed by token and inside the model, LoRA of another rank, DoRA, a bank's members, mixed in one
-    batch; prefill in chunks."""
-    save_model(tmp_path / "model", kind)
+    batch; prefill in chunks. A second layer costs as much again, in the interpreter, and one family shows it."""
+    save_model(
+        tmp_path / "model", kind, **{"llama": {}, "gpt2": {"n_layer": 1}, "qwen3": {"num_hidden_layers": 1}}[kind]
+    )
     attention = ("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj")
     output = ("c_proj",) if kind == "gpt2" else ("o_proj", "down_proj")
 
@@ -77,7 +79,7 @@ def test_an_int8_cache_gives_the_reference_paths_tokens(tmp_path):
 
 def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
     """One at a time; then no batch has to wait for one, whoever is in it."""
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", num_hidden_layers=1)
     engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
     engine.overlap = True
     engine.rehearsal.warm_up()
@@ -96,7 +98,7 @@ def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
 
 def test_batches_take_the_smallest_graph_that_can_until_theirs_is_made(tmp_path):
     """Nothing is captured under requests that another graph can run, and a larger adapter leaves what there is."""
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", num_hidden_layers=1)
     engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
     engine.overlap = True
     engine.rehearsal.warm_up()
