@@ -17,23 +17,33 @@ struct Strided {
 template <int R, int N, bool WHOLE, class B>
 inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
                       int64_t at, int64_t count) {
-  Pair sums[R][N];
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) sums[r][n] = load_step(c + r * c_stride + at + n * kStep, WHOLE ? kStep : count);
+  const int64_t some = WHOLE ? kStep : count;
+  Vec sums[R][2 * N];
+  each<R>([&](auto r) {
+    each<N>([&](auto n) {
+      const Pair x = load_step(c + r * c_stride + at + n * kStep, some);
+      sums[r][2 * n] = x.a;
+      sums[r][2 * n + 1] = x.b;
+    });
+  });
   for (int64_t k = 0; k < depth; k++) {
     const auto* row = b[k] + at;
-    Pair wide[N];
-    for (int n = 0; n < N; n++) wide[n] = load_step(row + n * kStep, WHOLE ? kStep : count);
-    for (int r = 0; r < R; r++) {
+    Vec wide[2 * N];
+    each<N>([&](auto n) {
+      const Pair x = load_step(row + n * kStep, some);
+      wide[2 * n] = x.a;
+      wide[2 * n + 1] = x.b;
+    });
+    each<R>([&](auto r) {
       const Vec x(a[r * a_stride + k]);
-      for (int n = 0; n < N; n++) {
-        sums[r][n].a = at::vec::fmadd(x, wide[n].a, sums[r][n].a);
-        sums[r][n].b = at::vec::fmadd(x, wide[n].b, sums[r][n].b);
-      }
-    }
+      each<2 * N>([&](auto n) { sums[r][n] = at::vec::fmadd(x, wide[n], sums[r][n]); });
+    });
   }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) store_step(c + r * c_stride + at + n * kStep, sums[r][n], WHOLE ? kStep : count);
+  each<R>([&](auto r) {
+    each<N>([&](auto n) {
+      store_step(c + r * c_stride + at + n * kStep, Pair{sums[r][2 * n], sums[r][2 * n + 1]}, some);
+    });
+  });
 }
 
 template <int R, int N, class B>
@@ -51,6 +61,7 @@ template <class B>
 inline void add_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t rows,
                         int64_t depth, int64_t width) {
   int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) add_rows<6, 1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
   for (; r + 4 <= rows; r += 4) add_rows<4, 1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
   for (; r + 2 <= rows; r += 2) add_rows<2, 2>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
   if (r < rows) add_rows<1, 4>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
