@@ -162,4 +162,4 @@ def _check_model(request: Request, model: str | None) -> None:
     service: Service = request.app.state.service
     sees = request.state.access.sees
     if model is not None and not (model == service.model_name and sees(model)):
-        service.adapters.check(model, sees)
+        service.adapters.asked(model, sees)

@@ -219,7 +219,7 @@ class AdapterNames(RestoredNames):
         if keep != old.entry.keep_resident:
             self.residency.keep(old.key, keep)
             if keep:
-                lease = self.lease(old.key.name)
+                lease = self.lease(old)
                 try:
                     await lease.ready()
                 except TuckaError:

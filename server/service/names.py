@@ -67,34 +67,31 @@ class Names:
             raise self._unknown(sees)
         return found
 
-    def target(self, alias: Alias, who: str | None = None) -> str:
+    def asked(self, name: str, sees: Sees = everything, who: str | None = None) -> LoadedAdapter:
+        """What a request of `who` for the name gets. Raises what `named` and `target` do."""
+        alias = self.alias(name, sees)
+        return self.named(name, sees) if alias is None else self.target(alias, who)
+
+    def target(self, alias: Alias, who: str | None = None) -> LoadedAdapter:
         """The target of the alias for `who`, of those that are there. Who asks need not see it. Raises
         ModelNotFoundError without any, and StorageError where one was lost."""
-        there: list[str] = []
+        there: dict[str, LoadedAdapter] = {}
         gone: StorageError | None = None
         for name, _ in alias.targets:
             try:
-                self.model(name)
-                there.append(name)
+                there[name] = self.model(name)
             except ModelNotFoundError:
                 pass
             except StorageError as error:
                 gone = error
         if (target := choose(alias, who, there.__contains__)) is not None:
-            return target
+            return there[target]
         if gone is not None:
             raise gone
         raise ModelNotFoundError(
             "None of the adapters is loaded that this alias stands for. Load one of them, or give the alias others.",
             "model",
         )
-
-    def check(self, name: str, sees: Sees = everything) -> None:
-        """Raises what `named` and `target` do where a request for that name could not be answered."""
-        if (alias := self.alias(name, sees)) is not None:
-            self.target(alias)
-        else:
-            self.named(name, sees)
 
     def _called(self, name: str) -> str:
         """The name under which a version is known that may be named by more digits of its digest, and may be what its

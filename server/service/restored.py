@@ -17,12 +17,11 @@ from tucka_runtime.errors import (
 from tucka_runtime.logs import fields
 from tucka_runtime.messages import AdapterInfo
 from tucka_runtime.names import loggable
-from tucka_runtime.server.http.access import Sees, everything
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import Copies, lost
-from tucka_runtime.server.service.leases import Lease, Leases
+from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
 from tucka_runtime.server.service.name_locks import NameLocks
 from tucka_runtime.server.service.names import Names
 from tucka_runtime.server.service.residency import Residency
@@ -90,10 +89,8 @@ class RestoredNames(Names):
                     await self._load_again(adapter.entry)
         self.ready = True
 
-    def lease(self, name: str, sees: Sees = everything) -> Lease:
-        """Holds what is `named` so: it is unloaded only when the lease is over. Where it has no slot, it is sent
-        for."""
-        adapter = self.named(name, sees)
+    def lease(self, adapter: LoadedAdapter) -> Lease:
+        """Holds an adapter: it is unloaded only when the lease is over. Where it has no slot, it is sent for."""
         return Lease(self._leases, adapter, lambda resident: self._fetch(adapter.entry, resident))
 
     def close(self) -> None:

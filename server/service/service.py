@@ -66,24 +66,22 @@ class Service:
 
     async def resolve(self, model: str, access: Access, user: str | None = None) -> Lease:
         """A lease on the adapter that `model` names for who asks, or on the base. Where it is an alias, all requests of
-        one `user`, or else of one key, get the same. Raises what `check_model` does."""
-        await self.check_model(model, access)
-        if model == self.model_name and access.sees(model):
-            return Lease()
-        if (alias := self.adapters.alias(model, access.sees)) is not None:
-            who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
-            return self.adapters.lease(self.adapters.target(alias, who))
-        return self.adapters.lease(model, access.sees)
+        one `user`, or else of one key, get the same. Raises what `find` does."""
+        adapter = await self.find(model, access, user)
+        return Lease() if adapter is None else self.adapters.lease(adapter)
 
-    async def check_model(self, model: str, access: Access) -> None:
-        """Raises ModelNotFoundError, EngineDeadError while nothing can be served, and what a lookup in the sources
-        raises (`Resolver.look_up`)."""
+    async def find(self, model: str, access: Access, user: str | None = None) -> LoadedAdapter | None:
+        """The adapter of a lease by `resolve`; None is the base. Raises ModelNotFoundError, EngineDeadError while
+        nothing can be served, and what a lookup in the sources raises (`Resolver.look_up`)."""
+        adapter = None
         if self.resolver is not None and self.ready and access.sees(model):
             await self.resolver.look_up(model)
         if not (model == self.model_name and access.sees(model)):
-            self.adapters.check(model, access.sees)
+            who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
+            adapter = self.adapters.asked(model, access.sees, who)
         if not self.ready:
             raise EngineDeadError("The engine is restarting. Try again later.")
+        return adapter
 
     def scope(self, adapter: LoadedAdapter | None, asked: RouteScope | None) -> RouteScope | None:
         """The route scope of a request: what it asks for, what its adapter was trained for, or the server's own; None

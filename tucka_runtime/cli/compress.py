@@ -3,7 +3,7 @@
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Member:
+class BankMember:
     """An adapter that goes into the bank. `route` is a TuckA adapter's."""
 
     name: str
@@ -60,7 +60,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Base:
+class BankBase:
     """What members are read against, and, only where a TuckA adapter is to be folded, its weights."""
 
     arch: Architecture
@@ -75,10 +75,11 @@ def run(flags: argparse.Namespace) -> int:
     if (flags.out / "adapter_config.json").exists():
         raise ConfigError("There is an adapter in the target folder. Name a new one.")
     prompts = read_prompts(flags.prompts) if flags.prompts else []
-    base = Base(*open_base(flags.model))
+    base = BankBase(*open_base(flags.model))
     members = [_member(name, folder, base, flags.route) for name, folder in names(flags.members)]
     if any(member.route for member in members):
-        base = Base(base.arch, base.layout, base.dtype, load_weights(flags.model, base.arch, "float32", CPU, linear)[0])
+        weights, _ = load_weights(flags.model, base.arch, "float32", CPU, linear)
+        base = replace(base, weights=weights)
     with torch.inference_mode():
         errors = compress(members, base, flags.out, flags.rank, flags.core)
     _print(members, base, flags.out, errors)
@@ -114,7 +115,7 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
-def _member(name: str, folder: Path, base: Base, route: str | None) -> Member:
+def _member(name: str, folder: Path, base: BankBase, route: str | None) -> BankMember:
     """Raises ConfigError for what a bank cannot hold, AdapterError for what is no adapter of this base."""
     adapter = read_adapter(folder, base.layout)
     if isinstance(adapter.config, BankSpec):
@@ -127,13 +128,13 @@ def _member(name: str, folder: Path, base: Base, route: str | None) -> Member:
     if isinstance(adapter.config, LoRASpec) and (adapter.config.use_dora or adapter.config.lora_bias):
         raise ConfigError(f"{name} is a DoRA or has biases, which a bank cannot hold. Serve it by itself.")
     if not isinstance(adapter.config, TuckASpec):
-        return Member(name, folder, adapter, None)
+        return BankMember(name, folder, adapter, None)
     if route is None:
         raise ConfigError(f"{name} is a TuckA adapter, of which a bank holds one route: say --route, such as group=0.")
-    return Member(name, folder, adapter, parse_route(route, adapter.config))
+    return BankMember(name, folder, adapter, parse_route(route, adapter.config))
 
 
-def changes(member: Member, base: Base) -> Changes:
+def changes(member: BankMember, base: BankBase) -> Changes:
     """What a member adds to each linear, in fp32."""
     if member.route is None:
         lora = {path: m for path, m in member.adapter.modules.items() if isinstance(m, LoRAModule)}
@@ -146,7 +147,7 @@ def changes(member: Member, base: Base) -> Changes:
     return {path: (e.T, u) for path, (u, e) in pairs.items()}
 
 
-def compress(members: Sequence[Member], base: Base, out: Path, rank: int, core: str) -> list[float]:
+def compress(members: Sequence[BankMember], base: BankBase, out: Path, rank: int, core: str) -> list[float]:
     """Writes the bank; the relative error of each member's change, over all linears together, as it was written."""
     own = [changes(member, base) for member in members]
     targets = [path for path in base.layout.linears if any(path in change for change in own)]
@@ -179,7 +180,7 @@ def _stacked(pairs: list[tuple[Tensor, Tensor] | None], d_in: int, d_out: int) -
     return b, a
 
 
-def compare(members: Sequence[Member], model: Path, out: Path, prompts: list[str], length: int) -> list[float]:
+def compare(members: Sequence[BankMember], model: Path, out: Path, prompts: list[str], length: int) -> list[float]:
     """The share of prompts to which each member in the bank gives, greedily, the very answer that it gives alone."""
     llm = LLM(model, {"bank": out})
     sampling = SamplingParams(max_tokens=length, temperature=0)
@@ -192,7 +193,7 @@ def compare(members: Sequence[Member], model: Path, out: Path, prompts: list[str
     return same
 
 
-def _print(members: Sequence[Member], base: Base, out: Path, errors: list[float]) -> None:
+def _print(members: Sequence[BankMember], base: BankBase, out: Path, errors: list[float]) -> None:
     bank = read_adapter(out, base.layout)
     assert isinstance(bank.config, BankSpec)
     factors = factors_dtype(dispatch.choose(CPU, "auto"), base.dtype)

@@ -10,7 +10,7 @@ from tucka_runtime.adapters.files import TRAINING_NAME
 
 
 @dataclass(frozen=True)
-class Row:
+class Outcome:
     """One training: its steps and last loss, the held-out figures where something was held out, or why it failed."""
 
     name: str
@@ -21,22 +21,22 @@ class Row:
     failed: str | None = None
 
 
-def row(name: str, folder: Path, failed: str | None) -> Row:
+def row(name: str, folder: Path, failed: str | None) -> Outcome:
     """The row of a training that has written into `folder`, or has failed."""
     if failed is not None:
-        return Row(name, failed=failed)
+        return Outcome(name, failed=failed)
     training: dict[str, Any] = json.loads((folder / TRAINING_NAME).read_text("utf-8"))
     held = training.get("eval", {})
-    return Row(name, training["steps"], training["final_loss"], held.get("loss"), held.get("exact_match"))
+    return Outcome(name, training["steps"], training["final_loss"], held.get("loss"), held.get("exact_match"))
 
 
-def best(rows: Sequence[Row]) -> Row | None:
+def best(rows: Sequence[Outcome]) -> Outcome | None:
     """The row with the highest held-out exact match, of several the one with the lowest held-out loss."""
     measured = [row for row in rows if row.exact_match is not None]
     return max(measured, key=lambda row: (row.exact_match or 0.0, -(row.held_out_loss or 0.0)), default=None)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Outcome]) -> str:
     """The rows in columns; the best one is marked, and a failed one says why."""
     first = best(rows)
     lines = [["job", "steps", "loss", "held-out loss", "exact match", ""]]
@@ -49,7 +49,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def write(folder: Path, rows: Sequence[Row]) -> None:
+def write(folder: Path, rows: Sequence[Outcome]) -> None:
     """report.json and report.png. Raises OSError."""
     first = best(rows)
     report = {"best": first and first.name, "rows": [asdict(row) for row in rows]}
@@ -57,7 +57,7 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     _picture(rows, folder / "report.png")
 
 
-def _picture(rows: Sequence[Row], path: Path) -> None:
+def _picture(rows: Sequence[Outcome], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

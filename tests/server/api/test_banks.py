@@ -98,3 +98,17 @@ def test_a_key_sees_the_members_that_it_names(start_fake: StartFake, tmp_path: P
     for model, status in (("shelf/law", 200), ("shelf/tax", 404), ("shelf", 404)):
         asked = {"model": model, "prompt": [5], "max_tokens": 1}
         assert server.post("/v1/completions", asked, headers=bearer(keys["law"])).status_code == status, model
+
+
+def test_a_bank_that_is_there_can_be_kept_resident(live: Server, bank: str) -> None:
+    for keep in (True, False):
+        again = live.post("/v1/adapters", {"name": bank, "path": "banks/bank", "keep_resident": keep})
+        assert again.status_code == 200 and again.json()["tucka"]["keep_resident"] is keep
+
+
+def test_a_member_can_be_an_aliass_target_and_its_bank_cannot(live: Server, bank: str) -> None:
+    refused = live.post("/v1/aliases", {"name": "shelved", "targets": {bank: 1}}).json()["error"]
+    assert (refused["code"], refused["param"]) == ("model_not_found", "targets")
+    live.post("/v1/aliases", {"name": "shelved", "targets": {f"{bank}/m1": 1}}).raise_for_status()
+    assert text(live, "shelved") == text(live, f"{bank}/m1")
+    live.client.delete(live.url + "/v1/aliases/shelved").raise_for_status()
