@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -24,6 +25,8 @@ FOLDERS = (
 )  # fmt: skip
 NAMES = {f"n{i}": GOLDEN / folder / "adapter" for i, folder in enumerate(FOLDERS)}
 SLOTS = 3
+HOST_BYTES = 240_000
+"""Less than the five smallest that may be left without a slot take (242,912): one at least is on the disk alone."""
 PROMPT = "A prompt that is longer than two blocks of the KV cache, so that they can be used again"
 ASK = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0, "ignore_eos": True, "route": "request"}
 
@@ -35,7 +38,7 @@ def started(folder: Path, log: Path) -> Iterator[Server]:
         "--adapter-root", str(GOLDEN),
         "--state-dir", str(folder / "state"),
         "--adapter-slots", str(SLOTS),
-        "--adapter-host-bytes", "300000",
+        "--adapter-host-bytes", str(HOST_BYTES),
         "--adapter-wait-timeout", "2",
         "--shutdown-timeout", "5",
         log=log,
@@ -84,7 +87,7 @@ def test_every_adapter_answers_as_itself_under_churn(server: Server, expected: d
     begun = tiers(server)
     assert list(begun.values())[:SLOTS] == ["resident"] * SLOTS
     assert set(list(begun.values())[SLOTS:]) <= {"host", "registered"}, "a load pushes nobody out"
-    order = [name for i in range(3) for name in sorted(NAMES, key=lambda name: hash((name, i)))]
+    order = [name for seed in range(3) for name in random.Random(seed).sample(sorted(NAMES), len(NAMES))]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda name: ask(server, name).raise_for_status().json(), order))
     assert [answer["choices"][0]["text"] for answer in answers] == [expected[name] for name in order]
@@ -95,7 +98,7 @@ def test_every_adapter_answers_as_itself_under_churn(server: Server, expected: d
     assert where["n0"] == "resident"
     assert found["tucka_adapters_loaded"] == len(NAMES) and found["tucka_adapter_slots"] == SLOTS
     assert found['tucka_adapter_evictions_total{tier="resident"}'] >= len(NAMES) - SLOTS
-    assert found["tucka_adapter_host_bytes"] <= 300_000
+    assert found["tucka_adapter_host_bytes"] <= HOST_BYTES
     levels = [name for name in found if name.startswith("vllm:lora_adapter_loaded")]
     assert len(levels) == list(where.values()).count("resident") + list(where.values()).count("host")
     assert 'adapter_name="n0",level="gpu",pinned="true",rank="8"' in "".join(levels)
