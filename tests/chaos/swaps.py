@@ -4,6 +4,8 @@ Two phases against the embedded default, on its own port:
 
 - Swaps: streams of base and adapters run without end while one adapter's name changes between two contents, so many
   times a second. Printed is the time between two tokens without and with it; right is a p99 of at most --ratio times.
+  Both are taken in turns, since streams that began together drift apart: the fewer begin in one step, the more steps
+  have a prompt among them.
 - Copies: so many loads of so many MiB at once, which are refused once they are copied, while text requests come one
   after the other. Printed is their first token's time without and with it.
 """
@@ -25,6 +27,8 @@ from tucka_runtime.embedded import FOLDER
 
 STREAMS = ("base", "formats", "words", "sql")
 CONTENTS = (FOLDER / "adapters" / "triage", FOLDER / "adapters" / "words")
+
+TURNS = 4
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -85,30 +89,34 @@ class Streams:
 
 
 async def swap(client: httpx.AsyncClient, url: str, count: int, rate: float) -> float:
-    """Loads one name again and again with other content. Returns how many a second there were."""
+    """Loads one name again and again with other content. Returns the seconds that it took."""
     begin = time.monotonic()
     for i in range(count):
         body = {"lora_name": "swapped", "lora_path": str(CONTENTS[i % 2]), "load_inplace": True}
         answer = await client.post(f"{url}/v1/load_lora_adapter", json=body)
         assert answer.status_code == 200, answer.text
         await asyncio.sleep(max(0.0, begin + (i + 1) / rate - time.monotonic()))
-    return count / (time.monotonic() - begin)
+    return time.monotonic() - begin
 
 
 async def swaps(url: str, flags: argparse.Namespace) -> float:
     """Prints the gaps without and with swaps. Returns the ratio of their p99."""
+    quiet: list[float] = []
+    churned: list[float] = []
+    seconds, turns = 0.0, min(TURNS, flags.swaps)
     async with httpx.AsyncClient(timeout=120) as client:
         streams = Streams(client, url, flags.streams)
         await asyncio.sleep(2)
-        quiet = await streams.during(lambda: asyncio.sleep(min(30.0, max(2.0, flags.swaps / flags.rate))))
-        reached = 0.0
 
         async def work() -> None:
-            nonlocal reached
-            reached = await swap(client, url, flags.swaps, flags.rate)
+            nonlocal seconds
+            seconds += await swap(client, url, flags.swaps // turns, flags.rate)
 
-        churned = await streams.during(work)
+        for _ in range(turns):
+            quiet += await streams.during(lambda: asyncio.sleep(min(30.0, max(2.0, flags.swaps / turns / flags.rate))))
+            churned += await streams.during(work)
         await streams.stop()
+    reached = flags.swaps // turns * turns / seconds
     print(f"between tokens, no swaps           {summary(quiet)}")
     print(f"between tokens, {reached:4.1f} swaps a second {summary(churned)}", flush=True)
     return p99(churned) / p99(quiet)

@@ -49,7 +49,7 @@ from tucka_runtime.adapters.manifest import (
     find_targets,
     find_tokens,
 )
-from tucka_runtime.adapters.safefile import read_header, read_tensors
+from tucka_runtime.adapters.safefile import Run, read_header, read_runs
 from tucka_runtime.adapters.targets import match_targets, pattern_values
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
@@ -169,10 +169,9 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
             expected |= {name: shape for name, (_, shape) in tables.items()}
             check_names(entries.keys(), expected.keys(), targets, base)
             check_shapes(entries, expected)
-            tensors = {
-                name.removeprefix(PREFIX): _checked(name, tensor)
-                for name, tensor in read_tensors(file, entries, digest)
-            }
+            tensors: dict[str, torch.Tensor] = {}
+            for run in read_runs(file, entries, digest):
+                tensors |= _finite(run)
     if blob is not None and blob_name(digest.hexdigest(), training_bytes) != blob:
         raise StorageError(
             "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
@@ -209,14 +208,17 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
             tokens[base.head] = tokens[base.embed]
         return Adapter(config, digest.hexdigest(), modules, None, None, saved, training, tokens)
     ec = tensors[f"{router}.tucka_ec"]
-    _check_norm(f"{router}.tucka_ec", ec.view(config.k, -1))
+    blocks = {f"{router}.tucka_ec": ec.view(config.k, -1)}
     modules = {}
     for path in targets:
         g, c, u = (tensors[f"{path}.tucka_{part}"] for part in "gcu")
-        _check_norm(f"{path}.tucka_g", g.view(config.k, -1))
-        _check_norm(f"{path}.tucka_c", c.view(1, -1))
-        _check_norm(f"{path}.tucka_u", u.view(1, -1))
+        blocks |= {
+            f"{path}.tucka_g": g.view(config.k, -1),
+            f"{path}.tucka_c": c.view(1, -1),
+            f"{path}.tucka_u": u.view(1, -1),
+        }
         modules[path] = TuckAModule(g, c, u)
+    _check_norms(blocks)
     return Adapter(config, digest.hexdigest(), modules, router, ec, saved, training)
 
 
@@ -268,24 +270,33 @@ def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
     return training if isinstance(training, dict) else None
 
 
-def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32; exact for every stored type but F64. Raises InvalidAdapterError if it is not all finite."""
-    tensor = tensor.float()
-    if not tensor.isfinite().all():
+def _finite(run: Run) -> dict[str, torch.Tensor]:
+    """Its tensors in fp32, exact for every stored type but F64, by their names inside the base. Raises
+    InvalidAdapterError if they are not all finite."""
+    run = Run(run.flat.float(), run.shapes)
+    tensors = run.tensors()
+    if not run.flat.isfinite().all():
+        name = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
         raise InvalidAdapterError(
             f"the adapter's tensor {name} has values that are NaN, infinite or beyond fp32. Its training diverged; use "
             "an earlier checkpoint."
         )
-    return tensor
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _check_norm(name: str, rows: torch.Tensor) -> None:
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    if not ((norms >= MIN_NORM) & (norms <= MAX_NORM)).all():
+def _check_norms(blocks: Mapping[str, torch.Tensor]) -> None:
+    """Raises InvalidAdapterError if a row (of n, width) has a norm that it cannot be divided by."""
+    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in blocks.values()]
+    if not _normal(torch.cat(norms)):
+        name = next(name for name, own in zip(blocks, norms, strict=True) if not _normal(own))
         raise InvalidAdapterError(
             f"the adapter's tensor {name} has a block of norm zero, or too far from one to be divided by it. It was "
             "never trained, or its training diverged."
         )
+
+
+def _normal(norms: torch.Tensor) -> bool:
+    return bool(((norms >= MIN_NORM) & (norms <= MAX_NORM)).all())
 
 
 def _lora_scales(config: LoRASpec, ranks: Mapping[str, int]) -> dict[str, float]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 2**20  # an entry takes about 150 bytes: enough for both LoRA matrices of 3,500 linears
 MAX_DIMS = 8
+RUN_BYTES = 2**25  # of tensors read in one piece; a larger one is a piece of its own
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,6 +35,19 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tensors of one type that lie one behind the other: all their values, flat, and each one's name and shape."""
+
+    flat: torch.Tensor
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Each by its name, a view of `flat`."""
+        parts = self.flat.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
 
 def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dict[str, Entry]:
@@ -67,17 +81,32 @@ def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dic
     return dict(entries)
 
 
-def read_tensors(
-    file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashlib._Hash"
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors behind a header just read, as stored, one at a time; feeds their bytes to `digest`.
+def read_runs(file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashlib._Hash") -> Iterator[Run]:
+    """The tensors behind a header just read, as stored; feeds their bytes to `digest`.
 
-    Raises InvalidAdapterError if the file is cut off meanwhile.
+    Many small ones are read, hashed and checked at once, since each call in the thread that loads makes a step beside
+    it wait for the interpreter. Raises InvalidAdapterError if the file is cut off meanwhile.
     """
-    for name, entry in entries.items():
-        data = read_exactly(file, entry.end - entry.begin, WEIGHTS_NAME)
+    for run in _runs(entries):
+        data = read_exactly(file, sum(entry.end - entry.begin for entry in run.values()), WEIGHTS_NAME)
         digest.update(data)
-        yield name, torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
+        dtype = next(iter(run.values())).dtype
+        yield Run(torch.frombuffer(data, dtype=dtype), {name: entry.shape for name, entry in run.items()})
+
+
+def _runs(entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
+    """Neighbours of one type, RUN_BYTES at most unless it is one tensor."""
+    run: dict[str, Entry] = {}
+    begin, dtype = 0, None
+    for name, entry in entries.items():
+        if run and (entry.dtype != dtype or entry.end - begin > RUN_BYTES):
+            yield run
+            run = {}
+        if not run:
+            begin, dtype = entry.begin, entry.dtype
+        run[name] = entry
+    if run:
+        yield run
 
 
 def _entry(value: Any) -> Entry:

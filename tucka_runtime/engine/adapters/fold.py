@@ -49,7 +49,9 @@ def fold(
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
     affine: dict[Where, Tensor] = {}
     base = _BaseLinears(arch, weights)
-    cores: list[tuple[Where, Tensor, Tensor]] = []
+    tucka = [module for module in adapter.modules.values() if isinstance(module, TuckAModule)]
+    g, c = _normalised_cores(tucka, device)
+    cores: list[Where] = []
     members: list[tuple[Where, Tensor]] = []
     saved = _saved(adapter, arch, weights)
     for path, module in adapter.modules.items():
@@ -65,21 +67,21 @@ def fold(
             if change is not None:
                 affine[at] = change
         else:
-            g, c, unit = _normalised(module, device)
             assert isinstance(adapter.config, TuckASpec)
+            unit = module.u.to(device).float()
+            unit = unit / torch.linalg.vector_norm(unit)
             u, e = unit.T, (adapter.config.alpha * (base.weight(at) @ unit)).T
             if pinned is not None:
-                u = (unit @ _pinned_core(g, c, pinned)).T
-            cores.append((at, g, c))
+                u = (unit @ _pinned_core(g[len(cores)], c[len(cores)], pinned)).T
+            cores.append(at)
         factors[at] = (u.to(device, dtype).contiguous(), e.to(device, dtype).contiguous())
     routed = None
     if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
-        g, c = torch.stack([g for _, g, _ in cores]), torch.stack([c for _, _, c in cores])
         table = _table(where[adapter.router], adapter.ec.to(device), saved, arch, weights, ops)
         router = FoldedRouter(
             where[adapter.router], c.shape[1], adapter.ec.to(device), table, adapter.route_prefix_tokens
         )
-        routed = TuckACores(_numbers([at for at, _, _ in cores], arch, device), g, c, router)
+        routed = TuckACores(_numbers(cores, arch, device), g, c, router)
     bank = None
     if members:
         stacked = torch.stack([core.to(device, dtype) for _, core in members], dim=1)
@@ -88,7 +90,7 @@ def fold(
     folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank)
     # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
     # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
-    if not torch.stack([t.isfinite().all() for t in folded.tensors()]).all():
+    if not torch.stack([end for t in folded.tensors() for end in t.aminmax()]).isfinite().all():
         raise InvalidAdapterError(
             f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
             "or its alpha are far too large."
@@ -262,11 +264,14 @@ def _tables(
     return tables
 
 
-def _normalised(module: TuckAModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ĝ (k, p, r, r), Ĉ (t, p) and Û (d_in, r): Frobenius-normalised, G per group."""
-    g, c, u = module.g.to(device).float(), module.c.to(device).float(), module.u.to(device).float()
-    norm = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
-    return g / norm, c / torch.linalg.vector_norm(c), u / torch.linalg.vector_norm(u)
+def _normalised_cores(modules: list[TuckAModule], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ĝ (M, k, p, r, r) and Ĉ (M, t, p) of M linears, Frobenius-normalised, G per group."""
+    if not modules:
+        return torch.empty(0, device=device), torch.empty(0, device=device)
+    g = torch.stack([module.g for module in modules]).to(device).float()
+    c = torch.stack([module.c for module in modules]).to(device).float()
+    g_norm = torch.linalg.vector_norm(g, dim=(2, 3, 4), keepdim=True)
+    return g / g_norm, c / torch.linalg.vector_norm(c, dim=(1, 2), keepdim=True)
 
 
 def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
