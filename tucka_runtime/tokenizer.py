@@ -159,7 +159,7 @@ class Tokenizer:
     @cached_property
     def _spelling(self) -> re.Pattern[str]:
         """The first character of whatever spells a special token, in any case: marking too much does no harm."""
-        spelled = sorted((text for text in self._special.values() if len(text) > 1), key=len, reverse=True)
+        spelled = sorted((text for text in self._special.values() if text.strip()), key=len, reverse=True)
         if not spelled:
             return _NEVER
         heads = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in spelled)
@@ -195,7 +195,19 @@ class Tokenizer:
             return ids
         first, *rest = parts
         ids = self._plain([first], begins) if len(parts) > 1 else ids
-        return ids + [i for part in rest for i in self._continue(part, self._without_special)]
+        ids += [i for part in rest for i in self._continue(part, self._without_special)]
+        return [plain for id_ in ids for plain in self._spelled_out.get(id_, (id_,))]
+
+    @cached_property
+    def _spelled_out(self) -> dict[int, list[int]]:
+        """The special tokens of one character, which no mark can part, as the vocabulary's bytes, or as unknown."""
+        unknown = [] if self._unknown is None else [self._unknown]
+        found = {}
+        for id_, text in self._special.items():
+            if len(text) == 1 and id_ != self._unknown:
+                spelled = [self._backend.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+                found[id_] = unknown if None in spelled else spelled
+        return found
 
     def _without_special(self, text: str) -> list[int]:
         ids: list[int] = self._no_special.encode(text, add_special_tokens=False).ids
@@ -215,7 +227,8 @@ class Tokenizer:
                 ids.extend(found.ids[first:last])
 
         for i, (id_, (begin, end)) in enumerate(zip(found.ids, found.offsets, strict=True)):
-            if id_ in self._special and text[begin:end].strip().lower() == self._special[id_].strip().lower():
+            spelled = text[begin:end].strip().lower() == self._special.get(id_, _MARK).strip().lower()
+            if spelled and not text.startswith(_MARK, end):  # a mark there belongs to a token of one character
                 close(begin, i)
                 ids.append(id_)
                 start, first = end, i + 1

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tucka_runtime.tokenizer import Tokenizer
 
-SPECIALS = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>"]
+SPECIALS = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "☃"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}[answer]{% endif %}"
