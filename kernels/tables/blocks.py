@@ -96,23 +96,23 @@ class AttentionMetadata:
         spans: Sequence[tuple[int, int, int]], tables: Sequence[Sequence[int]], block_size: int, device: torch.device
     ) -> "AttentionMetadata":
         """`spans` as above; `tables` the blocks of each sequence, at least as many as its context fills."""
-        flat, first_block = array("i"), []
-        for table, (_, _, length) in zip(tables, spans, strict=True):
+        flat, first_block, slots = array("i"), [], array("q")
+        for table, (_, count, length) in zip(tables, spans, strict=True):
             first_block.append(len(flat))
             flat.extend(table[: -(-length // block_size)])
+            _add_slots(slots, table, length - count, length, block_size)
         blocks = torch.asarray(flat, dtype=torch.int32)
         borders = [first for first, _, _ in spans] + [spans[-1][0] + spans[-1][1]]
         tiles = [[i, j] for i, (_, count, _) in enumerate(spans) if count > 1 for j in range(0, count, TILE)]
-        begin = torch.tensor(first_block, dtype=torch.int32)
         plan = AttentionMetadata(
             spans=tuple(spans),
             longest=max(length for _, _, length in spans),
             block_size=block_size,
-            slot_mapping=_slot_mapping(spans, blocks, begin, block_size),
+            slot_mapping=torch.asarray(slots, dtype=torch.int64),
             query_start=torch.tensor(borders, dtype=torch.int32),
             seq_lens=torch.tensor([length for _, _, length in spans], dtype=torch.int32),
             block_table=blocks,
-            first_block=begin,
+            first_block=torch.tensor(first_block, dtype=torch.int32),
             singles=torch.tensor([i for i, s in enumerate(spans) if s[1] == 1], dtype=torch.int32),
             tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 2),
         )
@@ -158,11 +158,12 @@ def _slots(blocks: Tensor, first: Tensor, token: Tensor, block_size: int) -> Ten
     return blocks[first + token // block_size].long() * block_size + token % block_size
 
 
-def _slot_mapping(
-    spans: Sequence[tuple[int, int, int]], blocks: Tensor, first_block: Tensor, block_size: int
-) -> Tensor:
-    """(T,) int64: each sequence's last `rows` slots."""
-    table = torch.tensor([(count, length - count - first) for first, count, length in spans])
-    count, ahead = table.unbind(1)
-    token = torch.arange(int(count.sum())) + ahead.repeat_interleave(count) + spans[0][0]
-    return _slots(blocks, first_block.long().repeat_interleave(count), token, block_size)
+def _add_slots(slots: "array[int]", table: Sequence[int], begin: int, end: int, block_size: int) -> None:
+    """Adds the slots of a sequence's tokens begin..end, block by block: in a decode that is one number, for which ten
+    calls into torch would take longer."""
+    while begin < end:
+        block, offset = divmod(begin, block_size)
+        until = min(end, begin + block_size - offset)
+        first = table[block] * block_size + offset
+        slots.extend(range(first, first + until - begin))
+        begin = until

@@ -28,6 +28,7 @@ from tests.support.driving import (
     save_tucka,
     table_route,
 )
+from tucka_runtime.engine.adapters.delta import AdapterDelta
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.engine.route_cache import RouteCache
 from tucka_runtime.engine.sequence import Sequence as EngineSequence
@@ -92,6 +93,21 @@ def test_the_first_tokens_are_the_route(folder: Path, length: int):
     alone = one(serve(folder), ids[:FIRST], INNER, REQUEST).route.route
     assert inner.group == alone.group
     assert inner.weights == pytest.approx(alone.weights, abs=1e-6)
+
+
+def test_what_only_decodes_makes_its_cores_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Answers of 10, 20 and 30 tokens: cores are made when a sequence comes or goes, and they are the right ones."""
+    asks = [
+        ask(prompt(9, i), id=str(i), sampling=replace(GREEDY, max_tokens=10 * i), adapter=TUCKA, scope=REQUEST)
+        for i in (1, 2, 3)
+    ]
+    alone = [run(serve(folder), asked)[0] for asked in asks]
+    made = []
+    make = AdapterDelta._make_cores
+    monkeypatch.setattr(AdapterDelta, "_make_cores", lambda *args: made.append(args) or make(*args))
+    together = run(serve(folder), *asks)
+    assert [answer.token_ids for (answer,) in together] == [answer.token_ids for (answer,) in alone]
+    assert 3 <= len(made) <= 8, "of some 30 steps"
 
 
 @pytest.mark.parametrize("key", ROUTED)

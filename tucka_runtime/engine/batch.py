@@ -6,14 +6,14 @@ that share its route, or member by member of a bank, then those with a route of 
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.engine.adapters.delta import AdapterDelta
+from tucka_runtime.engine.adapters.delta import AdapterDelta, Settled
 from tucka_runtime.engine.adapters.segment import RouteSum, Segment
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence
@@ -67,40 +67,44 @@ class Batch:
     attention: AttentionMetadata
     delta: AdapterDelta
 
-    @staticmethod
-    def build(
-        chunks: Rows[ScheduledChunk],
-        active: ActiveSet | None,
-        block_size: int,
-        rope_limit: int | None,
-        chosen: Chosen,
-        route_sums: Mapping[tuple[str, int], RouteSum],
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> "Batch":
-        """`rope_limit` is the length from which dynamic rotary scaling stretches, None where there is none;
-        `route_sums` are those of sequences that are being routed; `dtype` is the cores' type."""
+
+@dataclass(eq=False)
+class BatchBuilder:
+    """What all batches of an engine are made with. `rope_limit` is the length from which dynamic rotary scaling
+    stretches, None where there is none; `dtype` is the cores' type; `route_sums` are those of sequences that are being
+    routed."""
+
+    ops: Ops
+    block_size: int
+    rope_limit: int | None
+    dtype: torch.dtype
+    device: torch.device
+    chosen: Chosen
+    route_sums: Mapping[tuple[str, int], RouteSum]
+    settled: Settled = field(default_factory=Settled)
+
+    def build(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> Batch:
+        """One forward pass of these chunks; `active` has their adapters, if they name any."""
         chunks = sorted(chunks, key=row_order)
         first_rows, rows = [], 0
         for chunk in chunks:
             first_rows.append(rows)
             rows += chunk.count
         due = [i for i, c in enumerate(chunks) if c.due]
-        lengths = _rope_lengths(chunks, rope_limit)
+        lengths = _rope_lengths(chunks, self.rope_limit)
         spans = [(first, c.count, c.start + c.count) for first, c in zip(first_rows, chunks, strict=True)]
-        segments, segment_of, sums = segment(chunks, first_rows, route_sums)
+        segments, segment_of, sums = segment(chunks, first_rows, self.route_sums)
         tables = [c.seq.block_table for c in chunks]
         parts: list[Any] = [
             torch.tensor([t for c in chunks for t in known_ids(c)]),
             torch.tensor([p for c in chunks for p in range(c.start, c.start + c.count)]),
             torch.tensor([row for i in due for row in _predicting(chunks[i], first_rows[i])], dtype=torch.int64),
-            AttentionMetadata.build(spans, tables, block_size, torch.device("cpu")),
+            AttentionMetadata.build(spans, tables, self.block_size, torch.device("cpu")),
             *(torch.tensor(s.prompt) for s in segments if s.prompt is not None),
             *([lengths] if lengths is not None else []),
         ]
-        ids, positions, due_rows, attention, *rest = place(parts, device)
-        chosen.fill_in(ids, [(first + c.count - 1, c.seq) for first, c in zip(first_rows, chunks, strict=True)])
+        ids, positions, due_rows, attention, *rest = place(parts, self.device)
+        self.chosen.fill_in(ids, [(first + c.count - 1, c.seq) for first, c in zip(first_rows, chunks, strict=True)])
         left = iter(rest)
         for s in segments:
             s.ids = ids[s.first : s.end] if s.prompt is None else next(left)
@@ -114,7 +118,7 @@ class Batch:
             positions=positions,
             lengths=next(left, None),
             attention=attention,
-            delta=AdapterDelta.build(rows, segments, sums, active, ops, dtype, device),
+            delta=AdapterDelta.build(rows, segments, sums, active, self.ops, self.dtype, self.device, self.settled),
         )
 
 

@@ -21,7 +21,7 @@ from tucka_runtime.engine.adapters.fold import fold, folded_bytes
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
-from tucka_runtime.engine.batch import Batch, Chosen, row_order
+from tucka_runtime.engine.batch import Batch, BatchBuilder, Chosen, row_order
 from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
@@ -76,6 +76,9 @@ class ModelRunner:
         self.chosen = Chosen(config.max_num_seqs, self.device)
         self.route_sums: dict[tuple[str, int], RouteSum] = {}
         """The sums of router inputs, by sequence, of the prompts that are being routed."""
+        self.batches = BatchBuilder(
+            self.ops, self.block_size, self.rope_limit, self.factor_dtype, self.device, self.chosen, self.route_sums
+        )
         self.pooler = Pooler()
         self.graphs: CudaGraphs | None = None
         if self.ops.graphs:
@@ -161,17 +164,7 @@ class ModelRunner:
         bucket = self.graphs.find(chunks, active) if self.graphs is not None else None
         if bucket is not None:
             return self._replay(bucket, chunks, active, begin)
-        batch = Batch.build(
-            chunks,
-            active,
-            self.block_size,
-            self.rope_limit,
-            self.chosen,
-            self.route_sums,
-            self.ops,
-            self.factor_dtype,
-            self.device,
-        )
+        batch = self.batches.build(chunks, active)
         prepared = time.monotonic()
         hidden = self.model.forward(
             batch.ids, batch.positions, batch.lengths, batch.attention, self.caches, batch.delta

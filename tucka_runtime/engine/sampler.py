@@ -65,9 +65,13 @@ class Sampler:
     def plain(self, seq: Sequence) -> bool:
         """Whether nothing but its temperature stands between a sequence's logits and the choice."""
         p = seq.sampling
-        held = p.grammar is not None or p.allowed_token_ids or p.bad_words
-        bound = held or p.logit_bias or (seq.num_generated < p.least_tokens and self.stops(seq))
-        return not (p.penalised or bound or p.logprobs is not None or _filtered(p))
+        return not (p.grammar is not None or p.logprobs is not None or _filtered(p) or self._adjusts(seq))
+
+    def _adjusts(self, seq: Sequence) -> bool:
+        """Whether `_adjust` changes anything."""
+        p = seq.sampling
+        named = p.logit_bias or p.allowed_token_ids or p.bad_words
+        return bool(named or p.penalised or (seq.num_generated < p.least_tokens and self.stops(seq)))
 
     def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
         """The next token of each sequence, on the device. logits (N, vocab) fp32, one row per sequence, is used up.
@@ -79,7 +83,8 @@ class Sampler:
         raw = logits[wants].clone() if wants else None
         self._hold(logits, seqs)
         for i, seq in enumerate(seqs):
-            self._adjust(logits[i], seq)
+            if self._adjusts(seq):
+                self._adjust(logits[i], seq)
         heats = [temperature(seq) for seq in seqs]
         if any(heats):
             self._filter(logits, heats, seqs)

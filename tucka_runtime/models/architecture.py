@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -74,7 +75,13 @@ class Architecture:
 
     def first_linear(self, layer: int, site: int) -> int:
         """The number of a site's first linear, counted through the decoder."""
-        return layer * sum(len(s.targets) for s in self.sites) + sum(len(s.targets) for s in self.sites[:site])
+        *before, in_layer = self._targets_before
+        return layer * in_layer + before[site]
+
+    @cached_property
+    def _targets_before(self) -> tuple[int, ...]:
+        """How many linears of a layer lie before each site, and last, how many it has."""
+        return tuple(accumulate((len(site.targets) for site in self.sites), initial=0))
 
 
 def parameter_shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:

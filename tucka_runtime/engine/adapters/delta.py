@@ -9,6 +9,7 @@ kernels fill in its groups and weights, which `Routes` names by segment and brin
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -23,6 +24,38 @@ from tucka_runtime.messages import AdapterKey
 
 
 @dataclass(eq=False)
+class Settled:
+    """The cores of the last batch whose routes were all known before it: a batch of the same segments takes them as
+    they are, so that what only decodes makes no core twice."""
+
+    active: "ReferenceType[ActiveSet] | None" = None
+    """Weak, so that the adapters of the last batch do not stay in memory for its sake."""
+    made_of: tuple[object, ...] = ()
+    cores: Tensor | None = None
+    site_cores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    routes: list[Routes] = field(default_factory=list)
+
+    def take(self, delta: "AdapterDelta", made_of: tuple[object, ...]) -> bool:
+        """Gives a batch of these segments its cores and routes, if it is the same batch."""
+        if self.active is None or self.active() is not delta.active or self.made_of != made_of:
+            return False
+        delta.cores, delta.site_cores, delta.routes = self.cores, self.site_cores, self.routes
+        return True
+
+    def keep(self, delta: "AdapterDelta", made_of: tuple[object, ...]) -> None:
+        assert delta.active is not None
+        self.active, self.made_of = ref(delta.active), made_of
+        self.cores, self.site_cores, self.routes = delta.cores, delta.site_cores, delta.routes
+
+
+def _made_of(segments: Sequence[Segment], active: ActiveSet) -> tuple[object, ...] | None:
+    """What the cores of segments depend on beside their adapters; None where that is not known before the batch."""
+    if any(s.given is None and active.folded[s.adapter].routed is not None for s in segments):
+        return None
+    return tuple((s.first, s.end, s.adapter, s.given, s.member) for s in segments)
+
+
+@dataclass(eq=False)
 class AdapterDelta:
     """What the adapters of one batch add to one forward pass."""
 
@@ -34,6 +67,9 @@ class AdapterDelta:
     """The adapter of each segment."""
     routes: list[Routes] = field(default_factory=list)
     cores: Tensor | None = None
+    """(C, every linear, R, R)."""
+    site_cores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """The views of them that the sites take."""
     waiting: dict[tuple[int, int], list[tuple[int, slice]]] = field(default_factory=dict)
     """Segments that are routed when the pass comes to a site, and the rows that they are routed by."""
     sums: dict[tuple[int, int], list[RouteSum]] = field(default_factory=dict)
@@ -66,9 +102,10 @@ class AdapterDelta:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        settled: Settled,
     ) -> "AdapterDelta":
         """Routes what is known from token ids alone and makes its cores; the rest waits for its site. `dtype` is the
-        cores' type."""
+        cores' type; `settled` is what this build and the next share."""
         delta = AdapterDelta(num_rows, ops, active, keys=[s.adapter for s in segments])
         if active is None:
             return delta
@@ -81,10 +118,17 @@ class AdapterDelta:
         for segment in segments:
             delta._replace(active.folded[segment.adapter], segment.first, segment.end)
         if segments:
-            delta._lay_out(segments, active, dtype, device)
-            begin = time.monotonic()
-            delta._route(segments, active, device)
-            delta.route_seconds = time.monotonic() - begin
+            rows = core_rows(segments, active)
+            spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
+            delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
+            made_of = _made_of(segments, active)
+            if made_of is None or not settled.take(delta, made_of):
+                delta._make_room(segments, rows, active, dtype, device)
+                begin = time.monotonic()
+                delta._route(segments, active, device)
+                delta.route_seconds = time.monotonic() - begin
+                if made_of is not None:
+                    settled.keep(delta, made_of)
         return delta
 
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:
@@ -93,13 +137,10 @@ class AdapterDelta:
         for path, table in adapter.tables.items():
             self.tables.setdefault(path, []).append((slice(first, end), table))
 
-    def _lay_out(
-        self, segments: Sequence[Segment], active: ActiveSet, dtype: torch.dtype, device: torch.device
+    def _make_room(
+        self, segments: Sequence[Segment], rows: list[int], active: ActiveSet, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Tables of who is where, and room for the cores."""
-        spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-        rows = core_rows(segments, active)
-        self.segments, self.plans = active.layout(spans, rows, self.num_rows, device)
+        """Room for the cores, `rows` of it the segments', and in it those that no route makes."""
         if not active.core_rank:
             return
         rank, last = active.core_rank, max(rows)
@@ -163,10 +204,10 @@ class AdapterDelta:
         if plan is None:
             limit = None if factors.ranks else self.active.max_rank
             plan = self.plans[key] = SitePlan.build(self.segments, factors, limit)
-        cores = None
-        if self.cores is not None:
+        cores = self.site_cores.get(at)
+        if cores is None and self.cores is not None:
             first = self.active.arch.first_linear(layer, site)
-            cores = self.cores[:, first : first + len(factors.columns) - 1]
+            cores = self.site_cores[at] = self.cores[:, first : first + len(factors.columns) - 1]
         if self.side is None:
             return self.ops.shrink_core(x, factors, cores, plan)
         self.side.wait_stream(torch.cuda.current_stream())

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from tucka_runtime.adapters.format import Adapter, BankModule, BankSpec, LoRAModule, TuckAModule, TuckASpec
 from tucka_runtime.engine.adapters.active import ActiveSet
-from tucka_runtime.engine.adapters.delta import AdapterDelta
+from tucka_runtime.engine.adapters.delta import AdapterDelta, Settled
 from tucka_runtime.engine.adapters.fold import fold, locate
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedTable
 from tucka_runtime.engine.adapters.segment import Segment
@@ -51,7 +51,7 @@ def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dty
     where, worst = locate(arch), dict.fromkeys(adapter.modules, 0.0)
     for route, member in _choices(adapter, random):
         segment = Segment(0, ROWS, KEY, given=route, member=member)
-        delta = AdapterDelta.build(ROWS, [segment], [], active, ops, dtype, device)
+        delta = AdapterDelta.build(ROWS, [segment], [], active, ops, dtype, device, Settled())
         for layer, s in active.sites:
             site = arch.sites[s]
             x = torch.randn(ROWS, site.d_in, generator=random).to(device, kind)
@@ -166,7 +166,9 @@ def _routing(
         else:
             ids = torch.randint(arch.vocab, (ROWS,), generator=random).to(device)
             active = ActiveSet.stack([folded], arch, dtype, device)
-            delta = AdapterDelta.build(ROWS, [Segment(0, ROWS, KEY, ids=ids)], [], active, ops, dtype, device)
+            delta = AdapterDelta.build(
+                ROWS, [Segment(0, ROWS, KEY, ids=ids)], [], active, ops, dtype, device, Settled()
+            )
             groups, found = delta.routes[0].groups, delta.routes[0].weights
             x = _router_input(adapter, arch, weights, ids)
         logits = (adapter.ec.to(device).double() @ x.double().mean(0)).view(config.k, config.t)
