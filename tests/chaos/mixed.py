@@ -94,10 +94,10 @@ def load(engine: Engine, key: AdapterKey, content: str) -> None:
 
 
 class Solo:
-    """What a request gives alone."""
+    """What a request gives alone: on one seat, so that under the scope `batch` its answers do not route each other."""
 
     def __init__(self) -> None:
-        self.engine = serve(kv_cache_tokens=8192)
+        self.engine = serve(kv_cache_tokens=8192, max_num_seqs=1)
         self.keys: dict[tuple[bool, str], AdapterKey] = {}
 
     def __call__(self, asked: Sent) -> list[Answer]:
