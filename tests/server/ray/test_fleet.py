@@ -75,6 +75,15 @@ def test_settings_of_the_replicas_are_checked_as_the_files_are(tmp_path: Path, c
     assert "--config has no place beside --ray" in capsys.readouterr().err
 
 
+def test_without_ray_it_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("tucka_runtime.cli.main.installed", lambda extra: False)
+    (tmp_path / "f").write_text("replicas: 2")
+    assert main(["serve", "--ray", str(tmp_path / "f")]) == 1
+    assert "sh deploy/install.sh ray" in capsys.readouterr().err
+
+
 @dataclass
 class Context:
     """What the policy reads of Serve's context."""
