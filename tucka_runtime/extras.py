@@ -19,6 +19,7 @@ EXTRAS = {
     "loadtest": Extra(("aiohttp",), "tucka loadtest"),
     "s3": Extra(("s3fs",), "adapters in S3: tucka serve --adapter-source NAME=s3://..."),
     "gs": Extra(("gcsfs",), "adapters in Google Cloud Storage: tucka serve --adapter-source NAME=gs://..."),
+    "ray": Extra(("ray.serve",), "many servers: tucka serve --ray"),
     "otel": Extra(("opentelemetry.exporter.otlp.proto.http",), "traces: tucka serve --otlp-traces-endpoint"),
 }
 

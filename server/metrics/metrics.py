@@ -102,6 +102,16 @@ class Metrics:
     def _observe(self, name: str, value: float, *labels: str) -> None:
         self._histograms[name].labels(*labels).observe(value)
 
+    @property
+    def generated(self) -> float:
+        """Tokens that answers have had so far."""
+        return self._generated.value
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait before the engine's batch, by what it said last."""
+        return 0 if self._load is None else self._load.waiting
+
     def watch_engine(self, pid: Callable[[], int | None]) -> None:
         """Shows memory, CPU time and open files of the engine's process beside this one's."""
         ProcessCollector("tucka_engine", pid=pid, registry=self._processes)  # type: ignore[arg-type]

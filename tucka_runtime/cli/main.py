@@ -11,8 +11,9 @@ from pathlib import Path
 from tucka_runtime import __version__
 from tucka_runtime.cli import keys, settings, vllm_flags
 from tucka_runtime.cli.adapters import add_actions, add_server_flags
+from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ConfigError, TuckaError
-from tucka_runtime.extras import EXTRAS, how_to_install
+from tucka_runtime.extras import EXTRAS, how_to_install, installed
 from tucka_runtime.logs import set_up_logging
 
 log = logging.getLogger("tucka_runtime.cli")
@@ -36,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve = commands.add_parser("serve", help="serve a model and its adapters over HTTP", description=settings.SOURCES)
     serve.usage = "%(prog)s [--model DIR] [--adapter NAME=PATH ...] [flags]"
     settings.add_flags(serve)
+    serve.add_argument(
+        "--ray",
+        metavar="FILE",
+        help="serve many of these under Ray Serve, as this YAML file says (docs/scale.md); needs the extra ray",
+    )
     serve.set_defaults(run=_serve)
 
     batch = commands.add_parser("batch", help="answer a file of requests, without a server", description=BATCH)
@@ -104,12 +110,10 @@ def interval(text: str) -> float:
 
 
 def _serve(flags: argparse.Namespace) -> int:
+    if flags.ray is not None:
+        return _serve_fleet(flags)
     engine_config, server_config = settings.from_environment(flags)
-    set_up_logging(server_config.log_format, "server")
-    for line in flags.translated:
-        log.info("vLLM's command line: %s", line)
-    for variable in settings.unknown_variables(os.environ):
-        log.warning("%s is no setting of this server and has no effect: tucka serve --help lists those", variable)
+    _begin_log(flags, server_config)
     try:
         from tucka_runtime.server.serve import serve
 
@@ -120,6 +124,29 @@ def _serve(flags: argparse.Namespace) -> int:
         logging.shutdown()
         os._exit(0)
     return status
+
+
+def _serve_fleet(flags: argparse.Namespace) -> int:
+    from tucka_runtime.server.ray.fleet import read_fleet
+
+    if getattr(flags, "config", None):
+        raise ConfigError("--config has no place beside --ray: its settings stand in that file, below `serve`.")
+    fleet = read_fleet(Path(flags.ray))
+    engine_config, server_config = settings.from_environment(flags, fleet.serve)
+    _begin_log(flags, server_config)
+    if not installed("ray"):
+        raise ConfigError(f"--ray needs Ray Serve, which is not installed. To get it, {how_to_install('ray')}.")
+    from tucka_runtime.server.ray.app import run
+
+    return run(fleet, engine_config, server_config)
+
+
+def _begin_log(flags: argparse.Namespace, config: ServerConfig) -> None:
+    set_up_logging(config.log_format, "server")
+    for line in flags.translated:
+        log.info("vLLM's command line: %s", line)
+    for variable in settings.unknown_variables(os.environ):
+        log.warning("%s is no setting of this server and has no effect: tucka serve --help lists those", variable)
 
 
 def _batch(flags: argparse.Namespace) -> int:

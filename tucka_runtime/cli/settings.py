@@ -60,9 +60,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings, named as the flags are")
 
 
-def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:
-    """Builds both configs. Raises ConfigError."""
-    file = _read_file(flags["config"]) if flags.get("config") else {}
+def read_settings(
+    flags: Mapping[str, Any], environment: Mapping[str, str], file: Mapping[str, Any] | None = None
+) -> tuple[EngineConfig, ServerConfig]:
+    """Builds both configs. `file` is what stands in the place of --config, of another file. Raises ConfigError."""
+    if file is not None:
+        file = _with_fields(file)
+    else:
+        file = _read_file(flags["config"]) if flags.get("config") else {}
     if unknown := sorted(set(file) - _names()):
         raise ConfigError(f"The configuration file has unknown settings: {', '.join(unknown)}. See tucka serve --help.")
     return _build(EngineConfig, flags, environment, file), _build(ServerConfig, flags, environment, file)
@@ -151,7 +156,12 @@ def _read_file(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"The configuration file {path} must be a mapping of settings to values.")
-    return {str(name).replace("-", "_"): item for name, item in value.items()}
+    return _with_fields(value)
+
+
+def _with_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """By the fields' names: a file may have those of the flags."""
+    return {str(name).replace("-", "_"): item for name, item in settings.items()}
 
 
 def _kind(field: Field[Any]) -> type:
@@ -164,5 +174,7 @@ def _flag(field: Field[Any]) -> str:
     return "--" + field.name.replace("_", "-")
 
 
-def from_environment(flags: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
-    return read_settings(vars(flags), os.environ)
+def from_environment(
+    flags: argparse.Namespace, file: Mapping[str, Any] | None = None
+) -> tuple[EngineConfig, ServerConfig]:
+    return read_settings(vars(flags), os.environ, file)
