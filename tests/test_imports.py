@@ -45,11 +45,13 @@ RULES = {
     "server": f"{SHARED} engine.client adapters.registry adapters.remote server",
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest": "errors client loadtest",
+    "planning": "errors config client loadtest planning",
     TRAIN: f"{SHARED} models adapters trainer {TRAIN}",
     "cli.adapter_files": f"{SHARED} models adapters kernels engine.adapters cli",
     "cli.compress": f"{SHARED} models adapters kernels engine.adapters llm cli",
     "evals": f"{SHARED} llm trainer evals",
     "cli.eval": f"{SHARED} evals",
+    "cli.plan": f"{SHARED} planning loadtest.lengths cli",
     "cli.doctor": f"{SHARED} kernels.dispatch cli",
     "cli": f"{SHARED} adapters.files server.serve server.batch server.ray server.http.key_file cli loadtest.cli",
     "llm": f"{SHARED} engine server.service.text server.service.stops",
@@ -58,7 +60,7 @@ RULES = {
 }
 
 # Neither these nor anything that they import may name torch.
-NO_TORCH = f"{SHARED} {CLIENT} {POLICY} server loadtest"
+NO_TORCH = f"{SHARED} {CLIENT} {POLICY} server loadtest planning"
 
 
 def modules() -> dict[str, Path]:

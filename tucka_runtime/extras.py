@@ -16,7 +16,7 @@ EXTRAS = {
     "train": Extra(("peft", "matplotlib"), "tucka train, tucka eval"),
     "data": Extra(("datasets",), "Parquet files and datasets' folders: tucka train --data"),
     "report": Extra(("tensorboard",), "tucka train --report-to tensorboard"),
-    "loadtest": Extra(("aiohttp",), "tucka loadtest"),
+    "loadtest": Extra(("aiohttp",), "tucka loadtest, tucka plan --measure"),
     "s3": Extra(("s3fs",), "adapters in S3: tucka serve --adapter-source NAME=s3://..."),
     "gs": Extra(("gcsfs",), "adapters in Google Cloud Storage: tucka serve --adapter-source NAME=gs://..."),
     "ray": Extra(("ray.serve",), "many servers: tucka serve --ray"),

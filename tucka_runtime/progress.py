@@ -2,15 +2,24 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def bar(total: int | None, unit: str, shown: bool, what: str | None = None) -> "tqdm[None]":
+    """A bar for `total` of a unit, None where nobody knows how many; before it stands `what` they are."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, disable=not shown, file=sys.stderr, desc=what)
 
 
 class AnswerProgress:
     """Of `total` answers those that are done, and tokens per second. It counts whether it is shown or not."""
 
     def __init__(self, total: int, shown: bool):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit="answer", disable=not shown, file=sys.stderr)
+        self._bar = bar(total, "answer", shown)
         self._begin = time.monotonic()
         self.tokens = 0
 

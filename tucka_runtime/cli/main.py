@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_other(commands, "compress", "tucka_runtime.cli.compress", "make one bank of many adapters", arguments)
     _add_other(commands, "eval", "tucka_runtime.cli.eval", "score a base and adapters on records", arguments, "train")
     _add_other(commands, "loadtest", "tucka_runtime.loadtest.cli", "put a server under load and report", arguments)
+    _add_other(commands, "plan", "tucka_runtime.cli.plan", "size a fleet on paper", arguments, "loadtest")
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     translated: list[str] = []
