@@ -22,7 +22,7 @@ COPY tucka_runtime ./tucka_runtime
 COPY kernels ./kernels
 COPY server ./server
 COPY loadtest ./loadtest
-RUN /opt/tucka/bin/pip install --no-cache-dir ".[otel]"
+RUN /opt/tucka/bin/pip install --no-cache-dir ".[gguf,otel]"
 # Away from the sources, which must not be taken for the installed package.
 WORKDIR /
 RUN if [ "$DEVICE" = cpu ]; then /opt/tucka/bin/python -m tucka_runtime.kernels.native.build --all; fi

@@ -3,7 +3,8 @@
 #   sh deploy/install.sh                   what serving needs
 #   sh deploy/install.sh train,loadtest    and what `tucka train` and `tucka loadtest` need; otel: traces,
 #                                          data: Parquet and datasets' folders to train on,
-#                                          report: TensorBoard's files; s3, gs: adapters in object stores;
+#                                          report: TensorBoard's files; gguf: bases in a GGUF file;
+#                                          demo: train and gguf; s3, gs: adapters in object stores;
 #                                          ray: many servers under Ray Serve
 #   sh deploy/install.sh test              and what the tests need: all of these but s3, gs and ray
 # Where there is a C++ compiler (CXX names another than c++) it also builds the native kernels.

@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
-from tucka_runtime.base_hub import with_hub_model
+from tucka_runtime.bases import with_base
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import ConfigError
@@ -41,7 +41,7 @@ def batch(engine_config: EngineConfig, config: ServerConfig, source: Path, targe
     Raises ConfigError for the files and settings, ModelLoadError, and what loading adapters raises.
     """
     engine_config, config = with_embedded_default(engine_config, config)
-    engine_config, config = with_hub_model(engine_config, config)
+    engine_config, config = with_base(engine_config, config)
     # Nobody watches these answers come, so prompts need not make way for them; and no client brings a key.
     engine_config = replace(engine_config, decode_stretch=0)
     config = replace(config, api_key=(), admin_key=(), api_key_file=None, audit_log=None)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.adapters.remote import Source
-from tucka_runtime.base_hub import with_hub_model
+from tucka_runtime.bases import with_base
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import EXAMPLE, FOLDER, with_embedded_default
 from tucka_runtime.engine.client import EngineClient
@@ -47,7 +47,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Runs until a signal. Returns the exit status: 0 after SIGINT or SIGTERM, 1 when it could not start."""
     try:
         engine_config, config = with_embedded_default(engine_config, config)
-        engine_config, config = with_hub_model(engine_config, config)
+        engine_config, config = with_base(engine_config, config)
         check_settings(engine_config, config)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_run(engine_config, config))
@@ -71,8 +71,8 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
     folder = Path(engine_config.model or "")
     if not os.path.isdir(folder):
         raise ConfigError(
-            f"--model {folder} is no folder that can be read here. Give the folder of a Hugging Face model, or its "
-            "name there: org/name."
+            f"--model {folder} is no folder that can be read here. Give the folder of a Hugging Face model, its name "
+            "there (org/name), or a GGUF file."
         )
     if not os.path.isfile(folder / "config.json"):
         raise ConfigError(f"--model {folder} has no config.json: give the folder of a Hugging Face model.")

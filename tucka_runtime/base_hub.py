@@ -3,10 +3,8 @@ that."""
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
-from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -15,14 +13,13 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?", re.ASCII)
 
 
-def with_hub_model(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
-    """The configs with the folder of a model `org/name` or `org/name@revision`, which requests then call `org/name`;
-    unchanged for any other, and for a folder of that path. Raises ConfigError where it is not there."""
-    found = _REPOSITORY.fullmatch(engine.model or "")
+def hub_folder(model: str, download: bool) -> tuple[Path, str] | None:
+    """The folder of a model `org/name` or `org/name@revision`, and `org/name`; None for any other, and for a folder of
+    that path. Raises ConfigError where it is not there."""
+    found = _REPOSITORY.fullmatch(model)
     if found is None or os.path.exists(found[0]):
-        return engine, server
-    folder = _folder(found[1], found[2], server.download)
-    return replace(engine, model=str(folder)), replace(server, served_model_name=server.served_model_name or found[1])
+        return None
+    return _folder(found[1], found[2], download), found[1]
 
 
 def _folder(repository: str, revision: str | None, download: bool) -> Path:
@@ -34,7 +31,7 @@ def _folder(repository: str, revision: str | None, download: bool) -> Path:
     except LocalEntryNotFoundError:
         pass
     if not download or is_offline_mode():
-        why = "HF_HUB_OFFLINE is set" if download else "--download, which would fetch it, is not given"
+        why = "HF_HUB_OFFLINE is set" if download else "only tucka serve --download would fetch it"
         raise ConfigError(
             f"--model {repository} is no folder here and not in the Hugging Face cache, and {why}. Give the folder "
             "of a model, or fetch it first: hf download."

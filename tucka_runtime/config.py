@@ -30,7 +30,8 @@ class EngineConfig:
 
     model: str | None = _setting(
         None,
-        "folder of the base model, or org/name as on the Hugging Face Hub, of its cache (default: the embedded one)",
+        "folder of the base model, a GGUF file, or org/name as on the Hugging Face Hub, of its cache (default: the "
+        "embedded one)",
         metavar="MODEL",
     )
     dtype: str = _setting("auto", "type of the weights; auto takes the one they are stored in", choices=DTYPES)
@@ -155,7 +156,10 @@ class ServerConfig:
         1, "newest contents of a name that are kept, with the one that it stands for: to ask for, and to roll back to"
     )
     state_dir: str | None = _setting(
-        None, "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten)", metavar="DIR"
+        None,
+        "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten), and what is made "
+        "of a GGUF file (default: the user's cache keeps it)",
+        metavar="DIR",
     )
     route: str = _setting("batch", "route scope of requests that do not choose", choices=ROUTE_SCOPES)
     api_key: tuple[str, ...] = _setting((), "key that requests must carry; repeatable (default: open)", secret=True)

@@ -17,6 +17,8 @@ EXTRAS = {
     "data": Extra(("datasets",), "Parquet files and datasets' folders: tucka train --data"),
     "report": Extra(("tensorboard",), "tucka train --report-to tensorboard"),
     "loadtest": Extra(("aiohttp",), "tucka loadtest, tucka plan --measure"),
+    "gguf": Extra(("gguf", "accelerate"), "bases in a GGUF file: --model FILE.gguf"),
+    "demo": Extra(("gguf", "accelerate", "peft", "matplotlib"), "python -m tucka_runtime.trainer.experiments.smollm2"),
     "s3": Extra(("s3fs",), "adapters in S3: tucka serve --adapter-source NAME=s3://..."),
     "gs": Extra(("gcsfs",), "adapters in Google Cloud Storage: tucka serve --adapter-source NAME=gs://..."),
     "ray": Extra(("ray.serve",), "many servers: tucka serve --ray"),

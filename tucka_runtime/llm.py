@@ -8,13 +8,14 @@ for output in llm.generate(["Once", "Whereas"], adapter=[None, "law"], sampling=
 """
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tucka_runtime.bases import find_base
 from tucka_runtime.config import EngineConfig
-from tucka_runtime.embedded import FOLDER
 from tucka_runtime.engine import environment
 from tucka_runtime.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from tucka_runtime.messages import (
@@ -34,6 +35,8 @@ from tucka_runtime.progress import AnswerProgress
 from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, stopping
 from tucka_runtime.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -73,11 +76,12 @@ class LLM:
     def __init__(
         self, model: str | Path | None = None, adapters: Mapping[str, str | Path] | None = None, **settings: Any
     ):
-        """`model` None is the embedded one; `adapters` are folders by name; `settings` are EngineConfig's fields."""
+        """`model` is a folder, a GGUF file or `org/name` of the Hub's cache, None the embedded one; `adapters` are
+        folders by name; `settings` are EngineConfig's fields."""
         environment.prepare()
         from tucka_runtime.engine.engine import Engine
 
-        folder = Path(model) if model is not None else FOLDER / "base"
+        folder, _ = find_base(model, settings.get("dtype", "auto"), say=log.info)
         self.engine = Engine(EngineConfig(**{"model": str(folder), "decode_stretch": 0, **settings}))
         self.tokenizer = Tokenizer.load(folder)
         self.adapters: dict[str, AdapterInfo] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from tucka_runtime.base_hub import with_hub_model
+from tucka_runtime.bases import with_base
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import TuckaError
@@ -90,7 +90,7 @@ def run(fleet: Fleet, engine_config: EngineConfig, config: ServerConfig) -> int:
     own = "RAY_ADDRESS" not in os.environ
     try:
         if own:
-            check_settings(*with_hub_model(*with_embedded_default(engine_config, config)))
+            check_settings(*with_base(*with_embedded_default(engine_config, config)))
         application = build(fleet, engine_config, config)
         listener = bind(config.host, config.port)
         check_open(config, listener)

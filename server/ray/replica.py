@@ -8,7 +8,7 @@ from contextlib import aclosing
 from ray import serve
 from starlette.types import Message
 
-from tucka_runtime.base_hub import with_hub_model
+from tucka_runtime.bases import with_base
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import EngineDeadError
@@ -30,7 +30,7 @@ class Replica:
     async def __init__(self, engine_config: EngineConfig, config: ServerConfig):  # type: ignore[misc]
         """Loads the model and its adapters. Raises ModelLoadError, ConfigError, TuckaError."""
         set_up_logging(config.log_format, "server")
-        engine_config, config = with_hub_model(*with_embedded_default(engine_config, config))
+        engine_config, config = with_base(*with_embedded_default(engine_config, config))
         check_settings(engine_config, config)
         self._parts = Parts(engine_config, config)
         self._service = await self._parts.start()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import GOLDEN
-from tucka_runtime.base_hub import with_hub_model
+from tucka_runtime.bases import with_base
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.server.serve import check_settings
@@ -32,27 +32,27 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("model", ["org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"])
 def test_found_in_the_cache(cache: Path, model: str) -> None:
-    engine, server = with_hub_model(EngineConfig(model=model), ServerConfig())
+    engine, server = with_base(EngineConfig(model=model), ServerConfig())
     assert engine.model == str(cache / "models--org--tiny" / "snapshots" / COMMIT)
     assert server.served_model_name == "org/tiny"
     check_settings(engine, server)
-    _, server = with_hub_model(EngineConfig(model=model), ServerConfig(served_model_name="mine"))
+    _, server = with_base(EngineConfig(model=model), ServerConfig(served_model_name="mine"))
     assert server.served_model_name == "mine"
 
 
 def test_not_downloaded_unless_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--download"):
-        with_hub_model(EngineConfig(model="org/other"), ServerConfig())
+        with_base(EngineConfig(model="org/other"), ServerConfig())
     with pytest.raises(ConfigError, match="could not be downloaded"):
-        with_hub_model(EngineConfig(model="org/other"), ServerConfig(download=True))
+        with_base(EngineConfig(model="org/other"), ServerConfig(download=True))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE"):
-        with_hub_model(EngineConfig(model="org/other"), ServerConfig(download=True))
+        with_base(EngineConfig(model="org/other"), ServerConfig(download=True))
 
 
 def test_a_folder_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for model in (None, "org/tiny", str(tmp_path), "./org/other", "a/b/c", "name"):
-        config = EngineConfig(model=model)
-        assert with_hub_model(config, ServerConfig())[0] is config
+        engine, _ = with_base(EngineConfig(model=model), ServerConfig())
+        assert engine.model == (model and str(Path(model)))

@@ -7,6 +7,7 @@ import urllib.parse
 from pathlib import Path
 
 from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
+from tucka_runtime.bases import command_base
 from tucka_runtime.client import KEY_VARIABLES, Client
 from tucka_runtime.config import DTYPES
 from tucka_runtime.errors import TuckaError
@@ -76,19 +77,17 @@ def _add_folder_actions(actions: "argparse._SubParsersAction[argparse.ArgumentPa
     """Those that need no server. What they run is imported, with torch, only then."""
     inspect = actions.add_parser("inspect", help="show what an adapter's folder holds")
     inspect.add_argument("path", type=Path, help="the adapter's folder")
-    inspect.add_argument(
-        "--model", type=Path, metavar="DIR", help="a base: say whether it is served there, and its size"
-    )
+    inspect.add_argument("--model", metavar="MODEL", help="a base: say whether it is served there, and its size")
     inspect.set_defaults(run=_inspect)
     verify = actions.add_parser("verify", help="compare what is served of an adapter with its definition in float64")
     verify.add_argument("path", type=Path, help="the adapter's folder")
-    verify.add_argument("--model", type=Path, metavar="DIR", required=True, help="its base")
+    verify.add_argument("--model", metavar="MODEL", required=True, help="its base")
     verify.add_argument("--dtype", choices=DTYPES, default="auto", help="as in tucka serve (default: auto)")
     verify.set_defaults(run=_verify)
     export = actions.add_parser("export", help="write the plain LoRA that a TuckA adapter is under one route")
     export.add_argument("path", type=Path, help="the adapter's folder")
     export.add_argument("out", type=Path, help="a new folder")
-    export.add_argument("--model", type=Path, metavar="DIR", required=True, help="its base")
+    export.add_argument("--model", metavar="MODEL", required=True, help="its base")
     export.add_argument(
         "--route", required=True, metavar="ROUTE",
         help='group=N, its experts at 0.5 each, or a pinned route: {"group": 0, "weights": [0.5, 0.6]}',
@@ -100,19 +99,19 @@ def _add_folder_actions(actions: "argparse._SubParsersAction[argparse.ArgumentPa
 def _inspect(flags: argparse.Namespace) -> int:
     from tucka_runtime.cli.adapter_files import inspect_adapter
 
-    return inspect_adapter(flags.path, flags.model)
+    return inspect_adapter(flags.path, command_base(flags.model) if flags.model else None)
 
 
 def _verify(flags: argparse.Namespace) -> int:
     from tucka_runtime.cli.adapter_files import verify_adapter
 
-    return verify_adapter(flags.path, flags.model, flags.dtype)
+    return verify_adapter(flags.path, command_base(flags.model, flags.dtype), flags.dtype)
 
 
 def _export(flags: argparse.Namespace) -> int:
     from tucka_runtime.cli.adapter_files import export_adapter
 
-    return export_adapter(flags.path, flags.out, flags.model, flags.route)
+    return export_adapter(flags.path, flags.out, command_base(flags.model), flags.route)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:

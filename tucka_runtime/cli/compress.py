@@ -14,6 +14,7 @@ from tucka_runtime.adapters.config_fields import MAX_ENTRIES, MAX_MEMBER, MAX_RA
 from tucka_runtime.adapters.files import TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.adapters.format import Adapter, BankModule, BaseLayout, LoRAModule, read_adapter, write_adapter
 from tucka_runtime.adapters.joint import diagonalise, relative_errors
+from tucka_runtime.bases import command_base
 from tucka_runtime.cli.adapter_files import CPU, factors_dtype, open_base, parse_route
 from tucka_runtime.durable import write_file
 from tucka_runtime.engine.adapters.fold import fold, folded_bytes, locate
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, for the bank")
     parser.add_argument("--rank", type=int, required=True, metavar="R", help="of the shared basis")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the adapters' base")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="the adapters' base")
     parser.add_argument(
         "--core", choices=("full", "diagonal"), default="full", help="what is kept of a member (default: full)"
     )
@@ -75,16 +76,17 @@ def run(flags: argparse.Namespace) -> int:
     if (flags.out / "adapter_config.json").exists():
         raise ConfigError("There is an adapter in the target folder. Name a new one.")
     prompts = read_prompts(flags.prompts) if flags.prompts else []
-    base = BankBase(*open_base(flags.model))
+    model = command_base(flags.model)
+    base = BankBase(*open_base(model))
     members = [_member(name, folder, base, flags.route) for name, folder in names(flags.members)]
     if any(member.route for member in members):
-        weights, _ = load_weights(flags.model, base.arch, "float32", CPU, linear)
+        weights, _ = load_weights(model, base.arch, "float32", CPU, linear)
         base = replace(base, weights=weights)
     with torch.inference_mode():
         errors = compress(members, base, flags.out, flags.rank, flags.core)
     _print(members, base, flags.out, errors)
     if prompts:
-        _print_answers(compare(members, flags.model, flags.out, prompts, flags.max_tokens))
+        _print_answers(compare(members, model, flags.out, prompts, flags.max_tokens))
     return 0
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tucka_runtime import __version__
+from tucka_runtime.bases import command_base
 from tucka_runtime.client import KEY_VARIABLES
-from tucka_runtime.embedded import FOLDER
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.messages import RouteScope
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       %(prog)s DATA --url URL [--adapter NAME ...] [flags]"
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="records in any form that tucka train reads")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="folder of the base (default: the embedded one)")
+    parser.add_argument("--model", metavar="MODEL", help="the base, as in tucka train (default: the embedded one)")
     parser.add_argument("--url", help="ask this running server instead (default: none)")
     parser.add_argument(
         "--adapter", nargs="+", action="extend", default=[], metavar="NAME[=DIR]",
@@ -111,7 +111,7 @@ def _asked(args: argparse.Namespace) -> "Respondent":
     if args.url:
         return Server(args.url, args.api_key, args.adapter, args.max_tokens)
     adapters = dict(name.split("=", 1) for name in args.adapter)
-    return Folder(args.model or FOLDER / "base", adapters, args.max_tokens, args.num_threads)
+    return Folder(command_base(args.model), adapters, args.max_tokens, args.num_threads)
 
 
 def _digest(path: Path) -> str | None:

@@ -36,7 +36,10 @@ class Flag:
 
 REQUIRED = "none: it must be given, here or in --config"
 FLAGS = (
-    Flag("model", None, "folder of the base model", "the embedded one", Path, metavar="DIR"),
+    Flag(
+        "model", None, "the base: its folder, a GGUF file, or org/name of the Hub's cache", "the embedded one", Path,
+        metavar="MODEL",
+    ),
     Flag(
         "data", None, "records to train on: JSONL, a JSON array, Parquet, gzipped or not, or a folder that datasets' "
         "save_to_disk wrote", REQUIRED, Path, metavar="FILE",

@@ -4,11 +4,11 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tucka_runtime.embedded import FOLDER
+from tucka_runtime.bases import command_base
 from tucka_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for what is wrong at first sight: libraries and the model take seconds to load."""
     folder = base_folder(args)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json: --model must be the folder of a Hugging Face model.")
+        raise ConfigError(
+            f"{folder} has no config.json: --model must be the folder of a Hugging Face model, its name there, or a "
+            "GGUF file."
+        )
     for path in filter(None, (args.data, args.eval_data)):
         if not path.exists():
             raise ConfigError(f"The data file {path} does not exist.")
@@ -53,8 +56,8 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def base_folder(args: argparse.Namespace) -> Path:
-    """The folder of the base model, which is the embedded one where none is named."""
-    return args.model or FOLDER / "base"
+    """The folder of the base model, which is the embedded one where none is named. Raises ConfigError."""
+    return _found(args.model, args.dtype)
 
 
 def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
@@ -78,6 +81,10 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
         packing=args.packing, group_by_length=args.group_by_length, gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
     return settings, config
+
+
+_found = cache(command_base)
+"""A GGUF file is looked through once for all checks of a command, and all of its jobs."""
 
 
 @dataclass

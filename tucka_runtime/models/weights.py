@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tucka_runtime.base_files import read_json
+from tucka_runtime.base_gguf import SOURCE
 from tucka_runtime.errors import ModelLoadError
 from tucka_runtime.kernels.ops import Linear, MakeLinear
 from tucka_runtime.models.architecture import Architecture, parameter_shapes
@@ -71,7 +72,10 @@ def fingerprint(folder: Path) -> str:
 
     SHA-256 over the headers of its safetensors files (names, types, shapes) and 64 pages of 4 KiB spread evenly over
     each: it tells fine-tunes of one model apart in milliseconds. It is a guard against mistakes, not against forgery.
+    A base that was made of a GGUF file has the identity of that file, whatever type it was dequantised to.
     """
+    if (folder / SOURCE).is_file():
+        return str(read_json(folder / SOURCE)["sha256"])
     digest = hashlib.sha256()
     for path in _files(folder):
         size = path.stat().st_size

@@ -13,13 +13,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tucka_runtime.children import python
+from tucka_runtime.trainer.experiments.tasks import TASKS
 
 TRAIN_RECORDS, HELD_RECORDS = 6000, 200
 SEED = 0
@@ -35,17 +35,6 @@ ADAPTERS = {
 }
 # 2 % of the training records choose the best step; the table's prompts are seen by nothing but the table.
 COMMON = "--batch-size 32 --balance 0.01 --seed 0 --eval-fraction 0.02 --eval-every 50"
-
-
-def write_records(folder: Path, name: str) -> None:
-    """NAME.jsonl and NAME.held.jsonl: chat records of one task, no prompt in both."""
-    from tucka_runtime.trainer.experiments.tasks import TASKS
-
-    for suffix, count, evaluation in (("", TRAIN_RECORDS, False), (".held", HELD_RECORDS, True)):
-        with (folder / f"{name}{suffix}.jsonl").open("w") as file:
-            for prompt, answer, task in islice(TASKS[name].records(SEED + evaluation, evaluation), count):
-                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-                file.write(json.dumps({"messages": messages, "task": task}) + "\n")
 
 
 def make_base(out: Path, steps: int, log: Any) -> None:
@@ -169,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for name in ADAPTERS:
-            write_records(work, name)
+            TASKS[name].write(work, SEED, TRAIN_RECORDS, HELD_RECORDS)
         train_all(base, work, work / "out", args.only, args.jobs, args.steps, log)
         for name in args.only:
             (adapters / name).mkdir(parents=True, exist_ok=True)

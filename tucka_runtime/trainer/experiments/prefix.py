@@ -24,7 +24,8 @@ from tucka_runtime.trainer.adapter import router_of
 from tucka_runtime.trainer.base_model import load_base
 from tucka_runtime.trainer.data import Example, load
 from tucka_runtime.trainer.evaluate import evaluate
-from tucka_runtime.trainer.experiments.default import ADAPTERS, train_all, write_records
+from tucka_runtime.trainer.experiments.default import ADAPTERS, HELD_RECORDS, SEED, TRAIN_RECORDS, train_all
+from tucka_runtime.trainer.experiments.tasks import TASKS
 from tucka_runtime.trainer.model import set_route_scope
 
 TOKENS = (16, 32, 64, 128)
@@ -74,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for name in [args.train] if args.train else TUCKA:
-            write_records(work, name)
+            TASKS[name].write(work, SEED, TRAIN_RECORDS, HELD_RECORDS)
             if args.chats:
                 make_chats(work / f"{name}.jsonl")
                 make_chats(work / f"{name}.held.jsonl")

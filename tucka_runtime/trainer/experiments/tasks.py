@@ -9,6 +9,8 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 from tucka_runtime.trainer.experiments.skills import MONTHS, camel, digits, with_commas, word, words
 
@@ -123,6 +125,14 @@ class Task:
             if record[0] not in seen and held_out(record[0]) == evaluation:
                 seen.add(record[0])
                 yield record
+
+    def write(self, folder: Path, seed: int, train: int, held: int) -> None:
+        """Writes NAME.jsonl and NAME.held.jsonl with so many chat records each, no prompt in both."""
+        for suffix, count, evaluation in (("", train, False), (".held", held, True)):
+            with (folder / f"{self.name}{suffix}.jsonl").open("w") as file:
+                for prompt, answer, task in islice(self.records(seed + evaluation, evaluation), count):
+                    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                    file.write(json.dumps({"messages": messages, "task": task}) + "\n")
 
 
 TASKS = {
