@@ -71,12 +71,15 @@ def fingerprint(folder: Path) -> str:
 
     SHA-256 over the headers of its safetensors files (names, types, shapes) and 64 pages of 4 KiB spread evenly over
     each: it tells fine-tunes of one model apart in milliseconds. It is a guard against mistakes, not against forgery.
+    Raises ModelLoadError.
     """
     digest = hashlib.sha256()
     for path in _files(folder):
         size = path.stat().st_size
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
+            if 8 + length > size:
+                raise ModelLoadError(f"{path} is not a readable safetensors file: it is shorter than its header says.")
             header = f.read(min(length, 64 << 20))
             digest.update(len(header).to_bytes(8, "little") + header)
             start = 8 + length
