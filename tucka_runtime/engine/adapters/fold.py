@@ -88,9 +88,7 @@ def fold(
         bank = BankCores(_numbers([at for at, _ in members], arch, device), stacked)
     tables = _tables(adapter, saved, arch, weights, dtype)
     folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank)
-    # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
-    # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
-    if not torch.stack([end for t in folded.tensors() for end in t.aminmax()]).isfinite().all():
+    if not folded.is_finite():
         raise InvalidAdapterError(
             f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
             "or its alpha are far too large."
