@@ -165,9 +165,8 @@ class Parts:
         state = self._config.state_dir
         self._registry = await asyncio.to_thread(AdapterRegistry, Path(state) if state else None)
         self._service = await _start(self.engine, self._engine_config, self._config, self._registry)
-        declared = Declared(
-            self._service.adapters, _path(self._config.adapter_watch), _path(self._config.adapters_file)
-        )
+        service, config = self._service, self._config
+        declared = Declared(service.adapters, _path(config.adapter_watch), _path(config.adapters_file), service.audit)
         await declared.look(first=True)
         self._keeping = asyncio.create_task(declared.run())
         return self._service
@@ -215,7 +214,8 @@ async def _start(
     await adapters.restore(started.fingerprint)
     for adapter_name, path in _first_adapters(config).items():
         try:
-            await adapters.load(adapter_name, path, inplace=True, durable=False)
+            keep = adapter_name in config.adapter_resident or None
+            await adapters.load(adapter_name, path, inplace=True, durable=False, keep_resident=keep)
         except TuckaError as error:
             raise ConfigError(f"--adapter {adapter_name}: {error.message}") from None
     adapters.ready = True
@@ -238,6 +238,8 @@ def _first_adapters(config: ServerConfig) -> dict[str, Path]:
         if name in adapters:
             raise ConfigError(f"--adapter {name} is given twice: every adapter needs a name of its own.")
         adapters[name] = Path(path).resolve()
+    if unknown := set(config.adapter_resident) - adapters.keys():
+        raise ConfigError(f"--adapter-resident {min(unknown)}: there is no --adapter of that name.")
     return adapters
 
 

@@ -15,7 +15,9 @@ from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
     AdapterLoaded,
+    AdapterPart,
     AdapterRefused,
+    CombineAdapters,
     EngineInfo,
     EngineLoad,
     EvictAdapter,
@@ -81,6 +83,9 @@ MESSAGES: list[Any] = [
     Abort("id", 3),
     LoadAdapter(1, KEY, Path("/a/b"), ROUTE, "blob"),
     LoadAdapter(1, KEY, Path("c"), None, None, resident=False),
+    CombineAdapters(
+        1, KEY, (AdapterPart(Path("c"), ROUTE, "blob", 3, -0.5), AdapterPart(Path("d"), None, None, None, 1.0))
+    ),
     EvictAdapter(KEY),
     UnloadAdapter(KEY),
     Stop(),

@@ -129,6 +129,9 @@ class ServerConfig:
     served_model_name: str | None = _setting(None, "name of the base model in requests (default: its folder's name)")
     download: bool = _setting(False, "fetch a --model org/name that is not in the cache from the Hugging Face Hub")
     adapter: tuple[str, ...] = _setting((), "adapter to load at start; repeatable", metavar="NAME=PATH")
+    adapter_resident: tuple[str, ...] = _setting(
+        (), "an --adapter of this name keeps its slot, whatever else is asked for; repeatable", metavar="NAME"
+    )
     adapter_root: tuple[str, ...] = _setting(
         (), "folder below which adapters may be loaded over HTTP; repeatable (default: none may)", metavar="DIR"
     )

@@ -5,6 +5,7 @@ A request holds one or several prompts and asks `n` answers of each; every (prom
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -47,10 +48,19 @@ FlowKey = tuple[str, str | None]
 @dataclass(frozen=True, slots=True)
 class Route:
     """The chosen expert group and its experts' weights, t of them: a router's are in [0.269, 0.731], a pinned route's
-    in [0, 1]."""
+    in [0, 1]. Of a combination with several routers it has the groups of all as one number, the last one's counted
+    first, and their weights one behind the other."""
 
     group: int
     weights: tuple[float, ...]
+
+    def split(self, sizes: Sequence[tuple[int, int]]) -> "list[Route]":
+        """The routes of the routers of a combination, each of k groups of t experts: `sizes` has (k, t)."""
+        found, group, end = [], self.group, len(self.weights)
+        for k, t in reversed(sizes):
+            found.append(Route(group % k, self.weights[end - t : end]))
+            group, end = group // k, end - t
+        return found[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,11 +245,12 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A loaded adapter. `kind` is "tucka", "lora" or "bank", whose `members` requests choose from. `scope` is what it
-    is served with unless the request says so: "pinned" where its route is fixed, which no request changes; what its
-    manifest says it was trained for ("route"); or None. `route_prefix_tokens` is how many tokens route a prompt under
-    the scope "prefix", None without a router. `bytes` are those of its tensors on the device; `training` is its
-    manifest; `load_seconds` what each stage of loading it took."""
+    """A loaded adapter. `kind` is "tucka", "lora" or "bank", whose `members` requests choose from, or "combination", of
+    which the engine does not know the digest. `scope` is what it is served with unless the request says so: "pinned"
+    where its route is fixed, which no request changes; what its manifest says it was trained for ("route"); or None.
+    `route_prefix_tokens` is how many tokens route a prompt under the scope "prefix", None without a router. `bytes` are
+    those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage of loading it
+    took."""
 
     key: AdapterKey
     digest: str
@@ -340,6 +351,28 @@ class LoadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterPart:
+    """An adapter of a combination: what it is loaded from, as in `LoadAdapter`, which `member` is meant where it is a
+    bank, and the `weight` that its change is multiplied with."""
+
+    folder: Path
+    pinned: Route | None
+    blob: str | None
+    member: int | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class CombineAdapters:
+    """The same of several adapters as one, whose change is the weighted sum of theirs."""
+
+    call: int
+    key: AdapterKey
+    parts: tuple[AdapterPart, ...]
+    resident: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class EvictAdapter:
     """From its slot into the host cache: nothing leases it."""
 
@@ -358,7 +391,7 @@ class Stop:
     """Ends the process."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | EvictAdapter | UnloadAdapter | Stop
+ToEngine = Submit | Abort | LoadAdapter | CombineAdapters | EvictAdapter | UnloadAdapter | Stop
 
 
 @dataclass(frozen=True, slots=True)

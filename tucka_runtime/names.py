@@ -1,6 +1,7 @@
 """What adapters, versions and aliases may be called. Standard library only."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,16 @@ def loggable(name: str) -> str:
 def version_name(name: str, digest: str) -> str:
     """What a version of the name is called."""
     return f"{name}@{digest[:VERSION_DIGITS]}"
+
+
+def combined_name(names: Iterable[str]) -> str:
+    """What a combination of adapters is called in metrics: no adapter's name has a plus."""
+    return "+".join(names)
+
+
+def split_combined(name: str) -> list[str]:
+    """The names of a combination's adapters; of an adapter its own."""
+    return name.split("+")
 
 
 def split_version(name: str) -> tuple[str, str] | None:

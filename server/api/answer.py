@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.messages import Request, RouteReport
+from tucka_runtime.messages import Request, Route, RouteReport
 from tucka_runtime.server.api.bodies import GenerationBody, StreamOptions
 from tucka_runtime.server.api.logprobs import Labels, prompt_logprobs
 from tucka_runtime.server.http.answers import encode_json, encode_text
 from tucka_runtime.server.http.errors import envelope
 from tucka_runtime.server.service.events import Text
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
-from tucka_runtime.server.service.leases import LoadedAdapter
+from tucka_runtime.server.service.leases import Combination, Served
 from tucka_runtime.tokenizer import Tokenizer
 
 G = TypeVar("G", bound=GenerationBody)
@@ -56,7 +56,7 @@ class OpenAIAnswer(Answer, Generic[G]):
         body: G,
         options: StreamOptions,
         request: Request,
-        adapter: LoadedAdapter | None,
+        adapter: Served | None,
         tokenizer: Tokenizer | None,
         fingerprint: str,
     ):
@@ -130,20 +130,22 @@ class OpenAIAnswer(Answer, Generic[G]):
         return found
 
 
-def route_json(request: Request, adapter: LoadedAdapter | None, report: RouteReport | None) -> dict[str, Any] | None:
-    """The route as JSON; None for the base and for adapters that have no router."""
+def route_json(request: Request, adapter: Served | None, report: RouteReport | None) -> dict[str, Any] | None:
+    """The route as JSON, of a combination those of its adapters that have one; None for the base and for adapters that
+    have no router."""
     if adapter is not None and adapter.pinned is not None:
         report = RouteReport(adapter.pinned, 0)
     if adapter is None or report is None:
         return None
-    return {
-        "adapter": adapter.key.name,
-        "digest": adapter.digest,
-        "scope": str(request.route_scope),
-        "group": report.route.group,
-        "weights": list(report.route.weights),
-        "changes": report.changes,
-    }
+    head = {"adapter": adapter.key.name, "digest": adapter.digest, "scope": str(request.route_scope)}
+    if isinstance(adapter, Combination):
+        each = [{"name": one.key.name} | _choice(route) for one, route in adapter.split(report.route)]
+        return {**head, "adapters": each, "changes": report.changes}
+    return {**head, **_choice(report.route), "changes": report.changes}
+
+
+def _choice(route: Route) -> dict[str, Any]:
+    return {"group": route.group, "weights": list(route.weights)}
 
 
 def event(chunk: dict[str, Any]) -> bytes:

@@ -40,7 +40,7 @@ async def count_tokens(request: HTTPRequest) -> Response:
     """`{"input_tokens"}`: the tokens of the prompt that the same body would be answered to."""
     service: Service = request.app.state.service
     body = await read_body(request, CountTokensBody)
-    await service.find(body.model, request.state.access)
+    await service.find(body.model, request.state.access, body.user, body.weighted)
     told = conversation(body)
     prompt = await render(service, told.messages, told.tools, told.rendering, "messages")
     (ids,) = await service.encode([prompt], body.add_special_tokens is True, "messages")

@@ -4,8 +4,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tucka_runtime.server.api.door import Endpoint
-from tucka_runtime.server.http.errors import reason
-from tucka_runtime.server.service.audit import watched
 from tucka_runtime.server.service.service import Service
 
 
@@ -17,15 +15,7 @@ def audited(route: str, endpoint: Endpoint) -> Endpoint:
         service: Service = request.app.state.service
         if service.audit is None:
             return await endpoint(request)
-        await service.audit.check()
-        result = "ok"
-        with watched(route) as change:
-            try:
-                return await endpoint(request)
-            except BaseException as error:
-                result = reason(error)
-                raise
-            finally:
-                await service.audit.write(request.state.access.name, request.state.request_id, change, result)
+        async with service.audit.change(route, request.state.access.name, request.state.request_id):
+            return await endpoint(request)
 
     return change

@@ -18,6 +18,8 @@ from tucka_runtime.server.api.conversation import (
     ToolChoiceOption,
 )
 from tucka_runtime.server.api.values import (
+    MAX_ADAPTER_WEIGHT,
+    MAX_ADAPTERS,
     MAX_CHOICES,
     MAX_EXPERTS,
     MAX_STOP_CHARS,
@@ -143,14 +145,33 @@ class Unsupported(Body, without_effect=True):
     session_params: Nothing = None
 
 
+class WeightedAdapter(Body):
+    """One of several adapters whose changes are added up, each times its weight."""
+
+    name: NonEmpty
+    weight: Annotated[float, Field(ge=-MAX_ADAPTER_WEIGHT, le=MAX_ADAPTER_WEIGHT)] | None = None
+
+
+Weighted = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True)]
+
+
 class ModelBody(Body):
-    """What is asked of the engine at every door. `user` says whose requests an alias answers alike."""
+    """What is asked of the engine at every door. `adapters` are combined on the base, which `model` has to be then.
+    `user` says whose requests an alias answers alike."""
 
     model: NonEmpty
+    adapters: Weighted | None = None
     user: str | None = None
     cache_salt: CacheSalt | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     route: Literal["batch", "request", "prefix"] | None = None
+
+    @property
+    def weighted(self) -> list[tuple[str, float]] | None:
+        """The adapters to be combined, with their weights."""
+        if self.adapters is None:
+            return None
+        return [(one.name, 1.0 if one.weight is None else one.weight) for one in self.adapters]
 
 
 class TruncationFields(Body):

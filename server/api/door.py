@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Pooling, Request, RouteScope, SamplingParams
+from tucka_runtime.names import combined_name
 from tucka_runtime.server.api.answer import Answer
 from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
 from tucka_runtime.server.api.reading import read_body
@@ -22,7 +23,7 @@ from tucka_runtime.server.http.limits import UNBOUNDED_ANSWER
 from tucka_runtime.server.http.stream import HEARTBEAT, EventStream, until_disconnect, with_silences
 from tucka_runtime.server.service.events import ParserFactory, PlainText
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation, Usage
-from tucka_runtime.server.service.leases import LoadedAdapter
+from tucka_runtime.server.service.leases import Served
 from tucka_runtime.server.service.request_log import Origin
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.text import stopping
@@ -42,7 +43,7 @@ class Context:
     the client knows the HTTP request by; `tenant` stands for the request's key, or for all of its tenant."""
 
     service: Service
-    adapter: LoadedAdapter | None
+    adapter: Served | None
     tenant: str
     id: str
     request_id: str
@@ -104,7 +105,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
     access: Access = http.state.access
-    lease = await service.resolve(body.model, access, body.user)
+    lease = await service.resolve(body.model, access, body.user, body.weighted)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
@@ -112,7 +113,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
         http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
-        origin = Origin.of(http, door.operation, model, body.model, shown)
+        asked = body.model if body.weighted is None else combined_name(f"{n}*{w:g}" for n, w in body.weighted)
+        origin = Origin.of(http, door.operation, model, asked, shown)
     except BaseException:
         lease.release()
         raise

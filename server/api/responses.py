@@ -46,7 +46,7 @@ from tucka_runtime.server.api.turn import ChatTurn, ask
 from tucka_runtime.server.http.answers import encode_json
 from tucka_runtime.server.http.errors import envelope
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
-from tucka_runtime.server.service.leases import LoadedAdapter
+from tucka_runtime.server.service.leases import Served
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.text import Token
 
@@ -186,7 +186,7 @@ class ResponseAnswer(Answer):
     """The response, or the events that make it: each is named, numbered, and `response.completed` or
     `response.incomplete` is the last, `response.failed` where it cannot go on."""
 
-    def __init__(self, body: ResponseBody, request: Request, adapter: LoadedAdapter | None, scores: Scores | None):
+    def __init__(self, body: ResponseBody, request: Request, adapter: Served | None, scores: Scores | None):
         self._body, self._request, self._adapter = body, request, adapter
         self._created = int(time.time())
         self._output = ResponseOutput(request.id, scores)

@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 
 from tucka_runtime.names import MAX_TARGETS, MAX_WEIGHT, VERSION_DIGITS
 
+MAX_ADAPTERS = 8  # of a combination
+MAX_ADAPTER_WEIGHT = 100.0
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from tucka_runtime.messages import AdapterInfo, AdapterKey, FinishReason, Route
+from tucka_runtime.names import split_combined
 from tucka_runtime.server.metrics.exposition import Histogram, head, label
 
 MAX_IDLE_ROWS = 1024  # rows of adapters that had a slot and have none
@@ -134,8 +135,9 @@ class AdapterMetrics:
         self._write_stale()
         texts = [block.text for block in self._blocks]
         if sees is not None:
-            texts = [text for block in self._blocks for name, text in block.rows.items() if sees(name)]
-            ages = {name: age for name, age in (ages or {}).items() if sees(name)}
+            seen = {name for name in self._rows if all(map(sees, split_combined(name)))}
+            texts = [text for block in self._blocks for name, text in block.rows.items() if name in seen]
+            ages = {name: age for name, age in (ages or {}).items() if name in seen}
         parts: list[bytes] = []
         columns = zip(*texts, strict=True) if texts else ((),) * len(_HEADS)
         for lines, column in zip(_HEADS, columns, strict=True):

@@ -20,7 +20,7 @@ from tucka_runtime.server.metrics.vllm import Load, Residence, VLLMMetrics
 @dataclass(frozen=True)
 class AdapterTiers:
     """Where adapters are at one moment. `loaded` is how many names stand for one; `awaited` how many requests wait for
-    one, and `awaited_names` for which."""
+    one, and `awaited_names` for which. `combined` is how many combinations have a slot, which no name stands for."""
 
     loaded: int = 0
     resident: tuple[Residence, ...] = ()
@@ -28,6 +28,7 @@ class AdapterTiers:
     host_bytes: int = 0
     awaited: int = 0
     awaited_names: frozenset[str] = frozenset()
+    combined: int = 0
 
 
 LOAD_ERRORS: tuple[type[TuckaError], ...] = (
@@ -275,6 +276,7 @@ class Metrics:
             self._set("adapters", count, tier)
         self._set("adapter_host_bytes", tiers.host_bytes)
         self._set("adapters_awaited", tiers.awaited)
+        self._set("adapters_combined", tiers.combined)
         self._set("adapters_lost", lost)
         self._set("adapter_slots", self._max_adapters)
         if info is not None:

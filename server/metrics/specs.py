@@ -83,6 +83,7 @@ SPECS = (
     _gauge("adapters", "the same by where they are", "tier"),
     _gauge("adapter_host_bytes", "bytes of adapters in the host cache"),
     _gauge("adapters_awaited", "requests that wait for their adapter to get a slot"),
+    _gauge("adapters_combined", "combinations of adapters that are resident"),
     _counter("adapter_lookups", "requests that named an adapter, by where it was", "tier"),
     _histogram("adapter_wait_seconds", "a request's wait for its adapter to get a slot", LOAD_SECONDS),
     _histogram("adapter_transition_seconds", "an adapter on its way into its slot", LOAD_SECONDS, "transition"),

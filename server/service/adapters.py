@@ -232,10 +232,6 @@ class AdapterNames(RestoredNames):
             await self._copies.save(old.entry, durable)
         return old
 
-    def _next_generation(self) -> int:
-        self._generation += 1
-        return self._generation
-
     def _check_owner(self, entry: RegistryEntry) -> None:
         if entry.version_of is not None:
             raise InvalidRequestError("That is a version of a name, which goes with the name. Give the name.", "name")

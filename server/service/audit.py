@@ -10,9 +10,9 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from typing import TypeVar
 from tucka_runtime.errors import ConfigError, StorageError
 from tucka_runtime.logs import fields
 from tucka_runtime.names import loggable
+from tucka_runtime.server.http.errors import reason
 
 T = TypeVar("T")
 
@@ -83,6 +84,24 @@ class AuditLog:
             raise StorageError(
                 "The server's audit log cannot be written, so nothing is changed. Make room on its disk."
             )
+
+    @asynccontextmanager
+    async def change(
+        self, action: str, key: str | None, request_id: str | None, refusals: bool = True, **more: object
+    ) -> AsyncIterator[None]:
+        """What is changed within gets its line, also, with `refusals`, where it fails. Raises StorageError, before
+        anything is done, while there are lines that cannot be written."""
+        await self.check()
+        result = "ok"
+        with watched(action) as change:
+            try:
+                yield
+            except BaseException as error:
+                result = reason(error)
+                raise
+            finally:
+                if refusals or result == "ok":
+                    await self.write(key, request_id, change, result, **more)
 
     async def write(
         self, key: str | None, request_id: str | None, change: AuditedChange, result: str, **more: object

@@ -18,10 +18,17 @@ from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.engine.client import EngineClient
-from tucka_runtime.errors import AdapterCapacityError, EngineDeadError, StorageError, TuckaError
-from tucka_runtime.messages import AdapterInfo
+from tucka_runtime.errors import (
+    AdapterCapacityError,
+    EngineDeadError,
+    InvalidRequestError,
+    StorageError,
+    TuckaError,
+)
+from tucka_runtime.messages import AdapterInfo, AdapterPart
 from tucka_runtime.names import Alias
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.leases import Combination
 from tucka_runtime.server.service.sources import AdapterSources, Found
 
 T = TypeVar("T")
@@ -130,6 +137,26 @@ class Copies:
             if not await self.again(entry):
                 raise
             return await self.load(entry, resident)
+
+    async def combine(self, combination: Combination, resident: bool) -> AdapterInfo:
+        """Has the engine make a combination of its adapters' copies, which are copied once more where need be. Raises
+        InvalidRequestError where it cannot be made of them, and what `load` does."""
+        parts = tuple(
+            [
+                AdapterPart(self._registry.folder(one.entry.blob), one.pinned, one.entry.blob, one.member, weight)
+                for one, weight in combination.parts
+            ]
+        )
+        try:
+            info = await self._engine.combine_adapters(combination.key, parts, resident)
+        except (EngineDeadError, AdapterCapacityError, InvalidRequestError):
+            raise
+        except TuckaError:
+            if not all([await self.again(one.entry) for one, _ in combination.parts]):
+                raise
+            info = await self._engine.combine_adapters(combination.key, parts, resident)
+        self._metrics.load_took(info.load_seconds)
+        return replace(info, digest=combination.digest)
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""

@@ -8,8 +8,8 @@ what neither names. Both are looked at every POLL_SECONDS: events of a file syst
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,14 @@ from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
 from tucka_runtime.names import check_name
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.audit import AuditLog, note
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.sources import Found
 
 log = logging.getLogger(__name__)
+
+WATCH, FILE = "--adapter-watch", "--adapters-file"
+"""What declares adapters, as the audit log has it. A restart forgets those of a folder, which has them."""
 
 POLL_SECONDS = 2.0
 RETRY_SECONDS = 30.0  # until what could not be loaded is tried again, if nothing has changed
@@ -85,10 +89,11 @@ class Tries:
 
 
 class Declared:
-    """Keeps the names as `folder` and `file` say, while `run` runs."""
+    """Keeps the names as `folder` and `file` say, while `run` runs. What that changes has its line in the audit log;
+    what fails has not, for it is tried again and again."""
 
-    def __init__(self, adapters: AdapterNames, folder: Path | None, file: Path | None):
-        self._adapters = adapters
+    def __init__(self, adapters: AdapterNames, folder: Path | None, file: Path | None, audit: AuditLog | None = None):
+        self._adapters, self._audit = adapters, audit
         self._folder, self._file = folder, file
         self._seen: dict[str, Signature] = {}
         self._loaded: dict[str, Signature] = {}
@@ -122,14 +127,14 @@ class Declared:
             self._say(f"--adapter-watch {folder} cannot be read: {error.strerror}; adapters stay as they are")
             return
         for name in self._loaded.keys() - present.keys():
-            await self._unload(name)
+            await self._unload(name, WATCH)
             del self._loaded[name]
         for name, signature in present.items():
             settled = first or self._seen.get(name) == signature
             if settled and self._loaded.get(name) != signature and self._tries.may(name, signature):
                 found = nullcontext(Found(folder / name, str(folder / name)))
                 with self._tries.noted(name, signature):
-                    await self._load(name, found, durable=False)
+                    await self._load(name, found, WATCH)
                     self._loaded[name] = signature
         self._seen = present
 
@@ -145,11 +150,11 @@ class Declared:
         for name, source in self._declaration.wanted.items():
             if not self._stands(name, source) and self._tries.may(name, source):
                 with self._tries.noted(name, source):
-                    adapter = await self._load(name, self._adapters.sources.found(source), durable=True)
+                    adapter = await self._load(name, self._adapters.sources.found(source), FILE)
                     self._applied[name] = source, adapter.key.generation
         for name in self._declaration.unwanted:
             if self._adapters.knows(name):
-                await self._unload(name)
+                await self._unload(name, FILE)
 
     def _stands(self, name: str, source: str) -> bool:
         """Whether the name stands for what was loaded from there: by this, or before a restart."""
@@ -157,16 +162,27 @@ class Declared:
             return False
         return self._applied.get(name) == (source, adapter.key.generation) or adapter.entry.source == source
 
-    async def _load(self, name: str, found: AbstractAsyncContextManager[Found], durable: bool) -> LoadedAdapter:
-        adapter, _ = await self._adapters.load_from(name, found, True, None, durable)
+    async def _load(self, name: str, found: AbstractAsyncContextManager[Found], by: str) -> LoadedAdapter:
+        async with self._changing("load", name, by):
+            adapter, _ = await self._adapters.load_from(name, found, True, None, durable=by == FILE)
         return adapter
 
-    async def _unload(self, name: str) -> None:
+    async def _unload(self, name: str, by: str) -> None:
         """It may be gone, or the base."""
         try:
-            await self._adapters.unload(name)
+            async with self._changing("unload", name, by):
+                await self._adapters.unload(name)
         except TuckaError as error:
             self._say(f"declared adapter {name} is not unloaded: {error.message}")
+
+    @asynccontextmanager
+    async def _changing(self, action: str, name: str, by: str) -> AsyncIterator[None]:
+        if self._audit is None:
+            yield
+            return
+        async with self._audit.change(action, None, None, refusals=False, by=by):
+            note(action, name)
+            yield
 
     def _say(self, what: str) -> None:
         """Once, until something else is said."""

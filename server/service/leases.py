@@ -1,11 +1,15 @@
 """Who uses which generation of an adapter, so that one that was unloaded or replaced leaves with its last request."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
 
 from tucka_runtime.adapters.entry import RegistryEntry
-from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
+from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
+from tucka_runtime.names import combined_name
 from tucka_runtime.server.service.coming import Load
 from tucka_runtime.server.service.residency import Residency
 
@@ -41,9 +45,61 @@ class LoadedAdapter:
         return self.entry.digest
 
     @property
+    def keys(self) -> tuple[AdapterKey, ...]:
+        """The generations that a request needs to stay."""
+        return (self.key,)
+
+    @property
+    def routed(self) -> "tuple[LoadedAdapter, ...]":
+        """What has a route: itself, if it is a TuckA adapter."""
+        return (self,) if self.info.kind == "tucka" else ()
+
+    @property
     def pinned(self) -> Route | None:
         """The route it was loaded with."""
         return self.entry.pinned_route
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Several adapters as one, made for requests that ask for them with weights (`parts`). It has a key of its own, and
+    a name, in metrics, that says no weights."""
+
+    key: AdapterKey
+    parts: tuple[tuple[LoadedAdapter, float], ...]
+
+    pinned: ClassVar[None] = None
+    member: ClassVar[None] = None
+
+    @property
+    def model(self) -> str:
+        """How the log calls it."""
+        return combined_name(f"{adapter.model}*{weight:g}" for adapter, weight in self.parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what it is made of: digests, pinned routes, members and weights."""
+        made_of = [(one.digest, one.pinned, one.member, weight) for one, weight in self.parts]
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()
+
+    @property
+    def keys(self) -> tuple[AdapterKey, ...]:
+        """Its own, and those of its adapters: from their copies it is made again if it has to leave the engine."""
+        return (self.key, *(adapter.key for adapter, _ in self.parts))
+
+    @property
+    def routed(self) -> tuple[LoadedAdapter, ...]:
+        """Those of its adapters that have a route which is not pinned."""
+        return tuple([one for one, _ in self.parts if one.routed and one.info.scope != RouteScope.PINNED])
+
+    def split(self, route: Route) -> list[tuple[LoadedAdapter, Route]]:
+        """The routes of those, of the one that the engine has for all."""
+        own = route.split([(one.info.k or 1, one.info.t or 1) for one in self.routed])
+        return list(zip(self.routed, own, strict=True))
+
+
+Served = LoadedAdapter | Combination
+"""What a request may get."""
 
 
 class Leases:
@@ -81,12 +137,13 @@ class Lease:
     """One use of an adapter by one request, or of the base (`adapter` None), from when its name is resolved until
     `release`. An adapter that is not resident is sent for at once; `ready` waits for it."""
 
-    def __init__(self, leases: Leases | None = None, adapter: LoadedAdapter | None = None, load: Load | None = None):
+    def __init__(self, leases: Leases | None = None, adapter: Served | None = None, load: Load | None = None):
         self.adapter = adapter
         self._leases = leases
         self._hold = None
         if leases is not None and adapter is not None and load is not None:
-            leases.hold(adapter.key)
+            for key in adapter.keys:
+                leases.hold(key)
             self._hold = leases.residency.want(adapter.key, load)
 
     @property
@@ -103,6 +160,7 @@ class Lease:
     def release(self) -> None:
         """Ends the lease. It is harmless when it is over already."""
         leases, self._leases = self._leases, None
-        if leases is not None and self._hold is not None:
+        if leases is not None and self.adapter is not None and self._hold is not None:
             leases.residency.leave(self._hold)
-            leases.release(self._hold.key)
+            for key in self.adapter.keys:
+                leases.release(key)

@@ -120,7 +120,9 @@ class Names:
     def tiers(self) -> AdapterTiers:
         """Where all of them are."""
         residency = self.residency
-        resident = [Residence(key.name, info.r, residency.kept(key)) for key, info in residency.residents()]
+        residents = residency.residents()
+        own = [(key, info) for key, info in residents if info.kind != "combination"]
+        resident = [Residence(key.name, info.r, residency.kept(key)) for key, info in own]
         cached = [self._loaded[key.name] for key in residency.host if key.name in self._loaded]
         return AdapterTiers(
             len(self._loaded),
@@ -129,6 +131,7 @@ class Names:
             residency.host.bytes,
             residency.awaited,
             residency.awaited_names,
+            len(residents) - len(own),
         )
 
     def tier(self, adapter: LoadedAdapter) -> Tier:

@@ -14,7 +14,7 @@ from tucka_runtime.messages import FinishReason, Request, SequenceOutput, Timing
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.http.limits import Admission
 from tucka_runtime.server.metrics.metrics import Metrics
-from tucka_runtime.server.service.leases import LoadedAdapter
+from tucka_runtime.server.service.leases import Served
 
 if TYPE_CHECKING:
     from tucka_runtime.server.service.traces import Traces
@@ -85,7 +85,7 @@ class RequestLog:
     where it was the sequence's last. The metrics hear of each at once, trace and log line of all at the end.
     """
 
-    def __init__(self, request: Request, adapter: LoadedAdapter | None, origin: Origin, sinks: Sinks):
+    def __init__(self, request: Request, adapter: Served | None, origin: Origin, sinks: Sinks):
         self.request, self.adapter, self.origin = request, adapter, origin
         self.model = origin.model
         self.sequences = [SequenceRecord() for _ in range(request.num_sequences)]

@@ -11,6 +11,7 @@ from tucka_runtime.errors import (
     AdapterCapacityError,
     BaseModelMismatchError,
     EngineDeadError,
+    InvalidRequestError,
     StorageError,
     TuckaError,
 )
@@ -19,9 +20,10 @@ from tucka_runtime.messages import AdapterInfo
 from tucka_runtime.names import loggable
 from tucka_runtime.server.http.errors import reason
 from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.service.combinations import Combinations
 from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import Copies, lost
-from tucka_runtime.server.service.leases import Lease, Leases, LoadedAdapter
+from tucka_runtime.server.service.leases import Combination, Lease, Leases, Served
 from tucka_runtime.server.service.name_locks import NameLocks
 from tucka_runtime.server.service.names import Names
 from tucka_runtime.server.service.residency import Residency
@@ -52,6 +54,7 @@ class RestoredNames(Names):
         self._leases = Leases(self.residency)
         self._locks = NameLocks()
         self._generation = 0
+        self.combinations = Combinations(self._next_generation, lambda key: self._leases.retire(key, lambda: None))
         self.ready = False
 
     async def restore(self, base_fingerprint: str) -> None:
@@ -89,14 +92,20 @@ class RestoredNames(Names):
                     await self._load_again(adapter.entry)
         self.ready = True
 
-    def lease(self, adapter: LoadedAdapter) -> Lease:
+    def lease(self, adapter: Served) -> Lease:
         """Holds an adapter: it is unloaded only when the lease is over. Where it has no slot, it is sent for."""
+        if isinstance(adapter, Combination):
+            return Lease(self._leases, adapter, lambda resident: self._combine(adapter, resident))
         return Lease(self._leases, adapter, lambda resident: self._fetch(adapter.entry, resident))
 
     def close(self) -> None:
         """Waits for no copy that has not begun."""
         self.sources.close()
         self._copies.close()
+
+    def _next_generation(self) -> int:
+        self._generation += 1
+        return self._generation
 
     @property
     def _fingerprint(self) -> str:
@@ -123,6 +132,19 @@ class RestoredNames(Names):
         except TuckaError as error:
             self._failed(entry.name, error)
             self._lose(entry)
+            raise lost() from None
+
+    async def _combine(self, combination: Combination, resident: bool) -> AdapterInfo:
+        """Has the engine make a combination. Raises InvalidRequestError where that cannot be, and what `_fetch`
+        does."""
+        try:
+            return await self._copies.combine(combination, resident)
+        except InvalidRequestError as error:
+            self.combinations.refuse(combination, error)
+            raise
+        except (EngineDeadError, AdapterCapacityError):
+            raise
+        except TuckaError:
             raise lost() from None
 
     async def _find_again(self) -> None:
@@ -166,6 +188,7 @@ class RestoredNames(Names):
     async def _retire(self, entry: RegistryEntry) -> bool:
         """Unloads a generation that no name stands for any more, and deletes its copy, as soon as nothing uses it;
         whether something does."""
+        self.combinations.forget(entry.key)
         if self._leases.retire(entry.key, lambda: self._copies.discard_soon(entry.blob)):
             return True
         await self._copies.discard(entry.blob)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -9,20 +10,29 @@ from typing import Any
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.conversations import call_format
 from tucka_runtime.engine.client import EngineClient
-from tucka_runtime.errors import ContextLengthError, EngineDeadError, InvalidRequestError
+from tucka_runtime.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    StorageError,
+)
 from tucka_runtime.messages import EngineInfo, RouteScope
 from tucka_runtime.server.http.access import Access, Keys
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
-from tucka_runtime.server.service.leases import Lease, LoadedAdapter
+from tucka_runtime.server.service.leases import Combination, Lease, LoadedAdapter, Served
 from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.traces import Traces
 from tucka_runtime.server.service.truncation import Truncation
 from tucka_runtime.tokenizer import Tokenizer, unshielded
+
+Weight = tuple[str, float]
+"""The name of an adapter in a combination, and what its change is multiplied with."""
 
 
 @dataclass
@@ -64,18 +74,34 @@ class Service:
         """Who is told of requests."""
         return Sinks(self.metrics, self.traces)
 
-    async def resolve(self, model: str, access: Access, user: str | None = None) -> Lease:
-        """A lease on the adapter that `model` names for who asks, or on the base. Where it is an alias, all requests of
-        one `user`, or else of one key, get the same. Raises what `find` does."""
-        adapter = await self.find(model, access, user)
+    async def resolve(
+        self, model: str, access: Access, user: str | None = None, weighted: Sequence[Weight] | None = None
+    ) -> Lease:
+        """A lease on the adapter that `model` names for who asks, on what is combined of `weighted`, or on the base.
+        Where a name is an alias, all requests of one `user`, or else of one key, get the same. Raises what `find`
+        does."""
+        adapter = await self.find(model, access, user, weighted)
         return Lease() if adapter is None else self.adapters.lease(adapter)
 
-    async def find(self, model: str, access: Access, user: str | None = None) -> LoadedAdapter | None:
+    async def find(
+        self, model: str, access: Access, user: str | None = None, weighted: Sequence[Weight] | None = None
+    ) -> Served | None:
         """The adapter of a lease by `resolve`; None is the base. Raises ModelNotFoundError, EngineDeadError while
-        nothing can be served, and what a lookup in the sources raises (`Resolver.look_up`)."""
-        adapter = None
+        nothing can be served, InvalidRequestError for what cannot be combined, and what a lookup in the sources raises
+        (`Resolver.look_up`)."""
+        if weighted is None:
+            await self._look_up(model, access)
+            return self._named(model, access, user)
+        for name, _ in weighted:
+            await self._look_up(name, access)
+        return self._combination(model, weighted, access, user)  # from here on nothing can be unloaded in between
+
+    async def _look_up(self, model: str, access: Access) -> None:
         if self.resolver is not None and self.ready and access.sees(model):
             await self.resolver.look_up(model)
+
+    def _named(self, model: str, access: Access, user: str | None) -> LoadedAdapter | None:
+        adapter = None
         if not (model == self.model_name and access.sees(model)):
             who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
             adapter = self.adapters.asked(model, access.sees, who)
@@ -83,13 +109,37 @@ class Service:
             raise EngineDeadError("The engine is restarting. Try again later.")
         return adapter
 
-    def scope(self, adapter: LoadedAdapter | None, asked: RouteScope | None) -> RouteScope | None:
-        """The route scope of a request: what it asks for, what its adapter was trained for, or the server's own; None
-        for the base and for adapters without a router. Raises InvalidRequestError where the adapter's route is pinned
-        and the request asks for another."""
-        if adapter is None or adapter.info.kind != "tucka":
+    def _combination(
+        self, model: str, weighted: Sequence[Weight], access: Access, user: str | None
+    ) -> LoadedAdapter | Combination:
+        if model != self.model_name:
+            raise InvalidRequestError(
+                "With `adapters`, `model` has to be the name of the base model, to which they are added. Name every "
+                "adapter in `adapters`, or leave that out.",
+                "model",
+            )
+        parts = []
+        for i, (name, weight) in enumerate(weighted):
+            param = f"adapters[{i}].name"
+            try:
+                adapter = self._named(name, access, user)
+            except (ModelNotFoundError, StorageError) as error:
+                raise type(error)(f"`{param}`: {error.message}", param) from None
+            if adapter is None:
+                raise InvalidRequestError(f"`{param}` is the base model, which is there anyway. Leave it out.", param)
+            parts.append((adapter, weight))
+        if len(parts) == 1 and parts[0][1] == 1:
+            return parts[0][0]
+        return self.adapters.combinations.of(parts)
+
+    def scope(self, adapter: Served | None, asked: RouteScope | None) -> RouteScope | None:
+        """The route scope of a request: what it asks for, what its adapter was trained for (of a combination all of
+        them), or the server's own; None for the base and for adapters without a router. Raises InvalidRequestError
+        where the adapter's route is pinned and the request asks for another."""
+        scopes = set() if adapter is None else {one.info.scope for one in adapter.routed}
+        if not scopes:
             return None
-        own = adapter.info.scope
+        own = scopes.pop() if len(scopes) == 1 else None
         if own == RouteScope.PINNED and asked is not None:
             raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
         return RouteScope(asked or own or self.config.route)

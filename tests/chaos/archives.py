@@ -1,24 +1,11 @@
-"""Archives of an adapter, mutated: `python -m tests.chaos.archives --count N`.
+"""Archives of an adapter, made and mutated."""
 
-Right is that each is refused by name or unpacks to files that an adapter has, within its folder. Anything else that is
-raised ends the run with the number of the archive.
-"""
-
-import argparse
 import functools
 import gzip
 import io
 import random
-import sys
 import tarfile
-import tempfile
-from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-
-from tucka_runtime.adapters.archive import unpack
-from tucka_runtime.adapters.files import FILE_LIMITS
-from tucka_runtime.errors import InvalidAdapterError
 
 CONFIG = b'{"peft_type": "LORA"}'
 WEIGHTS = bytes(range(256)) * 20
@@ -63,41 +50,3 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     if packed is not made and chance.random() < 0.5 and packed:
         packed[chance.randrange(len(packed))] ^= 1 << chance.randrange(8)
     return bytes(packed)
-
-
-def trial(folder: Path, count: int, chance: random.Random) -> Counter[str]:
-    """Unpacks `count` mutated archives; how many were unpacked, and how many refused."""
-    counts: Counter[str] = Counter()
-    for number in range(count):
-        data = mutated(chance.choice(seeds()), chance)
-        archive, target = folder / "archive", folder / f"{number}"
-        archive.write_bytes(data)
-        target.mkdir()
-        try:
-            unpack(archive, target)
-            counts["unpacked"] += 1
-        except InvalidAdapterError:
-            counts["refused"] += 1
-        except BaseException:
-            print(f"archive {number} fails", file=sys.stderr)
-            raise
-        assert {path.name for path in target.iterdir()} <= FILE_LIMITS.keys()
-        for path in target.iterdir():
-            path.unlink()
-        target.rmdir()
-        assert {path.name for path in folder.iterdir()} == {"archive"}
-    return counts
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        print(dict(trial(Path(folder), flags.count, random.Random(flags.seed))))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

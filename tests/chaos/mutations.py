@@ -62,6 +62,8 @@ SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/completions", {"model": "sql", "prompt": "x", "max_tokens": 6, "guided_json": SCHEMA, "temperature": 0}),
     ("/v1/completions", {"model": "base", "prompt": "x", "structured_outputs": {"regex": "[a-c]{2}"}, "max_tokens": 6}),
     ("/v1/completions", {"model": "base", "prompt": "x", "guided_grammar": 'root ::= "a" [b-d]+', "max_tokens": 4}),
+    ("/v1/completions", {"model": "base", "prompt": "x", "max_tokens": 2, "adapters": [
+        {"name": "formats", "weight": 0.5}, {"name": "sql"}]}),
     ("/v1/chat/completions", CHAT | ROUTER | STREAM),
     ("/v1/chat/completions", CHAT | {k: v for k, v in SAMPLED.items() if k != "model"} | {"logprobs": True}),
     ("/v1/chat/completions", {"model": "triage", "messages": HISTORY, "max_tokens": 4, "tool_choice": "required",

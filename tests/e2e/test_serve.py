@@ -153,6 +153,7 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
         (BASE, {"adapter_root": ("/nowhere",)}, "--adapter-root /nowhere"),
         (BASE, {"adapter": ("one=/nowhere",)}, "--adapter one"),
         (BASE, {"adapter": (f"one={ONE}", f"one={ONE}")}, "given twice"),
+        (BASE, {"adapter": (f"one={ONE}",), "adapter_resident": ("two",)}, "--adapter-resident two"),
         (BASE, {"api_key_file": "/nowhere/keys.json"}, "keys.json is not there"),
         (BASE, {"host": "0.0.0.0"}, "--insecure"),
         (BASE, {"host": "0.0.0.0", "state_dir": "state"}, "--api-key-file"),

@@ -239,6 +239,15 @@ def test_a_folder_of_another_user(name: str, tmp_path: Path, monkeypatch: pytest
             fingerprint(tmp_path)
 
 
+def test_what_is_no_safetensors_file_has_no_fingerprint(tmp_path: Path):
+    """Its first bytes as a length lead past its end, and past any file's."""
+    save_model(tmp_path, max_shard_size="10KB")
+    index = {"weight_map": {"a": "config.json"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match="shorter than its header"):
+        fingerprint(tmp_path)
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, -40])
 def test_a_truncated_checkpoint(size: int, tmp_path: Path):
     save_model(tmp_path)

@@ -9,6 +9,7 @@ import contextlib
 import zlib
 from array import array
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 from tucka_runtime.config import EngineConfig
@@ -16,6 +17,7 @@ from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, TuckaErro
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
+    AdapterPart,
     EngineInfo,
     Finish,
     FinishReason,
@@ -83,9 +85,16 @@ class FakeEngine:
         if resident:
             self.loaded[key] = folder
         return AdapterInfo(
-            key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj", None, 1, None,
-            members=self.members,
+            key, folder.name, "tucka", 8, 3, 3, 2, 16.0, ("q_proj",), 4, "layers.0.q_proj",
+            "pinned" if pinned else None, 1, None, members=self.members,
         )  # fmt: skip
+
+    async def combine_adapters(
+        self, key: AdapterKey, parts: tuple[AdapterPart, ...], resident: bool = True
+    ) -> AdapterInfo:
+        for part in parts:
+            info = await self.load_adapter(key, part.folder, part.pinned, part.blob, resident)
+        return replace(info, kind="combination")
 
     def evict_adapter(self, key: AdapterKey) -> None:
         self.loaded.pop(key, None)

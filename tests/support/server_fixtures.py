@@ -56,6 +56,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, roots: Path) -> Iterator[Serv
         "--model", str(make_base(folder / "llama-tiny")),
         "--adapter", f"one={GOLDEN / 'llama-qv-r8k3t3' / 'adapter'}",
         "--adapter", f"two={GOLDEN / 'llama-all7-r4k2t2' / 'adapter'}",
+        "--adapter-resident", "one",
         "--adapter-root", str(GOLDEN),
         "--adapter-root", str(roots),
         "--max-body-bytes", str(2**20),

@@ -39,6 +39,7 @@ from tucka_runtime.adapters.files import (
     strict_json,
 )
 from tucka_runtime.adapters.manifest import (
+    OWN_BIAS,
     PREFIX,
     TOKENS,
     check_names,
@@ -89,7 +90,8 @@ class LoRAModule:
     """One adapted linear, fp32: a (r, d_in), b (d_out, r); the change is scale · x aᵀ bᵀ.
 
     magnitude (d_out,), of a DoRA: the norms that the rows of W + scale · b a are given. bias (d_out,): what b adds, so
-    that the change is scale · (x aᵀ bᵀ + bias). None where the adapter has none.
+    that the change is scale · (x aᵀ bᵀ + bias). own_bias (d_out,): what replaces the base's. None where the adapter has
+    none.
     """
 
     a: torch.Tensor
@@ -97,6 +99,12 @@ class LoRAModule:
     scale: float
     magnitude: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    own_bias: torch.Tensor | None = None
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether something is done to the base's own product."""
+        return not (self.magnitude is None and self.bias is None and self.own_bias is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +185,7 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
             "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
         )
     saved = {name: tensor for name, tensor in tensors.items() if name in base.parameters}
-    unasked = {parameter: tensors[name.removeprefix(PREFIX)] for name, (parameter, _) in tables.items()}
+    unasked = {own: tensors[name.removeprefix(PREFIX)] for name, (own, _) in tables.items() if own is not None}
     if base.tied and unasked:  # PEFT writes them into the one table that both are
         one = next(iter(unasked.values()))
         unasked = {f"{path}.weight": one for path in base.tables}
@@ -197,6 +205,7 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
                 scales[path],
                 tensors.get(f"{path}.lora_magnitude_vector"),
                 tensors.get(f"{path}.lora_B.bias"),
+                tensors.get(f"{path}.{OWN_BIAS}"),
             )
             for path in targets
         }

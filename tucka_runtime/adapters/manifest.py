@@ -23,9 +23,15 @@ _ADAPTER_NAME = re.compile(r"\.(lora_([AB]|magnitude_vector)\.\w+\.(weight|bias)
 TOKENS = "token_adapter.trainable_tokens_delta"
 """What single rows of an embedding are called within it."""
 
-GROWN = (
-    "Its vocabulary was grown for training: grow the base in the same way (transformers' resize_token_embeddings, with "
-    "the adapter's tokenizer), save both, and serve that as the base."
+OWN_BIAS = "base_layer.bias"
+"""What the base's own bias of an adapted linear is called within it, where it was trained too."""
+
+TRAINED_BIASES = ("lora_only", "all")
+"""Values of `bias` with which PEFT trains and saves those; with "all" the other modules' too, which are not served."""
+
+RESIZED = (
+    "Its vocabulary was {} for training: resize the base in the same way (transformers' resize_token_embeddings to {} "
+    "rows), save it with the adapter's tokenizer, and serve that as the base."
 )
 
 NAMES_SHOWN = 3  # tensor names in one error message
@@ -33,12 +39,12 @@ NAMES_SHOWN = 3  # tensor names in one error message
 
 @dataclass(frozen=True)
 class Expected:
-    """Shape a tensor must have. `from_base` marks the axes whose size the base decides, not the configuration; `table`
-    says that the size of the vocabulary is one of them."""
+    """Shape a tensor must have. `from_base` marks the axes whose size the base decides, not the configuration;
+    `vocabulary` is the one of them that has an entry for each token, if there is one."""
 
     shape: tuple[int, ...]
     from_base: tuple[bool, ...]
-    table: bool = False
+    vocabulary: int | None = None
 
 
 def expected_tensors(
@@ -51,7 +57,7 @@ def expected_tensors(
             expected |= _expected_embedding(config, path, ranks[path], base)
         else:
             size = base.linears.get(path) or base.parameters[f"{path}.weight"][::-1]
-            expected |= _expected_module(config, path, (size[0], size[1]), ranks.get(path), path == router)
+            expected |= _expected_module(config, path, (size[0], size[1]), ranks.get(path), path == router, base)
     for path, tokens in find_tokens(config, base).items():
         shape = (len(tokens), base.parameters[f"{path}.weight"][1])
         expected[f"{PREFIX}{path}.{TOKENS}"] = Expected(shape, (False, True))
@@ -83,7 +89,8 @@ def find_tokens(config: AdapterSpec, base: BaseLayout) -> dict[str, list[int]]:
     rows = base.parameters[f"{base.embed}.weight"][0]
     if any(token >= rows for tokens in named.values() for token in tokens):
         raise BaseModelMismatchError(
-            f"the adapter's `trainable_token_indices` go past this base's vocabulary of {rows}. {GROWN}"
+            f"the adapter's `trainable_token_indices` go past this base's vocabulary of {rows}. "
+            + RESIZED.format("grown", f"over {max(max(tokens, default=0) for tokens in named.values())}")
         )
     return named
 
@@ -94,7 +101,7 @@ def _expected_embedding(config: AdapterSpec, path: str, rank: int, base: BaseLay
         raise InvalidAdapterError(f"the adapter has `lora_bias` on {_some([path])}, which no embedding has in PEFT.")
     rows, width = base.parameters[f"{path}.weight"]
     expected = {
-        f"{PREFIX}{path}.lora_embedding_A": Expected((rank, rows), (False, True), table=True),
+        f"{PREFIX}{path}.lora_embedding_A": Expected((rank, rows), (False, True), vocabulary=1),
         f"{PREFIX}{path}.lora_embedding_B": Expected((width, rank), (True, False)),
     }
     if config.use_dora:
@@ -102,15 +109,17 @@ def _expected_embedding(config: AdapterSpec, path: str, rank: int, base: BaseLay
     return expected
 
 
-def expected_tables(names: Set[str], base: BaseLayout) -> dict[str, tuple[str, Expected]]:
+def expected_tables(names: Set[str], base: BaseLayout) -> dict[str, tuple[str | None, Expected]]:
     """The base's own embedding and head among a file's `names`, as PEFT adds them unasked (`save_embedding_layers`): by
-    the name in the file, which parameter it stands for."""
-    found = {}
+    the name in the file, which parameter it stands for. None: for none, since it is beside what `modules_to_save` puts
+    into their place, as a copy of that or of the base's own."""
+    found: dict[str, tuple[str | None, Expected]] = {}
     for path in base.tables:
-        shape = tuple(base.parameters[f"{path}.weight"])
-        for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
-            if name in names:
-                found[name] = f"{path}.weight", Expected(shape, (True, True), table=True)
+        expected = Expected(tuple(base.parameters[f"{path}.weight"]), (True, True), vocabulary=0)
+        own = {"weight": f"{path}.weight", "base_layer.weight": f"{path}.weight"}
+        for part, parameter in (own | {"modules_to_save.weight": None, "original_module.weight": None}).items():
+            if (name := f"{PREFIX}{path}.{part}") in names and (parameter or f"{PREFIX}{path}.weight" in names):
+                found[name] = parameter, expected
     return found
 
 
@@ -180,8 +189,8 @@ def _expected_saved(config: AdapterSpec, targets: list[str], base: BaseLayout) -
             )
         for name in names:
             shape = base.parameters[name]
-            table = name.removesuffix(".weight") in base.tables
-            expected[PREFIX + name] = Expected(tuple(shape), (True,) * len(shape), table)
+            vocabulary = 0 if name.removesuffix(".weight") in base.tables else None
+            expected[PREFIX + name] = Expected(tuple(shape), (True,) * len(shape), vocabulary)
     both = [path for path in targets if f"{PREFIX}{path}.weight" in expected]
     if both:
         raise InvalidAdapterError(f"the adapter's `modules_to_save` and `target_modules` both reach {_some(both)}.")
@@ -195,7 +204,7 @@ def _owners(parameter: str) -> list[str]:
 
 
 def _expected_module(
-    config: AdapterSpec, path: str, size: tuple[int, int], rank: int | None, is_router: bool
+    config: AdapterSpec, path: str, size: tuple[int, int], rank: int | None, is_router: bool, base: BaseLayout
 ) -> dict[str, Expected]:
     d_in, d_out = size
     if isinstance(config, BankSpec):
@@ -206,15 +215,18 @@ def _expected_module(
             f"{PREFIX}{path}.bank_core": Expected((len(config.members), *core), (False,) * (1 + len(core))),
         }
     if isinstance(config, LoRASpec):
-        r = config.r if rank is None else rank
+        r, vocabulary = config.r if rank is None else rank, 0 if path == base.head else None
         expected = {
             f"{PREFIX}{path}.lora_A.weight": Expected((r, d_in), (False, True)),
-            f"{PREFIX}{path}.lora_B.weight": Expected((d_out, r), (True, False)),
+            f"{PREFIX}{path}.lora_B.weight": Expected((d_out, r), (True, False), vocabulary),
         }
         if config.use_dora:
-            expected[f"{PREFIX}{path}.lora_magnitude_vector"] = Expected((d_out,), (True,))
+            expected[f"{PREFIX}{path}.lora_magnitude_vector"] = Expected((d_out,), (True,), vocabulary)
         if config.lora_bias:
-            expected[f"{PREFIX}{path}.lora_B.bias"] = Expected((d_out,), (True,))
+            expected[f"{PREFIX}{path}.lora_B.bias"] = Expected((d_out,), (True,), vocabulary)
+        own = base.parameters.get(f"{path}.bias")
+        if own is not None and config.bias in TRAINED_BIASES:
+            expected[f"{PREFIX}{path}.{OWN_BIAS}"] = Expected((d_out,), (True,))
         return expected
     k, t, p, r = config.k, config.t, config.p, config.r
     expected = {
@@ -269,7 +281,10 @@ def check_names(names: Set[str], expected: Set[str], targets: list[str], base: B
 def _remedy(extra: list[str], base: BaseLayout) -> str:
     """What to do about tensors that the configuration does not account for."""
     if all(name.endswith(".bias") for name in extra):
-        return "Trained biases are not served. Train it with bias='none', or name whole modules in `modules_to_save`."
+        return (
+            "Of this base's own biases those of adapted linears can be trained, where they have one: with "
+            "bias='lora_only'. Name the modules of others in `modules_to_save`."
+        )
     if all(name.removeprefix(PREFIX) in base.parameters for name in extra):
         return "They are the base's own. Name the modules that they are in in `modules_to_save`, or leave them out."
     return "It is another kind of LoRA than is served, or its two files do not belong together."
@@ -291,11 +306,16 @@ def check_shapes(entries: Mapping[str, Entry], expected: Mapping[str, Expected])
         if len(shape) == len(want.shape) and all(
             free or have == need for have, need, free in zip(shape, want.shape, want.from_base, strict=True)
         ):
-            grown = want.table and any(have > need for have, need in zip(shape, want.shape, strict=True))
-            raise BaseModelMismatchError(
-                f"{message} on this base model, and has another. {GROWN if grown else 'It was made for another base.'}"
-            )
+            raise BaseModelMismatchError(f"{message} on this base model, and has another. {_other_base(shape, want)}")
         raise InvalidAdapterError(f"{message} by its configuration, and has another. Save it again.")
+
+
+def _other_base(shape: tuple[int, ...], want: Expected) -> str:
+    """What base a tensor of this shape was made for."""
+    at = want.vocabulary
+    if at is None or any(have != need for i, (have, need) in enumerate(zip(shape, want.shape, strict=True)) if i != at):
+        return "It was made for another base."
+    return RESIZED.format("grown" if shape[at] > want.shape[at] else "cut", shape[at])
 
 
 def _last_names(paths: Iterable[str]) -> str:

@@ -172,7 +172,7 @@ def _kind(config: AdapterSpec) -> str:
         return "TuckA"
     if isinstance(config, BankSpec):
         return f"bank of {len(config.members):,}, {config.core} cores"
-    return "LoRA" + " (DoRA)" * config.use_dora + " with biases" * config.lora_bias
+    return "LoRA" + " (DoRA)" * config.use_dora + " with biases" * (config.lora_bias or config.bias != "none")
 
 
 def _shape(config: AdapterSpec) -> Iterator[tuple[str, str]]:

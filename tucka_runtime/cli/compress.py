@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tucka_runtime.adapters.config import BankSpec, LoRASpec, TuckASpec
+from tucka_runtime.adapters.config import BankSpec, TuckASpec
 from tucka_runtime.adapters.config_fields import MAX_ENTRIES, MAX_MEMBER, MAX_RANK, is_member
 from tucka_runtime.adapters.files import TRAINING_NAME, WEIGHTS_NAME
 from tucka_runtime.adapters.format import Adapter, BankModule, BaseLayout, LoRAModule, read_adapter, write_adapter
@@ -127,7 +127,7 @@ def _member(name: str, folder: Path, base: BankBase, route: str | None) -> BankM
             f"{name} changes the embedding or the head, or replaces parameters of the base, which a bank cannot hold. "
             "Serve it by itself."
         )
-    if isinstance(adapter.config, LoRASpec) and (adapter.config.use_dora or adapter.config.lora_bias):
+    if any(isinstance(module, LoRAModule) and module.changes_base for module in adapter.modules.values()):
         raise ConfigError(f"{name} is a DoRA or has biases, which a bank cannot hold. Serve it by itself.")
     if not isinstance(adapter.config, TuckASpec):
         return BankMember(name, folder, adapter, None)

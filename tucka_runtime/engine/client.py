@@ -21,7 +21,9 @@ from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
     AdapterLoaded,
+    AdapterPart,
     AdapterRefused,
+    CombineAdapters,
     EngineInfo,
     EngineLoad,
     EvictAdapter,
@@ -276,8 +278,17 @@ class EngineClient:
     ) -> AdapterInfo:
         """Loads the adapter in `folder`, whose content must be `blob`: into a slot, from the host cache if that has it,
         or else into the host cache. Raises AdapterError, StorageError if the content is another, EngineDeadError."""
+        return await self._call(lambda call: LoadAdapter(call, key, folder, pinned, blob, resident))
+
+    async def combine_adapters(
+        self, key: AdapterKey, parts: tuple[AdapterPart, ...], resident: bool = True
+    ) -> AdapterInfo:
+        """The same of several adapters as one. Raises InvalidRequestError too, where they cannot be combined."""
+        return await self._call(lambda call: CombineAdapters(call, key, parts, resident))
+
+    async def _call(self, message: Callable[[int], LoadAdapter | CombineAdapters]) -> AdapterInfo:
         call = next(self._numbers)
-        self._send(LoadAdapter(call, key, folder, pinned, blob, resident))
+        self._send(message(call))
         self._calls[call] = asyncio.get_running_loop().create_future()
         return await self._calls[call]
 

@@ -111,7 +111,7 @@ class CudaGraphs:
     def prepare(self, adapters: Collection[FoldedAdapter]) -> bool:
         """Captures one graph that batches of these adapters will want, of each alone or all together, or that others
         wanted; False once there are all."""
-        for shape in [*self._wanted([folded for folded in adapters if folded.in_deltas]), *self.missed]:
+        for shape in [*self._wanted([folded for folded in adapters if _in_graphs(folded)]), *self.missed]:
             self.missed.pop(shape, None)
             if shape not in self.buckets and len(self.buckets) < MOST:
                 self._add(shape)
@@ -137,11 +137,16 @@ class CudaGraphs:
 
 
 def _graphable(seq: Sequence, active: ActiveSet) -> bool:
-    """Whether a decoding row can be in a graph: its adapter replaces no parameter of the base, and its route is known
-    or found from token ids."""
+    """Whether a decoding row can be in a graph: its adapter can, and its route is known or found from token ids."""
     if seq.adapter is None:
         return True
     folded = active.folded[seq.adapter]
     inside = folded.routed is not None and folded.routed.router.table is None
     unknown = seq.route is None and (inside or seq.routes_itself)
-    return folded.in_deltas and not unknown
+    return _in_graphs(folded) and not unknown
+
+
+def _in_graphs(folded: FoldedAdapter) -> bool:
+    """Whether an adapter replaces no parameter of the base, and has no cores that begin as the identity: those of a
+    graph hold what the last batch left there."""
+    return folded.in_deltas and not folded.mixed

@@ -2,12 +2,14 @@
 
 import random
 import time
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
 from tucka_runtime.adapters.format import read_adapter
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.adapters.combine import describe_combination
 from tucka_runtime.engine.adapters.fold import describe
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.host_cache import HostCache
@@ -23,6 +25,7 @@ from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
+    AdapterPart,
     EngineLoad,
     Finish,
     FinishReason,
@@ -314,6 +317,19 @@ class Engine:
         folded = self.runner.fold(key, adapter, pinned)
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
         return folded, describe(folded, adapter, pinned, seconds)
+
+    def combine_adapters(
+        self, key: AdapterKey, parts: Rows[AdapterPart], resident: bool = True
+    ) -> tuple[FoldedAdapter, AdapterInfo]:
+        """The same of several adapters as one. Raises InvalidRequestError where they cannot be combined."""
+        begin = time.monotonic()
+        if resident:
+            self.adapters.check_room()
+        adapters = [read_adapter(part.folder, self.layout, part.blob) for part in parts]
+        checked = time.monotonic()
+        folded = self.runner.combine(key, list(zip(adapters, parts, strict=True)))
+        seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
+        return folded, describe_combination(folded, seconds)
 
     def add_adapter(self, folded: FoldedAdapter) -> None:
         """Makes a prepared adapter known to new requests. Raises AdapterCapacityError, AdapterConflictError."""

@@ -17,6 +17,7 @@ from tucka_runtime.adapters.format import Adapter
 from tucka_runtime.base_files import end_tokens
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
+from tucka_runtime.engine.adapters.combine import Weighted, combine
 from tucka_runtime.engine.adapters.fold import fold, folded_bytes
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import RouteSum
@@ -35,7 +36,7 @@ from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.engine.verify import choose, read_tokens
 from tucka_runtime.errors import ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
-from tucka_runtime.messages import AdapterKey, EngineInfo, Route, TokenLogprob
+from tucka_runtime.messages import AdapterKey, AdapterPart, EngineInfo, Route, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 from tucka_runtime.tokenizer import Tokenizer
@@ -118,6 +119,20 @@ class ModelRunner:
         weights, dtype = self.model.weights, self.factor_dtype
         needed = folded_bytes(adapter, self.arch, self.dtype, dtype, pinned)
         return self.memory.make(lambda: fold(key, adapter, self.arch, weights, self.ops, dtype, pinned), *needed)
+
+    def combine(self, key: AdapterKey, parts: Rows[tuple[Adapter, AdapterPart]]) -> FoldedAdapter:
+        """Several adapters as one in the serving form, likewise. Raises InvalidRequestError where they cannot be, and
+        what `fold` does."""
+        weights, dtype = self.model.weights, torch.float32
+        sizes = [folded_bytes(adapter, self.arch, self.dtype, dtype, part.pinned) for adapter, part in parts]
+        kept, passing = sum(own for own, _ in sizes), max(own for _, own in sizes)
+
+        def make() -> FoldedAdapter:
+            folded = [fold(key, adapter, self.arch, weights, self.ops, dtype, part.pinned) for adapter, part in parts]
+            own = [Weighted(one, part.weight, part.member) for one, (_, part) in zip(folded, parts, strict=True)]
+            return combine(key, own, self.factor_dtype)
+
+        return self.memory.make(make, kept, kept + passing)
 
     def warm_up(self) -> None:
         """Captures the graphs that a server without adapters needs."""

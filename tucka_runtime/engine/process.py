@@ -26,6 +26,7 @@ from tucka_runtime.messages import (
     AdapterInfo,
     AdapterLoaded,
     AdapterRefused,
+    CombineAdapters,
     EvictAdapter,
     Idle,
     LoadAdapter,
@@ -75,7 +76,7 @@ _Message = ToEngine | _Prepared | AdapterLoaded | AdapterRefused | _Closed
 _Inbox = queue.SimpleQueue[_Message]
 """All that the step loop learns from others, in order. Nobody else works on the engine, and after the start nobody else
 writes to the channel: the loader's answers come here too, to be sent on."""
-_Loads = queue.SimpleQueue[LoadAdapter | UnloadAdapter | _Evicted]
+_Loads = queue.SimpleQueue[LoadAdapter | CombineAdapters | UnloadAdapter | _Evicted]
 """What the loader thread does, in order: so an adapter that lost its slot is in the host cache when it is wanted again,
 and the memory of one that was pushed out is free when the one that did so is read."""
 
@@ -137,7 +138,7 @@ def serve(engine: "Engine", channel: "Channel") -> None:
             if isinstance(message, Stop):
                 return
             match message:
-                case LoadAdapter():
+                case LoadAdapter() | CombineAdapters():
                     loads.put(message)
                 case EvictAdapter(key):
                     if (folded := engine.evict_adapter(key)) is not None:
@@ -219,7 +220,7 @@ def _load(engine: "Engine", loads: _Loads, inbox: _Inbox) -> None:
     its own."""
     while True:
         match task := loads.get():
-            case LoadAdapter():
+            case LoadAdapter() | CombineAdapters():
                 inbox.put(_loaded(engine, task))
             case UnloadAdapter(key):
                 engine.host.drop(key)
@@ -229,12 +230,15 @@ def _load(engine: "Engine", loads: _Loads, inbox: _Inbox) -> None:
         del task  # while the thread waits it holds no adapter
 
 
-def _loaded(engine: "Engine", load: LoadAdapter) -> _Prepared | AdapterLoaded | AdapterRefused:
+def _loaded(engine: "Engine", load: LoadAdapter | CombineAdapters) -> _Prepared | AdapterLoaded | AdapterRefused:
     """The outcome of a load: for the step loop, or for the API's process."""
     try:
         if load.resident and (found := engine.activate_adapter(load.key)) is not None:
             return _Prepared(load.call, *found)
-        folded, info = engine.prepare_adapter(load.key, load.folder, load.pinned, load.blob, load.resident)
+        if isinstance(load, CombineAdapters):
+            folded, info = engine.combine_adapters(load.key, load.parts, load.resident)
+        else:
+            folded, info = engine.prepare_adapter(load.key, load.folder, load.pinned, load.blob, load.resident)
         engine.host.note(info)
         if load.resident:
             return _Prepared(load.call, folded, info)

@@ -72,7 +72,8 @@ def fingerprint(folder: Path) -> str:
 
     SHA-256 over the headers of its safetensors files (names, types, shapes) and 64 pages of 4 KiB spread evenly over
     each: it tells fine-tunes of one model apart in milliseconds. It is a guard against mistakes, not against forgery.
-    A base that was made of a GGUF file has the identity of that file, whatever type it was dequantised to.
+    A base that was made of a GGUF file has the identity of that file, whatever type it was dequantised to. Raises
+    ModelLoadError.
     """
     if (folder / SOURCE).is_file():
         return str(read_json(folder / SOURCE)["sha256"])
@@ -81,6 +82,8 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
+            if 8 + length > size:
+                raise ModelLoadError(f"{path} is not a readable safetensors file: it is shorter than its header says.")
             header = f.read(min(length, 64 << 20))
             digest.update(len(header).to_bytes(8, "little") + header)
             start = 8 + length

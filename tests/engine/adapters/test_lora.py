@@ -46,6 +46,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora-and-biases": ("qwen2", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, "r": 2}),
     "dora-conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
     "lora-bias": ("qwen2", {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "lora_bias": True}),
+    "own-biases": ("qwen2", {"target_modules": ALL, "bias": "lora_only"}),
+    "own-biases-dora": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only", "use_dora": True}),
+    "own-and-lora-biases": ("qwen2", {"target_modules": ["k_proj", "o_proj"], "bias": "lora_only", "lora_bias": True}),
+    "own-biases-conv1d": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj"], "bias": "lora_only", "fan_in_fan_out": True},
+    ),
+    "all-biases-adapted": ("qwen2", {"target_modules": ["q_proj", "k_proj", "v_proj"], "bias": "all"}),
     "no-task-type": ("llama", {"target_modules": ["q_proj"], "task_type": None}),
     "adapted-embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "adapted-head": ("llama", {"target_modules": ["q_proj", "lm_head"], "lora_bias": True}),
@@ -155,13 +163,44 @@ def test_tables_that_peft_saved_unasked_cost_nothing(name: str, tmp_path: Path):
     assert relative(recorder.of("r"), reference(base, adapter, ids)) < FP32
 
 
-def test_a_vocabulary_that_was_grown_is_refused(tmp_path: Path):
-    base = tmp_path / "base"
-    model = save_model(base)
+@pytest.mark.parametrize("name", ["own-head", "own-embedding", "own-tied-head-and-embedding"])
+def test_tables_that_peft_saved_beside_replaced_ones_change_nothing(name: str, tmp_path: Path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_peft(save_base(base, name), adapter, 1, tables=True, **CASES[name][1])
+    assert any("original_module" in own for own in load_file(adapter / "adapter_model.safetensors"))
+    engine = build(base)
+    engine.load_adapter(KEY, adapter)
+    recorder, ids = Recorder(engine), prompt(21)
+    run(engine, ask(ids, sampling=replace(GREEDY, max_tokens=1), adapter=KEY))
+    assert relative(recorder.of("r"), reference(base, adapter, ids)) < FP32
+
+
+@pytest.mark.parametrize("rows", [VOCAB + 3, VOCAB - 5])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["lm_head"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+)
+def test_a_vocabulary_of_another_size_is_refused(settings: dict[str, Any], rows: int, tmp_path: Path):
+    """However the adapter reaches it, and with the number of rows that its base has to have."""
+    model = save_model(tmp_path / "base")
+    model.resize_token_embeddings(rows)
+    save_peft(model, tmp_path / "adapter", 1, tables=True, **settings)
+    with pytest.raises(BaseModelMismatchError, match=f"resize_token_embeddings to {rows} rows"):
+        build(tmp_path / "base").load_adapter(KEY, tmp_path / "adapter")
+
+
+def test_tokens_that_the_base_does_not_have_are_refused(tmp_path: Path):
+    model = save_model(tmp_path / "base")
     model.resize_token_embeddings(VOCAB + 3)
-    save_peft(model, tmp_path / "adapter", 1, tables=True, target_modules=["q_proj"])
-    with pytest.raises(BaseModelMismatchError, match="resize_token_embeddings"):
-        build(base).load_adapter(KEY, tmp_path / "adapter")
+    save_peft(model, tmp_path / "adapter", 1, target_modules=["q_proj"], trainable_token_indices=[3, VOCAB + 1])
+    with pytest.raises(BaseModelMismatchError, match=f"resize_token_embeddings to over {VOCAB + 1} rows"):
+        build(tmp_path / "base").load_adapter(KEY, tmp_path / "adapter")
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -170,8 +209,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "parameters": ("llama", {"target_parameters": ["k_proj.weight"]}, "merge_and_unload"),
     "repeated-layers": ("llama", {"layer_replication": [(0, 2), (1, 2)]}, "merge_and_unload"),
     "positions": ("gpt2", {"target_modules": ["c_attn", "wpe"]}, "modules_to_save"),
-    "all-biases": ("qwen2", {"bias": "all"}, "bias='none'"),
-    "own-biases": ("qwen2", {"bias": "lora_only"}, "bias='none'"),
+    "all-biases": ("qwen2", {"bias": "all"}, "bias='lora_only'"),
     "pissa": ("llama", {"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
     "olora": ("llama", {"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
 }

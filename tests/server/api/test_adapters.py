@@ -77,6 +77,11 @@ def test_relative_paths_are_looked_for_below_the_roots(live: Server, name: str) 
     assert live.post("/v1/load_lora_adapter", body).status_code == 200
 
 
+def test_what_a_flag_keeps_resident_says_so(live: Server) -> None:
+    kept = {card["id"]: card["tucka"]["keep_resident"] for card in live.get("/v1/adapters").json()["data"]}
+    assert kept["one"] is True and kept["two"] is False
+
+
 def test_names_with_slashes(live: Server) -> None:
     assert live.post("/v1/adapters", {"name": "team/a", "path": ONE}).status_code == 201
     assert live.get("/v1/models/team/a").json()["id"] == "team/a"

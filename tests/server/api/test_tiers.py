@@ -114,6 +114,19 @@ def test_what_was_evicted_finds_its_kv_again(server: Server, expected: dict[str,
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
 
 
+def test_a_combination_is_evicted_and_made_again(server: Server) -> None:
+    """As any adapter is, and with its KV: one that is on the disk alone is made of its adapters' copies."""
+    mix = {"model": "llama-tiny", "adapters": [{"name": "n1", "weight": 0.5}]}
+    first = server.post("/v1/completions", ASK | mix).raise_for_status().json()
+    assert first["choices"][0]["text"] != ask(server, "n1").json()["choices"][0]["text"]
+    for name in ("n2", "n3", "n4", "n5", "n6", "n7"):
+        ask(server, name).raise_for_status()
+    assert series(server)["tucka_adapters_combined"] == 0
+    again = server.post("/v1/completions", ASK | mix).raise_for_status().json()
+    assert again["choices"] == first["choices"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
+
+
 @contextmanager
 def streaming(server: Server, name: str) -> Iterator[None]:
     """A request to the adapter goes on."""

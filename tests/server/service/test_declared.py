@@ -2,6 +2,7 @@
 test waits for a poll."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ class Kept:
         assert server.service is not None
         self.server = server
         self.adapters = server.service.adapters
-        self.declared = Declared(self.adapters, folder, file)
+        self.declared = Declared(self.adapters, folder, file, server.service.audit)
 
     def look(self, times: int = 1, first: bool = False) -> list[str]:
         assert self.server.loop is not None
@@ -70,6 +71,32 @@ def test_what_appears_is_loaded_and_what_leaves_is_unloaded(watched: Kept, tmp_p
     assert watched.look() == ["law", "tax"] and watched.digest("law") != old
     shutil.rmtree(folder / "law")
     assert watched.look() == ["tax"]
+
+
+def test_what_is_changed_has_its_line_in_the_audit_log(start_fake: Callable[..., Server], tmp_path: Path) -> None:
+    folder, file, audit = tmp_path / "watched", tmp_path / "adapters.yaml", tmp_path / "audit"
+    folder.mkdir()
+    server = start_fake(adapter_root=(str(GOLDEN),), audit_log=str(audit))
+    kept = Kept(server, folder, file)
+    appear(folder, "law", ONE)
+    shutil.copytree(ONE, folder / "broken")
+    (folder / "broken" / "adapter_model.safetensors").unlink()
+    file.write_text(CONFIG.format(law=TWO).replace("id: law", "id: tone"))
+    kept.look(first=True)
+    shutil.rmtree(folder / "law")
+    file.write_text("vLLMLoRAConfig: {ensureNotExist: {models: [{id: tone, source: x}]}}")
+    assert kept.look() == ["team/tax"]
+    told = [json.loads(line) for line in audit.read_text().splitlines()]
+    one, two = told[0]["digest_after"], told[1]["digest_after"]
+    found = {(t["by"], t["action"], t["adapter"], t["digest_before"], t["digest_after"], t["result"]) for t in told}
+    assert found == {
+        ("--adapter-watch", "load", "law", None, one, "ok"),
+        ("--adapters-file", "load", "tone", None, two, "ok"),
+        ("--adapters-file", "load", "team/tax", None, two, "ok"),
+        ("--adapter-watch", "unload", "law", one, None, "ok"),
+        ("--adapters-file", "unload", "tone", two, None, "ok"),
+    }
+    assert len(told) == 5 and not any(line["key"] or line["request_id"] for line in told)
 
 
 def test_others_names_are_left_alone(watched: Kept, tmp_path: Path) -> None:

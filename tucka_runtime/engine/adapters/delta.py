@@ -8,7 +8,7 @@ kernels fill in its groups and weights, which `Routes` names by segment and brin
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
 import torch
@@ -20,7 +20,7 @@ from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, cor
 from tucka_runtime.kernels.ops import LowRank, Ops
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 from tucka_runtime.kernels.tables.segments import Segments, SitePlan
-from tucka_runtime.messages import AdapterKey
+from tucka_runtime.messages import AdapterKey, Route
 
 
 @dataclass(eq=False)
@@ -148,16 +148,22 @@ class AdapterDelta:
         self.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
         if not all(active.folded[s.adapter].core_rank for s in segments):
             self.cores[last] = torch.eye(rank, device=device)
+        for row, segment in zip(rows, segments, strict=True):
+            if active.folded[segment.adapter].mixed:
+                self.cores[row] = torch.eye(rank, device=device)
         write_members(segments, rows, active, self.cores)
 
     def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
         """The cores of all segments whose route is given or known from token ids; the others start to wait."""
         ready = []
         for s, segment in enumerate(segments):
-            routed = active.folded[segment.adapter].routed
+            folded = active.folded[segment.adapter]
+            routed = folded.routed
             if routed is None:
                 continue
-            if segment.given is not None or (routed.router.table is not None and segment.ids is not None):
+            if folded.further:
+                self._route_each(s, segment, folded, device)
+            elif segment.given is not None or (routed.router.table is not None and segment.ids is not None):
                 ready.append(s)
             else:
                 at = routed.router.at
@@ -168,6 +174,29 @@ class AdapterDelta:
             if plan.limits.tokens:
                 self.ops.route_ids(plan)
             self._make_cores(ready, plan)
+
+    def _route_each(self, s: int, segment: Segment, folded: FoldedAdapter, device: torch.device) -> None:
+        """The same of a combination with several routers, all of which know their routes from token ids: each makes its
+        block of the core."""
+        assert self.cores is not None and self.segments is not None
+        row, begin = self.segments.core_rows[s], 0
+        sizes = [(own.parts.k, own.parts.t) for own in folded.all_routed]
+        given: list[Route | None] = [None] * len(sizes)
+        if segment.given is not None:
+            given = [*segment.given.split(sizes)]
+        groups, weights = torch.zeros(1, dtype=torch.int64, device=device), []
+        for own, route, (k, t) in zip(folded.all_routed, given, sizes, strict=True):
+            plan = route_plan([own.parts], [0], [replace(segment, given=route)], device)
+            if plan.limits.tokens:
+                self.ops.route_ids(plan)
+            rank = own.parts.rank
+            block = self.cores.new_zeros(1, self.cores.shape[1], rank, rank)
+            self.ops.core(plan, block)
+            end = begin + rank
+            self.cores[row, own.linears, begin:end, begin:end] = block[0, own.linears]
+            groups, begin = groups * k + plan.groups, end
+            weights.append(plan.weights[:, :t])
+        self.routes.append(Routes([s], [sum(t for _, t in sizes)], groups, torch.cat(weights, dim=1)))
 
     def _plan(self, own: list[int], segments: Sequence[Segment], device: torch.device) -> RoutePlan:
         assert self.segments is not None

@@ -88,9 +88,7 @@ def fold(
         bank = BankCores(_numbers([at for at, _ in members], arch, device), stacked)
     tables = _tables(adapter, saved, arch, weights, dtype)
     folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank)
-    # 0 · inf is NaN: one such factor would reach the rows of other adapters and of the base. The device is asked once:
-    # a question for each of 450 tensors would wait 450 times for what steps have given it to do.
-    if not torch.stack([end for t in folded.tensors() for end in t.aminmax()]).isfinite().all():
+    if not folded.is_finite():
         raise InvalidAdapterError(
             f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
             "or its alpha are far too large."
@@ -127,7 +125,7 @@ def folded_bytes(
             passing += core  # until they are stacked
         elif isinstance(module, LoRAModule):
             r = module.a.shape[0]
-            kept += 8 * width if module.magnitude is not None or module.bias is not None else 0
+            kept += 8 * width if module.changes_base else 0
             if module.magnitude is not None:  # the base's own and its sum with the change
                 passing = max(passing, copied + 2 * d_in * width * 4)
         else:
@@ -219,19 +217,21 @@ def _lora(module: LoRAModule, weight: Tensor | None, bias: Tensor) -> tuple[Tens
     """U (r, d_in), E (r, d_out), and what is changed of the base's y, (2, d_out), if anything. The base's own `weight`
     (d_out, d_in), which a DoRA needs, and `bias` (d_out,) are in fp32.
 
-    DoRA is y = s ⊙ (W + ΔW) x + b with s = magnitude / ‖W + ΔW‖, row by row: s ⊙ (Wx + b) + (1 - s) ⊙ b + s ⊙ ΔW x.
+    DoRA is y = s ⊙ (W + ΔW) x + b' with s = magnitude / ‖W + ΔW‖, row by row: s ⊙ (Wx + b) + b' - s ⊙ b + s ⊙ ΔW x,
+    where b' is the base's own bias b, or what replaces it.
     """
     device = bias.device
     a, b = module.a.to(device).float(), module.b.to(device).float() * module.scale
+    own = bias if module.own_bias is None else module.own_bias.to(device).float()
     if module.magnitude is not None:
         assert weight is not None
         norms = torch.linalg.vector_norm(torch.addmm(weight, b, a), dim=1)
         scale = module.magnitude.to(device).float() / norms
-        return a, (scale[:, None] * b).T, torch.stack([scale, (1 - scale) * bias])
-    if module.bias is not None:
-        offset = module.scale * module.bias.to(device).float()
-        return a, b.T, torch.stack([torch.ones_like(offset), offset])
-    return a, b.T, None
+        return a, (scale[:, None] * b).T, torch.stack([scale, own - scale * bias])
+    if not module.changes_base:
+        return a, b.T, None
+    added = torch.zeros_like(bias) if module.bias is None else module.scale * module.bias.to(device).float()
+    return a, b.T, torch.stack([torch.ones_like(bias), own - bias + added])
 
 
 def _saved(adapter: Adapter, arch: Architecture, weights: Weights) -> dict[str, Tensor]:

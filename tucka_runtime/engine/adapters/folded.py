@@ -120,7 +120,8 @@ class FoldedAdapter:
     """An adapter in the serving form. `factors` has (U (r, d_in), E (r, d_out)) of each adapted linear, `affine` what
     it changes of the base's own product there, scale and offset (2, d_out) fp32, where it does; `routed` and `bank` are
     None where the core is constant; `saved` replaces parameters of the base by name, and `tables` change its embedding
-    or its head, by their paths."""
+    or its head, by their paths. `further` are the routed cores of a combination with several (combine.py): at each
+    linear their blocks lie behind that of `routed`, in order."""
 
     key: AdapterKey
     factors: Mapping[Where, tuple[Tensor, Tensor]]
@@ -129,19 +130,30 @@ class FoldedAdapter:
     saved: Mapping[str, Tensor]
     tables: Mapping[str, FoldedTable] = field(default_factory=dict)
     bank: BankCores | None = None
+    further: tuple[TuckACores, ...] = ()
+
+    @property
+    def all_routed(self) -> tuple[TuckACores, ...]:
+        """All that is routed."""
+        return (self.routed, *self.further) if self.routed is not None else ()
 
     def tensors(self) -> list[Tensor]:
         """All that it holds on the device."""
         tensors = [t for pair in self.factors.values() for t in pair]
         tensors += [*self.affine.values(), *self.saved.values()]
         tensors += [t for table in self.tables.values() for t in table.tensors()]
-        if self.routed is not None:
-            router = self.routed.router
-            tensors += [self.routed.g, self.routed.c, self.routed.linears, router.centroids]
-            tensors += [] if router.table is None else [router.table]
+        for routed in self.all_routed:
+            tensors += [routed.g, routed.c, routed.linears, routed.router.centroids]
+            tensors += [] if routed.router.table is None else [routed.router.table]
         if self.bank is not None:
             tensors += [self.bank.linears, self.bank.cores]
         return tensors
+
+    def is_finite(self) -> bool:
+        """Whether no value has overflowed. 0 · inf is NaN: one such factor would reach the rows of other adapters and
+        of the base. The device is asked once: a question for each of 450 tensors would wait 450 times for what steps
+        have given it to do."""
+        return bool(torch.stack([end for t in self.tensors() for end in t.aminmax()]).isfinite().all())
 
     @property
     def in_deltas(self) -> bool:
@@ -160,14 +172,22 @@ class FoldedAdapter:
     @property
     def core_rank(self) -> int:
         """The side of its cores; 0 where they are constant."""
-        return self.routed.parts.rank if self.routed else self.bank.rank if self.bank else 0
+        return self.max_rank if self.routed else self.bank.rank if self.bank else 0
+
+    @cached_property
+    def mixed(self) -> bool:
+        """Whether it has linears, or rank rows behind those of its routed cores, whose core is the identity: those of
+        the adapters that a routed one was combined with (combine.py)."""
+        routed = self.routed
+        return routed is not None and (self.max_rank > routed.parts.rank or len(self.factors) > len(routed.linears))
 
     @cached_property
     def shape(self) -> tuple[object, ...]:
         """Adapters of one shape take the same kernels."""
         parts = self.routed.parts if self.routed else None
         routed = (parts.k, parts.t, parts.rank, parts.table is None) if parts else None
-        return frozenset(site for _, site in self.sites), self.max_rank, routed, self.bank is not None
+        kinds = frozenset(site for _, site in self.sites)
+        return kinds, self.max_rank, routed, self.mixed, self.bank is not None
 
     @cached_property
     def sites(self) -> frozenset[tuple[int, int]]:

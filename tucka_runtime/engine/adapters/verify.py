@@ -102,12 +102,13 @@ def change(
         core = module.core[member].to(x)
         return None, x @ module.u.to(x).T @ (core if core.dim() == 2 else core.diag()) @ module.e.to(x)
     product = module.scale * module.b.to(x) @ module.a.to(x)
+    before = 0.0 if bias is None else bias
+    after = before if module.own_bias is None else module.own_bias.to(x)
     if module.magnitude is not None:
         scale = module.magnitude.to(x) / (weight + product).norm(dim=1)
-        moved = x @ product.T * scale
-        return scale, moved if bias is None else moved + (1 - scale) * bias
-    moved = x @ product.T
-    return None, moved if module.bias is None else moved + module.scale * module.bias.to(x)
+        return scale, x @ product.T * scale + after - scale * before
+    added = 0.0 if module.bias is None else module.scale * module.bias.to(x)
+    return None, x @ product.T + after - before + added
 
 
 def _choices(adapter: Adapter, random: torch.Generator) -> list[tuple[Route | None, int | None]]:
