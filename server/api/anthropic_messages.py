@@ -8,6 +8,7 @@ from tucka_runtime.server.api.answer import Answer
 from tucka_runtime.server.api.anthropic_answer import MessageAnswer
 from tucka_runtime.server.api.anthropic_bodies import CountTokensBody, MessagesBody
 from tucka_runtime.server.api.anthropic_history import conversation
+from tucka_runtime.server.api.bodies import weights
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.api.turn import ChatTurn, ask, render
@@ -40,7 +41,7 @@ async def count_tokens(request: HTTPRequest) -> Response:
     """`{"input_tokens"}`: the tokens of the prompt that the same body would be answered to."""
     service: Service = request.app.state.service
     body = await read_body(request, CountTokensBody)
-    await service.find(body.model, request.state.access, body.user, body.weighted)
+    await service.find(body.model, request.state.access, body.user, weights(body.adapters))
     told = conversation(body)
     prompt = await render(service, told.messages, told.tools, told.rendering, "messages")
     (ids,) = await service.encode([prompt], body.add_special_tokens is True, "messages")

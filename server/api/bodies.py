@@ -155,6 +155,11 @@ class WeightedAdapter(Body):
 Weighted = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True)]
 
 
+def weights(adapters: list[WeightedAdapter] | None) -> list[tuple[str, float]] | None:
+    """The adapters to be combined, by name, with their weights."""
+    return None if adapters is None else [(one.name, 1.0 if one.weight is None else one.weight) for one in adapters]
+
+
 class ModelBody(Body):
     """What is asked of the engine at every door. `adapters` are combined on the base, which `model` has to be then.
     `user` says whose requests an alias answers alike."""
@@ -165,13 +170,6 @@ class ModelBody(Body):
     cache_salt: CacheSalt | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     route: Literal["batch", "request", "prefix"] | None = None
-
-    @property
-    def weighted(self) -> list[tuple[str, float]] | None:
-        """The adapters to be combined, with their weights."""
-        if self.adapters is None:
-            return None
-        return [(one.name, 1.0 if one.weight is None else one.weight) for one in self.adapters]
 
 
 class TruncationFields(Body):

@@ -14,7 +14,7 @@ from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import Pooling, Request, RouteScope, SamplingParams
 from tucka_runtime.names import combined_name
 from tucka_runtime.server.api.answer import Answer
-from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
+from tucka_runtime.server.api.bodies import ModelBody, SamplingBody, weights
 from tucka_runtime.server.api.reading import read_body
 from tucka_runtime.server.http.access import Access
 from tucka_runtime.server.http.answers import JSONAnswer
@@ -105,7 +105,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
     service: Service = http.app.state.service
     body = await read_body(http, door.body_type)
     access: Access = http.state.access
-    lease = await service.resolve(body.model, access, body.user, body.weighted)
+    weighted = weights(body.adapters)
+    lease = await service.resolve(body.model, access, body.user, weighted)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
         context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
@@ -113,7 +114,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
         http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
         shown = opened.prompt_for_log() if service.config.log_prompts else None
         model = lease.adapter.key.name if lease.adapter else service.model_name
-        asked = body.model if body.weighted is None else combined_name(f"{n}*{w:g}" for n, w in body.weighted)
+        asked = body.model if weighted is None else combined_name(f"{n}*{w:g}" for n, w in weighted)
         origin = Origin.of(http, door.operation, model, asked, shown)
     except BaseException:
         lease.release()

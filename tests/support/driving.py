@@ -239,7 +239,7 @@ class Recorder:
             return route_hidden(x, *rest)
 
         runner.launch, runner.collect, runner.model.forward = recorded_launch, recorded_collect, recorded_forward
-        runner.ops = replace(runner.ops, route_hidden=recorded_route)
+        runner.ops = runner.batches.ops = replace(runner.ops, route_hidden=recorded_route)
 
     def of(self, id: str, index: int = 0) -> Tensor:
         """(positions, vocab)."""
