@@ -9,15 +9,15 @@ from tucka_runtime.loadtest.report.metrics import Latency
 from tucka_runtime.loadtest.runner import Run
 
 
-class Progress:
-    """`async with Progress(run, title)`: a line every second on a terminal, every ten elsewhere."""
+class RunProgress:
+    """`async with RunProgress(run, title)`: a line every second on a terminal, every ten elsewhere."""
 
     def __init__(self, run: Run, title: str, quiet: bool, stream: TextIO = sys.stderr) -> None:
         self.run, self.title, self.quiet, self.stream = run, title, quiet, stream
         self.seen = self.failed = 0
         self.last = 0.0
 
-    async def __aenter__(self) -> "Progress":
+    async def __aenter__(self) -> "RunProgress":
         self.task = asyncio.create_task(self.show())
         return self
 

@@ -11,7 +11,7 @@ from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest import churn
 from tucka_runtime.loadtest.canary import Canaries
 from tucka_runtime.loadtest.client import LoadClient, ModelCard, ServerError
-from tucka_runtime.loadtest.progress import Progress
+from tucka_runtime.loadtest.progress import RunProgress
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.runner import Run, RunResult
 from tucka_runtime.loadtest.settings import Settings
@@ -90,7 +90,7 @@ class Session:
                 return
             run = self.current = Run(settings, client, workload, result.canaries, pool, to_base)
             title = f"[{repeat + 1}/{settings.repeats}{' base' if to_base else ''}]"
-            async with Progress(run, title, settings.quiet):
+            async with RunProgress(run, title, settings.quiet):
                 (result.base_runs if to_base else result.runs).append(await run.execute())
 
     async def measure_tokens(self, client: LoadClient, model: str, result: SessionResult) -> TokenScale:

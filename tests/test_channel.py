@@ -9,41 +9,43 @@ import pytest
 
 from tucka_runtime import channel, errors
 from tucka_runtime.channel import PROTOCOL, ChannelError, Reader, frame
-from tucka_runtime.config import EngineConfig
-from tucka_runtime.messages import (
+from tucka_runtime.channel_messages import (
     Abort,
-    AdapterInfo,
-    AdapterKey,
     AdapterLoaded,
     AdapterPart,
     AdapterRefused,
     CombineAdapters,
-    EngineInfo,
-    EngineLoad,
     EvictAdapter,
-    Finish,
-    FinishReason,
     Idle,
     LoadAdapter,
     NotStarted,
-    Pooling,
     Rejected,
+    SequencesAborted,
+    Start,
+    Started,
+    StepDone,
+    Stop,
+    Submit,
+    UnloadAdapter,
+)
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.messages import (
+    AdapterInfo,
+    AdapterKey,
+    EngineInfo,
+    EngineLoad,
+    Finish,
+    FinishReason,
+    Pooling,
     Request,
     Route,
     RouteReport,
     RouteScope,
     SamplingParams,
     SequenceOutput,
-    SequencesAborted,
-    Start,
-    Started,
-    StepDone,
     StepStats,
-    Stop,
-    Submit,
     Timing,
     TokenLogprob,
-    UnloadAdapter,
 )
 
 KEY, ROUTE, LOAD = AdapterKey("a", 2), Route(1, (0.25, 0.5)), EngineLoad(1, 2, 3, 4, 5, 6)
@@ -153,11 +155,8 @@ def test_what_is_no_message_of_ours_is_refused(data: bytes) -> None:
         list(Reader().feed(data))
 
 
-def test_the_protocol_changes_with_a_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclasses.dataclass
-    class Idle:
-        other: int
-
+@pytest.mark.parametrize(("module", "name"), [(channel.channel_messages, "Idle"), (channel.messages, "Timing")])
+def test_the_protocol_changes_with_a_field(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = channel._protocol()
-    monkeypatch.setattr(channel.messages, "Idle", Idle)
+    monkeypatch.setattr(module, name, dataclasses.make_dataclass(name, [("other", int)]))
     assert before == PROTOCOL != channel._protocol()

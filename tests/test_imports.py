@@ -15,8 +15,8 @@ OURS = "tucka_runtime"
 PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("kernels", "server", "loadtest")}
 
 SHARED = (
-    "errors config messages channel logs grammars schemas schema_objects schema_values base_files base_hub base_gguf "
-    "bases durable tokenizer client extras embedded machine children progress conversations names"
+    "errors config messages channel_messages channel logs grammars schemas schema_objects schema_values base_files "
+    "base_hub base_gguf bases durable tokenizer client extras embedded machine children progress conversations names"
 )
 """What both processes may know."""
 

@@ -1,5 +1,5 @@
-"""The channel between the API's process and the engine's: a socket pair with the messages of messages.py on it, each as
-its length, its kind and its fields by name in msgpack.
+"""The channel between the API's process and the engine's: a socket pair with channel_messages.py's messages on it, each
+as its length, its kind and its fields by name in msgpack.
 
 Nobody else can write there, but the files may have changed since the API's process read them (an upgrade under a
 running server), and an engine that is started then is another version's. So both ends say `PROTOCOL` first.
@@ -16,10 +16,10 @@ from typing import Any, get_args
 
 import msgspec
 
-from tucka_runtime import __version__, errors, messages
+from tucka_runtime import __version__, channel_messages, errors, messages
+from tucka_runtime.channel_messages import FromEngine, Start, ToEngine
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import TuckaError
-from tucka_runtime.messages import FromEngine, Start, ToEngine
 
 Message = Start | ToEngine | FromEngine
 
@@ -30,7 +30,8 @@ _KINDS = get_args(Message)
 
 def _protocol() -> bytes:
     """The version, and a digest of what the messages and all that they hold are made of; as long for every version."""
-    layouts: list[Any] = [EngineConfig, *(found for found in vars(messages).values() if is_dataclass(found))]
+    named = {**vars(messages), **vars(channel_messages)}
+    layouts: list[Any] = [EngineConfig, *(found for found in named.values() if is_dataclass(found))]
     described = repr([(layout.__qualname__, [(f.name, str(f.type)) for f in fields(layout)]) for layout in layouts])
     return hashlib.sha256(f"{__version__} {described} {_KINDS}".encode()).digest()
 

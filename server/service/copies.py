@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.adapters.registry import AdapterRegistry
+from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
     AdapterCapacityError,
@@ -25,7 +26,7 @@ from tucka_runtime.errors import (
     StorageError,
     TuckaError,
 )
-from tucka_runtime.messages import AdapterInfo, AdapterPart
+from tucka_runtime.messages import AdapterInfo
 from tucka_runtime.names import Alias
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.leases import Combination

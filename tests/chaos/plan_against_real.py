@@ -32,12 +32,12 @@ from tucka_runtime.loadtest.client import LoadClient
 from tucka_runtime.loadtest.lengths import parse
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.report.metrics import Latency
-from tucka_runtime.loadtest.settings import Settings as LoadSettings
+from tucka_runtime.loadtest.settings import Settings
 from tucka_runtime.planning.arrivals import Arrivals, Drawn, synthetic
 from tucka_runtime.planning.measure import Totals, measure
 from tucka_runtime.planning.policies import POLICIES
 from tucka_runtime.planning.profile import Profile, read_profile
-from tucka_runtime.planning.replica import Settings
+from tucka_runtime.planning.replica import ReplicaSettings
 from tucka_runtime.planning.simulation import Simulation
 
 PERCENTILES = (50.0, 99.0)
@@ -109,7 +109,7 @@ async def replay(urls: list[str], arrivals: Arrivals, policy: str, skip: int, se
     one fails."""
     router, rng = POLICIES[policy](len(urls), arrivals.names), random.Random(seed)
     async with AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(LoadClient(LoadSettings(url=url, ignore_eos=True))) for url in urls]
+        clients = [await stack.enter_async_context(LoadClient(Settings(url=url, ignore_eos=True))) for url in urls]
         began = time.perf_counter()
         for client in clients:
             client.clock = lambda: time.perf_counter() - began
@@ -163,7 +163,7 @@ def after_all(arrivals: Arrivals) -> Arrivals:
 
 
 def simulate(arrivals: Arrivals, policy: str, skip: int, profile: Profile, slots: int) -> Compared:
-    settings = Settings(slots=slots, host=HOST_MIB * 2**20 // profile.adapter_bytes)
+    settings = ReplicaSettings(slots=slots, host=HOST_MIB * 2**20 // profile.adapter_bytes)
     simulation = Simulation(arrivals, 2, policy, settings, profile)
     simulation.run(skip=skip)
     figures = simulation.figures(PERCENTILES)

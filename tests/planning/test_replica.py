@@ -9,12 +9,12 @@ import pytest
 from tests.support.plans import FLAT, PROFILE, arriving, settings
 from tucka_runtime.planning.arrivals import BASE, Arrivals
 from tucka_runtime.planning.profile import Profile
-from tucka_runtime.planning.replica import Settings
+from tucka_runtime.planning.replica import ReplicaSettings
 from tucka_runtime.planning.simulation import Simulation
 from tucka_runtime.planning.slots import Event, Slots
 
 
-def served(arrivals: Arrivals, fleet: Settings | None = None, profile: Profile = PROFILE) -> Simulation:
+def served(arrivals: Arrivals, fleet: ReplicaSettings | None = None, profile: Profile = PROFILE) -> Simulation:
     simulation = Simulation(arrivals, 1, "round-robin", fleet or settings(), profile)
     assert simulation.run()
     return simulation
@@ -45,7 +45,7 @@ def test_two_requests_share_their_steps() -> None:
 
 def test_prompts_are_cut_beside_decoding_rows_and_by_the_batch() -> None:
     """100 tokens: alone 64 and 36; beside a decoding row the 16 at least that always fit, as its stretch allows 8."""
-    alone = served(arriving([(0.0, BASE, 100, 1)]), Settings(1, 0, 8, 64, 1.8), replace(PROFILE, request=0.0))
+    alone = served(arriving([(0.0, BASE, 100, 1)]), ReplicaSettings(1, 0, 8, 64, 1.8), replace(PROFILE, request=0.0))
     assert alone.first[0] == pytest.approx(0.010 + 63 * 0.001 + 0.010 + 35 * 0.001)
     beside = served(
         arriving([(0.0, BASE, 1, 100), (0.005, BASE, 100, 1)]), settings(stretch=1.8), replace(PROFILE, request=0.0)

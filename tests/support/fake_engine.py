@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import EngineDeadError, InvalidAdapterError, TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
-    AdapterPart,
     EngineInfo,
     Finish,
     FinishReason,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tucka_runtime.planning.arrivals import Arrivals
 from tucka_runtime.planning.profile import Profile
-from tucka_runtime.planning.replica import Settings
+from tucka_runtime.planning.replica import ReplicaSettings
 
 PROFILE = Profile(
     rows=[1, 2, 4],
@@ -25,8 +25,8 @@ FLAT = replace(PROFILE, one_adapter=[0.010] * 3, own_adapters=[0.010] * 3, promp
 """Every step takes 10 ms."""
 
 
-def settings(slots: int = 4, host: int = 4, max_num_seqs: int = 8, stretch: float = 0.0) -> Settings:
-    return Settings(slots, host, max_num_seqs, decode_stretch=stretch)
+def settings(slots: int = 4, host: int = 4, max_num_seqs: int = 8, stretch: float = 0.0) -> ReplicaSettings:
+    return ReplicaSettings(slots, host, max_num_seqs, decode_stretch=stretch)
 
 
 def arriving(requests: Iterable[tuple[float, int, int, int]], names: Sequence[str] = "abcdefgh") -> Arrivals:

@@ -50,7 +50,7 @@ from tucka_runtime.adapters.manifest import (
     find_targets,
     find_tokens,
 )
-from tucka_runtime.adapters.safefile import Run, read_header, read_runs
+from tucka_runtime.adapters.safefile import TensorRun, read_header, read_runs
 from tucka_runtime.adapters.targets import match_targets, pattern_values
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
@@ -279,10 +279,10 @@ def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
     return training if isinstance(training, dict) else None
 
 
-def _finite(run: Run) -> dict[str, torch.Tensor]:
+def _finite(run: TensorRun) -> dict[str, torch.Tensor]:
     """Its tensors in fp32, exact for every stored type but F64, by their names inside the base. Raises
     InvalidAdapterError if they are not all finite."""
-    run = Run(run.flat.float(), run.shapes)
+    run = TensorRun(run.flat.float(), run.shapes)
     tensors = run.tensors()
     if not run.flat.isfinite().all():
         name = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())

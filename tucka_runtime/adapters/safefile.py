@@ -38,7 +38,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Run:
+class TensorRun:
     """Tensors of one type that lie one behind the other: all their values, flat, and each one's name and shape."""
 
     flat: torch.Tensor
@@ -81,7 +81,7 @@ def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dic
     return dict(entries)
 
 
-def read_runs(file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashlib._Hash") -> Iterator[Run]:
+def read_runs(file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashlib._Hash") -> Iterator[TensorRun]:
     """The tensors behind a header just read, as stored; feeds their bytes to `digest`.
 
     Many small ones are read, hashed and checked at once, since each call in the thread that loads makes a step beside
@@ -91,7 +91,7 @@ def read_runs(file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashl
         data = read_exactly(file, sum(entry.end - entry.begin for entry in run.values()), WEIGHTS_NAME)
         digest.update(data)
         dtype = next(iter(run.values())).dtype
-        yield Run(torch.frombuffer(data, dtype=dtype), {name: entry.shape for name, entry in run.items()})
+        yield TensorRun(torch.frombuffer(data, dtype=dtype), {name: entry.shape for name, entry in run.items()})
 
 
 def _runs(entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:

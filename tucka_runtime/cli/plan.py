@@ -17,8 +17,8 @@ from tucka_runtime.progress import bar
 
 if TYPE_CHECKING:
     from tucka_runtime.planning.arrivals import Arrivals
-    from tucka_runtime.planning.replica import Settings
-    from tucka_runtime.planning.report import Plan
+    from tucka_runtime.planning.replica import ReplicaSettings
+    from tucka_runtime.planning.report import FleetPlan
 
 SERVE = EngineConfig()
 
@@ -145,18 +145,18 @@ def inputs(args: argparse.Namespace) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
 
 
-def make_plan(args: argparse.Namespace) -> "Plan":
+def make_plan(args: argparse.Namespace) -> "FleetPlan":
     """All fleets, one after the other. Raises ConfigError."""
     from tucka_runtime.planning.fleet import smallest_fleet
     from tucka_runtime.planning.profile import read_profile
-    from tucka_runtime.planning.replica import Settings
-    from tucka_runtime.planning.report import Plan
+    from tucka_runtime.planning.replica import ReplicaSettings
+    from tucka_runtime.planning.report import FleetPlan
     from tucka_runtime.planning.simulation import Limit, Simulation
 
     replicas, percentiles = check(args)
     profile = read_profile(args.profile)
     arrivals = requests(args)
-    settings = Settings(
+    settings = ReplicaSettings(
         slots=args.adapter_slots,
         host=args.adapter_host_bytes // profile.adapter_bytes,
         max_num_seqs=args.max_num_seqs,
@@ -181,10 +181,10 @@ def make_plan(args: argparse.Namespace) -> "Plan":
         guess = math.ceil(largest.busy * largest.replicas)
         with bar(None, "request", shown, f"smallest, {policy}") as progress:
             smallest[policy] = smallest_fleet(arrivals, policy, settings, profile, limit, skip, guess, progress.update)
-    return Plan(about(arrivals, settings, skip), fleets, limit, smallest)
+    return FleetPlan(about(arrivals, settings, skip), fleets, limit, smallest)
 
 
-def about(arrivals: "Arrivals", settings: "Settings", skip: int) -> str:
+def about(arrivals: "Arrivals", settings: "ReplicaSettings", skip: int) -> str:
     """One line on what was planned for."""
     return (
         f"{len(arrivals)} requests in {arrivals.at[-1]:.0f} s, the first {skip} not counted; {len(arrivals.names)} "

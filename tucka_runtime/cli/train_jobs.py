@@ -122,7 +122,7 @@ def _start(plans: dict[str, Plan], base: Base, model: Any, progress: "JobsProgre
     from tucka_runtime.trainer import tracking
     from tucka_runtime.trainer.adapter import trainable_parameters
     from tucka_runtime.trainer.jobs import Job
-    from tucka_runtime.trainer.progress import Figures, JobProgress
+    from tucka_runtime.trainer.progress import JobProgress, TrainingFigures
     from tucka_runtime.trainer.shared import clone
 
     on_disk: dict[int, int] = {}
@@ -140,7 +140,7 @@ def _start(plans: dict[str, Plan], base: Base, model: Any, progress: "JobsProgre
     jobs = _each({name: planned.args for name, planned in plans.items()}, start)
     for name, job in jobs.items():
         loop, args = job.loop, plans[name].args
-        figures = Figures(loop.config.steps, loop.turn, tracking.start(args.report_to, args.out, of_run(args)))
+        figures = TrainingFigures(loop.config.steps, loop.turn, tracking.start(args.report_to, args.out, of_run(args)))
         loop.progress = JobProgress(name, loop.config.steps, loop.step, figures, progress)
         for text in plans[name].warnings:
             loop.progress.warn(text)

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 
 from tucka_runtime.channel import PROTOCOL, READ_BYTES, ChannelError, Reader, frame
+from tucka_runtime.channel_messages import FromEngine, Start, ToEngine
 from tucka_runtime.children import python
-from tucka_runtime.messages import FromEngine, Start, ToEngine
 
 logger = logging.getLogger(__name__)
 

@@ -11,39 +11,41 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tucka_runtime.config import EngineConfig
-from tucka_runtime.engine.child import END_SECONDS, EngineChild
-from tucka_runtime.engine.output_stream import OutputStream
-from tucka_runtime.engine.queue_wait import QueueWait, oldest
-from tucka_runtime.errors import AdapterCapacityError, EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
-from tucka_runtime.messages import (
+from tucka_runtime.channel_messages import (
     Abort,
-    AdapterInfo,
-    AdapterKey,
     AdapterLoaded,
     AdapterPart,
     AdapterRefused,
     CombineAdapters,
-    EngineInfo,
-    EngineLoad,
     EvictAdapter,
     FromEngine,
     Idle,
     LoadAdapter,
     NotStarted,
     Rejected,
-    Request,
-    Route,
-    SequenceOutput,
     SequencesAborted,
     Start,
     Started,
     StepDone,
-    StepStats,
     Stop,
     Submit,
     ToEngine,
     UnloadAdapter,
+)
+from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.child import END_SECONDS, EngineChild
+from tucka_runtime.engine.output_stream import OutputStream
+from tucka_runtime.engine.queue_wait import QueueWait, oldest
+from tucka_runtime.errors import AdapterCapacityError, EngineDeadError, InvalidRequestError, OverloadedError, TuckaError
+from tucka_runtime.messages import (
+    AdapterInfo,
+    AdapterKey,
+    EngineInfo,
+    EngineLoad,
+    Request,
+    Route,
+    SequenceOutput,
+    StepStats,
 )
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.combine import describe_combination
 from tucka_runtime.engine.adapters.fold import describe
@@ -25,7 +26,6 @@ from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
-    AdapterPart,
     EngineLoad,
     Finish,
     FinishReason,

@@ -15,6 +15,7 @@ from tucka_runtime import machine
 from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.format import Adapter
 from tucka_runtime.base_files import end_tokens
+from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.combine import Weighted, combine
@@ -36,7 +37,7 @@ from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.engine.verify import choose, read_tokens
 from tucka_runtime.errors import ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
-from tucka_runtime.messages import AdapterKey, AdapterPart, EngineInfo, Route, TokenLogprob
+from tucka_runtime.messages import AdapterKey, EngineInfo, Route, TokenLogprob
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, read_config
 from tucka_runtime.tokenizer import Tokenizer

@@ -1,8 +1,8 @@
 """The engine's own process, and its end of the channel.
 
 The API process's EngineClient starts `python -m tucka_runtime.engine.process` with one end of a socket pair, and speaks
-the messages of messages.py over it (channel.py). The process ends when its channel closes, and with its parent, so it
-never outlives it, whatever it is doing.
+the messages of channel_messages.py over it (channel.py). The process ends when its channel closes, and with its parent,
+so it never outlives it, whatever it is doing.
 """
 
 import contextlib
@@ -17,13 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tucka_runtime.children import end_with_parent
-from tucka_runtime.engine import environment
-from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, TuckaError
-from tucka_runtime.logs import set_up_logging
-from tucka_runtime.messages import (
+from tucka_runtime.channel_messages import (
     Abort,
-    AdapterInfo,
     AdapterLoaded,
     AdapterRefused,
     CombineAdapters,
@@ -41,6 +36,11 @@ from tucka_runtime.messages import (
     ToEngine,
     UnloadAdapter,
 )
+from tucka_runtime.children import end_with_parent
+from tucka_runtime.engine import environment
+from tucka_runtime.errors import AdapterCapacityError, ModelLoadError, TuckaError
+from tucka_runtime.logs import set_up_logging
+from tucka_runtime.messages import AdapterInfo
 
 if TYPE_CHECKING:
     from tucka_runtime.channel import Channel

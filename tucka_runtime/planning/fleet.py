@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tucka_runtime.planning.arrivals import Arrivals
 from tucka_runtime.planning.profile import Profile
-from tucka_runtime.planning.replica import Settings
+from tucka_runtime.planning.replica import ReplicaSettings
 from tucka_runtime.planning.simulation import Limit, Simulation
 
 MOST = 10_000
@@ -37,7 +37,7 @@ def smallest(holds: Try, guess: int) -> int | None:
 def smallest_fleet(
     arrivals: Arrivals,
     policy: str,
-    settings: Settings,
+    settings: ReplicaSettings,
     profile: Profile,
     limit: Limit,
     skip: int,

@@ -18,7 +18,7 @@ SERVE = EngineConfig()
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReplicaSettings:
     """What `tucka serve` would be started with. `host` is the host cache's room, in adapters."""
 
     slots: int
@@ -32,7 +32,7 @@ class Times:
     """What steps take, looked up: by rows and adapters. `room` has the tokens of prompts that fit beside so many
     decoding rows, as the engine's `Pace` lets them."""
 
-    def __init__(self, profile: Profile, settings: Settings) -> None:
+    def __init__(self, profile: Profile, settings: ReplicaSettings) -> None:
         most, stretch = settings.max_num_seqs, settings.decode_stretch
         self.steps = [
             [max(profile.step(rows, adapters), 1e-9) for adapters in range(rows + 1)] for rows in range(most + 1)
@@ -45,7 +45,7 @@ class Times:
                 self.room[rows] = min(self.room[rows], max(beside, LEAST_PROMPT))
 
 
-class Replica:
+class PaperReplica:
     """Serves requests, numbers of `arrivals`, in the order in which they have their slots. `first` gets the time of
     each one's first token; `finished` is told of its last. Every sequence gets the KV blocks that it needs: nothing is
     preempted, and no prompt shares another's beginning."""
@@ -53,7 +53,7 @@ class Replica:
     def __init__(
         self,
         arrivals: Arrivals,
-        settings: Settings,
+        settings: ReplicaSettings,
         profile: Profile,
         times: Times,
         later: Later,

@@ -9,21 +9,21 @@ from tucka_runtime.loadtest.report.markup import card, document, keys, table
 from tucka_runtime.loadtest.report.table import columns, number
 from tucka_runtime.planning.fleet import MOST
 from tucka_runtime.planning.policies import POLICIES
-from tucka_runtime.planning.simulation import Figures, Limit
+from tucka_runtime.planning.simulation import FleetFigures, Limit
 
 
 @dataclass(frozen=True)
-class Plan:
+class FleetPlan:
     """All that was found. `smallest` has each policy's smallest fleet, None where the largest that is tried does not
     keep the limit; it is empty without a limit."""
 
     about: str
-    fleets: list[Figures]
+    fleets: list[FleetFigures]
     limit: Limit | None
     smallest: dict[str, int | None]
 
 
-def as_json(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
+def as_json(plan: FleetPlan, inputs: dict[str, Any]) -> dict[str, Any]:
     """One object; seconds are seconds."""
     return {
         "format": "tucka-plan/1",
@@ -37,7 +37,7 @@ def as_json(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def render(plan: Plan) -> str:
+def render(plan: FleetPlan) -> str:
     """For a terminal."""
     lines = [plan.about]
     for replicas in dict.fromkeys(f.replicas for f in plan.fleets):
@@ -49,14 +49,14 @@ def render(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def page(plan: Plan) -> str:
+def page(plan: FleetPlan) -> str:
     """The same as a page, with figures over the number of replicas."""
     policies = list(dict.fromkeys(f.policy for f in plan.fleets))
     styles = {policy: f"s{list(POLICIES).index(policy)}" for policy in policies}
     top = max(plan.fleets[0].first_token)
     body = f'<h1>A fleet on paper</h1><p class="soft">{plan.about}</p>'
     cards = []
-    shown: list[tuple[str, str, Callable[[Figures], float]]] = [
+    shown: list[tuple[str, str, Callable[[FleetFigures], float]]] = [
         (f"First token, p{top:g}", "ms", lambda f: 1000 * f.first_token[top]),
         ("Requests that found their adapter in a slot", "%", lambda f: 100 * (f.hit_rate or 0.0)),
     ]
@@ -74,12 +74,12 @@ def page(plan: Plan) -> str:
     return document("A fleet on paper", body)
 
 
-def _head(fleets: Sequence[Figures]) -> list[str]:
+def _head(fleets: Sequence[FleetFigures]) -> list[str]:
     waits = [f"p{p:g} (ms)" for p in fleets[0].first_token]
     return ["policy", "hits", *waits, "tok/s", "requests/s", "busy", "busiest"]
 
 
-def _row(figures: Figures) -> list[str]:
+def _row(figures: FleetFigures) -> list[str]:
     hits = "-" if figures.hit_rate is None else f"{figures.hit_rate:.1%}"
     waits = [number(1000 * seconds) for seconds in figures.first_token.values()]
     rates = [number(figures.output_tokens_per_second), number(figures.requests_per_second)]

@@ -11,7 +11,7 @@ import numpy as np
 from tucka_runtime.planning.arrivals import Arrivals
 from tucka_runtime.planning.policies import POLICIES
 from tucka_runtime.planning.profile import Profile
-from tucka_runtime.planning.replica import Replica, Settings, Times
+from tucka_runtime.planning.replica import PaperReplica, ReplicaSettings, Times
 from tucka_runtime.planning.slots import Event
 
 
@@ -24,7 +24,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Figures:
+class FleetFigures:
     """What came of a fleet, over the requests that count: those behind the warm-up. Seconds; `hit_rate` is the share of
     requests that found their adapter in a slot (None without adapters), `busy` the share of time in which replicas
     computed, the mean and the most of one. Throughput is that of the whole run."""
@@ -44,7 +44,9 @@ class Simulation:
     """Runs once. `first` and `last` have each request's seconds from the start of the run to its first and its last
     token; NaN before."""
 
-    def __init__(self, arrivals: Arrivals, replicas: int, policy: str, settings: Settings, profile: Profile) -> None:
+    def __init__(
+        self, arrivals: Arrivals, replicas: int, policy: str, settings: ReplicaSettings, profile: Profile
+    ) -> None:
         self._arrivals, self._request_seconds = arrivals, profile.request
         self._policy = POLICIES[policy](replicas, arrivals.names)
         self.policy = policy
@@ -52,7 +54,9 @@ class Simulation:
         self._events: list[tuple[float, int, int, Event]] = []
         self._order = count()  # events at the same time happen in the order in which they were asked for
         self.replicas = [
-            Replica(arrivals, settings, profile, times, partial(self._later, i), self._first, partial(self._last, i))
+            PaperReplica(
+                arrivals, settings, profile, times, partial(self._later, i), self._first, partial(self._last, i)
+            )
             for i in range(replicas)
         ]
         self.first = [float("nan")] * len(arrivals)
@@ -88,14 +92,14 @@ class Simulation:
             note(self.finished - noted)
         return True
 
-    def figures(self, percentiles: tuple[float, ...]) -> Figures:
+    def figures(self, percentiles: tuple[float, ...]) -> FleetFigures:
         """Of a run that came to its end."""
         arrivals = self._arrivals
         waits = np.asarray(self.first[self._skip :]) - np.asarray(arrivals.at[self._skip :])
         lookups, hits = (now - then for now, then in zip(self._looked_up(), self._before, strict=True))
         seconds = max(self.last)
         busy = [replica.busy / seconds for replica in self.replicas]
-        return Figures(
+        return FleetFigures(
             policy=self.policy,
             replicas=len(self.replicas),
             requests=len(waits),

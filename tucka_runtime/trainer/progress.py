@@ -68,7 +68,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Figures:
+class TrainingFigures:
     """One training's figures as they come: what its line says, and what its trackers are told of every step. The route
     scopes take turns of `turn` steps."""
 
@@ -112,7 +112,7 @@ class TrainingProgress:
 
         self._steps, self._done = steps, done
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, file=sys.stderr)
-        self._figures = Figures(steps, turn, trackers)
+        self._figures = TrainingFigures(steps, turn, trackers)
         self._started = self._said = time.monotonic()
 
     def step(self, step: Step) -> None:
@@ -149,7 +149,7 @@ class TrainingProgress:
 class JobProgress:
     """The progress of one job among several, said in the lines of all."""
 
-    def __init__(self, name: str, steps: int, done: int, figures: Figures, all_jobs: "JobsProgress"):
+    def __init__(self, name: str, steps: int, done: int, figures: TrainingFigures, all_jobs: "JobsProgress"):
         self.name, self.steps, self.done, self.first = name, steps, done, done
         self.loss: float | None = None
         self.figures, self._all = figures, all_jobs

@@ -25,10 +25,11 @@ from tests.support.driving import (
     save_tucka,
 )
 from tucka_runtime.adapters.format import Adapter, read_adapter
+from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.engine.adapters.verify import change
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.messages import AdapterKey, AdapterPart, Route, RouteScope
+from tucka_runtime.messages import AdapterKey, Route, RouteScope
 
 FP32 = 1e-4
 MIX = AdapterKey("a+b", 1)
