@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from tucka_runtime.kernels.native.library import FOLDER, SOURCES, path_of
+from tucka_runtime.kernels.native.library import FOLDER, SOURCES, load, path_of
 
 # By torch's own names of what a CPU can do (`torch.backends.cpu.get_cpu_capability`), with the flags that it is built
 # with itself.
@@ -54,10 +54,11 @@ def compile_command(capability: str, flags: tuple[str, ...], source: Path, targe
 
 
 def link_command(compiled: Path, target: Path) -> list[str]:
-    """Without -fopenmp, which would bring the compiler's own runtime: torch's has the same functions."""
+    """Without -fopenmp, which would bring the compiler's own runtime: torch's has the same functions. A symbol that no
+    library has is an error here, not first where the library is loaded."""
     libraries = (f"-L{path}" for path in cpp_extension.library_paths())
     return [
-        cpp_extension.get_cxx_compiler(), "-shared", str(compiled), *libraries, "-ltorch_cpu", "-lc10", openmp(),
+        cpp_extension.get_cxx_compiler(), "-shared", "-Wl,--no-undefined", str(compiled), *libraries, "-ltorch_cpu", "-lc10", openmp(),
         "-o", str(target),
     ]  # fmt: skip
 
@@ -90,6 +91,9 @@ def main() -> int:
             list(pool.map(build, missing, missing.values()))
     except (OSError, RuntimeError) as e:
         print(f"The native kernels could not be built: {e}", file=sys.stderr)
+        return 1
+    if own in wanted and load() != own:
+        print(f"The native kernels for {own} were built and cannot be loaded here.", file=sys.stderr)
         return 1
     print("native kernels are there for " + ", ".join(wanted))
     return 0

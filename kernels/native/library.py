@@ -1,10 +1,13 @@
 """Where the built native kernels lie, and which of them this CPU can run."""
 
 import hashlib
+import logging
 from functools import cache
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 FOLDER = SOURCES / "built"
@@ -34,7 +37,8 @@ def load() -> str | None:
         if path.is_file():
             try:
                 torch.ops.load_library(path)
-            except OSError:
+            except OSError as error:
+                logger.warning("the native kernels in %s cannot be loaded: %s", path, error.__cause__ or error)
                 continue
             return capability
     return None

@@ -110,6 +110,14 @@ def test_rows_of_another_type_are_refused() -> None:
         ops.norm(torch.ones(2, 8), torch.ones(8).half(), None, 1e-5)
 
 
+def test_what_was_built_for_this_cpu_is_loaded() -> None:
+    """One that cannot be loaded would leave every other test of these kernels out, and a server on the reference."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not library.path_of(capability).is_file():
+        pytest.skip("the native kernels are not built here")
+    assert library.load() == capability
+
+
 def test_a_machine_without_them_serves_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says so to who asks for them by name."""
     monkeypatch.setattr(library, "load", lambda: None)
