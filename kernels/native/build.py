@@ -16,19 +16,24 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from tucka_runtime.kernels.native.library import FOLDER, SOURCES, load, path_of
+from tucka_runtime.kernels.native.library import FOLDER, SOURCES, capabilities, load, path_of
 
-# By torch's own names of what a CPU can do (`torch.backends.cpu.get_cpu_capability`), with the flags that it is built
-# with itself.
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+# By the names of library.capabilities: what torch's headers call it, and the flags that torch is built with itself, but
+# for the products in bf16.
 X86 = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512_BF16": ("AVX512", (*AVX512, "-mavx512bf16")),
+    "AVX512": ("AVX512", AVX512),
+    "AVX2": ("AVX2", ("-mavx2", "-mfma", "-mf16c")),
 }
 
 
-def variants() -> dict[str, tuple[str, ...]]:
-    """What is built here: the capability, and the compiler's flags for it."""
-    return {**(X86 if platform.machine() in ("x86_64", "AMD64") else {}), "DEFAULT": ()}
+Flags = tuple[str, tuple[str, ...]]
+
+
+def variants() -> dict[str, Flags]:
+    """What is built here, the best first."""
+    return {**(X86 if platform.machine() in ("x86_64", "AMD64") else {}), "DEFAULT": ("DEFAULT", ())}
 
 
 def openmp() -> str:
@@ -40,12 +45,13 @@ def openmp() -> str:
     raise RuntimeError("torch runs without OpenMP here: the native kernels would have no threads")
 
 
-def compile_command(capability: str, flags: tuple[str, ...], source: Path, target: Path) -> list[str]:
+def compile_command(flags: Flags, source: Path, target: Path) -> list[str]:
+    name, own = flags
     return [
         cpp_extension.get_cxx_compiler(),
-        "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", *flags,
-        f"-DCPU_CAPABILITY={capability}",
-        f"-DCPU_CAPABILITY_{capability}",
+        "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", *own,
+        f"-DCPU_CAPABILITY={name}",
+        f"-DCPU_CAPABILITY_{name}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
         f"-I{SOURCES}",
@@ -63,13 +69,13 @@ def link_command(compiled: Path, target: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def build(capability: str, flags: tuple[str, ...]) -> None:
+def build(capability: str, flags: Flags) -> None:
     """One library. All sources are one translation unit, for torch's headers take most of the time."""
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
         unit, compiled, made = (Path(scratch) / name for name in ("all.cpp", "all.o", "library.so"))
         unit.write_text("".join(f'#include "{path.name}"\n' for path in sorted(SOURCES.glob("*.cpp"))), "utf-8")
-        for command in (compile_command(capability, flags, unit, compiled), link_command(compiled, made)):
+        for command in (compile_command(flags, unit, compiled), link_command(compiled, made)):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"the compiler failed for {capability}:\n{done.stderr}")
@@ -82,9 +88,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tucka_runtime.kernels.native.build", description=__doc__)
     parser.add_argument("--all", action="store_true", help="for every instruction set, not for this CPU's alone")
     args = parser.parse_args()
-    own = torch.backends.cpu.get_cpu_capability()
     known = variants()
-    wanted = known if args.all else {name: known[name] for name in [own if own in known else "DEFAULT"]}
+    own = next(name for name in capabilities() if name in known)
+    wanted = known if args.all else {own: known[own]}
     missing = {name: flags for name, flags in wanted.items() if not path_of(name).is_file()}
     try:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:

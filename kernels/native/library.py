@@ -22,9 +22,16 @@ def _version() -> str:
     return digest.hexdigest()[:12]
 
 
+def capabilities() -> tuple[str, ...]:
+    """What libraries this CPU can run, the best first: torch's own names, and AVX512_BF16 where it multiplies bf16."""
+    own = torch.backends.cpu.get_cpu_capability()
+    better = ("AVX512_BF16",) if own == "AVX512" and torch.cpu._is_avx512_bf16_supported() else ()
+    return (*better, own, "DEFAULT")
+
+
 def path_of(capability: str) -> Path:
-    """The library for one of torch's CPU capabilities. One of other sources or another torch has another name, so that
-    it is never loaded."""
+    """The library for one of `capabilities`. One of other sources or another torch has another name, so that it is
+    never loaded."""
     return FOLDER / f"tucka-{capability.lower()}-{_version()}.so"
 
 
@@ -32,7 +39,7 @@ def path_of(capability: str) -> Path:
 def load() -> str | None:
     """Loads the library for this CPU, once, and names the capability that it was built for; None where there is none
     that can be loaded. From then on `torch.ops.tucka` has the ops."""
-    for capability in (torch.backends.cpu.get_cpu_capability(), "DEFAULT"):
+    for capability in capabilities():
         path = path_of(capability)
         if path.is_file():
             try:

@@ -1,10 +1,31 @@
-// ops.Linear: y = x Wᵀ + b of a weight that linear.py laid out in panels.
+// ops.Linear: y = x Wᵀ + b of a weight that lies in panels.
 #include "vectors.h"
+
+#include <ATen/ops/zeros.h>
 
 namespace tucka {
 
-// Columns of y, which are rows of W, in a panel: (panels, d_in, kPanel).
+// Columns of y, which are rows of W, in a panel.
 constexpr int64_t kPanel = kStep;
+
+// Inputs of a column that lie side by side in a panel and are multiplied at once: two where the CPU multiplies bf16. It
+// takes numbers under 2⁻¹²⁶ for zero, and rounds once a product of two.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr int64_t kInputs = std::is_same_v<T, BFloat16> ? 2 : 1;
+#else
+template <class T>
+constexpr int64_t kInputs = 1;
+#endif
+
+// Where input k of column c lies in a panel, (ceil(d_in / kInputs), kPanel · kInputs).
+template <class T>
+inline int64_t place(int64_t k, int64_t c) {
+  if constexpr (kInputs<T> > 1) return k / kInputs<T> * kInputs<T> * kPanel + c * kInputs<T> + k % kInputs<T>;
+  // The columns c and c + kLanes lie side by side: a shift and a mask make fp32 of them.
+  if constexpr (std::is_same_v<T, BFloat16>) return k * kPanel + c % kLanes * 2 + c / kLanes;
+  return k * kPanel + c;
+}
 // Rows of y that are summed up at once, two vectors each: what the registers hold beside a step of the panel.
 #if defined(CPU_CAPABILITY_AVX2)
 constexpr int kTileRows = 6;
@@ -18,7 +39,7 @@ constexpr int64_t kBlockTiles = 96 / kTileRows, kBlockPanels = 128 / kPanel;
 // Bytes of a panel that are asked for ahead: the hardware itself does not look beyond a page.
 constexpr int64_t kAhead = 2048;
 
-// One step of a panel. In bf16 the columns c and c + kLanes lie side by side: a shift and a mask make fp32 of them.
+// One input of a panel's columns.
 template <class T>
 inline Pair load_panel(const T* p) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -30,7 +51,8 @@ inline Pair load_panel(const T* p) {
   }
 }
 
-// sums (R, kPanel) += x (depth, R) w (depth, kPanel), from zero on for the first inputs.
+// sums (R, kPanel) += x (depth, R) w (depth, kPanel), from zero on for the first inputs. With two inputs at once an x is
+// two numbers of bf16.
 template <int R, class T>
 void add_tile(const float* x, const T* w, int64_t depth, bool first, float* sums, int64_t stride) {
   Vec a[R], b[R];
@@ -38,6 +60,21 @@ void add_tile(const float* x, const T* w, int64_t depth, bool first, float* sums
     a[r] = first ? Vec(0.f) : Vec::loadu(sums + r * stride);
     b[r] = first ? Vec(0.f) : Vec::loadu(sums + r * stride + kLanes);
   });
+#if defined(__AVX512BF16__)
+  if constexpr (kInputs<T> > 1) {
+    for (int64_t k = 0; k < depth; k++, x += R, w += kPanel * kInputs<T>) {
+      __builtin_prefetch(w + kAhead / sizeof(T));
+      __builtin_prefetch(w + kAhead / sizeof(T) + kPanel);
+      const auto y = (__m512bh)_mm512_loadu_si512(w), z = (__m512bh)_mm512_loadu_si512(w + kPanel);
+      each<R>([&](auto r) {
+        const auto value = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(x[r]));
+        a[r] = _mm512_dpbf16_ps(a[r], value, y);
+        b[r] = _mm512_dpbf16_ps(b[r], value, z);
+      });
+    }
+    depth = 0;
+  }
+#endif
   for (int64_t k = 0; k < depth; k++, x += R, w += kPanel) {
     __builtin_prefetch(w + kAhead / sizeof(T));
     const Pair y = load_panel(w);
@@ -75,14 +112,22 @@ struct Product {
   T* y;
   int64_t x_stride, d_in, d_out;
   Tiles tiles;
+  // What is multiplied of an input of the panel: one number, or so many side by side.
+  int64_t steps_in = (d_in + kInputs<T> - 1) / kInputs<T>;
 
-  // The inputs of a tile in fp32, (d_in, rows of it).
+  // The inputs of a tile, (steps_in, rows of it): in fp32, or so many of bf16 in each place.
   void turn(int64_t tile, float* to) const {
     const int64_t first = tiles.first(tile), size = tiles.size(tile);
-    float* row = scratch(d_in);
+    float* row = scratch(steps_in);
     for (int64_t r = 0; r < size; r++) {
-      to_float(x + (first + r) * x_stride, row, d_in);
-      for (int64_t k = 0; k < d_in; k++) to[k * size + r] = row[k];
+      const T* from = x + (first + r) * x_stride;
+      if constexpr (kInputs<T> == 1) {
+        to_float(from, row, d_in);
+      } else {
+        row[steps_in - 1] = 0;
+        std::memcpy(row, from, d_in * sizeof(T));
+      }
+      for (int64_t k = 0; k < steps_in; k++) to[k * size + r] = row[k];
     }
   }
 
@@ -91,13 +136,14 @@ struct Product {
     static constexpr auto add = tiles_of<T>(std::make_integer_sequence<int, kTileRows>());
     const int64_t top = tiles.first(begin), rows = tiles.first(stop) - top, width = (end - first) * kPanel;
     float* sums = scratch(rows * width);
-    for (int64_t k = 0; k < d_in; k += kDepth) {
-      const int64_t depth = std::min(kDepth, d_in - k);
+    constexpr int64_t deep = kDepth / kInputs<T>;
+    for (int64_t k = 0; k < steps_in; k += deep) {
+      const int64_t depth = std::min(deep, steps_in - k);
       for (int64_t panel = first; panel < end; panel++)
         for (int64_t tile = begin; tile < stop; tile++) {
           const int64_t size = tiles.size(tile), row = tiles.first(tile);
-          add[size - 1](turned + row * d_in + k * size, w + (panel * d_in + k) * kPanel, depth, k == 0,
-                        sums + (row - top) * width + (panel - first) * kPanel, width);
+          add[size - 1](turned + row * steps_in + k * size, w + (panel * steps_in + k) * kPanel * kInputs<T>, depth,
+                        k == 0, sums + (row - top) * width + (panel - first) * kPanel, width);
         }
     }
     const int64_t column = first * kPanel, count = std::min(width, d_out - column);
@@ -116,8 +162,8 @@ struct Product {
   }
 
   void run(int64_t panels) const {
-    const auto turned = std::make_unique_for_overwrite<float[]>(tiles.rows * d_in);
-    deal(tiles.count, kTileRows * d_in, [&](int64_t i) { turn(i, turned.get() + tiles.first(i) * d_in); });
+    const auto turned = std::make_unique_for_overwrite<float[]>(tiles.rows * steps_in);
+    deal(tiles.count, kTileRows * d_in, [&](int64_t i) { turn(i, turned.get() + tiles.first(i) * steps_in); });
     const int64_t blocks = (tiles.count + kBlockTiles - 1) / kBlockTiles, wide = blocks > 1 ? kBlockPanels : 1;
     const int64_t parts = (panels + wide - 1) / wide;
     deal(blocks * parts, kTileRows * d_in * kPanel * wide, [&](int64_t item) {
@@ -128,15 +174,50 @@ struct Product {
   }
 };
 
+// The panels (N, ceil(in / kInputs), kPanel · kInputs) of a weight (out, in), zeros behind the last row and input.
+Tensor pack(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "a weight has two dimensions");
+  const Tensor w = weight.contiguous();
+  const int64_t d_out = w.size(0), d_in = w.size(1), count = (d_out + kPanel - 1) / kPanel;
+  return by_type(w, [&](auto type) {
+    using T = decltype(type);
+    Tensor panels = at::zeros({count, (d_in + kInputs<T> - 1) / kInputs<T>, kPanel * kInputs<T>}, w.options());
+    const T* from = w.const_data_ptr<T>();
+    T* to = panels.data_ptr<T>();
+    const int64_t size = panels.size(1) * panels.size(2);
+    deal(count, size, [&](int64_t panel) {
+      for (int64_t c = 0; c < std::min(kPanel, d_out - panel * kPanel); c++)
+        for (int64_t k = 0; k < d_in; k++) to[panel * size + place<T>(k, c)] = from[(panel * kPanel + c) * d_in + k];
+    });
+    return panels;
+  });
+}
+
+// The weight (d_out, d_in) that lies in panels.
+Tensor unpack(const Tensor& panels, int64_t d_out, int64_t d_in) {
+  Tensor weight = at::empty({d_out, d_in}, panels.options());
+  by_type(panels, [&](auto type) {
+    using T = decltype(type);
+    const T* from = panels.const_data_ptr<T>();
+    T* to = weight.data_ptr<T>();
+    const int64_t size = panels.size(1) * panels.size(2);
+    deal(d_out, d_in, [&](int64_t row) {
+      for (int64_t k = 0; k < d_in; k++) to[row * d_in + k] = from[row / kPanel * size + place<T>(k, row % kPanel)];
+    });
+  });
+  return weight;
+}
+
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t d_out) {
   check_type(panels, x);
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.stride(1) == 1 && panels.is_contiguous() && panels.size(2) == kPanel &&
-                        panels.size(1) == x.size(1),
-                    "x must have contiguous rows as long as the panels of this library's layout");
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.stride(1) == 1 && panels.is_contiguous(), "the rows of x must be contiguous");
   Tensor y = at::empty({x.size(0), d_out}, x.options());
   if (bias) check_type(*bias, x);
   by_type(x, [&](auto type) {
     using T = decltype(type);
+    TORCH_CHECK_VALUE(panels.size(2) == kPanel * kInputs<T> &&
+                          panels.size(1) == (x.size(1) + kInputs<T> - 1) / kInputs<T>,
+                      "x must have rows as long as the panels of this library's layout");
     const Product<T> product{x.const_data_ptr<T>(), panels.const_data_ptr<T>(),
                              bias ? bias->const_data_ptr<T>() : nullptr,
                              y.data_ptr<T>(), x.stride(0), x.size(1), d_out, Tiles(x.size(0))};
@@ -147,7 +228,8 @@ Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>
 
 TORCH_LIBRARY_FRAGMENT(tucka, m) {
   m.def("linear", &linear);
-  m.def("panel() -> int", [] { return kPanel; });
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
 }
 
 }  // namespace tucka

@@ -112,10 +112,10 @@ def test_rows_of_another_type_are_refused() -> None:
 
 def test_what_was_built_for_this_cpu_is_loaded() -> None:
     """One that cannot be loaded would leave every other test of these kernels out, and a server on the reference."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not library.path_of(capability).is_file():
+    built = [name for name in library.capabilities() if library.path_of(name).is_file()]
+    if not built:
         pytest.skip("the native kernels are not built here")
-    assert library.load() == capability
+    assert library.load() == built[0]
 
 
 def test_a_machine_without_them_serves_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
