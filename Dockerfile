@@ -5,7 +5,7 @@
 FROM debian:12.12-slim AS build
 ARG DEVICE=cpu
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates g++ python3 python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates g++ python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/tucka
 # The "+cpu" makes it torch's CPU build or none; the plain one brings the CUDA libraries along.

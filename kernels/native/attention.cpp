@@ -1,6 +1,7 @@
 // ops.Attention: keys and values are read where they lie, in the cache's type, and summed up in fp32. A scale of an int8
 // cache is one number of a key or value: it multiplies the key's scores, and the value's weights.
 #include "int8.h"
+#include "methods.h"
 #include "product.h"
 
 namespace tucka {
@@ -359,6 +360,6 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("attention", &attention); }
+const Methods kAttentionMethods{{"attention", call<&attention>}};
 
 }  // namespace tucka

@@ -5,7 +5,6 @@ Every op hands its tensors, and of a batch's tables what lies on the device, to 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tucka_runtime.kernels.native import library
@@ -15,8 +14,7 @@ from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.routes import RoutePlan
 from tucka_runtime.kernels.tables.segments import DeltaSite, SitePlan
 
-library.load()
-_NATIVE: Any = torch.ops.tucka
+_NATIVE: Any = library.module()
 
 NO_WINDOW = 2**31 - 1
 """Longer than any context."""

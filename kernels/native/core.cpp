@@ -1,4 +1,5 @@
 // ops.Core.
+#include "methods.h"
 #include "routes.h"
 
 namespace tucka {
@@ -28,6 +29,6 @@ void core(const Tensor& records, const Tensor& groups, const Tensor& weights, in
   });
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("core", &core); }
+const Methods kCoreMethods{{"core", call<&core>}};
 
 }  // namespace tucka

@@ -83,7 +83,7 @@ struct Delta {
       if (begin >= end || depth == 0) continue;
       const int64_t row = borders[j + 1] - borders[j];
       const T* e = reinterpret_cast<const T*>(e_ptr[at]) + (begin - borders[j]);
-      add_product(out + (begin - first), stride, h + (run.first * n + j) * width, n * width, Strided<T>{e, row},
+      add_product(out + (begin - first), stride, h + (run.first * n + j) * width, n * width, Streamed<T>{{e, row}},
                   run.end - run.first, depth, end - begin);
     }
   }

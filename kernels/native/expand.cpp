@@ -1,5 +1,6 @@
 // ops.Expand.
 #include "delta.h"
+#include "methods.h"
 
 namespace tucka {
 
@@ -28,6 +29,6 @@ void expand(const Tensor& y, const std::optional<Tensor>& h, const std::optional
   });
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("expand", &expand); }
+const Methods kExpandMethods{{"expand", call<&expand>}};
 
 }  // namespace tucka

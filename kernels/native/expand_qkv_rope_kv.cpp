@@ -1,6 +1,7 @@
 // ops.ExpandQkvRopeKv.
 #include "delta.h"
 #include "int8.h"
+#include "methods.h"
 #include "norm.h"
 
 namespace tucka {
@@ -83,6 +84,6 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
   return q;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("expand_qkv_rope_kv", &expand_qkv_rope_kv); }
+const Methods kExpandQkvRopeKvMethods{{"expand_qkv_rope_kv", call<&expand_qkv_rope_kv>}};
 
 }  // namespace tucka

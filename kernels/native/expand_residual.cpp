@@ -1,5 +1,6 @@
 // ops.ExpandResidual.
 #include "delta.h"
+#include "methods.h"
 #include "norm.h"
 
 namespace tucka {
@@ -40,6 +41,6 @@ std::tuple<Tensor, Tensor> expand_residual(const Tensor& y, const Tensor& residu
   return {out, total};
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("expand_residual", &expand_residual); }
+const Methods kExpandResidualMethods{{"expand_residual", call<&expand_residual>}};
 
 }  // namespace tucka

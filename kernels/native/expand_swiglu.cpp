@@ -1,5 +1,6 @@
 // ops.ExpandSwiglu.
 #include "delta.h"
+#include "methods.h"
 
 namespace tucka {
 
@@ -39,6 +40,6 @@ Tensor expand_swiglu(const Tensor& gate_up, const std::optional<Tensor>& h, cons
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("expand_swiglu", &expand_swiglu); }
+const Methods kExpandSwigluMethods{{"expand_swiglu", call<&expand_swiglu>}};
 
 }  // namespace tucka

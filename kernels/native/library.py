@@ -2,8 +2,12 @@
 
 import hashlib
 import logging
+import sys
 from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +19,8 @@ FOLDER = SOURCES / "built"
 
 @cache
 def _version() -> str:
-    """What a library fits: the sources that it was made of, and torch."""
-    digest = hashlib.sha256(torch.__version__.encode())
+    """What a library fits: the sources that it was made of, torch, and Python."""
+    digest = hashlib.sha256(f"{torch.__version__} {sys.implementation.cache_tag}".encode())
     for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -36,16 +40,31 @@ def path_of(capability: str) -> Path:
 
 
 @cache
-def load() -> str | None:
-    """Loads the library for this CPU, once, and names the capability that it was built for; None where there is none
-    that can be loaded. From then on `torch.ops.tucka` has the ops."""
+def _loaded() -> tuple[str, Any] | None:
     for capability in capabilities():
         path = path_of(capability)
         if path.is_file():
+            loader = ExtensionFileLoader("tucka_native", str(path))
+            spec = spec_from_loader(loader.name, loader)
+            assert spec is not None
             try:
-                torch.ops.load_library(path)
-            except OSError as error:
-                logger.warning("the native kernels in %s cannot be loaded: %s", path, error.__cause__ or error)
+                module = module_from_spec(spec)
+            except ImportError as error:
+                logger.warning("the native kernels in %s cannot be loaded: %s", path, error)
                 continue
-            return capability
+            return capability, module
     return None
+
+
+def load() -> str | None:
+    """Loads the library for this CPU, once, and names the capability that it was built for; None where there is none
+    that can be loaded."""
+    found = _loaded()
+    return found[0] if found else None
+
+
+def module() -> Any:
+    """The functions of the library: each op by its name, its arguments by position. `load` must have found one."""
+    found = _loaded()
+    assert found is not None
+    return found[1]

@@ -1,5 +1,5 @@
 // ops.Linear: y = x Wᵀ + b of a weight that lies in panels.
-#include "vectors.h"
+#include "methods.h"
 
 #include <ATen/ops/zeros.h>
 
@@ -226,10 +226,7 @@ Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>
   return y;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) {
-  m.def("linear", &linear);
-  m.def("pack", &pack);
-  m.def("unpack", &unpack);
-}
+const Methods kLinearMethods{
+    {"linear", call<&linear>}, {"pack", call<&pack>}, {"unpack", call<&unpack>}};
 
 }  // namespace tucka

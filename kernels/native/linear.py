@@ -10,28 +10,27 @@ from tucka_runtime.kernels.ops import Linear
 from tucka_runtime.kernels.reference.linear import linear as torch_linear
 from tucka_runtime.kernels.reference.linear import packable
 
-_NATIVE: Any = torch.ops.tucka
-
 
 class PanelLinear:
     """ops.Linear in C++, whose weight lies as linear.cpp lays it out.
 
     A row of y does not depend on how many others there are, to the bit."""
 
-    __slots__ = ("_panels", "bias", "shape")
+    __slots__ = ("_native", "_panels", "bias", "shape")
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.shape = weight.shape
         self.bias = bias
-        self._panels: Tensor = _NATIVE.pack(weight)
+        self._native: Any = library.module()
+        self._panels: Tensor = self._native.pack(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = _NATIVE.linear(x, self._panels, self.bias, self.shape[0])
+        y: Tensor = self._native.linear(x, self._panels, self.bias, self.shape[0])
         return y
 
     def dense(self) -> Tensor:
         """A copy of the weight (out, in) as it was given."""
-        weight: Tensor = _NATIVE.unpack(self._panels, *self.shape)
+        weight: Tensor = self._native.unpack(self._panels, *self.shape)
         return weight
 
 

@@ -1,4 +1,5 @@
 // ops.Norm.
+#include "methods.h"
 #include "norm.h"
 
 namespace tucka {
@@ -19,6 +20,6 @@ Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("norm", &norm); }
+const Methods kNormMethods{{"norm", call<&norm>}};
 
 }  // namespace tucka

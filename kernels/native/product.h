@@ -13,6 +13,16 @@ struct Strided {
   const T* operator[](int64_t k) const { return first + k * stride; }
 };
 
+// The same of rows that come from memory: what lies behind a block of columns, the next one's, is asked for with it. The
+// hardware does not see that rows so far apart go on.
+template <class T>
+struct Streamed : Strided<T> {};
+
+template <class B>
+constexpr bool kStreamed = false;
+template <class T>
+constexpr bool kStreamed<Streamed<T>> = true;
+
 // R rows of C, N steps wide from column `at` on. WHOLE: else the one step has `count` columns.
 template <int R, int N, bool WHOLE, class B>
 inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
@@ -28,6 +38,10 @@ inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stri
   });
   for (int64_t k = 0; k < depth; k++) {
     const auto* row = b[k] + at;
+    if constexpr (kStreamed<B>) {
+      constexpr int64_t kLine = 64 / sizeof(*row);
+      each<(N * kStep + kLine - 1) / kLine>([&](auto n) { __builtin_prefetch(row + N * kStep + n * kLine); });
+    }
     Vec wide[2 * N];
     each<N>([&](auto n) {
       const Pair x = load_step(row + n * kStep, some);
@@ -51,6 +65,9 @@ inline void add_rows(float* c, int64_t c_stride, const float* a, int64_t a_strid
                      int64_t width) {
   int64_t at = 0;
   for (; at + N * kStep <= width; at += N * kStep) add_block<R, N, true>(c, c_stride, a, a_stride, b, depth, at, kStep);
+  if constexpr (N > 2)
+    for (; at + 2 * kStep <= width; at += 2 * kStep)
+      add_block<R, 2, true>(c, c_stride, a, a_stride, b, depth, at, kStep);
   for (; at + kStep <= width; at += kStep) add_block<R, 1, true>(c, c_stride, a, a_stride, b, depth, at, kStep);
   if (at < width) add_block<R, 1, false>(c, c_stride, a, a_stride, b, depth, at, width - at);
 }

@@ -1,4 +1,5 @@
 // ops.Select, RouteIds, RouteHidden.
+#include "methods.h"
 #include "routes.h"
 
 namespace tucka {
@@ -84,10 +85,7 @@ std::tuple<Tensor, Tensor> route_hidden(const Tensor& x, const Tensor& centroids
   return {group, weights};
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) {
-  m.def("select", &select);
-  m.def("route_ids", &route_ids);
-  m.def("route_hidden", &route_hidden);
-}
+const Methods kRouteMethods{
+    {"select", call<&select>}, {"route_ids", call<&route_ids>}, {"route_hidden", call<&route_hidden>}};
 
 }  // namespace tucka

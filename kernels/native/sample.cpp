@@ -1,5 +1,5 @@
 // ops.Sample, FilterLogits.
-#include "vectors.h"
+#include "methods.h"
 
 namespace tucka {
 
@@ -170,10 +170,7 @@ Tensor filter_logits(const Tensor& logits, const Tensor& top_k, const Tensor& to
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) {
-  m.def("uniform", &uniform);
-  m.def("sample", &sample);
-  m.def("filter_logits", &filter_logits);
-}
+const Methods kSampleMethods{
+    {"uniform", call<&uniform>}, {"sample", call<&sample>}, {"filter_logits", call<&filter_logits>}};
 
 }  // namespace tucka

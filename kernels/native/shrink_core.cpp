@@ -1,5 +1,6 @@
 // ops.ShrinkCore.
 #include "delta.h"
+#include "methods.h"
 
 namespace tucka {
 
@@ -109,6 +110,6 @@ Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, co
   return h;
 }
 
-TORCH_LIBRARY_FRAGMENT(tucka, m) { m.def("shrink_core", &shrink_core); }
+const Methods kShrinkCoreMethods{{"shrink_core", call<&shrink_core>}};
 
 }  // namespace tucka

@@ -6,7 +6,6 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
