@@ -39,8 +39,10 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """ops.Sample."""
+    """ops.Sample. Noise for a whole vocabulary is dear, and rows that take none are most."""
     hot = temperature > 0
+    if not hot.any():
+        return logits.argmax(dim=-1)
     scaled = logits / torch.where(hot, temperature, 1.0)[:, None]
     noise = -torch.log(-torch.log(uniform(seed, position, logits.shape[1])))
     return torch.where(hot[:, None], scaled + noise, scaled).argmax(dim=-1)

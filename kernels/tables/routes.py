@@ -28,15 +28,21 @@ class CoreParts:
     linears: Tensor
     table: Tensor | None
 
-    @property
+    # These are asked for in every step, and a tensor takes half a microsecond to say how large it is.
+
+    @cached_property
     def k(self) -> int:
         return self.g.shape[1]
 
-    @property
+    @cached_property
     def t(self) -> int:
         return self.c.shape[1]
 
-    @property
+    @cached_property
+    def modules(self) -> int:
+        return len(self.linears)
+
+    @cached_property
     def rank(self) -> int:
         return self.g.shape[-1]
 
@@ -80,7 +86,7 @@ class RoutePlan:
     @staticmethod
     def of_one(adapter: CoreParts, core_row: int, groups: Tensor, weights: Tensor) -> "RoutePlan":
         """The plan of one segment whose route is on the device: groups (1,), weights (1, t)."""
-        limits = RouteLimits(adapter.k, adapter.t, len(adapter.linears), adapter.rank, tokens=0)
+        limits = RouteLimits(adapter.k, adapter.t, adapter.modules, adapter.rank, tokens=0)
         records = place([torch.tensor([(0, 0, *adapter.record, core_row)], dtype=torch.int64)], groups.device)[0]
         return RoutePlan((adapter,), (core_row,), (None,), limits, records, groups, weights)
 
@@ -93,20 +99,21 @@ class RoutePlan:
         device: torch.device,
     ) -> "RoutePlan":
         """`known` has group and weights of the segments without `ids`."""
+        counts = [0 if own is None else own.shape[0] for own in ids]
         limits = RouteLimits(
-            k=max(a.k for a in adapters),
-            t=max(a.t for a in adapters),
-            modules=max(len(a.linears) for a in adapters),
-            rank=max(a.rank for a in adapters),
-            tokens=max((len(own) for own in ids if own is not None), default=0),
+            k=max([a.k for a in adapters]),
+            t=max([a.t for a in adapters]),
+            modules=max([a.modules for a in adapters]),
+            rank=max([a.rank for a in adapters]),
+            tokens=max(counts),
         )
         weights = torch.zeros(len(adapters), limits.t)
-        for row, route in zip(weights, known, strict=True):
+        for s, route in enumerate(known):
             if route is not None:
-                row[: len(route[1])] = torch.tensor(route[1])
+                weights[s, : len(route[1])] = torch.tensor(route[1])
         records = [
-            (0 if own is None else own.data_ptr(), 0 if own is None else len(own), *adapter.record, row)
-            for adapter, row, own in zip(adapters, core_rows, ids, strict=True)
+            (0 if own is None else own.data_ptr(), count, *adapter.record, row)
+            for adapter, row, own, count in zip(adapters, core_rows, ids, counts, strict=True)
         ]
         table, groups, weights = place(
             [

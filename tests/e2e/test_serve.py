@@ -84,7 +84,8 @@ def test_signals_state_and_a_dead_engine(tmp_path: Path) -> None:
     said = (tmp_path / "log").read_text()
     assert "Traceback" not in said and "leaked" not in said
 
-    process, url = start_command(*arguments, "--drain-delay", "60", log=tmp_path / "log2")
+    # One sequence at a time: the eight last until the second signal on any machine.
+    process, url = start_command(*arguments, "--drain-delay", "60", "--max-num-seqs", "1", log=tmp_path / "log2")
     assert httpx.post(url + "/v1/completions", json=ask, timeout=30).json()["choices"] == expected
     whole = threading.Thread(
         target=lambda: answers.append(httpx.post(url + "/v1/completions", json=long | {"stream": False}, timeout=30))

@@ -86,11 +86,8 @@ class Sampler:
             if self._adjusts(seq):
                 self._adjust(logits[i], seq)
         heats = [temperature(seq) for seq in seqs]
-        if any(heats):
-            self._filter(logits, heats, seqs)
-            chosen = self.ops.sample(logits, *place(draws(seqs), self.device))
-        else:
-            chosen = logits.argmax(dim=-1)
+        self._filter(logits, heats, seqs)
+        chosen = self.ops.sample(logits, *place(draws(seqs), self.device))
         return Choice(chosen, finite, wants, raw)
 
     def entries(self, choice: Choice, tokens: Rows[int], seqs: Rows[Sequence]) -> list[TokenLogprob | None]:
