@@ -25,26 +25,44 @@ from tucka_runtime.messages import AdapterKey, Route
 
 @dataclass(eq=False)
 class Settled:
-    """The cores of the last batch whose routes were all known before it: a batch of the same segments takes them as
-    they are, so that what only decodes makes no core twice."""
+    """The cores of the last batch. One of the same adapters in the same rows takes their place and writes over what
+    routes make of them; one of the same segments whose routes were all known before it takes them as they are, so that
+    what only decodes makes no core twice."""
 
     active: "ReferenceType[ActiveSet] | None" = None
     """Weak, so that the adapters of the last batch do not stay in memory for its sake."""
-    made_of: tuple[object, ...] = ()
+    made_of: tuple[object, ...] | None = None
+    """None where a route was not known before."""
+    room_of: tuple[object, ...] | None = None
+    """None where a core was still to be made in the pass."""
     cores: Tensor | None = None
     site_cores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     routes: list[Routes] = field(default_factory=list)
 
-    def take(self, delta: "AdapterDelta", made_of: tuple[object, ...]) -> bool:
+    def _same(self, delta: "AdapterDelta") -> bool:
+        return self.active is not None and self.active() is delta.active
+
+    def take(self, delta: "AdapterDelta", made_of: tuple[object, ...] | None) -> bool:
         """Gives a batch of these segments its cores and routes, if it is the same batch."""
-        if self.active is None or self.active() is not delta.active or self.made_of != made_of:
+        if made_of is None or self.made_of != made_of or not self._same(delta):
             return False
         delta.cores, delta.site_cores, delta.routes = self.cores, self.site_cores, self.routes
         return True
 
-    def keep(self, delta: "AdapterDelta", made_of: tuple[object, ...]) -> None:
+    def take_room(self, delta: "AdapterDelta", room_of: tuple[object, ...] | None) -> bool:
+        """Gives a batch of these adapters in these rows the place of its cores, if there is one. What is in it is this
+        batch's from here on."""
+        self.made_of = None
+        if room_of is None or self.room_of != room_of or not self._same(delta):
+            return False
+        delta.cores, delta.site_cores = self.cores, self.site_cores
+        return True
+
+    def keep(
+        self, delta: "AdapterDelta", made_of: tuple[object, ...] | None, room_of: tuple[object, ...] | None
+    ) -> None:
         assert delta.active is not None
-        self.active, self.made_of = ref(delta.active), made_of
+        self.active, self.made_of, self.room_of = ref(delta.active), made_of, room_of
         self.cores, self.site_cores, self.routes = delta.cores, delta.site_cores, delta.routes
 
 
@@ -53,6 +71,15 @@ def _made_of(segments: Sequence[Segment], active: ActiveSet) -> tuple[object, ..
     if any(s.given is None and active.folded[s.adapter].routed is not None for s in segments):
         return None
     return tuple((s.first, s.end, s.adapter, s.given, s.member) for s in segments)
+
+
+def _waits(segment: Segment, active: ActiveSet) -> bool:
+    """Whether a segment's route is known only when the pass comes to its router."""
+    folded = active.folded[segment.adapter]
+    routed = folded.routed
+    if routed is None or folded.further or segment.given is not None:
+        return False
+    return routed.router.table is None or segment.ids is None
 
 
 @dataclass(eq=False)
@@ -122,13 +149,18 @@ class AdapterDelta:
             spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
             delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
             made_of = _made_of(segments, active)
-            if made_of is None or not settled.take(delta, made_of):
-                delta._make_room(segments, rows, active, dtype, device)
+            if not settled.take(delta, made_of):
+                # Before its router an adapter changes nothing: what waits for that finds nothing in its core.
+                waits = any(_waits(s, active) for s in segments)
+                room_of = (tuple(rows), tuple(delta.keys)) if not waits else None
+                if not settled.take_room(delta, room_of):
+                    delta._make_room(segments, rows, active, dtype, device)
+                if delta.cores is not None:
+                    write_members(segments, rows, active, delta.cores)
                 begin = time.monotonic()
                 delta._route(segments, active, device)
                 delta.route_seconds = time.monotonic() - begin
-                if made_of is not None:
-                    settled.keep(delta, made_of)
+                settled.keep(delta, made_of, room_of)
         return delta
 
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:
@@ -151,7 +183,6 @@ class AdapterDelta:
         for row, segment in zip(rows, segments, strict=True):
             if active.folded[segment.adapter].mixed:
                 self.cores[row] = torch.eye(rank, device=device)
-        write_members(segments, rows, active, self.cores)
 
     def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
         """The cores of all segments whose route is given or known from token ids; the others start to wait."""
@@ -163,12 +194,12 @@ class AdapterDelta:
                 continue
             if folded.further:
                 self._route_each(s, segment, folded, device)
-            elif segment.given is not None or (routed.router.table is not None and segment.ids is not None):
-                ready.append(s)
-            else:
+            elif _waits(segment, active):
                 at = routed.router.at
                 rows = slice(segment.first, segment.routed_end)
                 self.waiting.setdefault((at.layer, at.site), []).append((s, rows))
+            else:
+                ready.append(s)
         if ready:
             plan = self._plan(ready, [segments[s] for s in ready], device)
             if plan.limits.tokens:
