@@ -27,7 +27,7 @@ async def open_messages(context: Context, body: MessagesBody) -> Opened[Answer]:
             tools=told.tools,
             rendering=told.rendering,
             max_tokens=body.max_tokens,
-            grammar=_grammar(body),
+            grammar=await _grammar(body, context.service),
         ),
     )
     answer = MessageAnswer(body, context, asked.request)
@@ -48,7 +48,9 @@ async def count_tokens(request: HTTPRequest) -> Response:
     return JSONAnswer({"input_tokens": len(ids)})
 
 
-def _grammar(body: MessagesBody) -> str | None:
+async def _grammar(body: MessagesBody, service: Service) -> str | None:
     """What `output_config` holds the answer to."""
     form = body.output_config.format if body.output_config else None
-    return None if form is None else structured.of_schema(form.schema_, "output_config")
+    if form is None:
+        return None
+    return await structured.grammar_of(structured.SCHEMA, form.schema_, "output_config", service)

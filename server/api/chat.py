@@ -25,6 +25,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
     service = context.service
     options = fields.stream_options(bool(body.stream), body.stream_options)
     max_tokens, param = _max_tokens(body)
+    schema = structured.schema_of(body.response_format)
     asked = await ask(
         context,
         ChatTurn(
@@ -36,7 +37,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
             prompt_logprobs=num_prompt_logprobs(body, service),
-            grammar=structured.grammar(body, "response_format", structured.schema_of(body.response_format), service),
+            grammar=await structured.grammar(body, "response_format", schema, service),
             thoughts=body.separate_reasoning is not False,
             truncation=fields.truncation(body, 1 if max_tokens is None else max_tokens, service.info),
             max_tokens_param=param,

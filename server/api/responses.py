@@ -64,7 +64,7 @@ async def open_response(context: Context, body: ResponseBody) -> Opened[Answer]:
         rendering=rendering(body),
         max_tokens=body.max_output_tokens,
         logprobs=logprobs,
-        grammar=structured.grammar(body, "text.format", schema, service),
+        grammar=await structured.grammar(body, "text.format", schema, service),
         messages_param="input",
         max_tokens_param="max_output_tokens",
     )

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tucka_runtime import grammars, schemas
+from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.conversation import (
     AllowedTools,
@@ -16,6 +16,7 @@ from tucka_runtime.server.api.conversation import (
 )
 from tucka_runtime.server.api.structured import MAX_GRAMMAR_CHARS
 from tucka_runtime.server.service.calls import CallFormat
+from tucka_runtime.server.service.service import Service
 from tucka_runtime.tokenizer import Tokenizer
 
 MOST_CALLS = 16  # of one answer that has to call
@@ -110,7 +111,7 @@ def _named(functions: tuple[Function, ...], name: str, param: str, among: str) -
     return made
 
 
-def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str | None:
+async def calls_grammar(tools: Tools, form: CallFormat, service: Service) -> str | None:
     """The grammar of an answer that has to call functions, as its template would have it; None where it has not to.
     Raises InvalidRequestError."""
     if not (forced := tools.forced):
@@ -122,19 +123,21 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
             "Name the one to call, or leave the choice to the model.",
             tools.param,
         )
-    for function, schema in zip(forced, texts, strict=True):
-        if reason := grammars.check_schema(schema):
+    rules = []
+    for i, (function, text) in enumerate(zip(forced, texts, strict=True)):
+        try:
+            schema = await service.grammars.get(grammars.followed, text)
+        except grammars.UnusableError as error:
             place = tools.functions.index(function)
             raise InvalidRequestError(
-                f"The schema of function {place + 1} of the `{tools.param}` cannot be followed: {reason}.", tools.param
-            )
-    rules = []
-    for i, (function, schema) in enumerate(zip(forced, texts, strict=True)):
+                f"The schema of function {place + 1} of the `{tools.param}` cannot be followed: {error}.", tools.param
+            ) from None
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
-        options = {**schemas.followable(json.loads(schema)), "x-guidance": grammars.JSON_OPTIONS}
-        rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {json.dumps(options)}"]
+        rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {schema}"]
     body = " | ".join(f"f{i}" for i in range(len(forced)))
-    return "\n".join([f"start: {_calls(form, tools.parallel, tokenizer)}", f"body: {body}", *rules])
+    return "\n".join(
+        [f"start: {_calls(form, tools.parallel, service.text_tokenizer('tools'))}", f"body: {body}", *rules]
+    )
 
 
 def _calls(form: CallFormat, parallel: bool, tokenizer: Tokenizer) -> str:

@@ -69,7 +69,7 @@ async def render(
 async def ask(context: Context, turn: ChatTurn) -> Asked:
     """Renders, tokenises and checks a turn. Raises InvalidRequestError."""
     body, service = turn.body, context.service
-    grammar = _grammar(service, turn)
+    grammar = await _grammar(service, turn)
     prompt = await render(service, turn.messages, turn.tools, turn.rendering, turn.messages_param)
     adds_special = body.add_special_tokens is True
     (ids,) = await service.encode([prompt], adds_special, turn.messages_param, truncation=turn.truncation)
@@ -87,8 +87,8 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
 
 
-def _grammar(service: Service, turn: ChatTurn) -> str | None:
-    calls = calls_grammar(turn.tools, FORMATS[service.call_format], service.text_tokenizer("tools"))
+async def _grammar(service: Service, turn: ChatTurn) -> str | None:
+    calls = await calls_grammar(turn.tools, FORMATS[service.call_format], service)
     if calls is not None and turn.grammar is not None:
         raise InvalidRequestError(
             "The answer is to match a format and to call a function: it can do one of them only. Leave out what it has "
