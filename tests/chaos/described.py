@@ -29,7 +29,7 @@ def described(url: str) -> dict[str, Any]:
     document: dict[str, Any] = httpx.get(url + "/openapi.json").json()
     for schema in document["components"]["schemas"].values():
         for name, field in schema.get("properties", {}).items():
-            if name in KNOWN:
+            if name in KNOWN and '"string"' in json.dumps(field):  # where it can be no more than null it stays so
                 none = [None] if {"type": "null"} in field.get("anyOf", ()) else []
                 schema["properties"][name] = {"enum": [*KNOWN[name], *none]}
     for operations in document["paths"].values():
