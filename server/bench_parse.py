@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tucka_runtime.server.api import anthropic_history, chat, response_history
@@ -92,22 +93,20 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=200, help="of each body (default: 200)")
     rounds: int = parser.parse_args(given).rounds
-    steps = "bytes", "json.loads", "json", "model", "ignored", "template", "all us"
-    print(" ".join([f"{'':22s}", *(f"{step:>10}" for step in steps)]))
+    columns = "bytes", "json.loads", "json", "model", "ignored", "template", "all us"
+    print(" ".join([f"{'':22s}", *(f"{column:>10}" for column in columns)]))
     for name, kind, value, template in CASES:
         raw = bytearray(json.dumps(value).encode())
         body = parse(kind, value)
         ignored_names(body)
-        plain = _cost(rounds, lambda raw=raw: json.loads(raw))  # type: ignore[misc]
-        took = [
-            _cost(rounds, step)
-            for step in (
-                lambda raw=raw: parse_json(raw),  # type: ignore[misc]
-                lambda kind=kind, value=value: parse(kind, value),  # type: ignore[misc]
-                lambda body=body: ignored_names(body),  # type: ignore[misc]
-                lambda body=body, template=template: template(body),  # type: ignore[misc]
-            )
-        ]
+        steps = (
+            partial(json.loads, raw),
+            partial(parse_json, raw),
+            partial(parse, kind, value),
+            partial(ignored_names, body),
+            partial(template, body),
+        )
+        plain, *took = (_cost(rounds, step) for step in steps)
         print(" ".join([f"{name:22s}", f"{len(raw):10d}", *(f"{us:10.1f}" for us in (plain, *took, sum(took)))]))
 
 

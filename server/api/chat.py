@@ -59,8 +59,7 @@ def _tools(body: ChatBody) -> Tools:
     if body.tools:
         raise InvalidRequestError("`functions` are the older form of `tools`. Send one of them.", "functions")
     named = body.function_call.name if isinstance(body.function_call, NamedFunction) else None
-    mode = "none" if body.function_call == "none" else "auto"
-    choice = Choice(mode, named, param="function_call")
+    choice = Choice("none" if body.function_call == "none" else "auto", named, param="function_call")
     return tools_of(map(Function.of, body.functions or ()), choice, parallel=False, param="functions")
 
 

@@ -117,7 +117,7 @@ def _described(method: str, path: str) -> APIRoute:
     def endpoint(**_: Any) -> None:
         raise AssertionError("a description is not called")
 
-    content = {kind: {"schema": {}} for kind in ANSWERS.get(path, ("application/json",))}
+    content: dict[str, Any] = {kind: {"schema": {}} for kind in ANSWERS.get(path, ("application/json",))}
     parameters: dict[str, type] = {"name": str} if "{name" in path else {}
     if method == "POST" and path in BODIES:
         parameters["body"] = BODIES[path]

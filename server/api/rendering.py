@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tucka_runtime.conversations import Message, call_arguments
 from tucka_runtime.errors import InvalidRequestError
@@ -62,11 +62,18 @@ def returned(content: str, call_id: str | None, name: str | None = None) -> Mess
     return found
 
 
-def joined(content: str | Sequence[Any] | None) -> str:
+class WithText(Protocol):
+    """A part of a content, as every door but chat's refusals has them."""
+
+    @property
+    def text(self) -> str: ...
+
+
+def joined(content: str | Sequence[WithText | RefusalPart] | None) -> str:
     """Content that is a text or a list of parts with one each; templates join strings, so null is empty."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content or ())
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
 
 
 # What chat's own bodies have.

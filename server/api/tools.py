@@ -87,7 +87,8 @@ def tools_of(functions: Iterable[Function], choice: Choice, parallel: bool | Non
     names = {function.name for function in known}
     if len(names) < len(known):
         raise InvalidRequestError(f"Two of the `{param}` have the same name.", param)
-    if not names.issuperset(choice.allowed or () if choice.named is None else (choice.named,)):
+    wanted = {choice.named} if choice.named is not None else choice.allowed or frozenset()
+    if wanted - names:
         raise InvalidRequestError(f"`{choice.param}` names a function that is not among the `{param}`.", choice.param)
     if choice.mode == "required" and not known:
         raise InvalidRequestError(
@@ -134,9 +135,8 @@ async def calls_grammar(tools: Tools, form: CallFormat, service: Service) -> str
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
         rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {schema}"]
     body = " | ".join(f"f{i}" for i in range(len(forced)))
-    return "\n".join(
-        [f"start: {_calls(form, tools.parallel, service.text_tokenizer('tools'))}", f"body: {body}", *rules]
-    )
+    start = _calls(form, tools.parallel, service.text_tokenizer("tools"))
+    return "\n".join([f"start: {start}", f"body: {body}", *rules])
 
 
 def _calls(form: CallFormat, parallel: bool, tokenizer: Tokenizer) -> str:
