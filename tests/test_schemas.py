@@ -3,6 +3,7 @@ grammar can, which is refused with its place, and whatever is said under one of 
 
 import json
 import random
+import time
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from tests.support import ROOT
 from tucka_runtime.embedded import FOLDER
-from tucka_runtime.grammars import LIMITS, check_schema, of_schema
+from tucka_runtime.grammars import LIMITS, UnusableError, of_schema
 from tucka_runtime.schemas import followable
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -31,6 +32,15 @@ def tokens() -> tuple[Tokenizer, LLTokenizer]:
     tokenizer = Tokenizer.load(FOLDER / "base")
     assert tokenizer is not None
     return tokenizer, LLTokenizer(tokenizer.serialised, eos_token=sorted(tokenizer.ends))
+
+
+def refusal(schema: Any) -> str | None:
+    """Why a schema cannot be used; None if it can."""
+    try:
+        of_schema(json.dumps(schema))
+    except UnusableError as error:
+        return str(error)
+    return None
 
 
 def said(schema: Any, seed: int, most: int = 1200) -> str | None:
@@ -57,7 +67,7 @@ def test_there_are_enough() -> None:
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_a_schema_as_it_is_made(name: str) -> None:
     schema = SCHEMAS[name]
-    reason = check_schema(json.dumps(schema))
+    reason = refusal(schema)
     if name in REFUSED:
         word, place = REFUSED[name]
         assert reason is not None and word in reason and f"(at `{place}`)" in reason
@@ -132,7 +142,7 @@ def test_what_is_put_into_other_words_means_the_same(schema: dict[str, Any], rig
     ],
 )
 def test_where_it_cannot_be_followed(schema: dict[str, Any], place: str) -> None:
-    reason = check_schema(json.dumps(schema))
+    reason = refusal(schema)
     assert reason is not None and f"(at `{place}`)" in reason
 
 
@@ -140,13 +150,39 @@ def test_where_it_cannot_be_followed(schema: dict[str, Any], place: str) -> None
 def test_a_complaint_that_is_cut_within_a_character_is_one(shift: int) -> None:
     """llguidance cuts what it quotes after 100 bytes, and panics where that is no character's end."""
     schema = {"type": "object", "properties": {"b": {"type": {}}}, "required": [["a" * shift + "\U0001f600" * 60]]}
-    assert check_schema(json.dumps(schema)) is not None
+    assert refusal(schema) is not None
+
+
+def nested(times: int, **more: Any) -> dict[str, Any]:
+    """Arrays that contain such arrays: each is written out in eight ways."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(times):
+        schema = {"type": "array", "contains": schema, **({"items": schema} if more else {}), **more}
+    return schema
+
+
+@pytest.mark.parametrize("schema", [nested(9), nested(30), nested(9, minItems=1)])
+def test_what_a_few_words_ask_for_is_bounded(schema: dict[str, Any]) -> None:
+    begin = time.thread_time()
+    reason = refusal(schema)
+    assert reason is not None and "too large" in reason
+    assert time.thread_time() - begin < 1
+    assert refusal(nested(2)) is None
+
+
+def test_a_fault_is_looked_for_in_bounded_time() -> None:
+    """What takes long to check is not checked once for every place that the fault may be at."""
+    slow = {f"p{i}": {"type": "string", "format": "email"} for i in range(250)}
+    begin = time.thread_time()
+    reason = refusal({"type": "object", "properties": {**slow, "z": {"type": "string", "pattern": "("}}})
+    assert reason is not None and "`pattern`" in reason
+    assert time.thread_time() - begin < 1
 
 
 def test_what_is_no_schema_is_left_as_it_is() -> None:
     for value in (1, "x", None, [], {"properties": [1]}, {"allOf": {"a": 1}}, {"items": 3}, {"$ref": "#/a/b"}):
         assert followable(value) == value
-        check_schema(json.dumps(value))
+        refusal(value)
 
 
 A = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}

@@ -6,6 +6,7 @@ on for ever.
 """
 
 import json
+import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -33,34 +34,43 @@ JSON_OPTIONS: "JsonCompileOptions" = {
 """llguidance's own, which a schema holds in `x-guidance`; a client's are overruled."""
 
 
+class UnusableError(ValueError):
+    """Why an answer cannot be held to something."""
+
+
 def of_schema(schema: str) -> str:
-    """The grammar of a JSON schema, an object as text. Raises ValueError if it is no such text, or cannot be
-    followed."""
-    text = json.dumps(schemas.followable(json.loads(schema)))
-    return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+    """The grammar of a JSON schema, an object as text. Raises UnusableError."""
+    return _of_followed(followed(schema))
 
 
 def of_regex(regex: str) -> str:
-    """The grammar of what a regular expression matches from begin to end."""
-    return LLMatcher.grammar_from_regex(regex)
+    """The grammar of what a regular expression matches from begin to end. Raises UnusableError."""
+    made = LLMatcher.grammar_from_regex(regex)
+    if _complaint(made):
+        raise UnusableError(
+            "it is malformed, takes too much to follow, or has what cannot be followed token by token, as look-around "
+            "and back references"
+        )
+    return made
 
 
-def of_choice(choice: list[str]) -> str:
-    """The grammar of one text out of several."""
-    return "start: " + " | ".join(json.dumps(text) for text in choice)
+def of_choice(choice: str) -> str:
+    """The grammar of one text out of several, a list of strings as JSON."""
+    return "start: " + " | ".join(map(json.dumps, json.loads(choice)))
 
 
-def of_text(text: str) -> str | None:
-    """The grammar that a text in Lark or in GBNF says; None where it is neither."""
+def of_text(text: str) -> str:
+    """The grammar that a text in Lark or in GBNF says, as llama-server reads that. Raises UnusableError."""
     try:
-        return any_to_lark(text)
+        made = any_to_lark(text)
     except Exception:  # the converter has nothing narrower for a rule that is missing
-        return None
-
-
-def usable(grammar: str) -> bool:
-    """Whether a grammar can be followed within LIMITS."""
-    return not _complaint(grammar)
+        made = None
+    if made is None or _complaint(made):
+        raise UnusableError(
+            "it is neither Lark (as llguidance reads it, beginning at `start`) nor GBNF (beginning at `root`), names a "
+            "rule that it does not have, or takes too much to follow"
+        )
+    return made
 
 
 def _complaint(grammar: str) -> str:
@@ -99,38 +109,49 @@ REASONS = {
     "Expecting object": "it must be an object",
 }
 MOST_PLACES = 64  # schemas within one that are left out in turn to find where its fault is
+PLACE_SECONDS = 0.1  # of processor time for that: a schema may take as long each time
 
 
-def check_schema(schema: str) -> str | None:
-    """Why a JSON schema cannot be used, and where, as a JSON pointer; None if it can."""
+def followed(schema: str) -> str:
+    """A JSON schema, an object as text, in the words that llguidance follows and with JSON_OPTIONS: it can be used as
+    it is, by itself or within Lark. Raises UnusableError, which says where, as a JSON pointer."""
     try:
         made = schemas.followable(json.loads(schema))
-        message = _fault(made)
+        text, message = _told(made)
     except schemas.UnfollowableError as error:
-        return str(error)
-    except (ValueError, RecursionError) as error:
-        return REASONS["recursion"] if isinstance(error, RecursionError) else "it is no JSON schema"
-    if not message:
-        return None
-    reason = next((ours for theirs, ours in REASONS.items() if message.startswith(theirs)), "it is no JSON schema")
-    return f"{reason} (at `{schemas.pointer(_place(made))}`)"
+        raise UnusableError(str(error)) from None
+    except RecursionError:
+        raise UnusableError(REASONS["recursion"]) from None
+    except ValueError:
+        raise UnusableError("it is no JSON schema") from None
+    if message:
+        reason = next((ours for theirs, ours in REASONS.items() if message.startswith(theirs)), "it is no JSON schema")
+        raise UnusableError(f"{reason} (at `{schemas.pointer(_place(made))}`)")
+    return text
 
 
-def _fault(schema: Any) -> str:
-    """llguidance's message about a schema; empty if there is none."""
-    try:
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
-        return _complaint(text)
-    except ValueError as error:
-        return str(error)
+def _told(schema: Any) -> tuple[str, str]:
+    """A schema as text, with JSON_OPTIONS, and llguidance's message about it; that is empty if there is none. Raises
+    ValueError for what is no JSON."""
+    if not isinstance(schema, dict):
+        return "", "Expecting object"
+    text = json.dumps({**schema, "x-guidance": JSON_OPTIONS}, allow_nan=False)
+    return text, _complaint(_of_followed(text))
+
+
+def _of_followed(text: str) -> str:
+    return f'{{"grammars": [{{"json_schema": {text}}}]}}'
 
 
 def _place(schema: Any) -> schemas.Path:
-    """The smallest schema within one without which it could be used."""
+    """The smallest schema within one without which it could be used, as far as that is found in PLACE_SECONDS."""
     found: schemas.Path = ()
+    end = time.thread_time() + PLACE_SECONDS
     for path in islice(schemas.places(schema), MOST_PLACES):
-        if path[: len(found)] == found and not _fault(_without(schema, path)):
+        if path[: len(found)] == found and not _told(_without(schema, path))[1]:
             found = path
+        if time.thread_time() > end:
+            break
     return found
 
 

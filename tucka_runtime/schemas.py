@@ -19,11 +19,13 @@ SINGLE = frozenset(
 )
 """Keywords that hold schemas: by name, in a list, or one."""
 DEEPEST = 64
+MOST_WRITTEN = 20_000  # values in a schema that is written out, and schemas looked at for that: some 50 ms
 FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split())
 """Formats that llguidance follows. Others are notes to the reader, as JSON Schema has it."""
 MOST_UNIQUE = 4  # values whose orders are written out, 64 of them
 MOST_BEFORE = 7  # items before those that an array has to contain: each place is a way of its own to write the array
 _NAME = re.compile(r"[A-Za-z0-9_$-]{1,64}")
+_TOO_LARGE = "it is too large once `contains` and `uniqueItems` are written out"
 _DEPENDS = "what depends on a value beside it cannot be followed token by token; use `anyOf`"
 UNFOLLOWABLE = {
     "if": _DEPENDS,
@@ -51,7 +53,10 @@ def pointer(path: Path) -> str:
 def followable(schema: Any) -> Any:
     """The same schema in words that llguidance follows, as far as they are known here. Raises UnfollowableError."""
     schema = held_to_fields(schema)
-    return _Rewriter(schema).schema(schema, ())
+    made = _Rewriter(schema).schema(schema, ())
+    if _size(made, {}) > MOST_WRITTEN:
+        raise UnfollowableError(_TOO_LARGE, ())
+    return made
 
 
 def places(schema: Any, path: Path = ()) -> Iterator[Path]:
@@ -74,15 +79,30 @@ def places(schema: Any, path: Path = ()) -> Iterator[Path]:
         yield from places(inner, (*path, *child))
 
 
+def _size(value: Any, known: dict[int, int]) -> int:
+    """The number of values in one, each counted wherever it stands: what is written out shares its parts. `known` has
+    the sizes by id so far."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
+
+
 class _Rewriter:
     def __init__(self, root: Any):
         self.root = root
+        self.looked_at = 0
 
     def schema(self, value: Any, path: Path) -> Any:
         if not isinstance(value, dict):
             return value
         if len(path) > 2 * DEEPEST:
             raise UnfollowableError("it is nested too deeply", path[:8])
+        self.looked_at += 1
+        if self.looked_at > MOST_WRITTEN:
+            raise UnfollowableError(_TOO_LARGE, path[:8])
         made: dict[str, Any] = {}
         for key, inner in value.items():
             if key in MAPS and isinstance(inner, dict):

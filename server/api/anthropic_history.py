@@ -1,9 +1,9 @@
 """From a conversation in Anthropic's shape to what chat templates know."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from tucka_runtime.conversations import Message
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api.anthropic_bodies import (
     AssistantBlock,
@@ -18,25 +18,16 @@ from tucka_runtime.server.api.anthropic_bodies import (
     ToolUseBlock,
     UserTurn,
 )
-from tucka_runtime.server.api.conversation import FunctionBody, NamedFunction, NamedTool, ToolBody
-from tucka_runtime.server.api.rendering import template_variables
-from tucka_runtime.server.api.tools import Tools, tools_of
+from tucka_runtime.server.api.rendering import Conversation, called, joined, returned, said, template_variables
+from tucka_runtime.server.api.tools import Choice, Function, Mode, Tools, tools_of
 from tucka_runtime.server.service.chat_template import Rendering
 
 ERROR = "Error: "
 """Stands before what a failed call returned: chat templates have no other way to say so."""
+_MODES: dict[str, Mode] = {"auto": "auto", "any": "required", "none": "none", "tool": "auto"}
 
 
-@dataclass(frozen=True, slots=True)
-class PromptParts:
-    """What a prompt is made of."""
-
-    messages: list[dict[str, Any]]
-    tools: Tools
-    rendering: Rendering
-
-
-def conversation(body: ConversationBody) -> PromptParts:
+def conversation(body: ConversationBody) -> Conversation:
     """The body's conversation. Where it ends with words of the assistant, the answer goes on with them. Raises
     InvalidRequestError."""
     messages = _messages(body)
@@ -46,7 +37,7 @@ def conversation(body: ConversationBody) -> PromptParts:
             "The last message calls tools. Send what they returned, as `tool_result` blocks of a user's message.",
             "messages",
         )
-    return PromptParts(
+    return Conversation(
         messages,
         _tools(body),
         Rendering(variables=_variables(body), add_generation_prompt=not goes_on, continue_final_message=goes_on),
@@ -63,31 +54,19 @@ def _variables(body: ConversationBody) -> dict[str, Any]:
 
 
 def _tools(body: ConversationBody) -> Tools:
-    tools = [
-        ToolBody(
-            type="function",
-            function=FunctionBody(name=tool.name, description=tool.description, parameters=tool.input_schema),
-        )
-        for tool in body.tools or ()
-        if isinstance(tool, CustomTool)
-    ]
     asked = body.tool_choice or ToolChoice(type="auto")
-    return tools_of(tools, _choice(asked), not asked.disable_parallel_tool_use)
-
-
-def _choice(asked: ToolChoice) -> Literal["auto", "none", "required"] | NamedTool:
     if (asked.type == "tool") != (asked.name is not None):
         raise InvalidRequestError("A `tool_choice` has a `name` if its `type` is `tool`, and only then.", "tool_choice")
-    if asked.name is not None:
-        return NamedTool(type="function", function=NamedFunction(name=asked.name))
-    return "required" if asked.type == "any" else "none" if asked.type == "none" else "auto"
+    custom = (tool for tool in body.tools or () if isinstance(tool, CustomTool))
+    functions = (Function(tool.name, tool.description, tool.input_schema) for tool in custom)
+    return tools_of(functions, Choice(_MODES[asked.type], asked.name), not asked.disable_parallel_tool_use)
 
 
-def _messages(body: ConversationBody) -> list[dict[str, Any]]:
+def _messages(body: ConversationBody) -> list[Message]:
     """At least one message. Turns of one role that follow each other are one, as Anthropic has it: many templates
     refuse such. Raises InvalidRequestError."""
-    made: list[dict[str, Any]] = []
-    if body.system and (text := _joined(body.system)):
+    made: list[Message] = []
+    if body.system and (text := joined(body.system)):
         made.append({"role": "system", "content": text})
     names: dict[str, str] = {}
     for turn in body.messages:
@@ -104,7 +83,7 @@ def _messages(body: ConversationBody) -> list[dict[str, Any]]:
     return made
 
 
-def _extend(message: dict[str, Any], later: dict[str, Any]) -> None:
+def _extend(message: Message, later: Message) -> None:
     for key in ("content", "reasoning_content"):
         if text := "\n".join(filter(None, (message.get(key), later.get(key)))):
             message[key] = text
@@ -112,15 +91,15 @@ def _extend(message: dict[str, Any], later: dict[str, Any]) -> None:
         message["tool_calls"] = calls
 
 
-def _turn(turn: UserTurn | AssistantTurn | SystemTurn, names: dict[str, str]) -> list[dict[str, Any]]:
+def _turn(turn: UserTurn | AssistantTurn | SystemTurn, names: dict[str, str]) -> list[Message]:
     """A turn's messages; `names` are the functions of the calls so far by id, and gets those of the turn."""
     if isinstance(turn, SystemTurn):
-        return [{"role": "system", "content": _joined(turn.content)}]
+        return [{"role": "system", "content": joined(turn.content)}]
     if isinstance(turn.content, str):
         return [{"role": turn.role, "content": turn.content}]
     if isinstance(turn, AssistantTurn):
         return [_said(turn.content, names)]
-    made: list[dict[str, Any]] = []
+    made: list[Message] = []
     for block in turn.content:
         if isinstance(block, ToolResultBlock):
             made.append(_returned(block, names))
@@ -129,29 +108,17 @@ def _turn(turn: UserTurn | AssistantTurn | SystemTurn, names: dict[str, str]) ->
     return made
 
 
-def _said(blocks: Sequence[AssistantBlock], names: dict[str, str]) -> dict[str, Any]:
+def _said(blocks: Sequence[AssistantBlock], names: dict[str, str]) -> Message:
     """The assistant's message."""
     calls = [block for block in blocks if isinstance(block, ToolUseBlock)]
     names.update((call.id, call.name) for call in calls)
-    found: dict[str, Any] = {
-        "role": "assistant",
-        "content": "\n".join(block.text for block in blocks if isinstance(block, TextBlock)),
-    }
-    if thought := "\n".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):
-        found["reasoning_content"] = thought
-    if calls:
-        found["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": call.input}, "id": call.id}
-            for call in calls
-        ]
-    return found
+    return said(
+        joined([block for block in blocks if isinstance(block, TextBlock)]),
+        "\n".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)),
+        [called(call.name, call.input, call.id) for call in calls],
+    )
 
 
-def _returned(block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any]:
-    text = _joined(block.content or "")
-    found = {"role": "tool", "content": ERROR + text if block.is_error else text, "tool_call_id": block.tool_use_id}
-    return found | ({"name": names[block.tool_use_id]} if block.tool_use_id in names else {})
-
-
-def _joined(content: str | Sequence[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
+def _returned(block: ToolResultBlock, names: dict[str, str]) -> Message:
+    text = joined(block.content)
+    return returned(ERROR + text if block.is_error else text, block.tool_use_id, names.get(block.tool_use_id))

@@ -11,25 +11,16 @@ from tucka_runtime.server.api.anthropic_history import conversation
 from tucka_runtime.server.api.bodies import weights
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.reading import read_body
-from tucka_runtime.server.api.turn import ChatTurn, ask, render
+from tucka_runtime.server.api.turn import ChatTurn, ask, prompt_ids
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.service.service import Service
 
 
 async def open_messages(context: Context, body: MessagesBody) -> Opened[Answer]:
     """The assistant's next turn. Raises InvalidRequestError."""
-    told = conversation(body)
-    asked = await ask(
-        context,
-        ChatTurn(
-            body=body,
-            messages=told.messages,
-            tools=told.tools,
-            rendering=told.rendering,
-            max_tokens=body.max_tokens,
-            grammar=_grammar(body),
-        ),
-    )
+    grammar = await _grammar(body, context.service)
+    turn = ChatTurn(body=body, conversation=conversation(body), max_tokens=body.max_tokens, grammar=grammar)
+    asked = await ask(context, turn)
     answer = MessageAnswer(body, context, asked.request)
     return Opened(asked.request, answer, asked.prompt_for_log, asked.parser)
 
@@ -42,13 +33,13 @@ async def count_tokens(request: HTTPRequest) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request, CountTokensBody)
     await service.find(body.model, request.state.access, body.user, weights(body.adapters))
-    told = conversation(body)
-    prompt = await render(service, told.messages, told.tools, told.rendering, "messages")
-    (ids,) = await service.encode([prompt], body.add_special_tokens is True, "messages")
+    ids = await prompt_ids(service, conversation(body), body.add_special_tokens)
     return JSONAnswer({"input_tokens": len(ids)})
 
 
-def _grammar(body: MessagesBody) -> str | None:
+async def _grammar(body: MessagesBody, service: Service) -> str | None:
     """What `output_config` holds the answer to."""
     form = body.output_config.format if body.output_config else None
-    return None if form is None else structured.of_schema(form.schema_, "output_config")
+    if form is None:
+        return None
+    return await structured.grammar_of(structured.SCHEMA, form.schema_, "output_config", service)

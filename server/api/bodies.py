@@ -7,7 +7,7 @@ stop at their first fault, so that a million invalid items cost one short error.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tucka_runtime.server.api.conversation import (
     MAX_TOOLS,
@@ -132,7 +132,7 @@ class Unsupported(Body, without_effect=True):
     spaces_between_special_tokens: On = None
     no_stop_trim: Off = None
     return_hidden_states: Off = None
-    prompt_cache_retention: Literal["in_memory"] | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory"] | None = None
     prompt_embeds: Nothing = None
     audio: Nothing = None
     images: Nothing = None
@@ -272,6 +272,17 @@ class EmbeddingBody(ModelBody, TruncationFields, EmbeddingUnsupported):
 
 
 class TokenizeBody(ChatFields):
+    """Either a prompt or messages."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+            ]
+        }
+    )
+
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None

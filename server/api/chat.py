@@ -11,9 +11,9 @@ from tucka_runtime.server.api.bodies import ChatBody
 from tucka_runtime.server.api.conversation import NamedFunction
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import chat_logprobs
-from tucka_runtime.server.api.rendering import for_template, rendering
+from tucka_runtime.server.api.rendering import Conversation, for_template, rendering
 from tucka_runtime.server.api.sampling import num_logprobs, num_prompt_logprobs, num_sequences
-from tucka_runtime.server.api.tools import Tools, functions_of, tools_of
+from tucka_runtime.server.api.tools import Choice, Function, Tools, chat_tools, tools_of
 from tucka_runtime.server.api.turn import ChatTurn, ask
 from tucka_runtime.server.service.events import CallArguments, CallBegun, Event, Message, Reasoning, Text
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
@@ -25,18 +25,17 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
     service = context.service
     options = fields.stream_options(bool(body.stream), body.stream_options)
     max_tokens, param = _max_tokens(body)
+    schema = structured.schema_of(body.response_format)
     asked = await ask(
         context,
         ChatTurn(
             body=body,
-            messages=for_template(body.messages),
-            tools=_tools(body),
-            rendering=rendering(body),
+            conversation=conversation(body),
             max_tokens=max_tokens,
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
             prompt_logprobs=num_prompt_logprobs(body, service),
-            grammar=structured.grammar(body, "response_format", structured.schema_of(body.response_format), service),
+            grammar=await structured.grammar(body, "response_format", schema, service),
             thoughts=body.separate_reasoning is not False,
             truncation=fields.truncation(body, 1 if max_tokens is None else max_tokens, service.info),
             max_tokens_param=param,
@@ -49,12 +48,19 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
 CHAT = Door("chat", "chatcmpl-", ChatBody, open_chat)
 
 
+def conversation(body: ChatBody) -> Conversation:
+    """The body's conversation. Raises InvalidRequestError."""
+    return Conversation(for_template(body.messages), _tools(body), rendering(body))
+
+
 def _tools(body: ChatBody) -> Tools:
     if not body.functions and not isinstance(body.function_call, NamedFunction):
-        return tools_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+        return chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     if body.tools:
         raise InvalidRequestError("`functions` are the older form of `tools`. Send one of them.", "functions")
-    return functions_of(body.functions or [], body.function_call)
+    named = body.function_call.name if isinstance(body.function_call, NamedFunction) else None
+    choice = Choice("none" if body.function_call == "none" else "auto", named, param="function_call")
+    return tools_of(map(Function.of, body.functions or ()), choice, parallel=False, param="functions")
 
 
 def _logprobs(body: ChatBody, service: Service) -> int | None:

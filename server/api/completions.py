@@ -39,7 +39,7 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
         fields.truncation(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, service.info),
     )
     max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
-    grammar = structured.grammar(body, "response_format", structured.schema_of(body.response_format), service)
+    grammar = await structured.grammar(body, "response_format", structured.schema_of(body.response_format), service)
     scored = num_prompt_logprobs(body, service)
     if scored is None and body.echo:
         scored = logprobs

@@ -123,11 +123,9 @@ class SkippedTool(Body):
     """A tool that is no function of the client's, as those that OpenAI or Anthropic run: the model is not told of it,
     and the client is told that by its `type`."""
 
-    type: str
+    named_by = "type"
 
-    @property
-    def skipped(self) -> str:
-        return self.type
+    type: str
 
 
 class NamedFunction(Body):

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.adapters.files import FILE_LIMITS
-from tucka_runtime.server.api import anthropic_bodies, bodies
+from tucka_runtime.server.api import anthropic_bodies, bodies, console
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.answers import JSONAnswer
@@ -52,6 +52,24 @@ UPLOAD: dict[str, Any] = {
     },
 }
 """What an adapter is uploaded as."""
+
+_STREAMED = ("application/json", "text/event-stream")
+ANSWERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"), _STREAMED),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics"), ("text/plain",)),
+    "/": ("application/json", "text/html"),
+    "/docs": ("text/html",),
+    console.FOLDER + "{name}": ("text/html", "text/css", "text/javascript", "image/svg+xml"),
+}
+"""What is answered by other paths than those that have JSON alone."""
+STATUSES: dict[tuple[str, str], int] = {
+    ("POST", "/v1/adapters"): 201,
+    ("PUT", "/v1/adapters/{name:path}"): 201,
+    ("POST", "/v1/aliases"): 201,
+    ("DELETE", "/v1/adapters/{name:path}"): 202,
+    ("GET", "/ready"): 503,
+}
+"""Statuses other than 200 whose answer is no error's."""
 
 
 class ErrorDetail(BaseModel):
@@ -99,6 +117,7 @@ def _described(method: str, path: str) -> APIRoute:
     def endpoint(**_: Any) -> None:
         raise AssertionError("a description is not called")
 
+    content: dict[str, Any] = {kind: {"schema": {}} for kind in ANSWERS.get(path, ("application/json",))}
     parameters: dict[str, type] = {"name": str} if "{name" in path else {}
     if method == "POST" and path in BODIES:
         parameters["body"] = BODIES[path]
@@ -114,13 +133,15 @@ def _described(method: str, path: str) -> APIRoute:
         endpoint,
         methods=[method],
         response_model=None,
+        response_class=Response,  # which has no type of its own
         openapi_extra={"requestBody": {"required": True, "content": UPLOAD}} if method == "PUT" else None,
         operation_id="_".join([method.lower(), *re.findall(r"\w+", path.replace(":path", ""))]),
         summary=f"{method} {path.replace(':path', '')}",
         responses={
+            **{status: {"content": content} for status in {200, STATUSES.get((method, path), 200)}},
             "default": {
                 "model": AnthropicErrorBody if speaks_anthropic(path) else ErrorBody,
                 "description": "An error",
-            }
+            },
         },
     )

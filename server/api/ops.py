@@ -11,9 +11,9 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody
 from tucka_runtime.server.api.reading import read_body
-from tucka_runtime.server.api.rendering import for_template, rendering
-from tucka_runtime.server.api.tools import tools_of
-from tucka_runtime.server.api.turn import render
+from tucka_runtime.server.api.rendering import Conversation, for_template, rendering
+from tucka_runtime.server.api.tools import chat_tools
+from tucka_runtime.server.api.turn import prompt_ids
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.service.service import Service
 
@@ -119,9 +119,8 @@ async def tokenize(request: Request) -> Response:
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
         (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
     else:
-        tools = tools_of(body.tools, None, None)
-        text = await render(service, for_template(body.messages), tools, rendering(body), "messages")
-        (ids,) = await service.encode([text], body.add_special_tokens is True, "messages")
+        conversation = Conversation(for_template(body.messages), chat_tools(body.tools, None, None), rendering(body))
+        ids = await prompt_ids(service, conversation, body.add_special_tokens)
     tokenizer = service.text_tokenizer("prompt")
     return JSONAnswer(
         {

@@ -66,8 +66,8 @@ def accept(http: Request, kind: type[B], value: dict[str, Any]) -> B:
     ignored = sorted(ignored_names(body))
     if ignored and service.config.strict:
         raise InvalidRequestError(
-            f"{shown(ignored)}: unknown, or without effect on this server, which was started with --strict. "
-            "Leave it out.",
+            f"Fields that are unknown, or without effect, are refused by this server, which was started with --strict: "
+            f"{shown(ignored)}. Leave them out.",
             ignored[0] if ignored[0] != "?" else None,
         )
     http.state.ignored = ignored
@@ -92,10 +92,11 @@ def ignored_names(body: Body) -> set[str]:
 
 def _note_ignored(body: Body, place: str, found: set[str]) -> None:
     """Looks at nothing but what was sent, by pydantic's slots: a conversation has many messages."""
-    if (skipped := body.skipped) is not None:
-        found.add(place + skipped if _NAME.fullmatch(skipped) else "?")
-        return
     kind, sent = type(body), body.__pydantic_fields_set__
+    if kind.named_by is not None:
+        left_out: str = getattr(body, kind.named_by)
+        found.add(place + left_out if _NAME.fullmatch(left_out) else "?")
+        return
     if extra := body.__pydantic_extra__:
         for name, value in extra.items():
             if value is not None:
@@ -103,11 +104,15 @@ def _note_ignored(body: Body, place: str, found: set[str]) -> None:
     if not kind.ignored.isdisjoint(sent):
         found.update(place + name for name in kind.ignored & sent if getattr(body, name) is not None)
     for name in kind.nested:
-        value = getattr(body, name)
-        if value is None or isinstance(value, str):
+        if name not in sent:
             continue
-        for item in value if isinstance(value, list) else (value,):
-            _note_ignored(item, f"{place}{name}.", found)
+        value = getattr(body, name)
+        if isinstance(value, Body):
+            _note_ignored(value, f"{place}{name}.", found)
+        elif isinstance(value, list):
+            within = f"{place}{name}."
+            for item in value:
+                _note_ignored(item, within, found)
 
 
 def shown(names: list[str]) -> str:

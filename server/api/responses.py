@@ -1,47 +1,20 @@
 """POST /v1/responses. Nothing is kept: a request has the whole conversation."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.messages import FinishReason, Request
 from tucka_runtime.server.api import structured
 from tucka_runtime.server.api.answer import Answer, route_json
-from tucka_runtime.server.api.conversation import (
-    AllowedFunctions,
-    AllowedTools,
-    AssistantMessage,
-    CalledFunction,
-    ChatMessage,
-    NamedFunction,
-    NamedTool,
-    RefusalPart,
-    ToolBody,
-    ToolCall,
-    ToolMessage,
-    UserMessage,
-)
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import Labels, chat_logprobs
-from tucka_runtime.server.api.rendering import for_template, rendering
-from tucka_runtime.server.api.response_body import (
-    LOGPROBS,
-    AllowedChoice,
-    CallItem,
-    CallOutputItem,
-    FunctionChoice,
-    FunctionTool,
-    InputText,
-    Item,
-    MessageItem,
-    Part,
-    ReasoningItem,
-    ResponseBody,
-)
+from tucka_runtime.server.api.response_body import LOGPROBS, AllowedChoice, FunctionChoice, FunctionTool, ResponseBody
+from tucka_runtime.server.api.response_history import conversation, function_tools
 from tucka_runtime.server.api.response_output import ResponseOutput, Scores
 from tucka_runtime.server.api.sampling import num_logprobs
-from tucka_runtime.server.api.tools import Tools, tools_of
+from tucka_runtime.server.api.tools import Tools
 from tucka_runtime.server.api.turn import ChatTurn, ask
 from tucka_runtime.server.http.answers import encode_json
 from tucka_runtime.server.http.errors import envelope
@@ -54,18 +27,15 @@ from tucka_runtime.server.service.text import Token
 async def open_response(context: Context, body: ResponseBody) -> Opened[Answer]:
     """The assistant's next turn. Raises InvalidRequestError."""
     service = context.service
-    tools = _tools(body)
+    told = conversation(body)
     schema = structured.schema_of(body.text.format if body.text else None)
-    logprobs = _logprobs(body, tools, service)
+    logprobs = _logprobs(body, told.tools, service)
     turn = ChatTurn(
         body=body,
-        messages=for_template(messages_of(body)),
-        tools=tools,
-        rendering=rendering(body),
+        conversation=told,
         max_tokens=body.max_output_tokens,
         logprobs=logprobs,
-        grammar=structured.grammar(body, "text.format", schema, service),
-        messages_param="input",
+        grammar=await structured.grammar(body, "text.format", schema, service),
         max_tokens_param="max_output_tokens",
     )
     asked = await ask(context, turn)
@@ -82,25 +52,6 @@ async def open_response(context: Context, body: ResponseBody) -> Opened[Answer]:
 RESPONSE = Door("chat", "resp_", ResponseBody, open_response)
 
 
-def _tools(body: ResponseBody) -> Tools:
-    functions = [ToolBody(type="function", function=tool) for tool in _functions(body)]
-    choice = body.tool_choice
-    if isinstance(choice, FunctionChoice):
-        return tools_of(functions, _named(choice), body.parallel_tool_calls)
-    if isinstance(choice, AllowedChoice):
-        allowed = AllowedFunctions(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
-        return tools_of(functions, AllowedTools(type=choice.type, allowed_tools=allowed), body.parallel_tool_calls)
-    return tools_of(functions, choice, body.parallel_tool_calls)
-
-
-def _named(choice: FunctionChoice) -> NamedTool:
-    return NamedTool(type="function", function=NamedFunction(name=choice.name))
-
-
-def _functions(body: ResponseBody) -> list[FunctionTool]:
-    return [tool for tool in body.tools or () if isinstance(tool, FunctionTool)]
-
-
 def _logprobs(body: ResponseBody, tools: Tools, service: Service) -> int | None:
     if LOGPROBS not in (body.include or ()):
         if body.top_logprobs:
@@ -113,73 +64,6 @@ def _logprobs(body: ResponseBody, tools: Tools, service: Service) -> int | None:
             "include",
         )
     return num_logprobs(body.top_logprobs, "top_logprobs", service.config) or 0
-
-
-def messages_of(body: ResponseBody) -> list[ChatMessage]:
-    """The same conversation as chat has it. The instructions and what the items begin with as the system's are one
-    message; what the assistant thinks, says and calls in a row is another. Raises InvalidRequestError."""
-    items = [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    told = [body.instructions] if body.instructions else []
-    begin = 0
-    for item in items:
-        if not isinstance(item, MessageItem) or item.role not in ("system", "developer"):
-            break
-        told.append(_text(item.content))
-        begin += 1
-    made: list[ChatMessage] = [UserMessage(role="system", content="\n\n".join(told))] if told else []
-    turn = _AssistantTurn()
-    for item in items[begin:]:
-        if turn.takes(item):
-            continue
-        made += turn.message()
-        turn = _AssistantTurn()
-        if isinstance(item, MessageItem) and item.role != "assistant":
-            made.append(UserMessage(role=item.role, content=_text(item.content)))
-        elif isinstance(item, CallOutputItem):
-            made.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_text(item.output)))
-    made += turn.message()
-    if not made:
-        raise InvalidRequestError("`input` has nothing that the model could read. Send some text.", "input")
-    return made
-
-
-class _AssistantTurn:
-    """Items of the assistant that follow each other."""
-
-    def __init__(self) -> None:
-        self._thoughts: list[str] = []
-        self._said: list[str] = []
-        self._calls: list[ToolCall] = []
-
-    def takes(self, item: Item) -> bool:
-        """Takes the item in, if it is the assistant's."""
-        match item:
-            case ReasoningItem():
-                self._thoughts += [part.text for part in item.content or item.summary or ()]
-            case MessageItem(role="assistant"):
-                self._said.append(_text(item.content))
-            case CallItem():
-                function = CalledFunction(name=item.name, arguments=item.arguments)
-                self._calls.append(ToolCall(id=item.call_id, function=function))
-            case _:
-                return False
-        return True
-
-    def message(self) -> Iterable[ChatMessage]:
-        """The one message of them; none where there is nothing to read."""
-        if self._thoughts or self._said or self._calls:
-            yield AssistantMessage(
-                role="assistant",
-                content="\n".join(self._said),
-                reasoning_content="\n".join(self._thoughts) or None,
-                tool_calls=self._calls or None,
-            )
-
-
-def _text(content: str | Sequence[Part | InputText]) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
 
 
 class ResponseAnswer(Answer):
@@ -260,7 +144,7 @@ class ResponseAnswer(Answer):
             "tool_choice": choice.model_dump()
             if isinstance(choice, FunctionChoice | AllowedChoice)
             else choice or "auto",
-            "tools": [_tool_json(tool) for tool in _functions(body)],
+            "tools": [_tool_json(tool) for tool in function_tools(body)],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": "disabled",

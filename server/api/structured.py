@@ -5,6 +5,7 @@ one grammar.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tucka_runtime import grammars
@@ -16,11 +17,25 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAX_GRAMMAR_CHARS = 16_384  # of a schema made to take long, compiled in 0.2 s on the step loop
 
 
-def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, service: Service) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an answer may be held to. `make` makes a grammar of it, as text."""
+
+    name: str
+    make: Callable[[str], str]
+
+
+SCHEMA = Kind("JSON schema", grammars.of_schema)
+_REGEX = Kind("regular expression", grammars.of_regex)
+_CHOICE = Kind("choice", grammars.of_choice)
+_GRAMMAR = Kind("grammar", grammars.of_text)
+
+
+async def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, service: Service) -> str | None:
     """The grammar that the answer has to match; None where it is free. `schema` is what the door's own field for it
     asks, `own` that field's name. Raises InvalidRequestError."""
-    asked = ((own, schema, of_schema), *_given(body))
-    given = [(name, value, make) for name, value, make in asked if value is not None]
+    asked = ((own, schema, SCHEMA), *_given(body))
+    given = [(name, value, kind) for name, value, kind in asked if value is not None]
     if not given:
         return None
     names = [name for name, _, _ in given]
@@ -31,26 +46,37 @@ def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, service
             f"An answer can be held to one thing, and this request has {named}. Leave out all but one.", field
         )
     service.text_tokenizer(field)
-    _, value, make = given[0]
-    return make(value, field)
+    _, value, kind = given[0]
+    return await grammar_of(kind, value, field, service)
 
 
-def _given(body: FormatFields) -> Iterator[tuple[str, Any, Callable[[Any, str], str]]]:
-    """Every other name that there is for it, its value, and what makes a grammar of that; an error is about the field,
-    which that is told too."""
-    yield "guided_json", body.guided_json, of_schema
-    yield "json_schema", body.json_schema, of_schema
-    yield "guided_regex", body.guided_regex, _of_regex
-    yield "regex", body.regex, _of_regex
-    yield "guided_choice", body.guided_choice, _of_choice
-    yield "guided_grammar", body.guided_grammar, _of_text
-    yield "ebnf", body.ebnf, _of_text
+async def grammar_of(kind: Kind, value: dict[str, Any] | list[str] | str, param: str, service: Service) -> str:
+    """The grammar of `value`, which came in the field `param`; vLLM and SGLang take schemas as text too. Raises
+    InvalidRequestError."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequestError(f"What the answer is held to has more than {MAX_GRAMMAR_CHARS} characters.", param)
+    try:
+        return await service.grammars.get(kind.make, text)
+    except grammars.UnusableError as error:
+        raise InvalidRequestError(f"The {kind.name} cannot be used: {error}.", param) from None
+
+
+def _given(body: FormatFields) -> Iterator[tuple[str, Any, Kind]]:
+    """Every other name that there is for it, its value, and what that is; an error is about the field."""
+    yield "guided_json", body.guided_json, SCHEMA
+    yield "json_schema", body.json_schema, SCHEMA
+    yield "guided_regex", body.guided_regex, _REGEX
+    yield "regex", body.regex, _REGEX
+    yield "guided_choice", body.guided_choice, _CHOICE
+    yield "guided_grammar", body.guided_grammar, _GRAMMAR
+    yield "ebnf", body.ebnf, _GRAMMAR
     if (outputs := body.structured_outputs) is not None:
-        yield "structured_outputs.json", outputs.json_, of_schema
-        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, of_schema
-        yield "structured_outputs.regex", outputs.regex, _of_regex
-        yield "structured_outputs.choice", outputs.choice, _of_choice
-        yield "structured_outputs.grammar", outputs.grammar, _of_text
+        yield "structured_outputs.json", outputs.json_, SCHEMA
+        yield "structured_outputs.json_object", ANY_OBJECT if outputs.json_object else None, SCHEMA
+        yield "structured_outputs.regex", outputs.regex, _REGEX
+        yield "structured_outputs.choice", outputs.choice, _CHOICE
+        yield "structured_outputs.grammar", outputs.grammar, _GRAMMAR
 
 
 def schema_of(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | JsonSchema | None) -> dict[str, Any] | None:
@@ -63,48 +89,3 @@ def schema_of(value: TextFormat | JsonObjectFormat | JsonSchemaFormat | JsonSche
         return value.schema_
     own = value.schema_ if value.value is None else value.value
     return ANY_OBJECT if own is None else own
-
-
-def of_schema(schema: dict[str, Any] | str, param: str) -> str:
-    """The grammar of a JSON schema, which vLLM and SGLang take as text too. Raises InvalidRequestError."""
-    text = schema if isinstance(schema, str) else json.dumps(schema)
-    _check_length(text, param)
-    if reason := grammars.check_schema(text):
-        raise InvalidRequestError(f"The JSON schema cannot be used: {reason}.", param)
-    return grammars.of_schema(text)
-
-
-def _of_regex(regex: str, param: str) -> str:
-    _check_length(regex, param)
-    made = grammars.of_regex(regex)
-    if not grammars.usable(made):
-        raise InvalidRequestError(
-            "The regular expression cannot be used: it is malformed, takes too much to follow, or has what cannot be "
-            "followed token by token, as look-around and back references.",
-            param,
-        )
-    return made
-
-
-def _of_choice(choice: list[str], param: str) -> str:
-    made = grammars.of_choice(choice)
-    _check_length(made, param)
-    return made
-
-
-def _of_text(text: str, param: str) -> str:
-    """Of a grammar in llguidance's Lark or in GBNF, as llama-server reads it."""
-    _check_length(text, param)
-    made = grammars.of_text(text)
-    if made is None or not grammars.usable(made):
-        raise InvalidRequestError(
-            "The grammar cannot be used: it is neither Lark (as llguidance reads it, beginning at `start`) nor GBNF "
-            "(beginning at `root`), names a rule that it does not have, or takes too much to follow.",
-            param,
-        )
-    return made
-
-
-def _check_length(text: str, param: str) -> None:
-    if len(text) > MAX_GRAMMAR_CHARS:
-        raise InvalidRequestError(f"What the answer is held to has more than {MAX_GRAMMAR_CHARS} characters.", param)

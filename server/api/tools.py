@@ -1,26 +1,20 @@
 """Functions that a model may call or has to: what templates are told of them, and the grammar of calls."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tucka_runtime import grammars, schemas
+from tucka_runtime import grammars
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.conversation import (
-    AllowedTools,
-    FunctionBody,
-    NamedFunction,
-    NamedTool,
-    ToolBody,
-    ToolChoiceOption,
-)
+from tucka_runtime.server.api.conversation import AllowedTools, FunctionBody, NamedTool, ToolBody, ToolChoiceOption
 from tucka_runtime.server.api.structured import MAX_GRAMMAR_CHARS
 from tucka_runtime.server.service.calls import CallFormat
+from tucka_runtime.server.service.service import Service
 from tucka_runtime.tokenizer import Tokenizer
 
 MOST_CALLS = 16  # of one answer that has to call
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-_NOT_AMONG = "`{}` names a function that is not among the `{}`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +25,27 @@ class Function:
     description: str | None
     parameters: dict[str, Any] | None
 
+    @classmethod
+    def of(cls, body: FunctionBody) -> "Function":
+        return cls(body.name, body.description, body.parameters)
+
     @property
     def for_template(self) -> dict[str, Any]:
         found = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {key: value for key, value in found.items() if value is not None}
+
+
+Mode = Literal["auto", "none", "required"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a request says of calls, by the names of functions; `param` is the field that says it."""
+
+    mode: Mode = "auto"
+    named: str | None = None
+    allowed: frozenset[str] | None = None
+    param: str = "tool_choice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +54,8 @@ class Tools:
     that is `named`, if any. `allowed`: the names of those that may be called, if not all. `parallel`: several at once.
     `param` is the field that the functions came in."""
 
-    functions: tuple[Function, ...] = ()
-    choice: Literal["auto", "none", "required"] = "auto"
+    functions: tuple[Function, ...]
+    choice: Mode = "auto"
     named: str | None = None
     allowed: frozenset[str] | None = None
     parallel: bool = True
@@ -70,47 +81,37 @@ class Tools:
         return [{"type": "function", "function": function.for_template} for function in self.callable] or None
 
 
-NO_TOOLS = Tools()
-
-
-def tools_of(tools: list[ToolBody] | None, choice: ToolChoiceOption, parallel: bool | None) -> Tools:
-    """What OpenAI's three fields ask for. Raises InvalidRequestError."""
-    functions = _functions([tool.function for tool in tools or ()], "tools")
-    if isinstance(choice, AllowedTools):
-        names = {tool.function.name for tool in choice.allowed_tools.tools}
-        if names - {function.name for function in functions}:
-            raise InvalidRequestError(_NOT_AMONG.format("tool_choice", "tools"), "tool_choice")
-        return Tools(functions, choice.allowed_tools.mode, parallel=parallel is not False, allowed=frozenset(names))
-    if isinstance(choice, NamedTool):
-        return _named(functions, choice.function.name, "tool_choice", "tools")
-    if choice == "required" and not functions:
-        raise InvalidRequestError("`tool_choice` asks for a call, but there are no `tools` to call.", "tool_choice")
-    return Tools(functions, choice or "auto", parallel=parallel is not False)
-
-
-def functions_of(functions: list[FunctionBody], choice: Literal["auto", "none"] | NamedFunction | None) -> Tools:
-    """What the two older fields ask for: one call at most. Raises InvalidRequestError."""
-    known = _functions(functions, "functions")
-    if isinstance(choice, NamedFunction):
-        return _named(known, choice.name, "function_call", "functions")
-    return Tools(known, choice or "auto", parallel=False, param="functions")
-
-
-def _functions(bodies: list[FunctionBody], param: str) -> tuple[Function, ...]:
-    functions = tuple(Function(body.name, body.description, body.parameters) for body in bodies)
-    if len({function.name for function in functions}) < len(functions):
+def tools_of(functions: Iterable[Function], choice: Choice, parallel: bool | None, param: str = "tools") -> Tools:
+    """What may be called of the functions, which came in the field `param`. Raises InvalidRequestError."""
+    known = tuple(functions)
+    names = {function.name for function in known}
+    if len(names) < len(known):
         raise InvalidRequestError(f"Two of the `{param}` have the same name.", param)
-    return functions
+    wanted = {choice.named} if choice.named is not None else choice.allowed or frozenset()
+    if wanted - names:
+        raise InvalidRequestError(f"`{choice.param}` names a function that is not among the `{param}`.", choice.param)
+    if choice.mode == "required" and not known:
+        raise InvalidRequestError(
+            f"`{choice.param}` asks for a call, but there are no `{param}` to call.", choice.param
+        )
+    at_once = parallel is not False and choice.named is None
+    return Tools(known, choice.mode, choice.named, choice.allowed, at_once, param)
 
 
-def _named(functions: tuple[Function, ...], name: str, param: str, among: str) -> Tools:
-    made = Tools(functions, named=name, parallel=False, param=among)
-    if not made.forced:
-        raise InvalidRequestError(_NOT_AMONG.format(param, among), param)
-    return made
+def chat_tools(tools: list[ToolBody] | None, choice: ToolChoiceOption, parallel: bool | None) -> Tools:
+    """What chat's three fields ask for. Raises InvalidRequestError."""
+    match choice:
+        case NamedTool():
+            chosen = Choice(named=choice.function.name)
+        case AllowedTools():
+            allowed = choice.allowed_tools
+            chosen = Choice(allowed.mode, allowed=frozenset(tool.function.name for tool in allowed.tools))
+        case _:
+            chosen = Choice(choice or "auto")
+    return tools_of((Function.of(tool.function) for tool in tools or ()), chosen, parallel)
 
 
-def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str | None:
+async def calls_grammar(tools: Tools, form: CallFormat, service: Service) -> str | None:
     """The grammar of an answer that has to call functions, as its template would have it; None where it has not to.
     Raises InvalidRequestError."""
     if not (forced := tools.forced):
@@ -122,19 +123,20 @@ def calls_grammar(tools: Tools, form: CallFormat, tokenizer: Tokenizer) -> str |
             "Name the one to call, or leave the choice to the model.",
             tools.param,
         )
-    for function, schema in zip(forced, texts, strict=True):
-        if reason := grammars.check_schema(schema):
+    rules = []
+    for i, (function, text) in enumerate(zip(forced, texts, strict=True)):
+        try:
+            schema = await service.grammars.get(grammars.followed, text)
+        except grammars.UnusableError as error:
             place = tools.functions.index(function)
             raise InvalidRequestError(
-                f"The schema of function {place + 1} of the `{tools.param}` cannot be followed: {reason}.", tools.param
-            )
-    rules = []
-    for i, (function, schema) in enumerate(zip(forced, texts, strict=True)):
+                f"The schema of function {place + 1} of the `{tools.param}` cannot be followed: {error}.", tools.param
+            ) from None
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
-        options = {**schemas.followable(json.loads(schema)), "x-guidance": grammars.JSON_OPTIONS}
-        rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {json.dumps(options)}"]
+        rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {schema}"]
     body = " | ".join(f"f{i}" for i in range(len(forced)))
-    return "\n".join([f"start: {_calls(form, tools.parallel, tokenizer)}", f"body: {body}", *rules])
+    start = _calls(form, tools.parallel, service.text_tokenizer("tools"))
+    return "\n".join([f"start: {start}", f"body: {body}", *rules])
 
 
 def _calls(form: CallFormat, parallel: bool, tokenizer: Tokenizer) -> str:

@@ -4,7 +4,6 @@ import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tucka_runtime import grammars
 from tucka_runtime.conversations import CLOSE, OPEN, with_short_ids, without_tools
@@ -12,10 +11,10 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request
 from tucka_runtime.server.api.bodies import SamplingBody
 from tucka_runtime.server.api.door import Context
+from tucka_runtime.server.api.rendering import Conversation
 from tucka_runtime.server.api.sampling import max_tokens_for, sampling_params
-from tucka_runtime.server.api.tools import NO_TOOLS, Tools, calls_grammar
+from tucka_runtime.server.api.tools import Tools, calls_grammar
 from tucka_runtime.server.service.calls import FORMATS, CallParser
-from tucka_runtime.server.service.chat_template import Rendering
 from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
 from tucka_runtime.server.service.reasoning import ThinkParser
 from tucka_runtime.server.service.service import Service
@@ -25,15 +24,12 @@ from tucka_runtime.tokenizer import unshielded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTurn:
-    """A turn as it is asked for. `messages` are those that chat templates know, `rendering` what else these are told.
-    `max_tokens` None: all that the context leaves. `grammar` is what the answer has to match; not with forced calls.
-    `thoughts`: they are told apart from the answer. `messages_param` and `max_tokens_param` are what the door's body
-    calls those."""
+    """A turn as it is asked for. `max_tokens` None: all that the context leaves. `grammar` is what the answer has to
+    match; not with forced calls. `thoughts`: they are told apart from the answer. `max_tokens_param` is what the door's
+    body calls that."""
 
     body: SamplingBody
-    messages: list[dict[str, Any]]
-    tools: Tools = NO_TOOLS
-    rendering: Rendering | None = None
+    conversation: Conversation
     max_tokens: int | None = None
     n: int = 1
     logprobs: int | None = None
@@ -41,7 +37,6 @@ class ChatTurn:
     grammar: str | None = None
     thoughts: bool = True
     truncation: Truncation | None = None
-    messages_param: str = "messages"
     max_tokens_param: str = "max_tokens"
 
 
@@ -54,41 +49,46 @@ class Asked:
     prompt_for_log: Callable[[], str]
 
 
-async def render(
-    service: Service, messages: list[dict[str, Any]], tools: Tools, rendering: Rendering | None, param: str
-) -> str:
-    """The prompt of a conversation. A template that knows no functions is told of them as text."""
-    rendering = replace(rendering or Rendering(), tools=tools.for_template())
+async def render(service: Service, conversation: Conversation) -> str:
+    """The prompt of a conversation. A template that knows no functions is told of them as text. Raises
+    InvalidRequestError."""
+    messages, tools, param = conversation.messages, conversation.tools.for_template(), conversation.param
     if not service.chat_template(param).takes_tools:
-        messages, rendering = without_tools(messages, tools.for_template() or ()), replace(rendering, tools=None)
+        messages, tools = without_tools(messages, tools or ()), None
     elif service.call_format == "mistral":
         messages = with_short_ids(messages)
-    return await service.render_chat(messages, rendering, param)
+    return await service.render_chat(messages, replace(conversation.rendering, tools=tools), param)
+
+
+async def prompt_ids(service: Service, conversation: Conversation, add_special_tokens: bool | None) -> list[int]:
+    """The same as token ids; the template writes the special tokens, unless the tokenizer is to add its own."""
+    prompt = await render(service, conversation)
+    (ids,) = await service.encode([prompt], add_special_tokens is True, conversation.param)
+    return ids
 
 
 async def ask(context: Context, turn: ChatTurn) -> Asked:
     """Renders, tokenises and checks a turn. Raises InvalidRequestError."""
-    body, service = turn.body, context.service
-    grammar = _grammar(service, turn)
-    prompt = await render(service, turn.messages, turn.tools, turn.rendering, turn.messages_param)
-    adds_special = body.add_special_tokens is True
-    (ids,) = await service.encode([prompt], adds_special, turn.messages_param, truncation=turn.truncation)
+    body, service, conversation = turn.body, context.service, turn.conversation
+    grammar = await _grammar(service, turn)
+    prompt, param = await render(service, conversation), conversation.param
+    (ids,) = await service.encode([prompt], body.add_special_tokens is True, param, truncation=turn.truncation)
     if not ids:
-        raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", turn.messages_param)
+        raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", param)
     max_tokens = max_tokens_for(
-        turn.max_tokens, None, len(ids), service.info, turn.max_tokens_param, prompt_param=turn.messages_param
+        turn.max_tokens, None, len(ids), service.info, turn.max_tokens_param, prompt_param=param
     )
     begun = prompt.rstrip().endswith(OPEN)
     thinks = turn.thoughts and service.thinks
     if grammar is not None and service.thinks:
         grammar = grammars.after_thought(grammar, begun, OPEN, CLOSE)
     sampling = sampling_params(body, service, max_tokens, turn.logprobs, turn.prompt_logprobs, grammar)
-    parser = _parser(service, turn.tools, begun if thinks else None)
+    parser = _parser(service, conversation.tools, begun if thinks else None)
     return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
 
 
-def _grammar(service: Service, turn: ChatTurn) -> str | None:
-    calls = calls_grammar(turn.tools, FORMATS[service.call_format], service.text_tokenizer("tools"))
+async def _grammar(service: Service, turn: ChatTurn) -> str | None:
+    calls = await calls_grammar(turn.conversation.tools, FORMATS[service.call_format], service)
     if calls is not None and turn.grammar is not None:
         raise InvalidRequestError(
             "The answer is to match a format and to call a function: it can do one of them only. Leave out what it has "

@@ -24,18 +24,15 @@ MAX_EXPERTS = 4096  # weights of a pinned route
 class Body(BaseModel):
     """`ignored` are the declared fields that change nothing about an answer, whatever value they are allowed; `nested`
     those that hold other bodies. `sentences` says of fields by name what they may be, where one door differs. A field
-    that a subclass declares again is acted upon."""
+    that a subclass declares again is acted upon. `named_by` is the field that names a body which is left out as a
+    whole; None for those that are acted upon."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     nested: ClassVar[frozenset[str]] = frozenset()
     sentences: ClassVar[Mapping[str, str]] = {}
-
-    @property
-    def skipped(self) -> str | None:
-        """The name of what is left out as a whole, whatever its fields say; None for what is acted upon."""
-        return None
+    named_by: ClassVar[str | None] = None
 
     def __init_subclass__(cls, without_effect: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
+from math import isinf
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -13,6 +14,8 @@ from tucka_runtime.server.http.errors import BodyTooLargeError, UnsupportedMedia
 MAX_DEPTH = 64
 MAX_ITEMS = 1_000_000  # by commas and opening brackets, those within strings included
 MAX_DIGITS = 20  # of an integer: 2^64 has 20
+_TOO_LONG = 10**MAX_DIGITS
+_LONG = 16  # items of a list that are looked at together where they are all integers
 _PARSE_ASIDE_BYTES = 64 * 2**10  # larger bodies are parsed off the event loop
 _GZIP = b"\x1f\x8b"
 
@@ -59,15 +62,11 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InvalidRequestError("The body is not valid UTF-8. Encode the JSON as UTF-8.") from None
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=_refuse_constant,
-        )
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise InvalidRequestError(f"The body is not valid JSON (line {error.lineno}, column {error.colno}).") from None
+    except ValueError:  # Python's own limit of an integer's digits
+        raise _too_many_digits() from None
     except RecursionError:
         raise _too_deep() from None
     if not isinstance(value, dict):
@@ -115,34 +114,57 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
 
 
 def _check(root: Any) -> None:
-    """Refuses depth beyond MAX_DEPTH and strings that are not Unicode text."""
+    """Refuses depth beyond MAX_DEPTH, strings that are not Unicode text and numbers that are too large. The parser
+    could be told to hand over every number, which takes ten times as long as to parse it."""
     level = [root]
     for _ in range(MAX_DEPTH):
-        deeper = []
+        deeper: list[Any] = []
         for container in level:
             if isinstance(container, dict):
                 for key in container:
-                    _check_string(key)
-            for item in container.values() if isinstance(container, dict) else container:
-                if isinstance(item, str):
-                    _check_string(item)
-                elif isinstance(item, list | dict):
-                    deeper.append(item)
+                    if not key.isascii():
+                        _check_string(key)
+                items: Collection[Any] = container.values()
+            else:
+                items = container
+            if len(items) >= _LONG and set(map(type, items)) == {int}:  # token ids
+                _check_integer(max(items))
+                _check_integer(min(items))
+            else:
+                _check_items(items, deeper)
         level = deeper
         if not level:
             return
     raise _too_deep()
 
 
+def _check_items(items: Collection[Any], deeper: list[Any]) -> None:
+    """Notes the containers among them in `deeper`."""
+    for item in items:
+        kind = type(item)
+        if kind is str:
+            if not item.isascii():
+                _check_string(item)
+        elif kind is dict or kind is list:
+            deeper.append(item)
+        elif kind is int:
+            _check_integer(item)
+        elif kind is float and isinf(item):
+            raise InvalidRequestError("A number is too large for a 64-bit float.")
+
+
 def _check_string(text: str) -> None:
-    if text.isascii():
-        return
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidRequestError(
             "A string holds a lone surrogate (\\ud800 to \\udfff), which is not a character. Send whole pairs."
         ) from None
+
+
+def _check_integer(value: int) -> None:
+    if not -_TOO_LONG < value < _TOO_LONG:
+        raise _too_many_digits()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,21 +174,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise InvalidRequestError(f"An integer has more than {MAX_DIGITS} digits.")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if value in (float("inf"), float("-inf")):
-        raise InvalidRequestError("A number is too large for a 64-bit float.")
-    return value
-
-
 def _refuse_constant(name: str) -> None:
     raise InvalidRequestError("NaN and Infinity are not JSON. Send finite numbers.")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+
+
+def _too_many_digits() -> InvalidRequestError:
+    return InvalidRequestError(f"An integer has more than {MAX_DIGITS} digits.")
 
 
 def _too_deep() -> InvalidRequestError:

@@ -23,6 +23,7 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
+from tucka_runtime.server.service.grammar_cache import GrammarCache
 from tucka_runtime.server.service.leases import Combination, Lease, LoadedAdapter, Served
 from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
@@ -51,6 +52,7 @@ class Service:
     audit: AuditLog | None = None
     resolver: Resolver | None = None
     draining: bool = False
+    grammars: GrammarCache = field(default_factory=GrammarCache)
     started: int = field(default_factory=lambda: int(time.time()))
     keys: Keys = field(init=False)
 

@@ -17,7 +17,7 @@ import tucka_runtime
 from tests.support.driving import GREEDY, ask, build, prompt, run, save_lora, save_model
 from tucka_runtime import grammars
 from tucka_runtime.engine.engine import Engine
-from tucka_runtime.grammars import WHITESPACE, check_schema, of_regex, of_schema
+from tucka_runtime.grammars import WHITESPACE, UnusableError, of_regex, of_schema
 from tucka_runtime.messages import AdapterKey, FinishReason, SamplingParams
 from tucka_runtime.tokenizer import Tokenizer
 
@@ -109,7 +109,6 @@ SCHEMAS = st.recursive(
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=SCHEMAS, seed=st.integers(0, 99))
 def test_any_schema(engine: Engine, schema: dict[str, Any], seed: int) -> None:
-    assert check_schema(json.dumps(schema)) is None
     ((answer,),) = run(engine, ask(prompt(3, seed), sampling=held(replace(HOT, seed=seed), schema)))
     if answer.finish_reason is FinishReason.STOP:
         jsonschema.validate(json.loads(text(engine, answer.token_ids)), schema)
@@ -194,6 +193,7 @@ def test_a_grammar_that_breaks_ends_its_sequence_alone(engine: Engine, monkeypat
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_reason(schema: str, reason: str) -> None:
-    message = check_schema(schema)
-    assert message is not None and reason in message
-    assert "secret" not in message and "127" not in message
+    with pytest.raises(UnusableError) as refused:
+        of_schema(schema)
+    assert reason in str(refused.value)
+    assert "secret" not in str(refused.value) and "127" not in str(refused.value)

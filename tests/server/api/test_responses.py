@@ -12,7 +12,16 @@ from pydantic import BaseModel
 from tests.support.chat_templates import HERMES, THINKS
 from tests.support.server_fixtures import StartFake
 from tests.support.servers import Server
-from tucka_runtime.server.api import door, rendering, response_output, responses, sampling, structured, turn
+from tucka_runtime.server.api import (
+    door,
+    rendering,
+    response_history,
+    response_output,
+    responses,
+    sampling,
+    structured,
+    turn,
+)
 from tucka_runtime.server.api.response_body import ResponseBody
 
 WEATHER = {
@@ -370,6 +379,7 @@ def test_no_logprobs_where_a_model_thinks(start_fake: StartFake) -> None:
 
 def test_every_field_reaches_the_engine_or_the_answer() -> None:
     """A field that is declared but forgotten would be silently ignored: what has no effect is declared as such."""
-    text = "".join(map(inspect.getsource, (door, rendering, response_output, responses, sampling, structured, turn)))
+    modules = (door, rendering, response_history, response_output, responses, sampling, structured, turn)
+    text = "".join(map(inspect.getsource, modules))
     for name in ResponseBody.model_fields.keys() - ResponseBody.ignored:
         assert f"body.{name}" in text, name
