@@ -129,6 +129,7 @@ class Bucket:
                 "seq_lens": (i32, (rows,)),
                 "first_block": (i32, (rows,)),
                 "tiles": (i32, (rows, 4)),
+                "row_cores": (i32, (rows,)),
                 "records": (i64, (rows, COLUMNS)),
                 "groups": (i64, (rows,)),
                 "weights": (f32, (rows, self.shape.limits.t)),
@@ -163,8 +164,9 @@ class Bucket:
         shared, rows, table, limits = self.shared, self.rows, self.shared.table, self.shape.limits
         sites = {at: site for at, site in table.sites(self.shape.affine).items() if at[1] in self.shape.kinds}
         active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
-        tiles = self.fields.on_device["tiles"]
-        segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=tiles)
+        on = self.fields.on_device
+        segments = Segments.build((), rows, table.capacity, CPU, num_tiles=rows)
+        segments = replace(segments, tiles=on["tiles"], row_cores=on["row_cores"])
         return AdapterDelta(rows, shared.model.ops, active, segments, cores=self.cores, side=shared.side)
 
     def fill(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> list[int | None]:
@@ -209,7 +211,9 @@ class Bucket:
         at, shared = self.fields.on_host, self.shared
         rows = core_rows(segments, active, shared.max_seqs) if active else []
         spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
-        at["tiles"].copy_(Segments.build(spans, self.rows, shared.table.capacity, CPU, rows, self.rows).tiles)
+        built = Segments.build(spans, self.rows, shared.table.capacity, CPU, rows, self.rows)
+        at["tiles"].copy_(built.tiles)
+        at["row_cores"].copy_(built.row_cores)
         at["records"].zero_()
         if active:
             write_members(segments, rows, active, self.cores)
