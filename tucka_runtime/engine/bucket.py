@@ -8,6 +8,7 @@ launches run one by one, over the same tables.
 
 import contextlib
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 
@@ -109,9 +110,14 @@ class Bucket:
         self.plan = self._route_plan() if shape.kinds else None
         self.delta = self._adapter_delta() if shape.kinds else AdapterDelta(self.rows, shared.model.ops)
         self._routed: list[tuple[int, int]] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
         self.fill([], None)
-        self._capture()
+        if shared.capturing is not None:
+            # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep
+            # a workspace for each.
+            self._rehearse()
+        self._graph = capture(shared, self._step)
+        if self._graph is not None:
+            logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(shape.kinds))
 
     def _make_fields(self) -> Fields:
         """All that varies from step to step."""
@@ -263,26 +269,24 @@ class Bucket:
         self._step()
         chosen.copy_(kept)
 
-    def _capture(self) -> None:
-        stream = self.shared.capturing
-        if stream is None:
-            return
-        # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep a
-        # workspace for each.
-        self._rehearse()
-        self._graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Not torch.cuda.graph, which empties the allocator's cache first: the next steps would fill it again, by
-            # calls that wait for the device. Another thread may be loading an adapter: its calls are none of this
-            # capture's.
-            self._graph.capture_begin(pool=self.shared.pool, capture_error_mode="thread_local")
-            try:
-                self._step()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # an error within has spoilt the capture
-                    self._graph.capture_end()
-                raise
-            self._graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(self.shape.kinds))
+
+def capture(shared: Shared, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """A graph of what `step` launches, whose kernels are compiled; None where none can be captured."""
+    stream = shared.capturing
+    if stream is None:
+        return None
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Not torch.cuda.graph, which empties the allocator's cache first: the next steps would fill it again, by calls
+        # that wait for the device. Another thread may be loading an adapter: its calls are none of this capture's.
+        graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # an error within has spoilt the capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
