@@ -25,8 +25,8 @@ class Machine:
     """bytes/s of a large copy, the share of it that kernels are asked to reach, flop/s of large bf16 products, seconds
     that a launch in a graph costs where nothing hides it, bytes/s that one program alone moves through L2, seconds of
     a read that others wait for on a busy device, seconds of a fork in a graph with its join. All assumptions until a
-    device has been asked: `machine` of docs/measurements/first-run/where.py asks for every one but `efficiency`, which
-    its `counters` tell."""
+    device has been asked: `machine` of docs/measurements/first-run/where.py asks for all but `efficiency`, which its
+    `counters` tell, and `program`, which its sweep of expand_residual does."""
 
     copy: float = 4.3e12
     efficiency: float = 0.75

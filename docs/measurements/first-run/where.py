@@ -57,9 +57,12 @@ def wait(report: Report) -> float:
 
 
 def machine(report: Report) -> Figures:
-    """What the model of kernels/README.md assumes: a copy's rate, a launch, a fork with its join, a read's wait."""
+    """What the model of kernels/README.md assumes: rates of a copy and of products, a launch, a fork with its join, a
+    read's wait."""
     size = 1 << (12 if report.small else 30)
     a, b = (torch.empty(size, dtype=torch.uint8, device=report.device) for _ in "ab")
+    side_length = 16 if report.small else 8192
+    square = torch.zeros(side_length, side_length, device=report.device, dtype=torch.bfloat16)
     small, count = torch.zeros(16, device=report.device), 2 if report.small else 400
     side = None if report.small else torch.cuda.Stream()
 
@@ -80,6 +83,7 @@ def machine(report: Report) -> Figures:
     launch = timed([plain], report.device) / count
     return {
         "copy TB/s": round(2 * size / timed([lambda: b.copy_(a)], report.device) / 1e6, 3),
+        "products TFLOP/s": round(2 * side_length**3 / timed([lambda: square @ square], report.device) / 1e6, 1),
         "launch us": round(launch, 2),
         "wait us": round(wait(report), 3),
         "fork and join us": round(timed([forked], report.device) / count - launch, 2),
