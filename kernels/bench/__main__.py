@@ -166,8 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.model:
         machine = model.Machine(copy=args.bandwidth * 1e12)
         if args.json:
-            found = {"model": model.lines(LLAMA3_8B, machine), "waits": latency_model.lines(LLAMA3_8B, machine)}
-            print(json.dumps({name: [asdict(line) for line in own] for name, own in found.items()}, indent=1))
+            lines = [asdict(line) for line in model.lines(LLAMA3_8B, machine)]
+            waits = [asdict(line) for line in latency_model.lines(LLAMA3_8B, machine)]
+            print(json.dumps({"model": lines, "waits": waits}, indent=1))
         else:
             print(model.table(LLAMA3_8B, machine) + "\n\n" + latency_model.table(LLAMA3_8B, machine))
         return 0

@@ -213,8 +213,8 @@ def _read(op: str, kernel: Any, grid: launch.Grid, waves: float) -> Compiled:
     text = kernel.asm["ptx"]
     products = [p for p in ("wgmma", "mma.sync") if p in text]
     usage = _usage(kernel.asm["cubin"])
-    read = ptx.accesses(text), ptx.path(text), ptx.latencies(text)
-    return Compiled(op, kernel.name, *usage, kernel.metadata.shared, "+".join(products), *read, grid, waves)
+    shared, waits = kernel.metadata.shared, (ptx.path(text), ptx.latencies(text))
+    return Compiled(op, kernel.name, *usage, shared, "+".join(products), ptx.accesses(text), *waits, grid, waves)
 
 
 @cache
