@@ -43,6 +43,8 @@ class Compiled:
     shared: int
     products: str
     accesses: dict[str, dict[int, int]]
+    path: int
+    """Reads that wait for each other from its start to its end, every loop gone through once."""
     latencies: int | None
     """Reads that wait for each other in a turn of its loop over tiles (ptx.latencies); None: it has no loop."""
     grid: tuple[int, ...]
@@ -211,8 +213,8 @@ def _read(op: str, kernel: Any, grid: launch.Grid, waves: float) -> Compiled:
     text = kernel.asm["ptx"]
     products = [p for p in ("wgmma", "mma.sync") if p in text]
     usage = _usage(kernel.asm["cubin"])
-    read = ptx.accesses(text), ptx.latencies(text)
-    return Compiled(op, kernel.name, *usage, kernel.metadata.shared, "+".join(products), *read, grid, waves)
+    shared, waits = kernel.metadata.shared, (ptx.path(text), ptx.latencies(text))
+    return Compiled(op, kernel.name, *usage, shared, "+".join(products), ptx.accesses(text), *waits, grid, waves)
 
 
 @cache
@@ -230,7 +232,9 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def table(found: list[Compiled]) -> str:
     """One line per kernel."""
-    head = f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}{'latencies':>11}{'waves':>7}  "
+    head = (
+        f"{'op':32}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>9}{'path':>6}{'latencies':>11}{'waves':>7}  "
+    )
     lines = [head + f"{'products':16}bytes per access: times"]
     for c in found:
         total: Counter[int] = Counter()
@@ -238,6 +242,6 @@ def table(found: list[Compiled]) -> str:
             total.update(widths)
         waits = "-" if c.latencies is None else str(c.latencies)
         text = " ".join(f"{size}:{times}" for size, times in sorted(total.items()))
-        usage = f"{c.registers:10}{c.spilled:9}{c.shared:9}{waits:>11}{c.waves:7.2f}"
+        usage = f"{c.registers:10}{c.spilled:9}{c.shared:9}{c.path:6}{waits:>11}{c.waves:7.2f}"
         lines.append(f"{c.op:32}{c.kernel:14}{usage}  {c.products:16}{text}")
     return "\n".join(lines)

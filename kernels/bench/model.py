@@ -23,14 +23,18 @@ BASE_LAUNCHES = 9
 @dataclass(frozen=True)
 class Machine:
     """bytes/s of a large copy, the share of it that kernels are asked to reach, flop/s of large bf16 products, seconds
-    that a launch in a graph costs where nothing hides it, bytes/s that one program alone moves through L2. All
-    assumptions until a device has been asked."""
+    that a launch in a graph costs where nothing hides it, bytes/s that one program alone moves through L2, seconds of
+    a read that others wait for on a busy device, seconds of a fork in a graph with its join. All assumptions until a
+    device has been asked: `machine` of docs/measurements/first-run/where.py asks for all but `efficiency`, which its
+    `counters` tell, and `program`, which its sweep of expand_residual does."""
 
     copy: float = 4.3e12
     efficiency: float = 0.75
     products: float = 7.5e14
     launch: float = 1.0e-6
     program: float = 1.0e11
+    latency: float = 0.6e-6
+    fork: float = 1.0e-6
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ def latencies(text: str) -> int | None:
     return ends[-1] - ends[-2]
 
 
+def path(text: str) -> int:
+    """How many times a program waits for global memory from its start to its end, by the same count, all branches taken
+    and every loop gone through once."""
+    return _turns(text.splitlines())[0]
+
+
 def _turns(body: Sequence[str]) -> list[int]:
     """The time at the end of each of so many turns of a loop, in latencies."""
     ready: dict[str, int] = {}

@@ -33,7 +33,7 @@ from tucka_runtime.kernels.fused.tiles import (
     tile_grid,
 )
 from tucka_runtime.kernels.ops import LowRank
-from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, power_of_2
+from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments, adapter_runs, power_of_2
 
 TAIL_BYTES = 24 * 1024
 """The bytes of a tile's rows that one program normalises while another launch would start. It reads them twice, the
@@ -48,7 +48,7 @@ def one_launch(segments: Segments, row_bytes: int) -> bool:
     choice.
     """
     first = segments.spans[0][0] if segments.spans else segments.num_rows
-    fullest = max([first, *(end - begin for begin, end, _ in segments.spans)])
+    fullest = max([first, *(end - begin for begin, end, _ in adapter_runs(segments.spans))])
     return min(fullest, segments.tile_rows) * row_bytes <= TAIL_BYTES
 
 

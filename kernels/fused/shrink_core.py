@@ -42,14 +42,18 @@ class Config:
     stages: int
 
 
+AHEAD = tl.constexpr(4)
+"""Spans whose sums are read at once: more take the sum of a tile over 72 registers a thread."""
+
+
 @lru_cache(4096)
-def config(num_rows: int, d_in: int, rank: int) -> Config:
+def config(num_rows: int, d_in: int, rank: int, combine: bool = False) -> Config:
     """Chooses by shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the
-    batch."""
+    batch. `combine`: cores are combined on the fly, which takes registers, so that steps are shorter."""
     if num_rows <= SMALL_BATCH:
         # 512 columns: 16 KB of U a program, so 32 adapters of r 16 at q and v of d 4096 make 512 programs, four per SM.
         # Over r 32 the sums of a tile are too long a tail for one program (128 KB at r 128), hence the second launch.
-        return Config(block_k=256, span=512, chunks=1, one_launch=rank <= 32, warps=4, stages=3)
+        return Config(block_k=128 if combine else 256, span=512, chunks=1, one_launch=rank <= 32, warps=4, stages=3)
     # Prompts: 64 rank rows share one read of x; spans shrink while tiles are too few for 132 SMs.
     span = 512 if num_rows <= 1024 else 1024 if num_rows <= 4096 else max(CHUNK, power_of_2(d_in))
     return Config(block_k=64, span=span, chunks=4, one_launch=False, warps=4, stages=3)
@@ -64,7 +68,8 @@ def run(
     x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan, how: Config | None = None
 ) -> LowRank:
     """`shrink_core` in a given configuration, and with cores that are combined on the fly, for the bench."""
-    how = how or config(x.shape[0], x.shape[1], plan.max_rank)
+    combine = isinstance(cores, Slices)
+    how = how or config(x.shape[0], x.shape[1], plan.max_rank, combine)
     num_rows, d_in = x.shape
     if x.dtype != site.dtype or d_in != site.d_in:
         raise ValueError(f"x is {x.dtype} of width {d_in}, the factors are {site.dtype} of width {site.d_in}")
@@ -80,13 +85,13 @@ def run(
         made = (cores.address, cores.weight, *cores.address.stride(), cores.weight.shape[2], 0)
     elif cores is not None:
         made = (cores, x, *cores.stride()[:3], cores.shape[-1])
-    combine = isinstance(cores, Slices)
     shared = (
         part,
         h,
         *made,
         site.rank,
         segments.tiles,
+        segments.row_cores,
         num_rows,
         n,
         rank,
@@ -133,6 +138,7 @@ def _shrink(
     core_size,
     rank,
     tiles,
+    row_cores,
     num_rows,
     n,
     width_h,
@@ -183,10 +189,14 @@ def _shrink(
         own = tl.program_id(1) % n
         r = tl.load(rank + adapter * n + own)
         if arrive(counter + tile * n + own, (r + 15) // 16 * splits):
+            # Read once more: what is kept until here takes registers that the product needs.
+            first, end, core, adapter = load_tile(tiles, tile)
+            rows = first + tl.arange(0, BLOCK_M)
+            r = tl.load(rank + adapter * n + own)
             for out in range(0, r, 16):
                 _mix(
-                    part, h, cores, core_weights, core.to(tl.int64) * core_s + own * core_n, core_r, core_size, rows,
-                    inside, own, r, out, num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
+                    part, h, cores, core_weights, core_s, core_n, core_r, core_size, core, row_cores, rows, end, own, r,
+                    out, num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
                 )  # fmt: skip
 
 
@@ -202,6 +212,7 @@ def _finish(
     core_size,
     rank,
     tiles,
+    row_cores,
     num_rows,
     n,
     width_h,
@@ -219,8 +230,8 @@ def _finish(
     if out < r:
         rows = first + tl.arange(0, BLOCK_M)
         _mix(
-            part, h, cores, core_weights, core.to(tl.int64) * core_s + target * core_n, core_r, core_size, rows,
-            rows < end, target, r, out, num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
+            part, h, cores, core_weights, core_s, core_n, core_r, core_size, core, row_cores, rows, end, target, r, out,
+            num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
         )  # fmt: skip
 
 
@@ -230,11 +241,14 @@ def _mix(
     h,
     cores,
     core_weights,
-    core_at,
+    core_s,
+    core_n,
     core_r,
     core_size,
+    core,
+    row_cores,
     rows,
-    inside,
+    end,
     target,
     r,
     out,
@@ -246,38 +260,34 @@ def _mix(
     BLOCK_M: tl.constexpr,
     COMBINE: tl.constexpr,
 ):
-    """h[rows, target, out : out + 16] from the sums over the spans, through the core where the rank has one.
+    """h[rows, target, out : out + 16] from the sums over the spans, through each row's core where the rank has one.
 
-    Made, the core lies at cores + core_at, its rows core_r apart. To be combined, it is core_r slices of (r, r) at the
-    address that stands there, their weights core_r times as far on in core_weights.
+    `core` is the first row's; where a tile's rows have several, all are multiplied with each, and a row takes its own:
+    what another's core makes of it, be it NaN, is not kept.
     """
     column = out + tl.arange(0, 16)
+    inside = rows < end
     if COMBINE:
-        address = tl.load(cores + core_at)
-        slices = address.to(tl.pointer_type(tl.float32))
-        has_core = address != 0
+        # An adapter's rows have all a core or none.
+        has_core = tl.load(cores + core.to(tl.int64) * core_s + target * core_n) != 0
     else:
         has_core = r <= core_size
     if has_core:
+        own = tl.load(row_cores + rows, mask=inside, other=-1)
         acc = tl.zeros((BLOCK_M, 16), tl.float32)
         for c in range(0, r, 16):
             i = c + tl.arange(0, 16)
             total = _sum_spans(part, rows, inside, target, i, num_rows, n, width_part, splits, BLOCK_M)
-            real = (i < r)[:, None] & (column < r)[None, :]
-            if COMBINE:
-                m = tl.zeros((16, 16), tl.float32)
-                for j in range(core_r):
-                    weight = tl.load(core_weights + core_at * core_r + j)
-                    height = tl.where(weight == 0, 0, r)  # where there is no slice any more nothing is read
-                    at = slices + (j * r + i[:, None]) * r + column[None, :]
-                    m += weight * tl.load(at, mask=real & (i < height)[:, None], other=0.0)
-                m = m.to(h.dtype.element_ty)
-            else:
-                # Read as wide as cores lie, and chosen from: a mask of r would split the reads into single elements.
-                within = (i < core_size)[:, None] & (column < core_size)[None, :]
-                m = tl.load(cores + core_at + i[:, None] * core_r + column[None, :], mask=within, other=0.0)
-                m = tl.where(real, m, 0.0)
-            acc = dot(total.to(m.dtype), m, acc)
+            total = total.to(h.dtype.element_ty)
+            mixed, now, begin = acc, core, tl.min(rows)
+            while begin < end:
+                m = _load_core(
+                    cores, core_weights, now, core_s, core_n, core_r, core_size, h, target, r, c, out, COMBINE
+                )
+                mixed = tl.where((own == now)[:, None], dot(total, m, acc), mixed)
+                begin = tl.min(tl.where(inside & (rows > begin) & (own != now), rows, end))
+                now = tl.max(tl.where(rows == begin, own, -1))
+            acc = mixed
     else:
         acc = _sum_spans(part, rows, inside, target, column, num_rows, n, width_part, splits, BLOCK_M)
     at = h + (rows[:, None].to(tl.int64) * n + target) * width_h + column[None, :]
@@ -285,11 +295,44 @@ def _mix(
 
 
 @triton.jit
+def _load_core(
+    cores, core_weights, core, core_s, core_n, core_r, core_size, like, target, r, c, out, COMBINE: tl.constexpr
+):  # fmt: skip
+    """(16, 16) of a core from row c and column `out` on, in the type of `like`, zeros beyond the rank.
+
+    Made, it lies in cores at its number and target, its rows core_r apart. To be combined, it is core_r slices of
+    (r, r) at the address that stands there, their weights core_r times as far on in core_weights.
+    """
+    at_core = core.to(tl.int64) * core_s + target * core_n
+    i, column = c + tl.arange(0, 16), out + tl.arange(0, 16)
+    real = (i < r)[:, None] & (column < r)[None, :]
+    if COMBINE:
+        slices = tl.load(cores + at_core).to(tl.pointer_type(tl.float32))
+        m = tl.zeros((16, 16), tl.float32)
+        for j in range(core_r):
+            weight = tl.load(core_weights + at_core * core_r + j)
+            height = tl.where(weight == 0, 0, r)  # where there is no slice any more nothing is read
+            at = slices + (j * r + i[:, None]) * r + column[None, :]
+            m += weight * tl.load(at, mask=real & (i < height)[:, None], other=0.0)
+        m = m.to(like.dtype.element_ty)
+    else:
+        # Read as wide as cores lie, and chosen from: a mask of r would split the reads into single elements.
+        within = (i < core_size)[:, None] & (column < core_size)[None, :]
+        m = tl.load(cores + at_core + i[:, None] * core_r + column[None, :], mask=within, other=0.0)
+        m = tl.where(real, m, 0.0)
+    return m
+
+
+@triton.jit
 def _sum_spans(part, rows, inside, target, i, num_rows, n, width_part, splits, BLOCK_M: tl.constexpr):
-    """A chunk's columns, zeros beyond the rank."""
+    """A chunk's columns, zeros beyond the rank. Spans are added in their order, and read several at a time: one by one,
+    each would wait for the one before."""
     total = tl.zeros((BLOCK_M, 16), tl.float32)
-    for split in range(splits):
-        row = (split * num_rows + rows).to(tl.int64)
-        at = part + (row[:, None] * n + target) * width_part + i[None, :]
-        total += tl.load(at, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+    for begin in tl.range(0, splits, AHEAD, num_stages=1):
+        for k in tl.static_range(AHEAD):
+            split = begin + k
+            row = (split * num_rows + rows).to(tl.int64)
+            at = part + (row[:, None] * n + target) * width_part + i[None, :]
+            there = tl.where(split < splits, inside, False)
+            total += tl.load(at, mask=there[:, None], other=0.0, cache_modifier=".cg")
     return total

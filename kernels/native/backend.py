@@ -62,7 +62,8 @@ def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan
     """ops.ShrinkCore. Here h is in fp32."""
     if x.dtype != site.dtype:
         raise ValueError(f"the native kernels take factors in the rows' type: rows {x.dtype}, factors {site.dtype}")
-    h = _NATIVE.shrink_core(x, site.u_ptr, site.rank, plan.segments.tiles, cores, plan.max_rank)
+    segments = plan.segments
+    h = _NATIVE.shrink_core(x, site.u_ptr, site.rank, segments.tiles, segments.row_cores, cores, plan.max_rank)
     return LowRank(h, site, plan)
 
 

@@ -53,14 +53,6 @@ void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank
     for (int64_t r = 0; r < rows; r++) t[r * rank + k] = dot(x + r * x_stride, u + k * d, d);
 }
 
-// The core of each row of the batch.
-inline std::vector<int64_t> row_cores(const Tensor& tiles, int64_t num_rows) {
-  std::vector<int64_t> out(num_rows, -1);
-  const int32_t* t = tiles.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < tiles.size(0); i++, t += 4) std::fill(out.begin() + t[0], out.begin() + t[1], t[2]);
-  return out;
-}
-
 // The rows of the longest tile.
 inline int64_t longest(const Tensor& tiles) {
   const int32_t* t = tiles.const_data_ptr<int32_t>();
@@ -70,7 +62,7 @@ inline int64_t longest(const Tensor& tiles) {
 }
 
 Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, const Tensor& tiles,
-                   const std::optional<Tensor>& cores, int64_t width) {
+                   const Tensor& row_cores, const std::optional<Tensor>& cores, int64_t width) {
   TORCH_CHECK_VALUE(x.stride(1) == 1, "the rows of x must be contiguous");
   const int64_t n = ranks.size(1), d = x.size(1), core_size = cores ? cores->size(-1) : 0;
   if (cores) {
@@ -79,7 +71,7 @@ Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, co
   }
   Tensor h = at::empty({x.size(0), n, width}, x.options().dtype(at::kFloat));
   const std::vector<Run> own = runs(tiles, x.size(0), std::max(kShrinkRows, longest(tiles)));
-  const std::vector<int64_t> core_of = row_cores(tiles, x.size(0));
+  const int32_t* core_of = row_cores.const_data_ptr<int32_t>();
   const int64_t* address = u_ptr.const_data_ptr<int64_t>();
   const int32_t* rank = ranks.const_data_ptr<int32_t>();
   float* to = h.data_ptr<float>();

@@ -20,8 +20,8 @@ from tucka_runtime.kernels.tables.transfer import place
 # d 512, 32 rows 236 against 250; d 2048, 8 rows 351 against 264; d 4096, 8 rows 1091 against 326.
 DENSE_WORK = 200_000
 
-# The fused kernels work on tiles: up to this many rows of one segment, or of the base. 16 is the least that a tensor
-# core takes and all that a decoding segment has; long batches take 64, so that factors are read once per 64 rows.
+# The fused kernels work on tiles: up to this many rows of one adapter, or of the base. 16 is the least that a tensor
+# core takes and all that most decoding batches have; long ones take 64, so that factors are read once per 64 rows.
 # Unmeasured: chosen from the bytes (kernels/README.md).
 SMALL_TILE, LARGE_TILE, SMALL_BATCH = 16, 64, 256
 
@@ -160,6 +160,17 @@ def check_affine(own: Tensor | None, width: int) -> None:
         raise ValueError(f"a scale and an offset must be {(2, width)}, in fp32 and contiguous")
 
 
+def adapter_runs(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """(first row, end row, adapter) of the rows that share an adapter, out of contiguous segments that may have other
+    cores each."""
+    runs: list[tuple[int, int, int]] = []
+    for first, end, adapter in spans:
+        if runs and runs[-1][2] == adapter:
+            first = runs.pop()[0]
+        runs.append((first, end, adapter))
+    return runs
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """The segments of one batch. `spans` has (first row, end row, adapter index) of each, ascending, on the host, and
@@ -172,8 +183,11 @@ class Segments:
     """The core that each segment takes; segments whose core is constant may share an identity."""
     tile_rows: int
     tiles: Tensor
-    """(N, 4) int32, first row, end row, core and adapter of each tile; -1, -1 for the base's. Those of no rows, which
-    fill up a table of fixed size, come last."""
+    """(N, 4) int32, first row, end row, first row's core and adapter of each tile; -1, -1 for the base's. Those of no
+    rows, which fill up a table of fixed size, come last. Segments of one adapter that lie side by side, as a bank's
+    members do, share tiles: its factors are read once for them all."""
+    row_cores: Tensor
+    """(T,) int32: the core of each row, -1 of the base's."""
     padded: bool
     """This tells whether the table may have tiles of no rows."""
 
@@ -197,23 +211,31 @@ class Segments:
             raise ValueError("segments must be contiguous and within the batch")
         core_rows = range(len(spans)) if core_rows is None else core_rows
         tile_rows = SMALL_TILE if num_rows <= SMALL_BATCH else LARGE_TILE
-        runs = [(0, first, -1, -1), *((f, e, c, a) for (f, e, a), c in zip(spans, core_rows, strict=True))]
+        row_cores = [-1] * num_rows
+        for (begin, end, _), core in zip(spans, core_rows, strict=True):
+            row_cores[begin:end] = [core] * (end - begin)
         tiles = [
-            [i, min(i + tile_rows, end), core, adapter]
-            for begin, end, core, adapter in [*runs, (last, num_rows, -1, -1)]
+            [i, min(i + tile_rows, end), row_cores[i], adapter]
+            for begin, end, adapter in [(0, first, -1), *adapter_runs(spans), (last, num_rows, -1)]
             for i in range(begin, end, tile_rows)
         ]
         if num_tiles is not None:
             if len(tiles) > num_tiles:
                 raise ValueError(f"{len(tiles)} tiles are needed, but only {num_tiles} are there")
             tiles += [[0, 0, -1, -1]] * (num_tiles - len(tiles))
+        tables = [
+            torch.tensor(tiles, dtype=torch.int32).view(-1, 4),
+            torch.tensor(row_cores, dtype=torch.int32),
+        ]
+        placed, placed_cores = place(tables, device)
         return Segments(
             spans=tuple(spans),
             num_rows=num_rows,
             num_adapters=num_adapters,
             core_rows=tuple(core_rows),
             tile_rows=tile_rows,
-            tiles=place([torch.tensor(tiles, dtype=torch.int32).view(-1, 4)], device)[0],
+            tiles=placed,
+            row_cores=placed_cores,
             padded=num_tiles is not None,
         )
 

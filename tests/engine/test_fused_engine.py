@@ -10,6 +10,7 @@ from tests.support.banks import save_bank
 from tests.support.driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
 from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.engine import Engine
+from tucka_runtime.engine.filtered_choice import FilteredChoice
 from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,6 +136,38 @@ def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
     with torch.inference_mode():
         graphs.bucket(4, None)._rehearse()
     assert graphs.shared.chosen.tokens.tolist() == [VOCAB] * 4
+
+
+def test_filters_are_a_graph_behind_the_batchs_own(tmp_path, monkeypatch):
+    """It runs where a row asks for one, and chooses for all rows what the sampler would; a batch that asks for none
+    does not have it."""
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=4)
+    engine.overlap = True
+    engine.rehearsal.warm_up()
+    graphs, sampler = engine.runner.graphs, engine.runner.sampler
+    assert graphs is not None and sorted(graphs.filtered) == graphs.sizes
+    seen: list[int] = []
+
+    def checked(self, seqs):
+        logits = self.shared.logits[: len(seqs)].clone()
+        real(self, seqs)
+        mine = self.shared.chosen.tokens[: len(seqs)].clone()
+        assert torch.equal(mine, sampler.choose(logits, seqs).tokens)
+        seen.append(self.rows)
+
+    real = FilteredChoice.run
+    monkeypatch.setattr(FilteredChoice, "run", checked)
+    plain = [SamplingParams(max_tokens=3, temperature=t, seed=1, ignore_eos=True) for t in (0.0, 0.8)]
+    run(engine, *(ask(prompt(4, i), id=f"{i}", sampling=own) for i, own in enumerate(plain)))
+    assert not seen
+    greedy = replace(plain[0], top_k=3)
+    run(engine, ask(prompt(4), sampling=greedy))
+    assert not seen, "the best is the best of any part"
+    parts = [replace(plain[1], **own) for own in ({"top_k": 5}, {"top_p": 0.6, "temperature": 1.3}, {"min_p": 0.2})]
+    for asked in ([*parts, plain[1]], [parts[0], greedy]):
+        run(engine, *(ask(prompt(4, i), id=f"{i}", sampling=own) for i, own in enumerate(asked)))
+    assert set(seen) == {4, 2}
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tucka_runtime.kernels.bench import ptx
+from tucka_runtime.kernels.bench import latency_model, ptx
 
 EXPANDS = ("_expand", "_qkv", "_swiglu", "_add")
 
@@ -70,6 +70,22 @@ def test_reads_of_a_tile_overlap(report: list[dict[str, object]], op: str, most:
     """They were 7, 12 and 10 where each was asked for when the one before had come."""
     waits = [entry["latencies"] for entry in report if entry["op"] == op]
     assert waits and waits[0] == most
+
+
+def test_the_model_has_the_compilers_waits(report: list[dict[str, object]]) -> None:
+    """The first kernel of each op, as the model of a step's waits takes it (kernels/bench/latency_model.py)."""
+    first = {str(entry["op"]): entry for entry in reversed(report)}
+    for site, op in (("qkv", "expand_qkv_rope_kv"), ("gate_up", "expand_swiglu"), ("o", "expand_residual")):
+        entry, waits = first[f"{op} (graph)"], latency_model.EXPANDS[site]
+        assert isinstance(entry["grid"], list)
+        assert (entry["path"], entry["grid"][0]) == (waits.path, waits.tiles)
+        if site == "o":
+            # The compiler's turn has a tile's last program in it, of which there is one in 64.
+            entry = next(e for e in report if e["op"] == "expand_residual, two (decode)")
+            assert entry["path"] == waits.turn
+        else:
+            assert entry["latencies"] == waits.turn
+    assert first["shrink_core (graph)"]["path"] == latency_model.SHRINK_PATH
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,7 @@ def test_one_launch_where_no_tile_holds_much() -> None:
     assert chosen([(2 * i, 2 * i + 2, i) for i in range(32)], 64)
     assert not chosen([(8 * i, 8 * i + 8, i) for i in range(8)], 64) and not chosen([(0, 64, 0)], 64)
     assert not chosen([(16, 17, 0)], 17), "the base's rows are a tile as well"
+    assert not chosen([(0, 2, 0), (2, 4, 0)], 4), "segments of one adapter share a tile"
     assert chosen([(0, 64, 0)], 64, 1536), "16 rows of GPT-2's are as little"
 
 

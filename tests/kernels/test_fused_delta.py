@@ -71,6 +71,32 @@ def test_repeats_agree_bit_for_bit() -> None:
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
+def test_segments_of_one_adapter_share_tiles() -> None:
+    """Up to 16 rows of a bank's members, whatever their cores; no two adapters, nor the base, have a tile together."""
+    spans = [(1, 6, 0), (6, 11, 0), (11, 20, 0), (20, 21, 1), (21, 23, 0)]
+    segments = Segments.build(spans, 23, 2, torch.get_default_device(), core_rows=[2, 0, 1, 3, 0])
+    assert segments.tiles.tolist() == [[0, 1, -1, -1], [1, 17, 2, 0], [17, 20, 1, 0], [20, 21, 3, 1], [21, 23, 0, 0]]
+    assert segments.row_cores.tolist() == [-1, *[2] * 5, *[0] * 5, *[1] * 9, 3, 0, 0]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_rows_of_several_cores_in_a_tile_have_the_bits_of_tiles_apart(one_launch: bool) -> None:
+    """The NaN of one member's core included, which stays its own."""
+    how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=one_launch, warps=4, stages=3)
+    case = delta_cases.mix("members-of-a-bank", d_in=390)  # 13 spans: they are added eight at a time
+    assert case.cores is not None
+    case.cores[1] = torch.nan
+    together, apart = (
+        shrink_core.run(case.x, case.site, case.cores, plan, how).h for plan in (case.plan, retiled(case.plan, 16))
+    )
+    first, end, _ = case.plan.segments.spans[1]
+    own = case.adapted()
+    assert together[first:end][own[first:end]].isnan().all()
+    own[first:end] = False
+    assert torch.equal(together[own], apart[own]) and not together[own].isnan().any()
+
+
 def test_fixed_number_of_tiles() -> None:
     spans = [(2, 4, 0), (4, 5, 1)]
     segments = Segments.build(spans, 5, 2, torch.get_default_device(), num_tiles=5)

@@ -97,7 +97,9 @@ class Bucket:
 
     def fill(self, qkv: delta_cases.Case, out: delta_cases.Case, metadata: AttentionMetadata) -> None:
         spans = qkv.plan.segments.spans
-        self.segments.tiles.copy_(Segments.build(spans, ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS).tiles)
+        segments = Segments.build(spans, ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS)
+        self.segments.tiles.copy_(segments.tiles)
+        self.segments.row_cores.copy_(segments.row_cores)
         self.x.copy_(qkv.x)
         self.qkv.fill(qkv)
         self.out.fill(out)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tucka_runtime.kernels.bench import model
+from tucka_runtime.kernels.bench import latency_model, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
@@ -37,3 +37,29 @@ def test_the_readme_has_what_the_model_prints() -> None:
         figures = f"| {line.base:.0f} | {line.delta_bytes / 1e6:.0f} | {line.launches} | {line.at_floor:.1%} "
         figures += f"| {line.expected:.1%} | {line.overlapped:.1%} | {line.target:.0%} |"
         assert [row for row in rows if row.endswith(figures)], figures
+
+
+def test_what_waits_add_is_over_the_bytes_alone() -> None:
+    """No waits, no forks: factors and norms are left. With them, each part is what it is made of."""
+    shape, free = LLAMA3_8B, model.Machine(latency=0, fork=0, launch=0)
+    line = latency_model.added("", shape, free, 32, 16)
+    assert (line.shrinks, line.forks, line.expands) == (0, 0, 0)
+    assert line.total == pytest.approx(decode(32).overlapped)
+    line = latency_model.added("", shape, model.Machine(), 32, 16)
+    assert line.forks == pytest.approx(128)
+    swiglu = 2 + max(0, 8 * 2 - 32 * 16 * 2 * 2 * 14336 / (0.75 * 4.3e12) / 0.6e-6)
+    qkv, out = (3 + 2 * 3 - 32 * 16 * 2 * width / (0.75 * 4.3e12) / 0.6e-6 for width in (6144, 4096))
+    assert line.expands == pytest.approx(32 * 0.6 * ((swiglu) + (qkv - 2) + 2 * (out - 1)))
+
+
+def test_a_banks_factors_are_read_once_for_a_tile() -> None:
+    assert latency_model.adapter_tiles([(i, i + 1, 0) for i in range(64)]) == 4
+    assert latency_model.adapter_tiles([(i, i + 1, i) for i in range(64)]) == 64
+    assert "4 tiles, 336 MB" in latency_model.bank(LLAMA3_8B, model.Machine())
+
+
+def test_the_readme_has_what_waits_add() -> None:
+    rows = README.read_text().replace("*", "")
+    for x in latency_model.lines(LLAMA3_8B, model.Machine()):
+        figures = (f"{v:.0f}" for v in (x.factors, x.shrinks, x.forks, x.expands, x.norms))
+        assert f"| {x.what} | {' | '.join(figures)} | {x.total:.1%} |" in rows

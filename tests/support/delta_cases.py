@@ -142,6 +142,7 @@ MIXES: dict[str, Mix] = {
     "unused-adapters": Mix([[8, 8], [16, 16], [4, 4]], (1, ((3, 1),)), 16),
     "absent-targets": Mix([[8, 0], [0, 16], [4, 4], [0, 0]], (2, ((2, 0), (2, 1), (1, 2), (2, 3))), 16),
     "one-adapter-twice": Mix([[8, 8], [4, 4]], (1, ((2, 0), (3, 0), (1, 1))), 8),
+    "members-of-a-bank": Mix([[8, 6], [20, 0]], (3, ((5, 0), (5, 0), (9, 0), (1, 1), (2, 1))), 20),
     "every-rank": Mix(
         [[4, 4], [8, 8], [16, 16], [24, 24], [64, 64], [128, 128]],
         (1, ((1, 0), (2, 1), (1, 2), (3, 3), (1, 4), (2, 5))),
@@ -164,7 +165,7 @@ def mix(name: str, **options: Any) -> Case:
 
 
 def retiled(plan: SitePlan, tile_rows: int) -> SitePlan:
-    """The same batch in tiles of another height, and some empty ones."""
+    """The same batch in tiles of another height, which no two segments share, and some empty ones."""
     rows = [
         [i, min(i + tile_rows, end), s, a]
         for begin, end, s, a in [

@@ -8,6 +8,7 @@ launches run one by one, over the same tables.
 
 import contextlib
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 
@@ -109,9 +110,14 @@ class Bucket:
         self.plan = self._route_plan() if shape.kinds else None
         self.delta = self._adapter_delta() if shape.kinds else AdapterDelta(self.rows, shared.model.ops)
         self._routed: list[tuple[int, int]] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
         self.fill([], None)
-        self._capture()
+        if shared.capturing is not None:
+            # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep
+            # a workspace for each.
+            self._rehearse()
+        self._graph = capture(shared, self._step)
+        if self._graph is not None:
+            logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(shape.kinds))
 
     def _make_fields(self) -> Fields:
         """All that varies from step to step."""
@@ -129,6 +135,7 @@ class Bucket:
                 "seq_lens": (i32, (rows,)),
                 "first_block": (i32, (rows,)),
                 "tiles": (i32, (rows, 4)),
+                "row_cores": (i32, (rows,)),
                 "records": (i64, (rows, COLUMNS)),
                 "groups": (i64, (rows,)),
                 "weights": (f32, (rows, self.shape.limits.t)),
@@ -163,8 +170,9 @@ class Bucket:
         shared, rows, table, limits = self.shared, self.rows, self.shared.table, self.shape.limits
         sites = {at: site for at, site in table.sites(self.shape.affine).items() if at[1] in self.shape.kinds}
         active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
-        tiles = self.fields.on_device["tiles"]
-        segments = replace(Segments.build((), rows, table.capacity, CPU, num_tiles=rows), tiles=tiles)
+        on = self.fields.on_device
+        segments = Segments.build((), rows, table.capacity, CPU, num_tiles=rows)
+        segments = replace(segments, tiles=on["tiles"], row_cores=on["row_cores"])
         return AdapterDelta(rows, shared.model.ops, active, segments, cores=self.cores, side=shared.side)
 
     def fill(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> list[int | None]:
@@ -209,7 +217,9 @@ class Bucket:
         at, shared = self.fields.on_host, self.shared
         rows = core_rows(segments, active, shared.max_seqs) if active else []
         spans = [(s.first, s.end, active.index[s.adapter]) for s in segments] if active else []
-        at["tiles"].copy_(Segments.build(spans, self.rows, shared.table.capacity, CPU, rows, self.rows).tiles)
+        built = Segments.build(spans, self.rows, shared.table.capacity, CPU, rows, self.rows)
+        at["tiles"].copy_(built.tiles)
+        at["row_cores"].copy_(built.row_cores)
         at["records"].zero_()
         if active:
             write_members(segments, rows, active, self.cores)
@@ -259,26 +269,24 @@ class Bucket:
         self._step()
         chosen.copy_(kept)
 
-    def _capture(self) -> None:
-        stream = self.shared.capturing
-        if stream is None:
-            return
-        # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep a
-        # workspace for each.
-        self._rehearse()
-        self._graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Not torch.cuda.graph, which empties the allocator's cache first: the next steps would fill it again, by
-            # calls that wait for the device. Another thread may be loading an adapter: its calls are none of this
-            # capture's.
-            self._graph.capture_begin(pool=self.shared.pool, capture_error_mode="thread_local")
-            try:
-                self._step()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # an error within has spoilt the capture
-                    self._graph.capture_end()
-                raise
-            self._graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(self.shape.kinds))
+
+def capture(shared: Shared, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """A graph of what `step` launches, whose kernels are compiled; None where none can be captured."""
+    stream = shared.capturing
+    if stream is None:
+        return None
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Not torch.cuda.graph, which empties the allocator's cache first: the next steps would fill it again, by calls
+        # that wait for the device. Another thread may be loading an adapter: its calls are none of this capture's.
+        graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # an error within has spoilt the capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph

@@ -17,6 +17,7 @@ from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen
 from tucka_runtime.engine.bucket import Bucket, Shared
 from tucka_runtime.engine.decoder import Decoder
+from tucka_runtime.engine.filtered_choice import FilteredChoice
 from tucka_runtime.engine.graph_shape import GraphShape, Needs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence
@@ -65,6 +66,8 @@ class CudaGraphs:
             capturing=torch.cuda.Stream(table.device) if cuda else None,
         )
         self.buckets: dict[GraphShape, Bucket] = {}
+        self.filtered: dict[int, FilteredChoice] = {}
+        """By size of batch."""
         self.missed: dict[GraphShape, None] = {}
         """What batches wanted, in this order, and were served by a bucket of more."""
         self._known: tuple[ActiveSet | None, Needs] = None, Needs()
@@ -94,6 +97,12 @@ class CudaGraphs:
             self.missed[shape] = None
             return min(able, key=lambda bucket: bucket.shape.cost)
         return self._add(shape) if len(self.buckets) < MOST else None
+
+    def choose_filtered(self, rows: int, seqs: Rows[Sequence]) -> None:
+        """Chooses the tokens of the sequences that a bucket of `rows` ran again, by their filters."""
+        if rows not in self.filtered:
+            self.filtered[rows] = FilteredChoice(self.shared, rows)
+        self.filtered[rows].run(seqs)
 
     def _shape(self, count: int, active: ActiveSet | None) -> GraphShape:
         """Which sites have adapters, of the four of a layer, and how large those are makes another bucket: a site
@@ -127,10 +136,11 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures every size without adapters, and the least and the largest with adapters everywhere, which compiles
-        what most of them need, and can run what has not been captured yet."""
+        """Captures every size without adapters, its choice by filters, and the least and the largest with adapters
+        everywhere, which compiles what most of them need, and can run what has not been captured yet."""
         for size in reversed(self.sizes):
             self._add(GraphShape(size))
+            self.filtered[size] = FilteredChoice(self.shared, size)
         everywhere = frozenset(range(len(self.shared.table.arch.sites)))
         for size in (self.sizes[-1], self.sizes[0]):
             self._add(GraphShape(size, everywhere))

@@ -31,7 +31,7 @@ from tucka_runtime.engine.kv_cache import cache_dtype, count_blocks, make_caches
 from tucka_runtime.engine.launched import Launched, Result, Round, Stages
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.pooler import Pooler
-from tucka_runtime.engine.sampler import Choice, Sampler, finite_rows, logprobs
+from tucka_runtime.engine.sampler import Choice, Sampler, filtered, finite_rows, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.engine.verify import choose, read_tokens
@@ -212,6 +212,9 @@ class ModelRunner:
         choice = Choice(bucket.tokens[: len(seqs)], finite_rows(bucket.logits[: len(seqs)]))
         if not all(map(self.sampler.plain, seqs)):
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
+        elif any(map(filtered, seqs)):
+            assert self.graphs is not None
+            self.graphs.choose_filtered(bucket.rows, seqs)
         tokens = self.chosen.keep(choice.tokens, seqs)
         routes = [part.to_host() for part in bucket.routes()]
         rounds = [Round(list(range(len(chunks))), choice, tokens)]

@@ -14,7 +14,7 @@ from tucka_runtime.engine.sequence import Sequence
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.tables.transfer import place
-from tucka_runtime.messages import SamplingParams, TokenLogprob
+from tucka_runtime.messages import TokenLogprob
 from tucka_runtime.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow fp32 logits; they are greedy
@@ -63,9 +63,9 @@ class Sampler:
         return self.grammars.broken.get(seq.key)
 
     def plain(self, seq: Sequence) -> bool:
-        """Whether nothing but its temperature stands between a sequence's logits and the choice."""
+        """Whether nothing but its temperature and filters stands between a sequence's logits and the choice."""
         p = seq.sampling
-        return not (p.grammar is not None or p.logprobs is not None or _filtered(p) or self._adjusts(seq))
+        return not (p.grammar is not None or p.logprobs is not None or self._adjusts(seq))
 
     def _adjusts(self, seq: Sequence) -> bool:
         """Whether `_adjust` changes anything."""
@@ -159,16 +159,13 @@ class Sampler:
         return seen, counts
 
     def _filter(self, logits: Tensor, temperatures: list[float], seqs: Rows[Sequence]) -> None:
-        rows = [i for i, (t, seq) in enumerate(zip(temperatures, seqs, strict=True)) if t and _filtered(seq.sampling)]
+        rows = [i for i, seq in enumerate(seqs) if filtered(seq)]
         if not rows:
             return
-        asked = [seqs[i].sampling for i in rows]
         parts = [
             torch.tensor(rows),
             torch.tensor([temperatures[i] for i in rows]),
-            torch.tensor([p.top_k or self.vocab for p in asked]),
-            torch.tensor([p.top_p for p in asked]),
-            torch.tensor([p.min_p for p in asked]),
+            *filters([seqs[i] for i in rows], self.vocab),
         ]
         at, heat, top_k, top_p, min_p = place(parts, self.device)
         own = logits.index_select(0, at)
@@ -176,8 +173,20 @@ class Sampler:
         logits.index_copy_(0, at, own.masked_fill_(kept == float("-inf"), float("-inf")))
 
 
-def _filtered(p: SamplingParams) -> bool:
-    return bool(p.top_k or p.top_p < 1 or p.min_p > 0)
+def filtered(seq: Sequence) -> bool:
+    """Whether a sequence draws from a part of its tokens. A greedy one takes the best, whatever the filters."""
+    p = seq.sampling
+    return temperature(seq) > 0 and bool(p.top_k or p.top_p < 1 or p.min_p > 0)
+
+
+def filters(seqs: Rows[Sequence], vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What ops.FilterLogits takes of each: top-k (N,) int64, top-p and min-p (N,) fp32, off where it is greedy."""
+    asked = [seq.sampling if filtered(seq) else None for seq in seqs]
+    return (
+        torch.tensor([(p.top_k if p else 0) or vocab for p in asked]),
+        torch.tensor([p.top_p if p else 1.0 for p in asked], dtype=torch.float32),
+        torch.tensor([p.min_p if p else 0.0 for p in asked], dtype=torch.float32),
+    )
 
 
 def finite_rows(logits: Tensor) -> Tensor:

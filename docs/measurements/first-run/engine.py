@@ -34,7 +34,7 @@ class EngineRun:
 
     def start(self) -> Figures:
         """Seconds until a model is loaded, its kernels are compiled and its first graphs captured."""
-        shape = {**small(2, 128), "vocab_size": 512} if self.small else {**LLAMA_3_8B, "num_hidden_layers": 32}
+        shape = {**small(1, 128), "vocab_size": 512} if self.small else {**LLAMA_3_8B, "num_hidden_layers": 32}
         make_model(self.folder / "model", shape, torch.float32 if self.small else torch.bfloat16)
         begin = time.monotonic()
         settings: dict[str, object] = {"device": "cpu", "kernels": "fused"} if self.small else {}
@@ -44,7 +44,7 @@ class EngineRun:
             max_model_len=max(256, self.prompt + self.new + 16),
             kv_cache_tokens=max(256, tokens),
             max_num_seqs=self.rows,
-            max_num_batched_tokens=64 if self.small else 2048,
+            max_num_batched_tokens=16 if self.small else 2048,
             **settings,
         )
         ready = time.monotonic() - begin

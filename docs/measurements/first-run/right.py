@@ -20,6 +20,7 @@ from tucka_runtime.kernels.dispatch import backend
 
 ROOT = Path(__file__).parents[3]
 REPEATS = 10_000
+SANITIZED = ("tests/kernels/test_graphs.py", "-k", "fixed and 0", "-m", "gpu")
 
 
 def pytest(*arguments: str, before: tuple[str, ...] = ()) -> tuple[int, str]:
@@ -47,7 +48,7 @@ def sanitizer(tool: str) -> Figures:
     if path is None:
         return {"skipped": "compute-sanitizer is not on the PATH"}
     before = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", path, "--tool", tool, "--error-exitcode", "9")
-    status, text = pytest("tests/kernels/test_graphs.py", "-k", "fixed and 0", "-m", "gpu", before=before)
+    status, text = pytest(*SANITIZED, before=before)
     if status:
         raise RuntimeError(text)
     return {"errors": 0}

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from report import Figures, Report
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,6 +23,10 @@ from tucka_runtime.kernels.bench.timing import timed
 from tucka_runtime.kernels.dispatch import backend
 
 KERNELS = ("_shrink", "_qkv", "_swiglu", "_add", "_decode")
+COUNTED = """--op shrink_core --op expand_swiglu --op expand_residual --op expand_qkv_rope_kv --op attention
+    --rows 64 --adapters 32 --ranks 16 --prompts 64 --contexts 1024 --skip-tests""".split()
+SWEEP = """--sweep --rows 64 --adapters 32 --ranks 16 --prompts 2048 --contexts 1024 --skip-tests --json --op""".split()
+"""Arguments of the kernels' bench, whose last is the op."""
 
 
 def what(report: Report) -> Measurement:
@@ -30,10 +36,33 @@ def what(report: Report) -> Measurement:
     return Measurement(shape, (64,), (32,), (16,), (), (1024,), dtype, report.device, backend("fused"))
 
 
+@triton.jit
+def _chase(table, out, count):
+    """Reads that each need the one before."""
+    at = tl.program_id(0).to(tl.int64)
+    for _ in range(count):
+        at = tl.load(table + at)
+    tl.store(out + tl.program_id(0), at)
+
+
+def wait(report: Report) -> float:
+    """Microseconds of a read of device memory that the next one waits for: one of eight programs on each SM, as a
+    kernel's are."""
+    size, programs, count = (1 << 8, 2, 4) if report.small else (1 << 27, 8 * 132, 2000)
+    order = torch.randperm(size, device=report.device)
+    table = torch.empty_like(order)
+    table[order] = order.roll(-1)
+    out = torch.empty(programs, dtype=torch.int64, device=report.device)
+    return timed([lambda: _chase[(programs,)](table, out, count)], report.device) / count
+
+
 def machine(report: Report) -> Figures:
-    """What the model of kernels/README.md assumes: a copy's rate, a launch, a fork with its join."""
+    """What the model of kernels/README.md assumes: rates of a copy and of products, a launch, a fork with its join, a
+    read's wait."""
     size = 1 << (12 if report.small else 30)
     a, b = (torch.empty(size, dtype=torch.uint8, device=report.device) for _ in "ab")
+    side_length = 16 if report.small else 8192
+    square = torch.zeros(side_length, side_length, device=report.device, dtype=torch.bfloat16)
     small, count = torch.zeros(16, device=report.device), 2 if report.small else 400
     side = None if report.small else torch.cuda.Stream()
 
@@ -54,7 +83,9 @@ def machine(report: Report) -> Figures:
     launch = timed([plain], report.device) / count
     return {
         "copy TB/s": round(2 * size / timed([lambda: b.copy_(a)], report.device) / 1e6, 3),
+        "products TFLOP/s": round(2 * side_length**3 / timed([lambda: square @ square], report.device) / 1e6, 1),
         "launch us": round(launch, 2),
+        "wait us": round(wait(report), 3),
         "fork and join us": round(timed([forked], report.device) / count - launch, 2),
     }
 
@@ -85,9 +116,7 @@ def counters() -> Figures:
     shares = ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active")
     command = [path, "--csv", "-k", "regex:" + "|".join(KERNELS), "-c", "40", "--metrics"]
     command += [",".join(("gpu__time_duration.sum", *shares)), sys.executable, "-m", "tucka_runtime.kernels.bench"]
-    command += ["--op", "shrink_core", "--op", "expand_swiglu", "--op", "expand_residual", "--op", "expand_qkv_rope_kv"]
-    command += ["--op", "attention", "--rows", "64", "--adapters", "32", "--ranks", "16", "--prompts", "64"]
-    command += ["--contexts", "1024", "--skip-tests"]
+    command += COUNTED
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {"csv": done.stdout.splitlines()[-120:]}
 
@@ -98,8 +127,7 @@ def sweep(report: Report, op: str) -> Callable[[], Figures]:
     def run() -> Figures:
         if report.small:
             return {"skipped": "the bench's sweeps need a device"}
-        command = [sys.executable, "-m", "tucka_runtime.kernels.bench", "--sweep", "--op", op, "--rows", "64", "--json"]
-        command += ["--adapters", "32", "--ranks", "16", "--prompts", "2048", "--contexts", "1024", "--skip-tests"]
+        command = [sys.executable, "-m", "tucka_runtime.kernels.bench", *SWEEP, op]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         timings = json.loads(done.stdout)["results"][op]
         best = min(timings, key=lambda t: t["micros"]["own"])
