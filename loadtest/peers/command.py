@@ -78,6 +78,7 @@ class Comparison:
         with contextlib.ExitStack() as stack:
             self.say(f"{model}: {OURS} starts")
             servers = {OURS: stack.enter_context(self.started(OURS, contenders.ours(), folder, "/ready"))}
+            self.result["versions"][OURS]["kernels"] = contenders.kernels(servers[OURS].group)
             for peer in (VLLM, VLLM_LORA):
                 if self.runs(peer):
                     self.say(f"{model}: {peer} starts")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,12 @@ def ours() -> StartLine:
             *(f"--adapter={kind}-{i}=tucka-{kind}-{i}" for kind in KINDS for i in range(ADAPTERS)),
         ]
     )
+
+
+def kernels(server: Group) -> str:
+    """Which ones our server says that it runs: without the native ones the figures are not what it can do."""
+    found = re.search(r"\bkernels: (.+)", server.log.read_text(errors="replace"))
+    return found[1].strip() if found else "unknown"
 
 
 def vllm(interpreter: Path, lora: bool) -> StartLine:

@@ -137,6 +137,16 @@ def test_vllm_is_started_with_both_libraries_or_not_at_all(tmp_path, monkeypatch
         contenders.vllm(tmp_path / "bin" / "python", lora=True)
 
 
+def test_our_kernels_are_those_that_the_server_says(tmp_path):
+    script = "import time; print('00:27:25 INFO engine: kernels: native (AVX512) on cpu'); time.sleep(9)"
+    line = StartLine([sys.executable, "-u", "-c", script])
+    with running(line, tmp_path, tmp_path / "log") as group:
+        deadline = time.monotonic() + 20
+        while contenders.kernels(group) == "unknown" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert contenders.kernels(group) == "native (AVX512) on cpu"
+
+
 SPOKEN = """
 import json, sys
 print(json.dumps({"precision": "bf16"}), flush=True)
