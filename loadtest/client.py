@@ -144,7 +144,7 @@ class LoadClient:
             return 0, type(error).__name__
 
     def body(
-        self, model: str, prompt: str | list[dict[str, Any]], max_tokens: int, temperature: float
+        self, model: str, prompt: str | list[int] | list[dict[str, Any]], max_tokens: int, temperature: float
     ) -> dict[str, Any]:
         content: dict[str, Any] = {"prompt": prompt}
         if self.chat:

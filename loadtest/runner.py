@@ -124,7 +124,7 @@ class Run:
         conversation = self.redirected(conversation)
         model = self.to_base or conversation.model
         history: list[dict[str, Any]] = []
-        text = ""
+        text: str | list[int] = ""
         for number, turn in enumerate(conversation.turns):
             if turn.think:
                 await self.sleep(turn.think)
@@ -139,7 +139,8 @@ class Run:
             if not record.ok:
                 return False
             history.append({"role": "assistant", "content": record.text})
-            text += record.text
+            if isinstance(text, str):
+                text += record.text
         return True
 
     def redirected(self, conversation: Conversation) -> Conversation:
@@ -155,7 +156,7 @@ class Run:
                 break
         return self.workload.conversation(conversation.index, conversation.at, model)
 
-    async def send(self, record: Record, turn: Turn, prompt: str | list[dict[str, Any]]) -> None:
+    async def send(self, record: Record, turn: Turn, prompt: str | list[int] | list[dict[str, Any]]) -> None:
         body = self.client.body(record.model, prompt, turn.max_tokens, self.settings.temperature)
         record.generation = self.churn.generation(record.model)
         self.result.records.append(record)

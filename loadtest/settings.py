@@ -79,9 +79,11 @@ class Settings:
     turns: str = _setting("1", "requests", "turns in a conversation; a turn carries all before it", metavar="DIST")
     think: float = _setting(0.0, "requests", "mean seconds between an answer and the next turn", metavar="S")
     dataset: str | None = _setting(
-        None, "requests", "JSONL to draw prompts from: prompt or messages, and model, max_tokens, expected if you like",
+        None,
+        "requests",
+        "JSONL to draw prompts from: prompt (text or ids) or messages, and model, max_tokens, expected if you like",
         metavar="FILE",
-    )  # fmt: skip
+    )
     score: str = _setting("exact", "requests", "how an answer is held against 'expected'", choices=SCORES)
 
     churn_rate: float = _setting(0.0, "churn", "adapters loaded, reloaded or unloaded per second during the run")

@@ -24,9 +24,10 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One request of a conversation. `think` is the pause in seconds before it (the first turn has none)."""
+    """One request of a conversation. `think` is the pause in seconds before it (the first turn has none). `text` may be
+    token ids, which are a whole conversation."""
 
-    text: str
+    text: str | list[int]
     max_tokens: int
     messages: tuple[dict[str, Any], ...] = ()
     think: float = 0.0
@@ -99,6 +100,9 @@ class Workload:
             self.by_model.setdefault(item.get("model"), []).append(item)
         if any("messages" in item for item in self.dataset + self.trace) and settings.endpoint != "chat":
             raise ConfigError("'messages' in --dataset or --trace need --endpoint chat")
+        ids = any(isinstance(item.get("prompt"), list) for item in self.dataset + self.trace)
+        if ids and settings.endpoint == "chat":
+            raise ConfigError("token ids as 'prompt' in --dataset or --trace need --endpoint completions")
         without = [model for model in models if not self.by_model.get(model) and not self.by_model.get(None)]
         if self.dataset and without:
             raise ConfigError(
@@ -130,7 +134,7 @@ class Workload:
             model, item = instead, {k: v for k, v in item.items() if k != "expected"}
         item = self.pick(rng, model) | item
         turns = [self.turn(rng, item)]
-        if "messages" not in item:
+        if "messages" not in item and isinstance(turns[0].text, str):
             turns += [self.turn(rng, {}, first=False) for _ in range(self.turns.draw(rng) - 1)]
         return Conversation(index, model, tuple(turns), at)
 
@@ -154,7 +158,7 @@ class Workload:
         text = item.get("prompt")
         if text is None:
             text = self.words(rng, tokens)
-        if first and self.prefixes:
+        if first and self.prefixes and isinstance(text, str):
             text = rng.choice(self.prefixes) + " " + text
         think = 0.0
         if not first and self.settings.think:

@@ -44,6 +44,7 @@ RULES = {
     "server.ray": f"{SHARED} server.api.app server.http server.serve server.ray",
     "server": f"{SHARED} engine.client adapters.registry adapters.remote server",
     "trainer": f"{SHARED} models adapters trainer",
+    "loadtest.peers": "errors client children loadtest",
     "loadtest": "errors client loadtest",
     "planning": "errors config client loadtest planning",
     TRAIN: f"{SHARED} models adapters trainer {TRAIN}",
@@ -57,6 +58,7 @@ RULES = {
     "llm": f"{SHARED} engine server.service.text server.service.stops",
     BENCHES: f"{SHARED} llm adapters engine.environment bench",
     "bench_kv": f"{SHARED} llm engine.environment trainer",
+    "bench_models": f"{SHARED} models adapters engine.environment trainer bench bench_banks",
 }
 
 # Neither these nor anything that they import may name torch.

@@ -1,9 +1,9 @@
 """What adapters cost the engine: `python -m tucka_runtime.bench`.
 
 Makes a random Llama (8 layers, hidden 512) and random adapters, and generates with the base alone and with adapters,
-beside the floor: the model's bare matrix products in torch, same rows, nothing else. Rounds are interleaved, so that
-what else the machine does hits all alike; the medians' ratios are the result. `ms/step` is a decoding step's, counted
-from when every prompt is in.
+beside the floor: the model's bare matrix products in torch, same rows, nothing else; on a CPU that has products of the
+type also with weights packed for oneDNN. Rounds are interleaved, so that what else the machine does hits all alike; the
+medians' ratios are the result. `ms/step` is a decoding step's, counted from when every prompt is in.
 
 On a GPU, at the shape of a Llama-3-8B, beside transformers' continuous batching:
 
@@ -46,6 +46,9 @@ LLAMA_3_8B = {
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
+
+
+PACKED = "packed matrix products"
 
 
 def small(layers: int, hidden: int) -> dict[str, Any]:
@@ -150,7 +153,21 @@ def peer(folder: Path, sequences: int, prompt: int, new: int, dtype: torch.dtype
         yield run
 
 
-def floor(llm: LLM, sequences: int, prompt: int, new: int) -> Took:
+def packed(matrix: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product with a weight that oneDNN has laid out for a few rows."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(matrix, 8)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of the type here: bf16 only where the CPU multiplies it."""
+    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or bool(bf16)
+
+
+def floor(llm: LLM, sequences: int, prompt: int, new: int, pack: bool = False) -> Took:
     """Seconds of the model's matrix products alone: the prompts' rows once, then one row per sequence and token."""
     weights = llm.engine.runner.model.weights
     like = weights.embed
@@ -165,10 +182,14 @@ def floor(llm: LLM, sequences: int, prompt: int, new: int) -> Took:
         for w in widths
     }
 
+    product = packed if pack else lambda matrix: lambda x: linear(x, matrix)
+    layers = [(matrix.shape[1], product(matrix)) for matrix in matrices]
+    last = product(head)
+
     def products(rows: int) -> None:
-        for matrix in matrices:
-            linear(inputs[rows, matrix.shape[1]], matrix)
-        linear(inputs[sequences, head.shape[1]], head)
+        for width, multiply in layers:
+            multiply(inputs[rows, width])
+        last(inputs[sequences, head.shape[1]])
 
     begin = time.perf_counter()
     with torch.inference_mode():
@@ -224,6 +245,7 @@ def main() -> int:
     base = median["base only"]
     ratios = {
         "base / floor": median["bare matrix products"] / base,
+        **({"base / packed floor": median[PACKED] / base} if PACKED in median else {}),
         **{f"{name} / base": base / seconds for name, seconds in median.items() if "adapter" in name},
     }
     if args.transformers:
@@ -279,6 +301,8 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
         "bare matrix products": lambda: floor(llm, n, args.prompt, args.new),
         "base only": run([None] * n),
     }
+    if packs(dtype):
+        cases[PACKED] = lambda: floor(llm, n, args.prompt, args.new, pack=True)
     for count in counts:
         name = "1 adapter" if count == 1 else f"{count} adapters"
         cases[name] = run([names[i % count] for i in range(n)])

@@ -47,15 +47,15 @@ def make_bank(folder: Path, layout: BaseLayout, rank: int, members: int, core: s
     write_adapter(folder, BankSpec(rank, core, names, paths), tensors)
 
 
-def make_lora(folder: Path, layout: BaseLayout, rank: int, seed: int) -> None:
-    """A random LoRA on the same linears."""
+def make_lora(folder: Path, layout: BaseLayout, rank: int, seed: int, targets: Sequence[str] = TARGETS) -> None:
+    """A random LoRA, by default on a bank's linears."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, (d_in, d_out) in layout.linears.items():
-        if path.endswith(TARGETS):
+        if path.endswith(tuple(targets)):
             tensors[f"{path}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) / d_in**0.5
             tensors[f"{path}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) / rank
-    write_adapter(folder, LoRASpec(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), tensors)
+    write_adapter(folder, LoRASpec(r=rank, lora_alpha=rank, target_modules=list(targets)), tensors)
 
 
 def generate(llm: LLM, names: Sequence[str | None], requests: int, prompt: int, new: int) -> float:

@@ -53,6 +53,14 @@ def test_conversations_carry_their_history(fake, load_test):
         assert sizes[0] < sizes[1] < sizes[2]
 
 
+def test_token_ids_are_sent_as_they_are_and_are_one_turn(fake, load_test, tmp_path):
+    trace = tmp_path / "ids.jsonl"
+    trace.write_text('{"at": 0, "prompt": [3, 1, 4, 1, 5], "max_tokens": 4}\n')
+    result = load_test(fake(), trace=str(trace), turns="3", prefixes=2)
+    (request,) = result["runs"][0]["requests"]
+    assert (request["prompt_tokens"], request["output_tokens"]) == (5, 4)
+
+
 def test_scores(fake, load_test, tmp_path):
     url = fake(adapters=ADAPTERS)
     truth = load_test(url, requests=1, models="a", concurrency=1, max_tokens="5")["runs"][0]["requests"][0]

@@ -84,6 +84,7 @@ def test_a_conversation_given_to_another_model_has_that_ones_prompt(tmp_path):
         ('{"prompt": "x"}\nnonsense', {}, "line 2"),
         ('{"model": "a", "prompt": "x"}', {}, "no line for b, c, only for a"),
         ('{"messages": [{"role": "user", "content": "x"}]}', {}, "--endpoint chat"),
+        ('{"prompt": [1, 2]}', {"endpoint": "chat"}, "--endpoint completions"),
     ],
 )
 def test_bad_datasets_are_refused(tmp_path, content, flags, message):

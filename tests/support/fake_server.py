@@ -123,6 +123,8 @@ class FakeServer:
         if mischief == "leak":
             path = next(p for p in ("base", *self.adapters.values()) if p != path)
         prompt = json.dumps(body.get("messages")) if chat else body["prompt"]
+        if isinstance(prompt, list):  # token ids
+            prompt = " ".join(map(str, prompt))
         if mischief == "random":
             prompt += str(self.count)
         arrived = loop.time()

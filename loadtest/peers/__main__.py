@@ -1,0 +1,7 @@
+"""`python -m tucka_runtime.loadtest.peers`"""
+
+import sys
+
+from tucka_runtime.loadtest.peers.command import main
+
+sys.exit(main())

@@ -1,0 +1,104 @@
+"""The result as Markdown: what was measured with what, over HTTP, alone, and how each was started."""
+
+import statistics
+from typing import Any
+
+from tucka_runtime.loadtest.peers.contenders import KINDS, OPENVINO, OURS, VLLM, VLLM_LORA
+
+BUSY = 0.05
+"""Of a core; a server that is not asked and uses more has a word in the table."""
+FLOOR, PACKED = "bare matrix products", "packed matrix products"
+ADAPTED = {"qv": "8 adapters on q, v", "all": "8 adapters on all seven"}
+assert tuple(ADAPTED) == KINDS
+
+
+def render(result: dict[str, Any]) -> str:
+    parts = [about(result), over_http(result), alone(result), starts(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def about(result: dict[str, Any]) -> str:
+    machine, settings = result["machine"], result["settings"]
+    lines = [
+        f"{result['date']}. {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux "
+        f"{machine['kernel']}; {' '.join(machine['flags'])}.",
+        f"{settings['concurrency']} at once, prompts of {settings['prompt']} tokens, answers of {settings['new']}, "
+        f"greedy, bfloat16; medians of {settings['rounds']} interleaved rounds, in brackets the least and the most.",
+        *(f"{name}: {', '.join(f'{k} {v}' for k, v in found.items())}." for name, found in result["versions"].items()),
+        *(f"{name} was not run: {reason}." for name, reason in result["not_run"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def over_http(result: dict[str, Any]) -> str:
+    rows = []
+    for model, found in result["models"].items():
+        for case, figures in found["http"].items():
+            ours, theirs = figures.get(OURS), figures.get(VLLM)
+            unit = "ms" if "first token" in case else "tok/s"
+            rows.append([model, f"{case}, {unit}", spread(ours), spread(theirs), ratio(ours, theirs)])
+    if not rows:
+        return ""
+    head = ["model", "over HTTP, streamed", OURS, VLLM, f"{OURS} ÷ {VLLM}"]
+    notes = [
+        f"{OURS}'s adapters are TuckA's, {VLLM}'s are LoRAs, of rank 16. {VLLM}'s base is a server without LoRA. At a "
+        "long context the prompts are those of the row before, whose KV both keep: decoding alone.",
+        *idle(result),
+    ]
+    return "\n".join([*markdown(head, rows), "", *notes])
+
+
+def idle(result: dict[str, Any]) -> list[str]:
+    """Of a core, while another server was asked."""
+    models = result["models"].items()
+    shares = [(model, name, share) for model, found in models for name, share in found["idle"].items()]
+    if not shares:
+        return []
+    busy = [f"{name} on {model} {share:.1%}" for model, name, share in shares if share > BUSY]
+    most = max(share for *_, share in shares)
+    said = "; more than that: " + ", ".join(busy) if busy else ""
+    return [f"Servers that were not asked used at most {most:.1%} of a core{said}."]
+
+
+def alone(result: dict[str, Any]) -> str:
+    head = ["model", "engine alone, tok/s", OURS, OPENVINO, f"÷ {OPENVINO}", "÷ base", PACKED, f"÷ {PACKED}", FLOOR]
+    rows = []
+    for model, found in result["models"].items():
+        figures = found["alone"]
+        if not figures:
+            continue
+        base, floor, packed, peer = (figures.get(name) for name in ("base only", FLOOR, PACKED, OPENVINO))
+        beside = [spread(peer), ratio(base, peer), "", spread(packed), ratio(base, packed), spread(floor)]
+        rows.append([model, "base", spread(base), *beside])
+        rows += [
+            [model, name, spread(figures.get(kind)), "", "", ratio(figures.get(kind), base), "", "", ""]
+            for kind, name in ADAPTED.items()
+        ]
+    return "\n".join(markdown(head, rows)) if rows else ""
+
+
+def starts(result: dict[str, Any]) -> str:
+    order = [name for name in (OURS, VLLM, VLLM_LORA, OPENVINO) if name in result["start_lines"]]
+    return "\n\n".join(f"{name}:\n\n    {result['start_lines'][name]}" for name in order)
+
+
+def spread(values: list[float] | None) -> str:
+    if not values:
+        return "not run"
+    middle = number(statistics.median(values))
+    return f"{middle} [{number(min(values))}–{number(max(values))}]" if len(values) > 1 else middle
+
+
+def ratio(ours: list[float] | None, theirs: list[float] | None) -> str:
+    """Of the medians."""
+    if not ours or not theirs:
+        return "–"
+    return f"**{statistics.median(ours) / statistics.median(theirs):.2f}**"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
