@@ -177,8 +177,7 @@ inline void check_type(const Tensor& x, const Tensor& like) {
 // Under so many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kAlone = 1 << 15;
 
-// f(i) for every item, each of about `work` multiply-adds, on torch's threads: whoever is free takes the next few, fewer
-// the fewer are left. Neighbours read what lies side by side.
+// f(i) for every item, each of about `work` multiply-adds, on torch's threads: whoever is free takes the next.
 template <class F>
 inline void deal(int64_t items, int64_t work, const F& f) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
@@ -188,12 +187,7 @@ inline void deal(int64_t items, int64_t work, const F& f) {
   }
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.load(std::memory_order_relaxed); i < items;) {
-      const int64_t end = i + std::max<int64_t>(1, (items - i) / (8 * threads));
-      if (!next.compare_exchange_weak(i, end, std::memory_order_relaxed)) continue;
-      for (; i < end; i++) f(i);
-      i = next.load(std::memory_order_relaxed);
-    }
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
   });
 }
 
