@@ -2,6 +2,7 @@
 // cache is one number of a key or value: it multiplies the key's scores, and the value's weights.
 #include "int8.h"
 #include "methods.h"
+#include "panel.h"
 #include "product.h"
 
 namespace tucka {
@@ -286,8 +287,18 @@ struct Attend {
     });
   }
 
+  // Sets the scores (kKeys,) of a query at a position to -infinity where it does not see the key, of `some` from `key` on.
+  void hide(float* scores, int64_t at, int64_t key, int64_t some) const {
+    for (int64_t n = std::max<int64_t>(0, at + 1 - key); n < some; n++) scores[n] = -kInfinity;
+    for (int64_t n = 0; n < std::min(some, at - window + 1 - key); n++) scores[n] = -kInfinity;
+  }
+
   // Rows first.. of a prompt's `count`, one KV head.
   void prompt(int64_t sequence, int64_t first, int64_t rows, int64_t count, int64_t head) const {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<C, BFloat16>)
+      if (d % kPanel == 0) return prompt_in_bf16(sequence, first, rows, count, head);
+#endif
     const int64_t g = group(), m = rows * g, row = meta.query_start[sequence] + first;
     const int64_t position = meta.lengths[sequence] - count + first;  // of the first row
     const Context<C> own = context(sequence);
@@ -311,9 +322,7 @@ struct Attend {
       add_product(scores, kKeys, queried, d, Strided<float>{turned, kKeys}, m, d, some);
       scale_scores(own, own.k, offsets, head, m, m, some, scores);
       for (int64_t r = 0; r < m; r++) {
-        const int64_t at = position + r / g, seen = std::min(some, at + 1 - i);  // keys i..at, of these
-        for (int64_t n = std::max<int64_t>(0, seen); n < some; n++) scores[r * kKeys + n] = -kInfinity;
-        for (int64_t n = 0; n < std::min(some, at - window + 1 - i); n++) scores[r * kKeys + n] = -kInfinity;
+        hide(scores + r * kKeys, position + r / g, i, some);
         softmax.weigh(r, scores + r * kKeys, some);
       }
       scale_scores(own, own.v, offsets, head, m, m, some, scores);
@@ -321,6 +330,82 @@ struct Attend {
     }
     for (int64_t r = 0; r < m; r++) softmax.write(r, out + ((row + r / g) * heads + head * g + r % g) * d);
   }
+
+#if defined(__AVX512BF16__)
+  // The same by the CPU's products in bf16, of two numbers at once: 32-bit words, which the arrays of float here are made
+  // of. Keys and values become panels; the weights are rounded to bf16.
+  void prompt_in_bf16(int64_t sequence, int64_t first, int64_t rows, int64_t count, int64_t head) const {
+    constexpr int64_t kPairs = kKeys / 2;
+    static constexpr auto of_queries = tiles_of<BFloat16, 0>(std::make_integer_sequence<int, kTileRows>());
+    static constexpr auto of_weights = tiles_of<BFloat16, kPairs>(std::make_integer_sequence<int, kTileRows>());
+    const int64_t g = group(), m = rows * g, row = meta.query_start[sequence] + first, words = d / 2;
+    const int64_t position = meta.lengths[sequence] - count + first;  // of the first row
+    const Context<C> own = context(sequence);
+    const Tiles tiles(m);
+    float* room = scratch(m * (words + d + 2 + kKeys + kPairs) + 2 * kKeys * words);
+    float *queried = room, *sums = queried + m * words, *top = sums + m * d, *mass = top + m, *scores = mass + m;
+    float *weights = scores + m * kKeys, *keys = weights + m * kPairs, *values = keys + kKeys * words;
+    for (int64_t tile = 0; tile < tiles.count; tile++)
+      for (int64_t r = tiles.first(tile), size = tiles.size(tile); r < tiles.first(tile) + size; r++) {
+        const T* from = q + ((row + r / g) * heads + head * g + r % g) * d;
+        float* to = queried + tiles.first(tile) * words + r - tiles.first(tile);
+        for (int64_t c = 0; c < words; c++) std::memcpy(to + c * size, from + 2 * c, sizeof(float));
+      }
+    Softmax softmax{top, mass, sums, d};
+    softmax.clear(m);
+    int64_t offsets[kKeys];
+    const Vec factor(scale);
+    for (int64_t last = position + rows, i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
+      const int64_t some = std::min(kKeys, last - i), pairs = (some + 1) / 2;
+      own.find(i, some, offsets);
+      turn_keys(own.k + head * d, offsets, some, keys);
+      pair_values(own.v + head * d, offsets, some, values);
+      const auto *k_panels = reinterpret_cast<const T*>(keys), *v_panels = reinterpret_cast<const T*>(values);
+      for (int64_t tile = 0; tile < tiles.count; tile++) {
+        const int64_t begin = tiles.first(tile), size = tiles.size(tile);
+        for (int64_t n = 0; n < some; n += kPanel)
+          of_queries[size - 1](queried + begin * words, k_panels + n * d, words, true, scores + begin * kKeys + n, kKeys);
+        for (int64_t r = begin; r < begin + size; r++) {
+          float* score = scores + r * kKeys;
+          for (int64_t n = 0; n < some; n += kLanes) (Vec::loadu(score + n) * factor).store(score + n);
+          hide(score, position + r / g, i, some);
+          softmax.weigh(r, score, some);
+          if (some % 2) score[some] = 0;  // the value beside the last
+          from_float(score, reinterpret_cast<T*>(weights + r * kPairs), 2 * pairs);
+        }
+        for (int64_t c = 0; c < d; c += kPanel)
+          of_weights[size - 1](weights + begin * kPairs, v_panels + c * kKeys, pairs, false, sums + begin * d + c, d);
+      }
+    }
+    for (int64_t r = 0; r < m; r++) softmax.write(r, out + ((row + r / g) * heads + head * g + r % g) * d);
+  }
+
+  // Keys as panels, (kKeys / kPanel, D / 2, kPanel) words; zeros behind the last.
+  void turn_keys(const T* k, const int64_t* offsets, int64_t some, float* to) const {
+    const int64_t words = d / 2;
+    for (int64_t n = 0; n < kKeys; n++) {
+      float* column = to + n / kPanel * words * kPanel + n % kPanel;
+      if (n < some)
+        for (int64_t c = 0; c < words; c++) std::memcpy(column + c * kPanel, k + offsets[n] + 2 * c, sizeof(float));
+      else
+        for (int64_t c = 0; c < words; c++) column[c * kPanel] = 0;
+    }
+  }
+
+  // Values as panels, (D / kPanel, kKeys / 2, kPanel) words, each of two keys side by side.
+  void pair_values(const T* v, const int64_t* offsets, int64_t some, float* to) const {
+    const auto load = [](const T* from) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    };
+    for (int64_t n = 0; n < some; n += 2)
+      for (int64_t c = 0; c < d; c += kLanes) {
+        const __m512i even = load(v + offsets[n] + c);
+        const __m512i odd = n + 1 < some ? load(v + offsets[n + 1] + c) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + (c / kPanel * kKeys / 2 + n / 2) * kPanel + c % kPanel,
+                            _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+  }
+#endif
 };
 
 Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start,

@@ -16,7 +16,7 @@ from tucka_runtime.errors import TuckaError
 from tucka_runtime.loadtest.peers import contenders, machine, table
 from tucka_runtime.loadtest.peers.cases import Case, ask, cases
 from tucka_runtime.loadtest.peers.contenders import OPENVINO, OURS, VLLM, VLLM_LORA
-from tucka_runtime.loadtest.peers.processes import PeerError, Server, StartLine, running, serving
+from tucka_runtime.loadtest.peers.processes import PeerError, Server, StartLine, running, serving, stopped
 
 FORMAT = "tucka-peers/1"
 DESCRIPTION = """This server beside vLLM over HTTP, and this engine beside OpenVINO GenAI and the bare matrix products,
@@ -68,7 +68,7 @@ class Comparison:
         folder = self.folder / model
         self.say(f"{model}: base and adapters")
         contenders.make(model, folder)
-        found: dict[str, Any] = {"http": {}, "idle": {}, "alone": {}}
+        found: dict[str, Any] = {"http": {}, "alone": {}}
         self.result["models"][model] = found
         self.over_http(model, folder, found)
         if model in contenders.RANDOM:
@@ -87,15 +87,13 @@ class Comparison:
                         servers[peer] = stack.enter_context(self.started(peer, line, folder, "/health"))
                     except PeerError as error:
                         self.leave_out(peer, error.message)
-            idle = Idle(servers)
             asked = cases(self.args.concurrency, self.args.prompt, self.args.new, model in self.args.long.split(","))
             for number in range(self.args.rounds + 1):  # the first one warms up
                 for case in asked:
                     peers = [OURS, VLLM_LORA if case.adapters else VLLM]
                     for name in peers if number % 2 else reversed(peers):
                         if name in servers and self.runs(name):
-                            self.one(model, number, case, name, servers, idle, found)
-            found["idle"] = idle.shares()
+                            self.one(model, number, case, name, servers, found)
 
     def one(
         self,
@@ -104,13 +102,12 @@ class Comparison:
         case: Case,
         name: str,
         servers: dict[str, Server],
-        idle: "Idle",
         found: dict[str, Any],
     ) -> None:
         """One server's answer to one case; of round 0 nothing is kept."""
         this = case if number else case.warming()
         try:
-            with idle.all_but(name):
+            with stopped([own.group for other, own in servers.items() if other != name]):
                 figure = ask(servers[name].url, this, 1000 * self.args.seed + number, self.folder)
         except TuckaError as error:
             if name == OURS:
@@ -163,28 +160,6 @@ class Comparison:
         out: Path = self.args.out
         out.write_text(json.dumps(self.result, indent=1) + "\n")
         out.with_suffix(".md").write_text(table.render(self.result) + "\n")
-
-
-class Idle:
-    """What servers use of a core while another one works."""
-
-    def __init__(self, servers: dict[str, Server]) -> None:
-        self.servers = servers
-        self.used = dict.fromkeys(servers, 0.0)
-        self.seconds = dict.fromkeys(servers, 0.0)
-
-    @contextlib.contextmanager
-    def all_but(self, name: str) -> Iterator[None]:
-        others = [other for other in self.servers if other != name]
-        before = {other: self.servers[other].group.cpu_seconds() for other in others}
-        begin = time.monotonic()
-        yield
-        for other in others:
-            self.used[other] += self.servers[other].group.cpu_seconds() - before[other]
-            self.seconds[other] += time.monotonic() - begin
-
-    def shares(self) -> dict[str, float]:
-        return {name: self.used[name] / seconds for name, seconds in self.seconds.items() if seconds}
 
 
 def parser() -> argparse.ArgumentParser:

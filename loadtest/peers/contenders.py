@@ -44,6 +44,7 @@ def ours() -> StartLine:
             *python("-m", "tucka_runtime.cli.main", "serve", "--port", "{port}"),
             *("--model", "base", "--served-model-name", "base", "--max-model-len", str(CONTEXT)),
             *("--max-num-seqs", str(SEQUENCES), "--kv-cache-tokens", str(KV_TOKENS)),
+            *("--engine-timeout", "600"),  # it is stopped while others are asked
             *(f"--adapter={kind}-{i}=tucka-{kind}-{i}" for kind in KINDS for i in range(ADAPTERS)),
         ]
     )

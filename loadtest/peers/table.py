@@ -5,7 +5,6 @@ from typing import Any
 
 from tucka_runtime.loadtest.peers.contenders import KINDS, OPENVINO, OURS, VLLM, VLLM_LORA
 
-BUSY = 0.05
 """Of a core; a server that is not asked and uses more has a word in the table."""
 FLOOR, PACKED = "bare matrix products", "packed matrix products"
 ADAPTED = {"qv": "8 adapters on q, v", "all": "8 adapters on all seven"}
@@ -42,22 +41,10 @@ def over_http(result: dict[str, Any]) -> str:
     head = ["model", "over HTTP, streamed", OURS, VLLM, f"{OURS} ÷ {VLLM}"]
     notes = [
         f"{OURS}'s adapters are TuckA's, {VLLM}'s are LoRAs, of rank 16. {VLLM}'s base is a server without LoRA. At a "
-        "long context the prompts are those of the row before, whose KV both keep: decoding alone.",
-        *idle(result),
+        "long context the prompts are those of the row before, whose KV both keep: decoding alone. A server that is "
+        "not asked is stopped, for OpenMP's threads spin on behind an answer.",
     ]
     return "\n".join([*markdown(head, rows), "", *notes])
-
-
-def idle(result: dict[str, Any]) -> list[str]:
-    """Of a core, while another server was asked."""
-    models = result["models"].items()
-    shares = [(model, name, share) for model, found in models for name, share in found["idle"].items()]
-    if not shares:
-        return []
-    busy = [f"{name} on {model} {share:.1%}" for model, name, share in shares if share > BUSY]
-    most = max(share for *_, share in shares)
-    said = "; more than that: " + ", ".join(busy) if busy else ""
-    return [f"Servers that were not asked used at most {most:.1%} of a core{said}."]
 
 
 def alone(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from tucka_runtime.loadtest.client import ServerError
 from tucka_runtime.loadtest.peers import command, contenders, machine, table
 from tucka_runtime.loadtest.peers.cases import LONG, Case, ask, cases, read
 from tucka_runtime.loadtest.peers.contenders import OPENVINO, OURS, VLLM, VLLM_LORA, Child
-from tucka_runtime.loadtest.peers.processes import PeerError, Server, StartLine, output, running, serving
+from tucka_runtime.loadtest.peers.processes import PeerError, Server, StartLine, output, running, serving, stopped
 
 ADAPTERS = {f"{kind}-{i}": f"/{kind}/{i}" for kind in ("qv", "all") for i in range(8)}
 
@@ -177,6 +177,21 @@ def test_versions_are_those_that_the_interpreter_has(tmp_path):
         output(sys.executable, "-c", "import time; time.sleep(9)", seconds=0.2)
 
 
+def test_servers_that_are_not_asked_do_nothing(tmp_path):
+    with running(child("import time; time.sleep(60)"), tmp_path, tmp_path / "log") as group:
+
+        def state() -> str:
+            stat = Path(f"/proc/{group.process.pid}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0]
+
+        with stopped([group]):
+            deadline = time.monotonic() + 10
+            while state() != "T":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert state() != "T"
+
+
 def settings(**changes: Any) -> argparse.Namespace:
     return command.parser().parse_args([f"--{name}={value}" for name, value in changes.items()])
 
@@ -192,14 +207,12 @@ def test_a_peer_that_is_absent_or_fails_is_left_out_with_the_reason(fake, tmp_pa
     case = Case("base", None, 10, 4, 2, 4)
     with running(child("import time; time.sleep(60)"), tmp_path, tmp_path / "log") as group:
         servers = {OURS: Server(fake(), group), VLLM: Server(fake(misbehave="cut", every=1, after=2), group)}
-        idle = command.Idle(servers)
         for number in (0, 1):
             for name in servers:
-                comparison.one("small", number, case, name, servers, idle, found)
+                comparison.one("small", number, case, name, servers, found)
     assert len(found["http"]["base"][OURS]) == 1  # round 0 warmed up
     assert VLLM not in found["http"]["base"]
     assert "small, base: " in comparison.result["not_run"][VLLM]
-    assert 0 <= idle.shares()[VLLM] < 0.5
 
 
 def result() -> dict[str, Any]:
@@ -216,7 +229,6 @@ def result() -> dict[str, Any]:
                     "base": {OURS: [90.0, 1200.0, 1000.0], VLLM: [500.0, 400.0, 600.0]},
                     "first token, prompt 1,800": {OURS: [800.0]},
                 },
-                "idle": {OURS: 0.001, VLLM: 0.3},
                 "alone": {
                     "base only": [1500.0, 1600.0, 1700.0],
                     "qv": [1440.0],
@@ -237,7 +249,6 @@ def test_the_table_has_medians_their_spread_and_ratios():
     assert "| small | 8 adapters on q, v | 1,440 |  |  | **0.90** |  |  |  |" in text
     assert "| small | 8 adapters on all seven | 1,280 |  |  | **0.80** |  |  |  |" in text
     assert "OpenVINO GenAI was not run: --openvino was not given." in text
-    assert "at most 30.0% of a core; more than that: vLLM on small 30.0%" in text
     assert text.index("python -m tucka") < text.index("python -m vllm lora")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {6, 10}
