@@ -70,7 +70,7 @@ def test_a_server_that_is_not_there_is_an_error(tmp_path):
         ask("http://127.0.0.1:9", Case("base", None, 10, 4, 1, 1), 0, tmp_path)
 
 
-def test_a_group_ends_with_all_that_it_started_and_its_cpu_is_known(tmp_path):
+def test_a_group_ends_with_all_that_it_started(tmp_path):
     script = (
         "import subprocess, sys\n"
         "inner = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
@@ -78,11 +78,10 @@ def test_a_group_ends_with_all_that_it_started_and_its_cpu_is_known(tmp_path):
         "inner.wait()"
     )
     log = tmp_path / "log"
-    with running(child(script), tmp_path, log) as group:
+    with running(child(script), tmp_path, log):
         deadline = time.monotonic() + 20
-        while group.cpu_seconds() < 0.3 and time.monotonic() < deadline:
+        while not log.read_text().endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert group.cpu_seconds() >= 0.3
         inner = int(log.read_text())
     # killed, and collected by whoever collects orphans here
     stat = Path(f"/proc/{inner}/stat")
