@@ -213,6 +213,22 @@ def test_statistics_count_selections_and_changes():
     assert found["changes"] == 0
 
 
+def test_padding_counts_neither_in_the_load_nor_in_its_balance():
+    """Under "decode" every token has a route, that of padding too: nobody chose it."""
+    mask = torch.ones_like(IDS)
+    mask[0, 2:] = 0
+    model = get_peft_model(llama(), tucka(use_alb=True, use_kaiming_init_ec=True)).train()
+    set_route_scope(model, "decode")
+    router = routers(model)["default"]
+    found = []
+    for ids in (IDS, IDS.clone().masked_fill_(mask == 0, 9)):
+        router.reset_statistics()
+        router.bias = torch.zeros_like(router.bias)
+        model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        found.append((router.counts.tolist(), router.bias.tolist()))
+    assert found[0] == found[1] and sum(found[0][0]) == int(mask.sum())
+
+
 def test_gpt2_conv1d():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)

@@ -151,7 +151,8 @@ class TrainingRouter:
         group = best.argmax(dim=-1)
         weights = s.gather(-2, group[..., None, None].expand(*group.shape, 1, self.t)).squeeze(-2)
         if not now.fresh:
-            self._record(group, training)
+            counted = group if group.ndim == 1 or now.mask is None else group[now.mask]
+            self._record(counted, training)
         if now.records is not None and group.ndim == 1 and self.scope != "batch":
             group, weights = group[now.records], weights[now.records]
         now.route = TrainingRoute(group, weights)
@@ -209,6 +210,7 @@ class TrainingRouter:
             centroids[1:] = mean + noise * 2 * scale
 
     def _record(self, group: Tensor, training: bool) -> None:
+        """Counts the groups that were chosen, those of padding left out, and moves the balancing bias."""
         flat = group.detach().flatten()
         load = torch.bincount(flat, minlength=self.k).cpu()
         self.counts += load
@@ -219,7 +221,7 @@ class TrainingRouter:
             self._last_group = int(flat[0])
         if training and self.gamma is not None:
             # Auxiliary-loss-free balancing: a group with less than its share gains, one with more loses.
-            share = load.float() / load.sum()
+            share = load.float() / load.sum().clamp_min(1)
             self.bias = self.bias + self.gamma * torch.sign(share.mean() - share)
 
     def reset_statistics(self) -> None:
