@@ -32,7 +32,8 @@ def test_row_47_the_working_directory_is_not_looked_into(tmp_path: Path, monkeyp
 
 
 def test_every_child_is_started_by_the_one_helper() -> None:
-    """Kernels know nothing of ours; their bench runs the tests of a checkout, with -P as well."""
+    """Kernels know nothing of ours; their bench runs the tests of a checkout, and their build loads what it made, with
+    -P as well, or -I, which is more."""
     naming = {
         str(path.relative_to(ROOT))
         for folder in FOLDERS
@@ -42,8 +43,9 @@ def test_every_child_is_started_by_the_one_helper() -> None:
             for node in ast.walk(ast.parse(path.read_text("utf-8")))
         )
     }
-    assert naming == {"tucka_runtime/children.py", "kernels/bench/check.py"}
+    assert naming == {"tucka_runtime/children.py", "kernels/bench/check.py", "kernels/native/build.py"}
     assert '"-P"' in (ROOT / "kernels" / "bench" / "check.py").read_text("utf-8")
+    assert 'sys.executable, "-I"' in (ROOT / "kernels" / "native" / "build.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("stopped", [False, True])
