@@ -43,8 +43,9 @@ class Sampler:
         self.device = device
         self.counts: dict[tuple[str, int], tuple[Tensor, Tensor, int]] = {}
         self.bad_words: dict[tuple[str, int], BadWords] = {}
-        self.bits = (torch.arange(256)[:, None] >> torch.arange(8) & 1 == 0).to(device)
-        """Which bits of a byte are not set, the lowest first (256, 8)."""
+        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        self.banned = torch.where(bits == 0, float("-inf"), 0.0).to(device)
+        """-infinity for the bits of a byte that are not set, the lowest first, and 0 for the others (256, 8)."""
 
     def forget(self, seq: Sequence) -> None:
         self.counts.pop(seq.key, None)
@@ -110,10 +111,9 @@ class Sampler:
         if not rows:
             return
         masks, at = place([self.grammars.masks([seqs[i] for i in rows]), torch.tensor(rows)], self.device)
-        bits = self.bits.index_select(0, masks.view(torch.uint8).flatten().int())
-        banned = bits.view(len(rows), -1)[:, : self.vocab]
-        own = logits.index_select(0, at).masked_fill_(banned, float("-inf"))
-        logits.index_copy_(0, at, own)
+        banned = self.banned.index_select(0, masks.view(torch.uint8).flatten().int())
+        # Added, for torch takes twenty times as long to fill by a mask.
+        logits.index_add_(0, at, banned.view(len(rows), -1)[:, : self.vocab])
 
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
         """Penalties, bias, allowed tokens, the ban on ending early and bad words, in place. row (vocab,)."""
