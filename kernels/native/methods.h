@@ -58,6 +58,7 @@ inline PyObject* wrap(std::tuple<Tensor, Tensor>&& pair) {
   if (both == nullptr) throw python_error();
   PyTuple_SET_ITEM(both, 0, wrap(std::move(std::get<0>(pair))));
   PyTuple_SET_ITEM(both, 1, wrap(std::move(std::get<1>(pair))));
+  if (PyErr_Occurred()) throw python_error();
   return both;
 }
 

@@ -22,7 +22,7 @@ WAVES = 2  # answers in turn of each place of a case with several at once
 
 
 @dataclass(frozen=True)
-class Case:
+class PeerCase:
     """Greedy streamed answers of exactly `new` tokens, `at_once` in flight, to the base or eight adapters by turns.
 
     `figure` names one of the load tester's. `again` names a case whose prompts it has, and whose KV a server may still
@@ -42,31 +42,31 @@ class Case:
     def models(self) -> list[str]:
         return [f"{self.adapters}-{i}" for i in range(ADAPTERS)] if self.adapters else ["base"]
 
-    def warming(self) -> "Case":
+    def warming(self) -> "PeerCase":
         """No more than it takes to have run everything once."""
         return replace(self, new=min(self.new, 8), requests=1 if self.again else self.at_once)
 
 
-def cases(at_once: int, prompt: int, new: int, long: bool) -> list[Case]:
+def cases(at_once: int, prompt: int, new: int, long: bool) -> list[PeerCase]:
     """In the order in which they are asked. `new` bounds the answers at a long context too, where the context does."""
     waves = at_once * WAVES
     first = f"first token, prompt {LONG:,}"
     short = [
-        Case("base", None, prompt, new, at_once, waves),
-        Case("8 adapters on q, v", "qv", prompt, new, at_once, waves),
-        Case("8 adapters on all seven", "all", prompt, new, at_once, waves),
-        Case(f"first token, prompt {prompt}", None, prompt, 1, 1, ALONE, "median_ttft_ms"),
+        PeerCase("base", None, prompt, new, at_once, waves),
+        PeerCase("8 adapters on q, v", "qv", prompt, new, at_once, waves),
+        PeerCase("8 adapters on all seven", "all", prompt, new, at_once, waves),
+        PeerCase(f"first token, prompt {prompt}", None, prompt, 1, 1, ALONE, "median_ttft_ms"),
     ]
     if not long:
         return short
     return [
         *short,
-        Case(first, None, LONG, 1, 1, at_once, "median_ttft_ms"),
-        Case(f"base, context {LONG:,}", None, LONG, min(new, 128), at_once, at_once, again=first),
+        PeerCase(first, None, LONG, 1, 1, at_once, "median_ttft_ms"),
+        PeerCase(f"base, context {LONG:,}", None, LONG, min(new, 128), at_once, at_once, again=first),
     ]
 
 
-def ask(url: str, case: Case, seed: int, folder: Path) -> float:
+def ask(url: str, case: PeerCase, seed: int, folder: Path) -> float:
     """Runs a case once and gives its figure. Prompts are token ids, those of the seed. Raises PeerError where an answer
     is missing or too short, and ServerError."""
     rng = random.Random(f"{seed}/{case.again or case.name}")
@@ -89,7 +89,7 @@ def ask(url: str, case: Case, seed: int, folder: Path) -> float:
     return read(report.build(asyncio.run(Session(settings).execute())), case)
 
 
-def read(result: dict[str, Any], case: Case) -> float:
+def read(result: dict[str, Any], case: PeerCase) -> float:
     """The figure of a load test's result, if it is of what was asked."""
     if result["failed"] or result["completed"] != case.requests:
         raise PeerError(

@@ -14,15 +14,15 @@ from typing import Any
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.loadtest.peers import contenders, machine, table
-from tucka_runtime.loadtest.peers.cases import Case, ask, cases
+from tucka_runtime.loadtest.peers.cases import PeerCase, ask, cases
 from tucka_runtime.loadtest.peers.contenders import OPENVINO, OURS, VLLM, VLLM_LORA
-from tucka_runtime.loadtest.peers.processes import PeerError, Server, StartLine, running, serving, stopped
+from tucka_runtime.loadtest.peers.processes import PeerError, PeerServer, StartLine, running, serving, stopped
 
 FORMAT = "tucka-peers/1"
 DESCRIPTION = """This server beside vLLM over HTTP, and this engine beside OpenVINO GenAI and the bare matrix products,
 on the CPU of this machine: one run, rounds interleaved, medians. Peers are started here; those without a Python of
-theirs are not run. All servers are up at once, one of them works at a time, and what the others use of a core meanwhile
-is told. Nothing else should run. docs/loadtest.md has how the peers are installed."""
+theirs are not run. All servers are up at once, and stand still but for the one that is asked. Nothing else should run.
+docs/loadtest.md has how the peers are installed."""
 
 
 class Comparison:
@@ -99,9 +99,9 @@ class Comparison:
         self,
         model: str,
         number: int,
-        case: Case,
+        case: PeerCase,
         name: str,
-        servers: dict[str, Server],
+        servers: dict[str, PeerServer],
         found: dict[str, Any],
     ) -> None:
         """One server's answer to one case; of round 0 nothing is kept."""
@@ -149,7 +149,7 @@ class Comparison:
                     found["alone"].setdefault(name, []).append(speed)
 
     @contextlib.contextmanager
-    def started(self, name: str, line: StartLine, folder: Path, health: str) -> Iterator[Server]:
+    def started(self, name: str, line: StartLine, folder: Path, health: str) -> Iterator[PeerServer]:
         self.result["start_lines"].setdefault(name, line.shown())
         log = self.folder / f"{folder.name}-{name.replace(' ', '-')}.log"
         with serving(line, folder, log, health) as server:

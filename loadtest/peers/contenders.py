@@ -10,7 +10,7 @@ from typing import Any
 
 from tucka_runtime.children import python
 from tucka_runtime.loadtest.peers.cases import ADAPTERS
-from tucka_runtime.loadtest.peers.processes import Group, PeerError, StartLine, output
+from tucka_runtime.loadtest.peers.processes import PeerError, ProcessGroup, StartLine, output
 
 OURS, VLLM, VLLM_LORA = "TuckA", "vLLM", "vLLM with LoRA"
 OPENVINO = "OpenVINO GenAI"
@@ -50,7 +50,7 @@ def ours() -> StartLine:
     )
 
 
-def kernels(server: Group) -> str:
+def kernels(server: ProcessGroup) -> str:
     """Which ones our server says that it runs: without the native ones the figures are not what it can do."""
     found = re.search(r"\bkernels: (.+)", server.log.read_text(errors="replace"))
     return found[1].strip() if found else "unknown"
@@ -131,7 +131,7 @@ def openvino(interpreter: Path) -> StartLine:
 class Child:
     """OpenVINO GenAI in its process. Raises PeerError when that ends."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.about: dict[str, Any] = self._read()
 

@@ -1,4 +1,5 @@
-"""The processes that are compared: each in a group of its own, whose CPU time is known and which ends with this one."""
+"""The processes that are compared: each in a group of its own, which is stopped while others are asked
+and ends with this one."""
 
 import contextlib
 import os
@@ -53,7 +54,7 @@ def _bare(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """A running process and all that it started. `log` has what they wrote to stderr, and, but for a child that is
     spoken with, to stdout."""
 
@@ -66,7 +67,7 @@ class Group:
 
 
 @contextlib.contextmanager
-def stopped(groups: Sequence[Group]) -> Iterator[None]:
+def stopped(groups: Sequence[ProcessGroup]) -> Iterator[None]:
     """Within it the groups do nothing: OpenMP's threads spin on behind the last answer, on the cores of the next."""
     for group in groups:
         os.killpg(group.process.pid, signal.SIGSTOP)
@@ -78,7 +79,7 @@ def stopped(groups: Sequence[Group]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(line: StartLine, folder: Path, log: Path, spoken: bool = False) -> Iterator[Group]:
+def running(line: StartLine, folder: Path, log: Path, spoken: bool = False) -> Iterator[ProcessGroup]:
     """The group, until the context is left. With `spoken` standard input and output are pipes. Raises PeerError."""
     pipe = subprocess.PIPE if spoken else None
     with log.open("w") as file:
@@ -91,7 +92,7 @@ def running(line: StartLine, folder: Path, log: Path, spoken: bool = False) -> I
         except OSError as error:
             raise PeerError(f"{line.command[0]} cannot be started: {error.strerror}") from None
     try:
-        yield Group(process, log)
+        yield ProcessGroup(process, log)
     finally:
         _end(process)
 
@@ -112,13 +113,13 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Server:
+class PeerServer:
     url: str
-    group: Group
+    group: ProcessGroup
 
 
 @contextlib.contextmanager
-def serving(line: StartLine, folder: Path, log: Path, health: str) -> Iterator[Server]:
+def serving(line: StartLine, folder: Path, log: Path, health: str) -> Iterator[PeerServer]:
     """A server on a free port, once `health` answers 200. The line says `{port}` where it belongs. Raises PeerError."""
     port = free_port()
     words = [word.replace("{port}", str(port)) for word in line.command]
@@ -131,7 +132,7 @@ def serving(line: StartLine, folder: Path, log: Path, health: str) -> Iterator[S
             if time.monotonic() > deadline:
                 raise PeerError(f"it was not ready after {START_SECONDS} s: {group.last_words()}")
             time.sleep(0.2)
-        yield Server(url, group)
+        yield PeerServer(url, group)
 
 
 def free_port() -> int:

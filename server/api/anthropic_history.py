@@ -18,8 +18,8 @@ from tucka_runtime.server.api.anthropic_bodies import (
     ToolUseBlock,
     UserTurn,
 )
-from tucka_runtime.server.api.rendering import Conversation, called, joined, returned, said, template_variables
-from tucka_runtime.server.api.tools import Choice, Function, Mode, Tools, tools_of
+from tucka_runtime.server.api.rendering import ChatPrompt, called, joined, returned, said, template_variables
+from tucka_runtime.server.api.tools import CallChoice, Function, Mode, Tools, tools_of
 from tucka_runtime.server.service.chat_template import Rendering
 
 ERROR = "Error: "
@@ -27,7 +27,7 @@ ERROR = "Error: "
 _MODES: dict[str, Mode] = {"auto": "auto", "any": "required", "none": "none", "tool": "auto"}
 
 
-def conversation(body: ConversationBody) -> Conversation:
+def conversation(body: ConversationBody) -> ChatPrompt:
     """The body's conversation. Where it ends with words of the assistant, the answer goes on with them. Raises
     InvalidRequestError."""
     messages = _messages(body)
@@ -37,7 +37,7 @@ def conversation(body: ConversationBody) -> Conversation:
             "The last message calls tools. Send what they returned, as `tool_result` blocks of a user's message.",
             "messages",
         )
-    return Conversation(
+    return ChatPrompt(
         messages,
         _tools(body),
         Rendering(variables=_variables(body), add_generation_prompt=not goes_on, continue_final_message=goes_on),
@@ -59,7 +59,7 @@ def _tools(body: ConversationBody) -> Tools:
         raise InvalidRequestError("A `tool_choice` has a `name` if its `type` is `tool`, and only then.", "tool_choice")
     custom = (tool for tool in body.tools or () if isinstance(tool, CustomTool))
     functions = (Function(tool.name, tool.description, tool.input_schema) for tool in custom)
-    return tools_of(functions, Choice(_MODES[asked.type], asked.name), not asked.disable_parallel_tool_use)
+    return tools_of(functions, CallChoice(_MODES[asked.type], asked.name), not asked.disable_parallel_tool_use)
 
 
 def _messages(body: ConversationBody) -> list[Message]:

@@ -11,9 +11,9 @@ from tucka_runtime.server.api.bodies import ChatBody
 from tucka_runtime.server.api.conversation import NamedFunction
 from tucka_runtime.server.api.door import Context, Door, Opened
 from tucka_runtime.server.api.logprobs import chat_logprobs
-from tucka_runtime.server.api.rendering import Conversation, for_template, rendering
+from tucka_runtime.server.api.rendering import ChatPrompt, for_template, rendering
 from tucka_runtime.server.api.sampling import num_logprobs, num_prompt_logprobs, num_sequences
-from tucka_runtime.server.api.tools import Choice, Function, Tools, chat_tools, tools_of
+from tucka_runtime.server.api.tools import CallChoice, Function, Tools, chat_tools, tools_of
 from tucka_runtime.server.api.turn import ChatTurn, ask
 from tucka_runtime.server.service.events import CallArguments, CallBegun, Event, Message, Reasoning, Text
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
@@ -48,9 +48,9 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
 CHAT = Door("chat", "chatcmpl-", ChatBody, open_chat)
 
 
-def conversation(body: ChatBody) -> Conversation:
+def conversation(body: ChatBody) -> ChatPrompt:
     """The body's conversation. Raises InvalidRequestError."""
-    return Conversation(for_template(body.messages), _tools(body), rendering(body))
+    return ChatPrompt(for_template(body.messages), _tools(body), rendering(body))
 
 
 def _tools(body: ChatBody) -> Tools:
@@ -59,7 +59,7 @@ def _tools(body: ChatBody) -> Tools:
     if body.tools:
         raise InvalidRequestError("`functions` are the older form of `tools`. Send one of them.", "functions")
     named = body.function_call.name if isinstance(body.function_call, NamedFunction) else None
-    choice = Choice("none" if body.function_call == "none" else "auto", named, param="function_call")
+    choice = CallChoice("none" if body.function_call == "none" else "auto", named, param="function_call")
     return tools_of(map(Function.of, body.functions or ()), choice, parallel=False, param="functions")
 
 

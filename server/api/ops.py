@@ -11,7 +11,7 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody
 from tucka_runtime.server.api.reading import read_body
-from tucka_runtime.server.api.rendering import Conversation, for_template, rendering
+from tucka_runtime.server.api.rendering import ChatPrompt, for_template, rendering
 from tucka_runtime.server.api.tools import chat_tools
 from tucka_runtime.server.api.turn import prompt_ids
 from tucka_runtime.server.http.answers import JSONAnswer
@@ -119,7 +119,7 @@ async def tokenize(request: Request) -> Response:
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
         (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
     else:
-        conversation = Conversation(for_template(body.messages), chat_tools(body.tools, None, None), rendering(body))
+        conversation = ChatPrompt(for_template(body.messages), chat_tools(body.tools, None, None), rendering(body))
         ids = await prompt_ids(service, conversation, body.add_special_tokens)
     tokenizer = service.text_tokenizer("prompt")
     return JSONAnswer(

@@ -24,7 +24,7 @@ _RESERVED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class ChatPrompt:
     """What a prompt is made of. `param` is the field that the messages came in."""
 
     messages: list[Message]

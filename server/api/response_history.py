@@ -4,7 +4,7 @@ from typing import Any
 
 from tucka_runtime.conversations import Message, call_arguments
 from tucka_runtime.errors import InvalidRequestError
-from tucka_runtime.server.api.rendering import Conversation, called, joined, rendering, returned, said
+from tucka_runtime.server.api.rendering import ChatPrompt, called, joined, rendering, returned, said
 from tucka_runtime.server.api.response_body import (
     AllowedChoice,
     CallItem,
@@ -16,12 +16,12 @@ from tucka_runtime.server.api.response_body import (
     ReasoningItem,
     ResponseBody,
 )
-from tucka_runtime.server.api.tools import Choice, Function, Tools, tools_of
+from tucka_runtime.server.api.tools import CallChoice, Function, Tools, tools_of
 
 
-def conversation(body: ResponseBody) -> Conversation:
+def conversation(body: ResponseBody) -> ChatPrompt:
     """The body's conversation. Raises InvalidRequestError."""
-    return Conversation(_messages(body), _tools(body), rendering(body), "input")
+    return ChatPrompt(_messages(body), _tools(body), rendering(body), "input")
 
 
 def function_tools(body: ResponseBody) -> list[FunctionTool]:
@@ -31,11 +31,11 @@ def function_tools(body: ResponseBody) -> list[FunctionTool]:
 def _tools(body: ResponseBody) -> Tools:
     match body.tool_choice:
         case FunctionChoice(name=name):
-            choice = Choice(named=name)
+            choice = CallChoice(named=name)
         case AllowedChoice(mode=mode, tools=tools):
-            choice = Choice(mode, allowed=frozenset(tool.name for tool in tools))
+            choice = CallChoice(mode, allowed=frozenset(tool.name for tool in tools))
         case mode:
-            choice = Choice(mode or "auto")
+            choice = CallChoice(mode or "auto")
     return tools_of(map(Function.of, function_tools(body)), choice, body.parallel_tool_calls)
 
 

@@ -39,7 +39,7 @@ Mode = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class CallChoice:
     """What a request says of calls, by the names of functions; `param` is the field that says it."""
 
     mode: Mode = "auto"
@@ -81,7 +81,7 @@ class Tools:
         return [{"type": "function", "function": function.for_template} for function in self.callable] or None
 
 
-def tools_of(functions: Iterable[Function], choice: Choice, parallel: bool | None, param: str = "tools") -> Tools:
+def tools_of(functions: Iterable[Function], choice: CallChoice, parallel: bool | None, param: str = "tools") -> Tools:
     """What may be called of the functions, which came in the field `param`. Raises InvalidRequestError."""
     known = tuple(functions)
     names = {function.name for function in known}
@@ -102,12 +102,12 @@ def chat_tools(tools: list[ToolBody] | None, choice: ToolChoiceOption, parallel:
     """What chat's three fields ask for. Raises InvalidRequestError."""
     match choice:
         case NamedTool():
-            chosen = Choice(named=choice.function.name)
+            chosen = CallChoice(named=choice.function.name)
         case AllowedTools():
             allowed = choice.allowed_tools
-            chosen = Choice(allowed.mode, allowed=frozenset(tool.function.name for tool in allowed.tools))
+            chosen = CallChoice(allowed.mode, allowed=frozenset(tool.function.name for tool in allowed.tools))
         case _:
-            chosen = Choice(choice or "auto")
+            chosen = CallChoice(choice or "auto")
     return tools_of((Function.of(tool.function) for tool in tools or ()), chosen, parallel)
 
 

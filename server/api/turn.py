@@ -11,7 +11,7 @@ from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import Request
 from tucka_runtime.server.api.bodies import SamplingBody
 from tucka_runtime.server.api.door import Context
-from tucka_runtime.server.api.rendering import Conversation
+from tucka_runtime.server.api.rendering import ChatPrompt
 from tucka_runtime.server.api.sampling import max_tokens_for, sampling_params
 from tucka_runtime.server.api.tools import Tools, calls_grammar
 from tucka_runtime.server.service.calls import FORMATS, CallParser
@@ -29,7 +29,7 @@ class ChatTurn:
     body calls that."""
 
     body: SamplingBody
-    conversation: Conversation
+    conversation: ChatPrompt
     max_tokens: int | None = None
     n: int = 1
     logprobs: int | None = None
@@ -49,7 +49,7 @@ class Asked:
     prompt_for_log: Callable[[], str]
 
 
-async def render(service: Service, conversation: Conversation) -> str:
+async def render(service: Service, conversation: ChatPrompt) -> str:
     """The prompt of a conversation. A template that knows no functions is told of them as text. Raises
     InvalidRequestError."""
     messages, tools, param = conversation.messages, conversation.tools.for_template(), conversation.param
@@ -60,7 +60,7 @@ async def render(service: Service, conversation: Conversation) -> str:
     return await service.render_chat(messages, replace(conversation.rendering, tools=tools), param)
 
 
-async def prompt_ids(service: Service, conversation: Conversation, add_special_tokens: bool | None) -> list[int]:
+async def prompt_ids(service: Service, conversation: ChatPrompt, add_special_tokens: bool | None) -> list[int]:
     """The same as token ids; the template writes the special tokens, unless the tokenizer is to add its own."""
     prompt = await render(service, conversation)
     (ids,) = await service.encode([prompt], add_special_tokens is True, conversation.param)

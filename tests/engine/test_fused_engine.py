@@ -8,7 +8,7 @@ import torch
 
 from tests.support.banks import save_bank
 from tests.support.driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
-from tucka_runtime.engine.bucket import Bucket
+from tucka_runtime.engine.bucket import Bucket, rehearse
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.engine.filtered_choice import FilteredChoice
 from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
@@ -134,7 +134,7 @@ def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
     assert graphs is not None
     graphs.shared.chosen.tokens.fill_(VOCAB)
     with torch.inference_mode():
-        graphs.bucket(4, None)._rehearse()
+        rehearse(graphs.shared, graphs.bucket(4, None)._step)
     assert graphs.shared.chosen.tokens.tolist() == [VOCAB] * 4
 
 

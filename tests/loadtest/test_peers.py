@@ -12,9 +12,9 @@ import pytest
 
 from tucka_runtime.loadtest.client import ServerError
 from tucka_runtime.loadtest.peers import command, contenders, machine, table
-from tucka_runtime.loadtest.peers.cases import LONG, Case, ask, cases, read
+from tucka_runtime.loadtest.peers.cases import LONG, PeerCase, ask, cases, read
 from tucka_runtime.loadtest.peers.contenders import OPENVINO, OURS, VLLM, VLLM_LORA, Child
-from tucka_runtime.loadtest.peers.processes import PeerError, Server, StartLine, output, running, serving, stopped
+from tucka_runtime.loadtest.peers.processes import PeerError, PeerServer, StartLine, output, running, serving, stopped
 
 ADAPTERS = {f"{kind}-{i}": f"/{kind}/{i}" for kind in ("qv", "all") for i in range(8)}
 
@@ -30,7 +30,7 @@ def child(script: str, **environment: str) -> StartLine:
 def test_eight_adapters_by_turns_with_as_many_at_once_as_asked(fake, tmp_path):
     # 16 answers, 8 at once, each 0.05 + 9 · 0.02 s: 160 tokens in 0.46 s, and in 3.7 s one after the other
     url = fake(ttft=0.05, itl=0.02, adapters=ADAPTERS)
-    case = Case("adapters", "qv", 20, 10, 8, 16)
+    case = PeerCase("adapters", "qv", 20, 10, 8, 16)
     figure = ask(url, case, 0, tmp_path)
     assert 160 / 1.8 < figure < 160 / 0.45
     assert [line["model"] for line in sent(tmp_path)] == [f"qv-{i}" for i in range(8)] * 2
@@ -56,18 +56,18 @@ def test_a_long_context_has_the_prompts_of_the_first_tokens_before_it_and_nothin
 def test_an_answer_that_is_missing_is_an_error(fake, tmp_path, misbehave):
     url = fake(misbehave=misbehave, every=3, after=2)
     with pytest.raises(PeerError, match="of 8 requests failed"):
-        ask(url, Case("base", None, 10, 4, 4, 8), 0, tmp_path)
+        ask(url, PeerCase("base", None, 10, 4, 4, 8), 0, tmp_path)
 
 
 def test_a_short_answer_is_an_error():
     result = {"failed": 0, "completed": 2, "total_input_tokens": 20, "total_output_tokens": 7}
     with pytest.raises(PeerError, match="answers of 7 tokens where 8"):
-        read(result, Case("base", None, 10, 4, 2, 2))
+        read(result, PeerCase("base", None, 10, 4, 2, 2))
 
 
 def test_a_server_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(ServerError):
-        ask("http://127.0.0.1:9", Case("base", None, 10, 4, 1, 1), 0, tmp_path)
+        ask("http://127.0.0.1:9", PeerCase("base", None, 10, 4, 1, 1), 0, tmp_path)
 
 
 def test_a_group_ends_with_all_that_it_started(tmp_path):
@@ -203,9 +203,9 @@ def test_a_peer_that_is_absent_or_fails_is_left_out_with_the_reason(fake, tmp_pa
 
     comparison.result["not_run"].clear()
     found: dict[str, Any] = {"http": {}}
-    case = Case("base", None, 10, 4, 2, 4)
+    case = PeerCase("base", None, 10, 4, 2, 4)
     with running(child("import time; time.sleep(60)"), tmp_path, tmp_path / "log") as group:
-        servers = {OURS: Server(fake(), group), VLLM: Server(fake(misbehave="cut", every=1, after=2), group)}
+        servers = {OURS: PeerServer(fake(), group), VLLM: PeerServer(fake(misbehave="cut", every=1, after=2), group)}
         for number in (0, 1):
             for name in servers:
                 comparison.one("small", number, case, name, servers, found)

@@ -111,10 +111,6 @@ class Bucket:
         self.delta = self._adapter_delta() if shape.kinds else AdapterDelta(self.rows, shared.model.ops)
         self._routed: list[tuple[int, int]] = []
         self.fill([], None)
-        if shared.capturing is not None:
-            # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep
-            # a workspace for each.
-            self._rehearse()
         self._graph = capture(shared, self._step)
         if self._graph is not None:
             logger.info("captured a graph of %d rows, adapters at %d sites of a layer", self.rows, len(shape.kinds))
@@ -261,20 +257,24 @@ class Bucket:
         self.logits.copy_(shared.model.weights.head(hidden))
         self.tokens.copy_(ops.sample(self.logits, on["temperature"], on["seed"], on["place"]))
 
-    def _rehearse(self) -> None:
-        """A step of the empty batch, which leaves no trace: it writes no keys, and the tokens that the last step chose,
-        which the next one may start from, are put back."""
-        chosen = self.shared.chosen.tokens
-        kept = chosen.clone()
-        self._step()
-        chosen.copy_(kept)
+
+def rehearse(shared: Shared, step: Callable[[], None]) -> None:
+    """A step that leaves no trace: of an empty batch, which writes no keys. The tokens that the last step chose, which
+    the next one may start from, are put back."""
+    chosen = shared.chosen.tokens
+    kept = chosen.clone()
+    step()
+    chosen.copy_(kept)
 
 
 def capture(shared: Shared, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-    """A graph of what `step` launches, whose kernels are compiled; None where none can be captured."""
+    """A graph of what `step` launches for an empty batch; None where none can be captured."""
     stream = shared.capturing
     if stream is None:
         return None
+    # Once without: kernels are compiled and their counters made. Not on a stream of its own: cuBLAS would keep a
+    # workspace for each.
+    rehearse(shared, step)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -32,16 +32,7 @@ class FilteredChoice:
             shared.device,
         )
         self._fill([])
-        if shared.capturing is not None:
-            self._rehearse()
         self._graph = capture(shared, self._step)
-
-    def _rehearse(self) -> None:
-        """Compiles the kernels, and leaves the tokens that the last step chose."""
-        chosen = self.shared.chosen.tokens
-        kept = chosen.clone()
-        self._step()
-        chosen.copy_(kept)
 
     def run(self, seqs: Rows[Sequence]) -> None:
         """Chooses the tokens of the sequences whose logits the last bucket made."""
