@@ -46,6 +46,10 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def wide(self, x: Tensor) -> Tensor:
+        """The same y, in fp32."""
+        ...
+
     def dense(self) -> Tensor:
         """The weight (out, in) as it was given; it may be a copy."""
         ...
@@ -173,6 +177,12 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
+class FiniteRows(Protocol):
+    """Whether all logits of a row are finite: (B, V) fp32 -> (B,) bool; no, perhaps, where their sum alone is not."""
+
+    def __call__(self, logits: Tensor) -> Tensor: ...
+
+
 class Sample(Protocol):
     """Token ids (B,) int64: the argmax of logits / temperature + Gumbel noise, which is hashed from (seed, position,
     token) and so depends on nothing else in the batch.
@@ -215,5 +225,6 @@ class Ops:
     expand_residual: ExpandResidual
     expand_swiglu: ExpandSwiglu
     attention: Attention
+    finite_rows: FiniteRows
     sample: Sample
     filter_logits: FilterLogits

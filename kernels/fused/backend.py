@@ -12,6 +12,7 @@ from tucka_runtime.kernels.fused.sample import filter_logits, sample
 from tucka_runtime.kernels.fused.shrink_core import shrink_core
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.reference.linear import linear
+from tucka_runtime.kernels.reference.sample import finite_rows
 
 OPS = Ops(
     name="fused",
@@ -30,6 +31,7 @@ OPS = Ops(
     expand_residual=expand_residual,
     expand_swiglu=expand_swiglu,
     attention=attention,
+    finite_rows=finite_rows,
     sample=sample,
     filter_logits=filter_logits,
 )

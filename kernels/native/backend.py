@@ -132,6 +132,12 @@ def attention(
     return out
 
 
+def finite_rows(logits: Tensor) -> Tensor:
+    """ops.FiniteRows."""
+    out: Tensor = _NATIVE.finite_rows(logits)
+    return out
+
+
 def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """ops.Sample."""
     out: Tensor = _NATIVE.sample(logits, temperature, seed, position)
@@ -161,6 +167,7 @@ OPS = Ops(
     expand_residual=expand_residual,
     expand_swiglu=expand_swiglu,
     attention=attention,
+    finite_rows=finite_rows,
     sample=sample,
     filter_logits=filter_logits,
 )

@@ -1,8 +1,7 @@
 // ops.Linear: y = x Wᵀ + b of a weight that lies in panels.
+#include "arena.h"
 #include "methods.h"
 #include "panel.h"
-
-#include <ATen/ops/zeros.h>
 
 namespace tucka {
 
@@ -11,10 +10,11 @@ constexpr int64_t kDepth = 256;
 // Tiles, and panels, of one item of work of a long batch: its inputs and its sums stay in the L2 cache.
 constexpr int64_t kBlockTiles = 96 / kTileRows, kBlockPanels = 128 / kPanel;
 
-template <class T>
+// Rows of y in Y: T, or fp32 that was rounded to T.
+template <class T, class Y>
 struct Product {
   const T *x, *w, *bias;
-  T* y;
+  Y* y;
   int64_t x_stride, d_in, d_out;
   Tiles tiles;
   // What is multiplied of an input of the panel: one number, or so many side by side.
@@ -53,16 +53,20 @@ struct Product {
     }
     const int64_t column = first * kPanel, count = std::min(width, d_out - column);
     for (int64_t r = 0; r < rows; r++) {
-      const float* row = sums + r * width;
-      T* to = y + (top + r) * d_out + column;
-      if (bias == nullptr) {
+      float* row = sums + r * width;
+      Y* to = y + (top + r) * d_out + column;
+      if (bias != nullptr)
+        steps(count, [&](int64_t i, int64_t some) {
+          const Pair a = load_step(row + i, some), b = load_step(bias + column + i, some);
+          store_step(row + i, Pair{a.a + b.a, a.b + b.b}, some);
+        });
+      if constexpr (std::is_same_v<T, Y>) {
         from_float(row, to, count);
-        continue;
+      } else {
+        T narrow[kBlockPanels * kPanel];
+        from_float(row, narrow, count);
+        to_float(narrow, to, count);
       }
-      steps(count, [&](int64_t i, int64_t some) {
-        const Pair a = load_step(row + i, some), b = load_step(bias + column + i, some);
-        store_step(to + i, Pair{a.a + b.a, a.b + b.b}, some);
-      });
     }
   }
 
@@ -86,7 +90,7 @@ Tensor pack(const Tensor& weight) {
   const int64_t d_out = w.size(0), d_in = w.size(1), count = (d_out + kPanel - 1) / kPanel;
   return by_type(w, [&](auto type) {
     using T = decltype(type);
-    Tensor panels = at::zeros({count, (d_in + kInputs<T> - 1) / kInputs<T>, kPanel * kInputs<T>}, w.options());
+    Tensor panels = Arena::own().zeros({count, (d_in + kInputs<T> - 1) / kInputs<T>, kPanel * kInputs<T>}, w.options());
     const T* from = w.const_data_ptr<T>();
     T* to = panels.data_ptr<T>();
     const int64_t size = panels.size(1) * panels.size(2);
@@ -113,25 +117,29 @@ Tensor unpack(const Tensor& panels, int64_t d_out, int64_t d_in) {
   return weight;
 }
 
+template <bool wide>
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t d_out) {
   check_type(panels, x);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.stride(1) == 1 && panels.is_contiguous(), "the rows of x must be contiguous");
-  Tensor y = at::empty({x.size(0), d_out}, x.options());
+  Tensor y = at::empty({x.size(0), d_out}, wide ? x.options().dtype(at::kFloat) : x.options());
   if (bias) check_type(*bias, x);
   by_type(x, [&](auto type) {
     using T = decltype(type);
+    using Y = std::conditional_t<wide, float, T>;
     TORCH_CHECK_VALUE(panels.size(2) == kPanel * kInputs<T> &&
                           panels.size(1) == (x.size(1) + kInputs<T> - 1) / kInputs<T>,
                       "x must have rows as long as the panels of this library's layout");
-    const Product<T> product{x.const_data_ptr<T>(), panels.const_data_ptr<T>(),
-                             bias ? bias->const_data_ptr<T>() : nullptr,
-                             y.data_ptr<T>(), x.stride(0), x.size(1), d_out, Tiles(x.size(0))};
+    const Product<T, Y> product{x.const_data_ptr<T>(), panels.const_data_ptr<T>(),
+                                bias ? bias->const_data_ptr<T>() : nullptr,
+                                y.data_ptr<Y>(), x.stride(0), x.size(1), d_out, Tiles(x.size(0))};
     if (x.size(0)) product.run(panels.size(0));
   });
   return y;
 }
 
-const Methods kLinearMethods{
-    {"linear", call<&linear>}, {"pack", call<&pack>}, {"unpack", call<&unpack>}};
+const Methods kLinearMethods{{"linear", call<&linear<false>>},
+                             {"linear_wide", call<&linear<true>>},
+                             {"pack", call<&pack>},
+                             {"unpack", call<&unpack>}};
 
 }  // namespace tucka

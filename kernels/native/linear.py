@@ -28,6 +28,11 @@ class PanelLinear:
         y: Tensor = self._native.linear(x, self._panels, self.bias, self.shape[0])
         return y
 
+    def wide(self, x: Tensor) -> Tensor:
+        """The same y, in fp32."""
+        y: Tensor = self._native.linear_wide(x, self._panels, self.bias, self.shape[0])
+        return y
+
     def dense(self) -> Tensor:
         """A copy of the weight (out, in) as it was given."""
         weight: Tensor = self._native.unpack(self._panels, *self.shape)

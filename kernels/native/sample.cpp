@@ -1,4 +1,4 @@
-// ops.Sample, FilterLogits.
+// ops.Sample, FilterLogits, FiniteRows.
 #include "methods.h"
 
 namespace tucka {
@@ -40,8 +40,8 @@ struct Best {
   int64_t at;
 };
 
-// The first of the largest of x, a NaN being larger than all.
-inline Best first_of_largest(const float* x, int64_t count) {
+// The largest of x, a NaN being larger than all.
+inline float largest(const float* x, int64_t count) {
   Vec top(-kInfinity);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) top = at::vec::maximum(top, Vec::loadu(x + i));
@@ -51,9 +51,37 @@ inline Best first_of_largest(const float* x, int64_t count) {
   auto take = [&](float value) { best = std::isnan(best) || best >= value ? best : value; };
   for (float lane : lanes) take(lane);
   for (; i < count; i++) take(x[i]);
-  for (i = 0; i < count; i++)
-    if (x[i] == best || (std::isnan(x[i]) && std::isnan(best))) break;
-  return {best, std::min(i, count - 1)};
+  return best;
+}
+
+// The first of the largest of x: it is looked for in the part alone that has it.
+inline Best first_of_largest(const float* x, int64_t count) {
+  Best best{-kInfinity, 0};
+  for (int64_t first = 0; first < count; first += kNoise) {
+    const float here = largest(x + first, std::min(kNoise, count - first));
+    if (here > best.value || (std::isnan(here) && !std::isnan(best.value))) best = {here, first};
+  }
+  while (x[best.at] != best.value && !std::isnan(x[best.at])) best.at++;
+  return best;
+}
+
+// A number that is finite times zero is zero, and every other a NaN.
+Tensor finite_rows(const Tensor& logits) {
+  const Tensor in = logits.contiguous();
+  const int64_t vocab = in.size(1);
+  Tensor out = at::empty({in.size(0)}, in.options().dtype(at::kBool));
+  deal(in.size(0), vocab, [&](int64_t b) {
+    const float* x = in.const_data_ptr<float>() + b * vocab;
+    const Vec zero(0.f);
+    Vec left[4] = {zero, zero, zero, zero};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= vocab; i += 4 * kLanes)
+      for (int64_t n = 0; n < 4; n++) left[n] = at::vec::fmadd(Vec::loadu(x + i + n * kLanes), zero, left[n]);
+    float rest = sum((left[0] + left[1]) + (left[2] + left[3]));
+    for (; i < vocab; i++) rest += x[i] * 0;
+    out.data_ptr<bool>()[b] = rest == 0;
+  });
+  return out;
 }
 
 Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& seed, const Tensor& position) {
@@ -171,6 +199,9 @@ Tensor filter_logits(const Tensor& logits, const Tensor& top_k, const Tensor& to
 }
 
 const Methods kSampleMethods{
-    {"uniform", call<&uniform>}, {"sample", call<&sample>}, {"filter_logits", call<&filter_logits>}};
+    {"uniform", call<&uniform>},
+    {"finite_rows", call<&finite_rows>},
+    {"sample", call<&sample>},
+    {"filter_logits", call<&filter_logits>}};
 
 }  // namespace tucka

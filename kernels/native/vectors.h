@@ -1,4 +1,4 @@
-// Rows of fp32, bf16 or fp16 as vectors of fp32, and work dealt out to torch's own threads.
+// Rows of fp32, bf16 or fp16 as vectors of fp32, and work dealt out to threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -18,6 +17,8 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include "pool.h"
 
 namespace tucka {
 
@@ -177,18 +178,15 @@ inline void check_type(const Tensor& x, const Tensor& like) {
 // Under so many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kAlone = 1 << 15;
 
-// f(i) for every item, each of about `work` multiply-adds, on torch's threads: whoever is free takes the next.
+// f(i) for every item, each of about `work` multiply-adds, on as many threads as torch has: whoever is free takes the next.
 template <class F>
 inline void deal(int64_t items, int64_t work, const F& f) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
-  if (threads <= 1 || items * work <= kAlone || at::in_parallel_region()) {
+  if (threads <= 1 || items * work <= kAlone) {
     for (int64_t i = 0; i < items; i++) f(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
-  });
+  Pool::own().run(items, threads, f);
 }
 
 // Scratch of one thread, kept from call to call.

@@ -10,7 +10,7 @@ from tucka_runtime.kernels.reference.expand_swiglu import expand_swiglu
 from tucka_runtime.kernels.reference.linear import linear
 from tucka_runtime.kernels.reference.norm import norm
 from tucka_runtime.kernels.reference.route import route_hidden, route_ids, select
-from tucka_runtime.kernels.reference.sample import filter_logits, sample
+from tucka_runtime.kernels.reference.sample import filter_logits, finite_rows, sample
 from tucka_runtime.kernels.reference.shrink_core import shrink_core
 
 OPS = Ops(
@@ -32,6 +32,7 @@ OPS = Ops(
     expand_residual=expand_residual,
     expand_swiglu=expand_swiglu,
     attention=attention,
+    finite_rows=finite_rows,
     sample=sample,
     filter_logits=filter_logits,
 )

@@ -37,6 +37,10 @@ class TorchLinear:
             return y
         return functional.linear(x, self._weight, self.bias)
 
+    def wide(self, x: Tensor) -> Tensor:
+        """The same y, in fp32."""
+        return self(x).float()
+
     def dense(self) -> Tensor:
         """The weight (out, in) as it was given; a copy where it is packed."""
         return self._weight.to_dense() if self._weight.is_mkldnn else self._weight

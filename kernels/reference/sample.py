@@ -38,6 +38,11 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     return torch.empty_like(logits).scatter_(1, order, values)
 
 
+def finite_rows(logits: Tensor) -> Tensor:
+    """ops.FiniteRows: a sum is finite only if all that it is of are."""
+    return logits.sum(dim=-1).isfinite()
+
+
 def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """ops.Sample. Noise for a whole vocabulary is dear, and rows that take none are most."""
     hot = temperature > 0

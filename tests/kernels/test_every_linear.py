@@ -25,7 +25,7 @@ def test_products_are_float64s(
     got = made(x)
     assert got.dtype == dtype and got.shape == want.shape and made.shape == weight.shape
     assert relative(got, want) <= LIMITS[dtype]
-    assert torch.equal(made.dense(), weight)
+    assert torch.equal(made.wide(x), got.float()) and torch.equal(made.dense(), weight)
 
 
 @pytest.mark.native

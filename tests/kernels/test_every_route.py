@@ -92,6 +92,12 @@ def test_sample_chooses_the_references_tokens(columns: int, ops: Ops) -> None:
     assert torch.equal(ops.sample(logits, temperature, seed, position), want)
 
 
+def test_rows_of_finite_logits(ops: Ops) -> None:
+    logits = torch.randn(5, 1003) * 100
+    logits[1, 1002], logits[2, 0], logits[3, 500] = math.inf, -math.inf, math.nan
+    assert ops.finite_rows(logits).tolist() == [True, False, False, False, True]
+
+
 def test_greedy_takes_the_lowest_of_equals(ops: Ops) -> None:
     logits = torch.tensor([[1.0, 3, 3, 2], [0, 0, 0, 0], [-1, -math.inf, -0.5, -0.5]])
     assert ops.sample(logits, torch.zeros(3), torch.tensor([1, 2, 3]), torch.zeros(3).long()).tolist() == [1, 0, 2]

@@ -1,7 +1,10 @@
-"""What the native kernels alone promise: the same bits on any number of threads, one OpenMP runtime, random numbers."""
+"""What the native kernels alone promise: the same bits on any number of threads, whoever else computes, one OpenMP
+runtime, random numbers."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from tests.support import delta_cases
 from tests.support.route_cases import caches, shuffled
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.native import library
+from tucka_runtime.kernels.native.linear import PanelLinear
 from tucka_runtime.kernels.reference import sample as sample_ref
 
 native = pytest.mark.native
@@ -87,6 +91,30 @@ def test_tokens_of_a_large_vocabulary_are_the_references() -> None:
 def test_uniform_is_the_references_bit_for_bit() -> None:
     seed, position = torch.tensor([0, 3, -5, 2**40 + 7, -(2**62)]), torch.tensor([0, 1, 2**20, 7, 5])
     assert torch.equal(library.module().uniform(seed, position, 300), sample_ref.uniform(seed, position, 300))
+
+
+@native
+def test_loops_of_several_threads_at_once_do_not_meet() -> None:
+    """The rows are so many that a call gives Python's lock away."""
+    torch.set_num_threads(3)
+    made = PanelLinear(torch.randn(700, 64), None)
+    inputs = [torch.randn(100, 64) for _ in range(8)]
+    alone = [made(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            assert all(map(torch.equal, pool.map(made, inputs), alone))
+
+
+@native
+def test_a_forked_process_computes_without_its_parents_threads() -> None:
+    torch.set_num_threads(3)
+    # torch's own threads do not live on: what it compares is small enough for one.
+    made, x = PanelLinear(torch.randn(700, 64), None), torch.randn(40, 64)
+    want = made(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(made(x), want) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @native

@@ -72,7 +72,7 @@ class Decoder:
     def logits(self, hidden: Tensor, rows: Tensor, delta: AdapterDelta) -> Tensor:
         """Logits (N, vocab) fp32 of the batch's rows `rows` (N,) int64."""
         chosen = hidden.index_select(0, rows)
-        out = self.weights.head(chosen).float()
+        out = self.weights.head.wide(chosen)
         for own, head in delta.replaced(f"{self.arch.head}.weight"):
             mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
             out[mine] = linear(chosen[mine], head).float()

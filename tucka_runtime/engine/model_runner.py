@@ -31,7 +31,7 @@ from tucka_runtime.engine.kv_cache import cache_dtype, count_blocks, make_caches
 from tucka_runtime.engine.launched import Launched, Result, Round, Stages
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.pooler import Pooler
-from tucka_runtime.engine.sampler import Choice, Sampler, filtered, finite_rows, logprobs
+from tucka_runtime.engine.sampler import Choice, Sampler, filtered, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
 from tucka_runtime.engine.verify import choose, read_tokens
@@ -209,7 +209,7 @@ class ModelRunner:
         bucket.run()
         computed = time.monotonic()
         seqs = [chunk.seq for chunk in chunks]
-        choice = Choice(bucket.tokens[: len(seqs)], finite_rows(bucket.logits[: len(seqs)]))
+        choice = Choice(bucket.tokens[: len(seqs)], self.sampler.finite(bucket.logits[: len(seqs)]))
         if not all(map(self.sampler.plain, seqs)):
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
         elif any(map(filtered, seqs)):

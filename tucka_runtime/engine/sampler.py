@@ -74,12 +74,16 @@ class Sampler:
         named = p.logit_bias or p.allowed_token_ids or p.bad_words
         return bool(named or p.penalised or (seq.num_generated < p.least_tokens and self.stops(seq)))
 
+    def finite(self, logits: Tensor) -> Tensor:
+        """Whether all logits of a row (N, vocab) are finite: (N,) bool, on its way to the host."""
+        return self.ops.finite_rows(logits).to("cpu", non_blocking=True, copy=True)
+
     def choose(self, logits: Tensor, seqs: Rows[Sequence]) -> Choice:
         """The next token of each sequence, on the device. logits (N, vocab) fp32, one row per sequence, is used up.
 
         Log-probabilities are the model's own: before bias, penalties and temperature.
         """
-        finite = finite_rows(logits)
+        finite = self.finite(logits)
         wants = [i for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
         raw = logits[wants].clone() if wants else None
         self._hold(logits, seqs)
@@ -187,12 +191,6 @@ def filters(seqs: Rows[Sequence], vocab: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.tensor([p.top_p if p else 1.0 for p in asked], dtype=torch.float32),
         torch.tensor([p.min_p if p else 0.0 for p in asked], dtype=torch.float32),
     )
-
-
-def finite_rows(logits: Tensor) -> Tensor:
-    """Whether all logits of a row (N, vocab) are finite: (N,) bool, on its way to the host. A sum is one only if
-    they are."""
-    return logits.sum(dim=-1).isfinite().to("cpu", non_blocking=True, copy=True)
 
 
 def temperature(seq: Sequence) -> float:
