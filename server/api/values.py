@@ -80,12 +80,26 @@ class _Whole:
         if strict["type"] == "list":
             items = strict["items_schema"]
             items = core_schema.union_schema([items, self._or_integral(items)], mode="left_to_right")
-            return {**strict, "items_schema": items}  # type: ignore[return-value]
+            return {**strict, "items_schema": items}
         return core_schema.chain_schema([core_schema.is_instance_schema(float), {**strict, "strict": False}])
 
 
 WHOLE = _Whole()
 """Last in every annotation of an integer, or of a list of them, that a client sends."""
+
+
+class _Boolean:
+    """To Python 0 and 0.0 are False, and of the literal too; to JSON they are not."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.chain_schema([core_schema.bool_schema(strict=True), handler(source)])
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema["steps"][1])
+
+
+BOOLEAN = _Boolean()
+"""In an annotation of one of the two that a client sends."""
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Integer = Annotated[int, WHOLE]
@@ -117,7 +131,7 @@ Digits = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{VERSION_DIGITS},64}}$")]
 """Of a version's digest, as many as name it."""
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
-Nothing = EmptyList | EmptyObject | Literal[False, ""] | None
+Off = Annotated[Literal[False], BOOLEAN] | None
+On = Annotated[Literal[True], BOOLEAN] | None
+Nothing = EmptyList | EmptyObject | Literal[""] | Off
 """What a field holds that a client spells out without asking for anything."""
-Off = Literal[False] | None
-On = Literal[True] | None

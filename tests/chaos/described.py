@@ -23,11 +23,14 @@ import httpx
 from tests.support import ROOT
 from tests.support.servers import start_command
 from tucka_runtime.embedded import FOLDER
+from tucka_runtime.names import DESCRIBED_NAME
 
 CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformance,negative_data_rejection"
 CHECKS += ",valid_bodies_fit_their_models"
 
 NAMES = ("base", "sql")
+MADE = ("made",)
+"""What adapters and aliases are called that are asked for."""
 KNOWN = {"model": NAMES, "path": ("words", "triage"), "lora_path": ("words", "triage")}
 
 
@@ -37,12 +40,14 @@ def described(url: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(httpx.get(url + "/openapi.json").text, parse_float=_integer_if_it_is)
     for schema in document["components"]["schemas"].values():
         for name, field in schema.get("properties", {}).items():
-            if name in KNOWN and '"string"' in json.dumps(field):  # where it can be no more than null it stays so
+            if field.get("pattern") == DESCRIBED_NAME:
+                schema["properties"][name] = {"enum": list(MADE)}
+            elif name in KNOWN and '"string"' in json.dumps(field):  # where it can be no more than null it stays so
                 none = [None] if {"type": "null"} in field.get("anyOf", ()) else []
                 schema["properties"][name] = {"enum": [*KNOWN[name], *none]}
     for operations in document["paths"].values():
         for parameter in operations.get("get", {}).get("parameters", ()):
-            parameter["schema"] = {"enum": list(NAMES)}
+            parameter["schema"] = {"enum": [*NAMES, *MADE]}
     return document
 
 

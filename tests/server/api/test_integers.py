@@ -1,4 +1,5 @@
-"""Numbers without a fraction are integers, as JSON Schema has it, and so /openapi.json; others are none."""
+"""Numbers without a fraction are integers, as JSON Schema has it, and so /openapi.json; others are none, and none is a
+boolean."""
 
 from collections.abc import Iterator
 
@@ -27,6 +28,13 @@ def test_an_integral_number_is_that_integer(live: Server, field: str, value: obj
     for wrong in (1.5, [1.5], [[1.5]], 1e300, [1e300], True, [True], ["1", 1]):
         answer = live.post("/v1/completions", ASK | {field: wrong})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field, wrong
+
+
+@pytest.mark.parametrize(("field", "value"), [("use_beam_search", 0), ("images", 0.0), ("detokenize", 1)])
+def test_a_number_is_no_boolean(live: Server, field: str, value: object) -> None:
+    assert live.post("/v1/completions", ASK | {field: bool(value)}).status_code == 200
+    answer = live.post("/v1/completions", ASK | {field: value})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field
 
 
 def kinds(kind: type[Body]) -> Iterator[type[Body]]:
