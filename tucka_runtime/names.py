@@ -10,6 +10,9 @@ from tucka_runtime.errors import InvalidRequestError
 VERSION_DIGITS = 12
 """How many of a digest's digits name a version at least: those in its canonical name, `law@0123456789ab`."""
 
+DESCRIBED_NAME = r"^(?!\.{1,2}(/|$))(?!/)(?!.*/(\.{0,2})(/|$))[A-Za-z0-9._:/@-]{1,128}$"
+"""The names that `check_name` lets pass, as one pattern for those who read a JSON schema."""
+
 MAX_TARGETS = 16
 MAX_WEIGHT = 1_000_000
 

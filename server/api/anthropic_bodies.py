@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag
 
 from tucka_runtime.server.api.bodies import ModelBody, SamplingBody
 from tucka_runtime.server.api.conversation import MAX_TOOLS, SkippedTool
-from tucka_runtime.server.api.values import Body, EmptyList, NonEmpty, Stops
+from tucka_runtime.server.api.values import Body, EmptyList, Integer, NonEmpty, Stops
 
 _SENTENCES = {
     "role": "A message's `role` must be user, assistant or system",
@@ -134,7 +134,7 @@ class ToolChoice(Body):
 class ThinkingBudget(Body, without_effect=True):
     """A thought ends where the model ends it, or at `max_tokens`."""
 
-    budget_tokens: int | None = None
+    budget_tokens: Integer | None = None
 
 
 class Thinking(ThinkingBudget):
@@ -187,6 +187,6 @@ class CountTokensBody(ConversationBody):
 
 
 class MessagesBody(ConversationBody, SamplingBody):
-    max_tokens: int
+    max_tokens: Integer
     stop: Annotated[Stops | None, Field(alias="stop_sequences")] = None
     output_config: OutputConfig | None = None

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Scope
 
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.api import adapters as admin
-from tucka_runtime.server.api import aliases, console, openapi, ops
+from tucka_runtime.server.api import aliases, console, docs, openapi, ops
 from tucka_runtime.server.api.anthropic_messages import MESSAGES, count_tokens
 from tucka_runtime.server.api.audited import audited
 from tucka_runtime.server.api.chat import CHAT
@@ -76,7 +76,11 @@ def create_app(service: Service) -> ASGIApp:
     if config.console:
         routes.append(("GET", console.FOLDER + "{name}", console.file))
     if config.docs:
-        routes += [("GET", "/openapi.json", openapi.openapi), ("GET", "/docs", openapi.docs)]
+        routes += [
+            ("GET", "/openapi.json", openapi.openapi),
+            ("GET", "/docs", docs.page),
+            ("GET", docs.FOLDER + "{name}", docs.file),
+        ]
         app.state.openapi = openapi.document([(method, path) for method, path, _ in routes])
     for method, path, endpoint in routes:
         limit = None if endpoint is admin.put_adapter else config.max_body_bytes

@@ -23,11 +23,14 @@ from tucka_runtime.server.api.values import (
     MAX_CHOICES,
     MAX_EXPERTS,
     MAX_STOP_CHARS,
+    WHOLE,
+    AdapterName,
     AllowedTokenIds,
     BadWords,
     Body,
     CacheSalt,
     Digits,
+    Integer,
     LogitBias,
     NonEmpty,
     Nothing,
@@ -168,24 +171,24 @@ class ModelBody(Body):
     adapters: Weighted | None = None
     user: str | None = None
     cache_salt: CacheSalt | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31), WHOLE] | None = None
     route: Literal["batch", "request", "prefix"] | None = None
 
 
 class TruncationFields(Body):
     """vLLM's: how many tokens of a prompt are kept, and which side of it is cut; -1 is as many as fit."""
 
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None
     truncation_side: Literal["left", "right"] | None = None
 
 
 class SamplingBody(ModelBody):
     """What is asked of it at every door that generates."""
 
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -193,7 +196,7 @@ class SamplingBody(ModelBody):
     logit_bias: LogitBias | None = None
     allowed_token_ids: AllowedTokenIds | None = None
     bad_words: BadWords | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Stops | None = None
     stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
@@ -220,11 +223,11 @@ class FormatFields(Body):
 class GenerationBody(SamplingBody, TruncationFields, FormatFields, WithoutEffect, Unsupported):
     """What completions and chat have in common."""
 
-    n: Annotated[int, Field(ge=1)] | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
+    n: Annotated[int, Field(ge=1), WHOLE] | None = None
+    best_of: Integer | None = None
+    max_tokens: Integer | None = None
     response_format: ResponseFormat | None = None
-    prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1), WHOLE] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream_options: StreamOptions | None = None
@@ -234,7 +237,7 @@ class CompletionBody(GenerationBody):
     prompt: NonEmpty | Texts | TokenIds | Prompts
     split_special_tokens: bool | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Integer | None = None
 
 
 class ChatUnsupported(Body, without_effect=True):
@@ -251,9 +254,9 @@ class ChatBody(GenerationBody, ChatFields, ChatUnsupported):
     function_call: Literal["auto", "none"] | NamedFunction | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
 
 
 class EmbeddingUnsupported(Body, without_effect=True):
@@ -266,7 +269,7 @@ class EmbeddingBody(ModelBody, TruncationFields, EmbeddingUnsupported):
     input: NonEmpty | Texts | TokenIds | Prompts
     pooling: Literal["mean", "last"] | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: Integer | None = None
     add_special_tokens: bool | None = None
     split_special_tokens: bool | None = None
 
@@ -304,11 +307,11 @@ class VllmLoadFields(Body, without_effect=True):
 
     base_model_name: str | None = None
     is_3d_lora_weight: Off = None
-    lora_int_id: int | None = None
+    lora_int_id: Integer | None = None
 
 
 class LoadLoraBody(VllmLoadFields):
-    lora_name: str
+    lora_name: AdapterName
     lora_path: str
     load_inplace: bool | None = None
     pinned: bool | None = None
@@ -319,14 +322,14 @@ class UnloadLoraBody(VllmLoadFields):
 
 
 class PinnedRoute(Body):
-    group: Annotated[int, Field(ge=0, lt=2**31)]
+    group: Annotated[int, Field(ge=0, lt=2**31), WHOLE]
     weights: Annotated[
         list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1, max_length=MAX_EXPERTS, fail_fast=True)
     ]
 
 
 class LoadAdapterBody(Body):
-    name: str
+    name: AdapterName
     path: str
     load_inplace: bool | None = None
     pinned: PinnedRoute | None = None
@@ -338,7 +341,7 @@ class RollbackBody(Body):
 
 
 class AliasBody(Body):
-    name: str
+    name: AdapterName
     targets: Targets
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tucka_runtime.server.api.values import Body, EmptyList, NonEmpty
+from tucka_runtime.server.api.values import Body, EmptyList, Integer, NonEmpty
 
 MAX_TOOLS = 128
 
@@ -66,7 +66,7 @@ class CalledFunction(Body):
 class ToolCall(Body):
     id: str | None = None
     type: Literal["function"] | None = None
-    index: int | None = None
+    index: Integer | None = None
     function: CalledFunction
 
 

@@ -1,7 +1,9 @@
-"""GET /v1/models and /v1/models/{id}: the base model, its aliases and its adapters as cards."""
+"""GET /v1/models and /v1/models/{id}: the base model, its aliases and its adapters as cards. Anthropic's clients ask at
+the same path, with their `anthropic-version`, for cards of another shape."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +13,7 @@ from tucka_runtime.server.http.answers import JSONAnswer, encode_json
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
+Card = dict[str, Any]
 AT_ONCE = 64  # cards written before others get on: some 2 ms
 
 
@@ -20,16 +23,29 @@ async def list_models(request: Request) -> Response:
     first = [base_card(service)] if sees(service.model_name) else []
     first += [alias_card(service, alias.name) for alias in service.adapters.aliases if sees(alias.name)]
     models = [model for adapter in service.adapters.all() for model in adapter.members if sees(model.model)]
-    return await listed(service, models, first)
+    if not _for_anthropic(request):
+        return await listed(service, models, first)
+    names = [card["id"] for card in first] + [adapter.model for adapter in models] or [None]
+    after = encode_json({"has_more": False, "first_id": names[0], "last_id": names[-1]})
+    cards = await _encoded(service, models, first, _anthropic_card)
+    return Response(b'{"data":' + cards + b"," + after[1:], media_type="application/json")
 
 
-async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[dict[str, Any]] = ()) -> Response:
-    """The list of `first` and the adapters' cards. Thousands are written bit by bit, between which others get on."""
-    cards = [encode_json(card) for card in first]
+async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[Card] = ()) -> Response:
+    """The list of `first` and the adapters' cards."""
+    cards = await _encoded(service, adapters, first, lambda card: card)
+    return Response(b'{"object":"list","data":' + cards + b"}", media_type="application/json")
+
+
+async def _encoded(
+    service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[Card], shape: Callable[[Card], Card]
+) -> bytes:
+    """Thousands of cards are written bit by bit, between which others get on."""
+    cards = [encode_json(shape(card)) for card in first]
     for begin in range(0, len(adapters), AT_ONCE):
-        cards += [encode_json(adapter_card(service, adapter)) for adapter in adapters[begin : begin + AT_ONCE]]
+        cards += [encode_json(shape(adapter_card(service, one))) for one in adapters[begin : begin + AT_ONCE]]
         await asyncio.sleep(0)
-    return Response(b'{"object":"list","data":[' + b",".join(cards) + b"]}", media_type="application/json")
+    return b"[" + b",".join(cards) + b"]"
 
 
 async def get_model(request: Request) -> Response:
@@ -38,13 +54,31 @@ async def get_model(request: Request) -> Response:
     if not name:  # /v1/models/, as some clients have it
         return await list_models(request)
     if name == service.model_name and sees(name):
-        return JSONAnswer(base_card(service))
-    if name in service.adapters.aliases and sees(name):
-        return JSONAnswer(alias_card(service, name))
-    return JSONAnswer(adapter_card(service, service.adapters.card(name, sees)))
+        card = base_card(service)
+    elif name in service.adapters.aliases and sees(name):
+        card = alias_card(service, name)
+    else:
+        card = adapter_card(service, service.adapters.card(name, sees))
+    return JSONAnswer(_anthropic_card(card) if _for_anthropic(request) else card)
 
 
-def base_card(service: Service) -> dict[str, Any]:
+def _for_anthropic(request: Request) -> bool:
+    return "anthropic-version" in request.headers
+
+
+def _anthropic_card(card: Card) -> Card:
+    return {
+        "type": "model",
+        "id": card["id"],
+        "display_name": card["id"],
+        "created_at": datetime.fromtimestamp(card["created"], UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": card["max_model_len"],
+        "max_tokens": card["max_model_len"],
+    }
+
+
+def base_card(service: Service) -> Card:
     return {
         "id": service.model_name,
         "object": "model",
@@ -56,12 +90,12 @@ def base_card(service: Service) -> dict[str, Any]:
     }
 
 
-def alias_card(service: Service, name: str) -> dict[str, Any]:
+def alias_card(service: Service, name: str) -> Card:
     """What it stands for is shown to admins alone, by /v1/aliases."""
     return base_card(service) | {"id": name, "parent": service.model_name}
 
 
-def adapter_card(service: Service, adapter: LoadedAdapter) -> dict[str, Any]:
+def adapter_card(service: Service, adapter: LoadedAdapter) -> Card:
     """A card as OpenAI's; `parent` is the base, or a member's bank; `tucka` has what adapters alone have."""
     info = adapter.info
     return {

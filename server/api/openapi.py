@@ -1,4 +1,4 @@
-"""/openapi.json and /docs, made by FastAPI from the bodies' models.
+"""/openapi.json, made by FastAPI from the bodies' models.
 
 FastAPI describes the routes and does not serve them: its own handling of a body is lax (duplicate keys, NaN), and costs
 0.2 ms a request.
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from inspect import Parameter, Signature
 from typing import Any, Literal
 
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -18,7 +17,7 @@ from starlette.responses import Response
 
 from tucka_runtime import __version__
 from tucka_runtime.adapters.files import FILE_LIMITS
-from tucka_runtime.server.api import anthropic_bodies, bodies, console
+from tucka_runtime.server.api import anthropic_bodies, bodies, console, docs
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.answers import JSONAnswer
@@ -59,6 +58,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics"), ("text/plain",)),
     "/": ("application/json", "text/html"),
     "/docs": ("text/html",),
+    docs.FOLDER + "{name}": ("text/html", "text/css", "text/javascript"),
     console.FOLDER + "{name}": ("text/html", "text/css", "text/javascript", "image/svg+xml"),
 }
 """What is answered by other paths than those that have JSON alone."""
@@ -105,10 +105,6 @@ def document(routes: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 async def openapi(request: Request) -> Response:
     return JSONAnswer(request.app.state.openapi)
-
-
-async def docs(request: Request) -> Response:
-    return get_swagger_ui_html(openapi_url="/openapi.json", title="TuckA runtime")
 
 
 def _described(method: str, path: str) -> APIRoute:

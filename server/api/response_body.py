@@ -14,7 +14,7 @@ from tucka_runtime.server.api.bodies import (
     WithoutEffect,
 )
 from tucka_runtime.server.api.conversation import MAX_TOOLS, FunctionBody, RefusalPart, RenderingFields, SkippedTool
-from tucka_runtime.server.api.values import Body, NonEmpty, Nothing, Off, On
+from tucka_runtime.server.api.values import WHOLE, Body, Integer, NonEmpty, Nothing, Off, On
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -161,7 +161,7 @@ class ResponseWithoutEffect(Body, without_effect=True):
     calls of such to be counted."""
 
     reasoning: dict[str, Any] | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Integer | None = None
     prompt_cache_options: dict[str, Any] | None = None
     stream_options: ResponseStreamOptions | None = None
 
@@ -177,8 +177,8 @@ class ResponseUnsupported(Body, without_effect=True):
     truncation: Literal["disabled"] | None = None
     context_management: Nothing = None
     moderation: None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     max_tokens: None = None
     max_completion_tokens: None = None
     response_format: None = None
@@ -202,7 +202,7 @@ class ResponseBody(
 
     input: NonEmpty | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Integer | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Literal["auto", "none", "required"]
@@ -229,5 +229,5 @@ class ResponseBody(
         ]
         | None
     ) = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     metadata: dict[str, Any] | None = None

@@ -85,7 +85,7 @@ def ended(words: list[str], folder: Path, timeout: int, path: Path) -> Ended:
 
 def install(client: Client, folder: Path) -> str | None:
     """Makes the client's folder unless it is there as the table has it. Returns why that cannot be done, if so."""
-    wanted, done = json.dumps(client.steps), folder / "installed.json"
+    wanted, done = json.dumps([*client.steps, *client.unwanted]), folder / "installed.json"
     if done.exists() and done.read_text() == wanted:
         return None
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,8 +94,13 @@ def install(client: Client, folder: Path) -> str | None:
         commands = [["npm", "install", "--no-audit", "--no-fund", "--prefix", ".", *step] for step in client.steps]
     else:
         python = str(folder / "bin" / "python")
-        commands = [[sys.executable, "-m", "venv", "."]]
-        commands += [[python, "-m", "pip", "install", "-q", *step] for step in client.steps]
+        pip = [python, "-m", "pip"]
+        installing = (
+            [python, "-m", "uv", "pip", "install", "-q", "--python", python] if client.uv else [*pip, "install", "-q"]
+        )
+        commands = [[sys.executable, "-m", "venv", "."], *([[*pip, "install", "-q", "uv"]] if client.uv else [])]
+        commands += [[*installing, *step] for step in client.steps]
+        commands += [[*pip, "uninstall", "-q", "-y", *client.unwanted]] if client.unwanted else []
     for command in commands:
         if shutil.which(command[0]) is None:
             return f"there is no {command[0]}"

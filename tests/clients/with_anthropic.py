@@ -12,6 +12,13 @@ def asked(model: str, prompt: str) -> dict[str, object]:
     return {"model": model, "messages": messages, "max_tokens": 300, "extra_body": {"temperature": 0}}
 
 
+@check("models")
+def _() -> None:
+    listed = list(client.models.list())
+    assert {"base", "formats", "words"} <= {model.id for model in listed}
+    same(client.models.retrieve("words"), next(model for model in listed if model.id == "words"))
+
+
 @check("messages, base and adapters")
 def _() -> None:
     answers(lambda *of: client.messages.create(**asked(*of)).content[0].text)

@@ -388,3 +388,17 @@ def test_every_field_reaches_the_engine_or_the_answer() -> None:
     text = "".join(map(inspect.getsource, modules))
     for name in MessagesBody.model_fields.keys() - MessagesBody.ignored:
         assert f"body.{name}" in text, name
+
+
+def test_models_as_its_client_reads_them(server: Server) -> None:
+    """Of OpenAI's clients, which do not send `anthropic-version`, nothing changes."""
+    asking = client(server)
+    listed = asking.models.list()
+    (base,) = listed
+    assert base == asking.models.retrieve("base") and listed.first_id == listed.last_id == base.id == "base"
+    created = server.get("/v1/models/base").json()["created"]
+    assert base.display_name == "base" and base.created_at.timestamp() == created
+    shown = {"type": "model", "lifecycle": "active", "max_input_tokens": 2048, "max_tokens": 2048}
+    assert shown.items() <= base.to_dict().items()
+    with pytest.raises(anthropic.NotFoundError):
+        asking.models.retrieve("nothing")

@@ -116,9 +116,9 @@ def test_row_1_malformed_bodies(live: Server, path: str, content: bytes) -> None
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", True), ("n", "3"), ("n", 3.0), ("n", 0), ("n", []), ("temperature", "1"), ("temperature", True),
+        ("n", True), ("n", "3"), ("n", 3.5), ("n", 0), ("n", []), ("temperature", "1"), ("temperature", True),
         ("temperature", -1), ("temperature", 1e300), ("top_p", -0.1), ("top_p", 1.1), ("top_k", 1.5), ("min_p", 2),
-        ("max_tokens", "4"), ("max_tokens", True), ("max_tokens", 4.0), ("stream", "true"), ("stream", 1),
+        ("max_tokens", "4"), ("max_tokens", True), ("max_tokens", 4.5), ("stream", "true"), ("stream", 1),
         ("echo", 1), ("seed", "a"), ("seed", 2**63), ("presence_penalty", 3), ("frequency_penalty", -3),
         ("repetition_penalty", 0), ("ignore_eos", 0), ("min_tokens", -1), ("min_tokens", 5),
         ("stop_token_ids", ["1"]), ("stop_token_ids", [True]), ("stop_token_ids", {"a": 1}),
@@ -360,7 +360,7 @@ def test_row_13_says_how_long_the_prompt_is(live: Server) -> None:
         assert error["param"] == "messages" and "256" in error["message"]
 
 
-@pytest.mark.parametrize("logprobs", [-1, 21, 2**62, True, "5", 1.0])
+@pytest.mark.parametrize("logprobs", [-1, 21, 2**62, True, "5", 1.5])
 def test_row_14_logprobs(live: Server, logprobs: object) -> None:
     check(live.post("/v1/completions", body(logprobs=logprobs)), 400)
     check(live.post("/v1/completions", body(logprobs=logprobs, echo=True)), 400)

@@ -138,7 +138,8 @@ def test_a_thought_a_text_and_two_calls(start_fake: StartFake) -> None:
     assert (whole["instructions"], whole["tool_choice"], whole["tools"][0]) == ("Be short.", "auto", TOOLS[0])
     used = server.post("/v1/responses", ASK | {"tools": TOOLS}).json()["usage"]
     assert used["input_tokens"] == len(server.engine.requests[-1].prompts[0])
-    assert used["input_tokens_details"] == {"cached_tokens": 0} and used["output_tokens"] == len(SAID)
+    assert used["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
+    assert used["output_tokens"] == len(SAID)
     assert used["total_tokens"] == used["input_tokens"] + len(SAID)
     assert used["output_tokens_details"] == {"reasoning_tokens": SAID.index("</think>") + len("</think>")}
     with client(server).responses.stream(**ASK, tools=TOOLS) as stream:

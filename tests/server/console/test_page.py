@@ -1,4 +1,4 @@
-"""The console in a real Chromium, against a real server and a fake one."""
+"""The console, and the API's description, in a real Chromium, against a real server and a fake one."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ def chromium() -> Iterator[Any]:
 class Visit:
     """A page, and what its browser complained of: `errors` but for HTTP statuses, which it tells as errors too."""
 
-    def __init__(self, chromium: Any, server: Server, **settings: Any):
+    def __init__(self, chromium: Any, server: Server, path: str = "/", **settings: Any):
         self.server = server
         self.context = chromium.new_context(**settings)
         self.page = self.context.new_page()
@@ -44,7 +44,7 @@ class Visit:
         self.page.on("request", lambda request: self.urls.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._heard)
-        self.page.goto(server.url + "/")
+        self.page.goto(server.url + path)
 
     def _heard(self, message: Any) -> None:
         if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
@@ -68,8 +68,8 @@ class Visit:
 def visit(chromium: Any) -> Iterator[Any]:
     visits: list[Visit] = []
 
-    def go(server: Server, **settings: Any) -> Visit:
-        visits.append(Visit(chromium, server, **settings))
+    def go(server: Server, path: str = "/", **settings: Any) -> Visit:
+        visits.append(Visit(chromium, server, path, **settings))
         return visits[-1]
 
     yield go
@@ -246,3 +246,13 @@ def test_it_fits_and_can_be_used_in_light_and_dark(start_fake: Any, visit: Any, 
         outline = seen.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid", "what has the focus shows it"
     assert len(paper) == 2
+
+
+def test_the_description_is_shown_by_this_server_alone(live: Server, visit: Any) -> None:
+    """That nothing else is asked, and nothing complained of, is looked at as the visit ends."""
+    page = visit(live, "/docs").page
+    page.click("#operations-default-post_v1_completions button.opblock-summary-control")
+    page.click("button.try-out__btn")
+    page.fill("textarea.body-param__text", '{"model": "llama-tiny", "prompt": "hi", "max_tokens": 2}')
+    page.click("button.execute")
+    page.wait_for_selector(".live-responses-table >> text=text_completion")

@@ -1,0 +1,23 @@
+"""What schemathesis is to check besides. It imports this in its own process, by SCHEMATHESIS_HOOKS."""
+
+import json
+from typing import Any
+
+import schemathesis
+
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.openapi import BODIES
+from tucka_runtime.server.api.reading import parse
+
+
+@schemathesis.check
+def valid_bodies_fit_their_models(ctx: Any, response: Any, case: Any) -> None:
+    """Where a body is refused that is as the description says, it was not by its typed model, of which that is made:
+    what is refused beyond is known to this server alone."""
+    kind = BODIES.get(case.path)
+    if kind is None or response.status_code != 400 or case.meta is None or not case.meta.generation.mode.is_positive:
+        return
+    try:
+        parse(kind, json.loads(json.dumps(case.body)))
+    except InvalidRequestError as error:
+        raise AssertionError(f"A body as it is described is refused: {error.message}") from None
