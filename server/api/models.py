@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.bodies import ListQuery
+from tucka_runtime.server.api.reading import accept, query_of
 from tucka_runtime.server.http.answers import JSONAnswer, encode_json
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
@@ -20,16 +24,31 @@ async def list_models(request: Request) -> Response:
     first = [base_card(service)] if sees(service.model_name) else []
     first += [alias_card(service, alias.name) for alias in service.adapters.aliases if sees(alias.name)]
     models = [model for adapter in service.adapters.all() for model in adapter.members if sees(model.model)]
-    return await listed(service, models, first)
+    return await listed(request, models, first)
 
 
-async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[dict[str, Any]] = ()) -> Response:
-    """The list of `first` and the adapters' cards. Thousands are written bit by bit, between which others get on."""
-    cards = [encode_json(card) for card in first]
-    for begin in range(0, len(adapters), AT_ONCE):
-        cards += [encode_json(adapter_card(service, adapter)) for adapter in adapters[begin : begin + AT_ONCE]]
+async def listed(request: Request, adapters: Sequence[LoadedAdapter], first: Sequence[dict[str, Any]] = ()) -> Response:
+    """The list of `first` and the adapters' cards, or the page of it that the query asks for. Thousands are written bit
+    by bit, between which others get on."""
+    service: Service = request.app.state.service
+    asked = accept(request, ListQuery, query_of(request))
+    begin = 0
+    if asked.after is not None:
+        ids = chain((card["id"] for card in first), (adapter.model for adapter in adapters))
+        begin = next((i for i, own in enumerate(ids, 1) if own == asked.after), 0)
+        if not begin:
+            raise InvalidRequestError(
+                "`after` is no `id` of this list, or not any more. Begin with the first page again.", "after"
+            )
+    total = len(first) + len(adapters)
+    end = total if asked.limit is None else min(begin + asked.limit, total)
+    cards = [encode_json(card) for card in first[begin:end]]
+    for at in range(max(begin - len(first), 0), end - len(first), AT_ONCE):
+        some = adapters[at : min(at + AT_ONCE, end - len(first))]
+        cards += [encode_json(adapter_card(service, adapter)) for adapter in some]
         await asyncio.sleep(0)
-    return Response(b'{"object":"list","data":[' + b",".join(cards) + b"]}", media_type="application/json")
+    more = b"" if asked.limit is None else b',"has_more":%s' % (b"true" if end < total else b"false")
+    return Response(b'{"object":"list","data":[' + b",".join(cards) + b"]" + more + b"}", media_type="application/json")
 
 
 async def get_model(request: Request) -> Response:
