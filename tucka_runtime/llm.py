@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tucka_runtime.bases import find_base
 from tucka_runtime.config import EngineConfig
@@ -158,8 +158,7 @@ class LLM:
         progress: bool,
     ) -> list[RequestOutput]:
         count = len(prompts)
-        one = adapter is None or isinstance(adapter, str) or is_weighted(adapter)
-        chosen = self._named.choose([adapter] * count if one else _each(list(adapter or ()), count, "adapter"))
+        chosen = self._named.choose(_choices(adapter, count))
         params = _each(sampling or SamplingParams(), count, "sampling")
         made = [
             self._request(ids, own, parts, route, n) for ids, own, parts in zip(prompts, params, chosen, strict=True)
@@ -231,6 +230,12 @@ class _Running:
 
 def _is_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
     return bool(prompts) and isinstance(prompts[0], int)
+
+
+def _choices(adapter: Adapters | Sequence[Adapters], count: int) -> list[Adapters]:
+    if adapter is None or isinstance(adapter, str) or is_weighted(adapter):
+        return [adapter] * count
+    return _each(cast(list[Adapters], list(adapter)), count, "adapter")
 
 
 def _each(value: T | Sequence[T], count: int, name: str) -> list[T]:
