@@ -39,6 +39,7 @@ log = logging.getLogger("tucka_runtime.server")
 
 T = TypeVar("T")
 
+NAMES_LOGGED = 20  # when the server starts
 STOP_ENGINE_SECONDS = 5
 LAST_WORDS_SECONDS = 2  # for writing what requests end with when the engine was stopped under them
 
@@ -306,7 +307,8 @@ def _greet(service: Service, listener: socket.socket) -> None:
         info.kv_cache_tokens,
         info.kv_cache_dtype,
     )
-    log.info("adapters: %s", ", ".join(names) or "none")
+    others = f" and {len(names) - NAMES_LOGGED} others" if len(names) > NAMES_LOGGED else ""
+    log.info("adapters: %s%s", ", ".join(names[:NAMES_LOGGED]) or "none", others)
     if service.tokenizer is None:
         log.warning("the model's folder has no tokenizer: only prompts of token ids can be served")
     if service.keys.open and service.config.insecure:

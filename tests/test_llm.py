@@ -55,6 +55,39 @@ def test_prompts_of_all_adapters_at_once_are_as_alone(llm: LLM) -> None:
             assert (own.route is None) == (name in (None, "plain", "pinned"))
 
 
+def test_several_adapters_with_weights(llm: LLM, tmp_path: Path) -> None:
+    """One list for all prompts, or one each; alone with the weight 1 an adapter is itself, with 0 the base."""
+    mix = [{"name": "routed", "weight": 0.7}, {"name": "plain", "weight": 3.0}, {"name": "pinned", "weight": -0.5}]
+    before, ids = len(llm.engine.adapters.loaded), prompt(9)
+
+    def tokens(*adapters: Any) -> list[list[int]]:
+        outputs = llm.generate([ids] * len(adapters), SHORT, adapter=list(adapters), route="request")
+        return [output.outputs[0].token_ids for output in outputs]
+
+    mixed, plain, base, swapped, one, nothing = tokens(
+        mix, "plain", None, mix[::-1], [{"name": "plain"}], [{"name": "plain", "weight": 0}]
+    )
+    assert mixed == swapped and one == plain and nothing == base
+    assert len({tuple(mixed), tuple(plain), tuple(base)}) == 3
+    for output in llm.generate([ids, ids], SHORT, adapter=mix, route="request"):
+        assert output.outputs[0].token_ids == mixed
+        assert output.outputs[0].route is not None, "its router decides"
+    assert len(llm.engine.adapters.loaded) == before + 1, "only what the last call asked for"
+    for wrong in ([{"name": "plain"}, {"weight": 1}], [{"name": "plain", "weight": "1"}], [{"name": "plain", "x": 1}]):
+        with pytest.raises(InvalidRequestError, match="`weight`"):
+            llm.generate(ids, SHORT, adapter=wrong)
+    with pytest.raises(ModelNotFoundError):
+        llm.generate(ids, SHORT, adapter=[{"name": "plain"}, {"name": "unknown"}])
+    llm.load_adapter("passing", save_lora(tmp_path / "a", llm.engine.layout, seed=5))
+    save_lora(tmp_path / "a", llm.engine.layout, seed=6)
+    with pytest.raises(InvalidRequestError, match="Load it again"):
+        llm.generate(ids, SHORT, adapter=[{"name": "plain"}, {"name": "passing"}])
+    llm.load_adapter("passing", tmp_path / "a")
+    llm.generate(ids, SHORT, adapter=[{"name": "plain"}, {"name": "passing"}])
+    llm.unload_adapter("passing")
+    assert len(llm.engine.adapters.loaded) == before, "a combination goes with the first of its adapters"
+
+
 def test_one_sampling_each(llm: LLM) -> None:
     params = [SHORT, replace(SHORT, max_tokens=2, logprobs=3, prompt_logprobs=1)]
     first, second = llm.generate([prompt(4), prompt(5)], params)

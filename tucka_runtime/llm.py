@@ -5,6 +5,8 @@ from tucka_runtime import LLM, SamplingParams
 llm = LLM("/models/llama", adapters={"law": "/adapters/law"})
 for output in llm.generate(["Once", "Whereas"], adapter=[None, "law"], sampling=SamplingParams(max_tokens=32)):
     print(output.outputs[0].text)
+
+Several adapters at once are a list as requests have it: `adapter=[{"name": "law", "weight": 0.7}, {"name": "tone"}]`.
 """
 
 import itertools
@@ -12,15 +14,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tucka_runtime.bases import find_base
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine import environment
-from tucka_runtime.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from tucka_runtime.errors import ContextLengthError, InvalidRequestError
+from tucka_runtime.llm_adapters import Adapters, OfflineAdapters, Parts, is_weighted
 from tucka_runtime.messages import (
     AdapterInfo,
-    AdapterKey,
     FinishReason,
     Request,
     Route,
@@ -84,39 +86,41 @@ class LLM:
         folder, _ = find_base(model, settings.get("dtype", "auto"), say=log.info)
         self.engine = Engine(EngineConfig(**{"model": str(folder), "decode_stretch": 0, **settings}))
         self.tokenizer = Tokenizer.load(folder)
-        self.adapters: dict[str, AdapterInfo] = {}
+        self._named = OfflineAdapters(self.engine)
         self._numbers = itertools.count()
-        self._generations = itertools.count(1)
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
 
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """What is loaded, by name."""
+        return self._named.infos
+
     def load_adapter(self, name: str, path: str | Path, pinned: Route | None = None) -> AdapterInfo:
         """Makes a name stand for the adapter in a folder, instead of what it stood for. Raises AdapterError."""
-        info = self.engine.load_adapter(AdapterKey(name, next(self._generations)), Path(path), pinned)
-        self.unload_adapter(name)
-        self.adapters[name] = info
-        return info
+        return self._named.load(name, Path(path), pinned)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets a name. An unknown one is nothing to do."""
-        if (old := self.adapters.pop(name, None)) is not None:
-            self.engine.unload_adapter(old.key)
+        self._named.unload(name)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Adapters | Sequence[Adapters] = None,
         route: RouteScope | str | None = None,
         n: int = 1,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continues prompts, texts or token ids, all at once; the outputs come in their order.
 
-        `sampling` and `adapter` (a name, `bank/member`, None for the base) are one for all, or one each. `route` is the
-        route scope: by default what the adapter was trained for, else "batch". `progress` shows on stderr how many are
-        done, and tokens per second. Raises InvalidRequestError for a prompt that cannot be read or does not fit,
-        ModelNotFoundError for an unknown adapter."""
+        `sampling` and `adapter` (a name, `bank/member`, None for the base, or several with weights, as
+        `[{"name": "law", "weight": 0.7}, {"name": "tone", "weight": 0.3}]`) are one for all, or one each. Such a list
+        takes a slot while calls ask for it. `route` is the route scope: by default what the adapter was trained for,
+        else "batch". `progress` shows on stderr how many are done, and tokens per second. Raises InvalidRequestError
+        for a prompt that cannot be read or does not fit, or adapters that cannot be combined, ModelNotFoundError for an
+        unknown adapter."""
         listed: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         ids = [self._ids(prompt, True) for prompt in listed]
         return self._run(ids, sampling, adapter, route, n, progress)
@@ -125,7 +129,7 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Adapters | Sequence[Adapters] = None,
         route: RouteScope | str | None = None,
         n: int = 1,
         progress: bool = False,
@@ -148,15 +152,17 @@ class LLM:
         self,
         prompts: Sequence[tuple[int, ...]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
-        adapter: str | Sequence[str | None] | None,
+        adapter: Adapters | Sequence[Adapters],
         route: RouteScope | str | None,
         n: int,
         progress: bool,
     ) -> list[RequestOutput]:
         count = len(prompts)
-        names = _each(adapter if adapter is None or isinstance(adapter, str) else list(adapter), count, "adapter")
+        chosen = self._named.choose(_choices(adapter, count))
         params = _each(sampling or SamplingParams(), count, "sampling")
-        made = [self._request(ids, own, name, route, n) for ids, own, name in zip(prompts, params, names, strict=True)]
+        made = [
+            self._request(ids, own, parts, route, n) for ids, own, parts in zip(prompts, params, chosen, strict=True)
+        ]
         running = {request.id: _Running(request, self.tokenizer) for request in made}
         for request in made:
             self.engine.add(request)
@@ -174,9 +180,9 @@ class LLM:
         return [running[request.id].output for request in made]
 
     def _request(
-        self, ids: tuple[int, ...], sampling: SamplingParams, name: str | None, route: RouteScope | str | None, n: int
+        self, ids: tuple[int, ...], sampling: SamplingParams, parts: Parts, route: RouteScope | str | None, n: int
     ) -> Request:
-        info, member = self._find(name) if name is not None else (None, None)
+        key, member = self._named.served(parts)
         limit = self.engine.info.max_model_len
         if len(ids) >= limit:
             raise ContextLengthError.too_long(limit, f"{len(ids)} tokens and no room for an answer", "prompt")
@@ -186,22 +192,10 @@ class LLM:
             prompts=(ids,),
             sampling=replace(stopping(sampling, self.tokenizer), max_tokens=most),
             n=n,
-            adapter=info.key if info else None,
+            adapter=key,
             member=member,
-            route_scope=RouteScope(route or (info.scope if info else None) or RouteScope.BATCH),
+            route_scope=RouteScope(route or self._named.scope(parts) or RouteScope.BATCH),
         )
-
-    def _find(self, name: str) -> tuple[AdapterInfo, int | None]:
-        """The adapter of a name, or the bank and which of its members is `bank/member`."""
-        bank, _, own = name.rpartition("/")
-        if name in self.adapters and not self.adapters[name].members:
-            return self.adapters[name], None
-        if bank in self.adapters and own in self.adapters[bank].members:
-            return self.adapters[bank], self.adapters[bank].members.index(own)
-        if name in self.adapters:
-            raise ModelNotFoundError("That is a bank of adapters: name one of them, as `bank/member`.", "adapter")
-        known = ", ".join(self.adapters) or "none is loaded"
-        raise ModelNotFoundError(f"No adapter of that name; there are: {known}.", "adapter")
 
 
 class _Running:
@@ -236,6 +230,12 @@ class _Running:
 
 def _is_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
     return bool(prompts) and isinstance(prompts[0], int)
+
+
+def _choices(adapter: Adapters | Sequence[Adapters], count: int) -> list[Adapters]:
+    if adapter is None or isinstance(adapter, str) or is_weighted(adapter):
+        return [adapter] * count
+    return _each(cast(list[Adapters], list(adapter)), count, "adapter")
 
 
 def _each(value: T | Sequence[T], count: int, name: str) -> list[T]:

@@ -12,7 +12,7 @@ from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, RollbackBody, UnloadLoraBody, UploadQuery
 from tucka_runtime.server.api.models import adapter_card, listed
-from tucka_runtime.server.api.reading import accept, read_body
+from tucka_runtime.server.api.reading import accept, query_of, read_body
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.body import pieces
 from tucka_runtime.server.http.multipart import boundary_of
@@ -23,7 +23,7 @@ from tucka_runtime.server.service.service import Service
 
 async def list_adapters(request: Request) -> Response:
     service: Service = request.app.state.service
-    return await listed(service, service.adapters.all(request.state.access.sees))
+    return await listed(request, service.adapters.all(request.state.access.sees))
 
 
 async def get_adapter(request: Request) -> Response:
@@ -49,7 +49,7 @@ async def post_adapter(request: Request) -> Response:
 async def put_adapter(request: Request) -> Response:
     """The same for an adapter in the body: its files as multipart/form-data, else a .tar or .tar.gz of them."""
     service: Service = request.app.state.service
-    asked = accept(request, UploadQuery, _query(request))
+    asked = accept(request, UploadQuery, query_of(request))
     name, boundary = request.path_params["name"], boundary_of(request.headers.get("content-type", ""))
     note("load", name)
     with _params(name="name"):
@@ -121,15 +121,6 @@ async def _load(
     request.state.access.check_name(name)
     source = service.adapters.sources.found(path)
     return await service.adapters.load_from(name, source, inplace, pinned, keep_resident=keep_resident)
-
-
-def _query(request: Request) -> dict[str, bool | str]:
-    """The query as a body would say it. Raises InvalidRequestError."""
-    pairs = request.query_params.multi_items()
-    query = {key: {"true": True, "false": False}.get(value, value) for key, value in pairs}
-    if len(query) != len(pairs):
-        raise InvalidRequestError("The query names the same parameter twice. Send every one once.")
-    return query
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from tucka_runtime.server.api.values import (
     MAX_ADAPTERS,
     MAX_CHOICES,
     MAX_EXPERTS,
+    MAX_PAGE,
     MAX_STOP_CHARS,
     WHOLE,
     AdapterName,
@@ -343,6 +344,13 @@ class RollbackBody(Body):
 class AliasBody(Body):
     name: AdapterName
     targets: Targets
+
+
+class ListQuery(Body):
+    """What the query of a list may say: no more than so many cards, beginning behind the one with that `id`."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = None
+    after: NonEmpty | None = None
 
 
 class UploadQuery(Body):

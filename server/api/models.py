@@ -4,11 +4,15 @@ the same path, with their `anthropic-version`, for cards of another shape."""
 import asyncio
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tucka_runtime.errors import InvalidRequestError
+from tucka_runtime.server.api.bodies import ListQuery
+from tucka_runtime.server.api.reading import accept, query_of
 from tucka_runtime.server.http.answers import JSONAnswer, encode_json
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
@@ -24,28 +28,42 @@ async def list_models(request: Request) -> Response:
     first += [alias_card(service, alias.name) for alias in service.adapters.aliases if sees(alias.name)]
     models = [model for adapter in service.adapters.all() for model in adapter.members if sees(model.model)]
     if not _for_anthropic(request):
-        return await listed(service, models, first)
+        return await listed(request, models, first)
     names = [card["id"] for card in first] + [adapter.model for adapter in models] or [None]
     after = encode_json({"has_more": False, "first_id": names[0], "last_id": names[-1]})
-    cards = await _encoded(service, models, first, _anthropic_card)
-    return Response(b'{"data":' + cards + b"," + after[1:], media_type="application/json")
+    cards = await _encoded(service, [_anthropic_card(card) for card in first], models, _anthropic_card)
+    return Response(b'{"data":[' + cards + b"]," + after[1:], media_type="application/json")
 
 
-async def listed(service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[Card] = ()) -> Response:
-    """The list of `first` and the adapters' cards."""
-    cards = await _encoded(service, adapters, first, lambda card: card)
-    return Response(b'{"object":"list","data":' + cards + b"}", media_type="application/json")
+async def listed(request: Request, adapters: Sequence[LoadedAdapter], first: Sequence[Card] = ()) -> Response:
+    """The list of `first` and the adapters' cards, or the page of it that the query asks for."""
+    service: Service = request.app.state.service
+    asked = accept(request, ListQuery, query_of(request))
+    begin = 0
+    if asked.after is not None:
+        ids = chain((card["id"] for card in first), (adapter.model for adapter in adapters))
+        begin = next((i for i, own in enumerate(ids, 1) if own == asked.after), 0)
+        if not begin:
+            raise InvalidRequestError(
+                "`after` is no `id` of this list, or not any more. Begin with the first page again.", "after"
+            )
+    total = len(first) + len(adapters)
+    end = total if asked.limit is None else min(begin + asked.limit, total)
+    own = adapters[max(begin - len(first), 0) : max(end - len(first), 0)]
+    cards = await _encoded(service, first[begin:end], own, lambda card: card)
+    more = b"" if asked.limit is None else b',"has_more":%s' % (b"true" if end < total else b"false")
+    return Response(b'{"object":"list","data":[' + cards + b"]" + more + b"}", media_type="application/json")
 
 
 async def _encoded(
-    service: Service, adapters: Sequence[LoadedAdapter], first: Sequence[Card], shape: Callable[[Card], Card]
+    service: Service, first: Sequence[Card], adapters: Sequence[LoadedAdapter], shape: Callable[[Card], Card]
 ) -> bytes:
     """Thousands of cards are written bit by bit, between which others get on."""
-    cards = [encode_json(shape(card)) for card in first]
+    cards = [encode_json(card) for card in first]
     for begin in range(0, len(adapters), AT_ONCE):
         cards += [encode_json(shape(adapter_card(service, one))) for one in adapters[begin : begin + AT_ONCE]]
         await asyncio.sleep(0)
-    return b"[" + b",".join(cards) + b"]"
+    return b",".join(cards)
 
 
 async def get_model(request: Request) -> Response:

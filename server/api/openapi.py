@@ -42,6 +42,12 @@ BODIES: dict[str, type[Body]] = {
 }
 """Bodies by the path that they are posted to."""
 
+QUERIES: dict[tuple[str, str], type[Body]] = {
+    ("GET", "/v1/models"): bodies.ListQuery,
+    ("GET", "/v1/adapters"): bodies.ListQuery,
+    ("PUT", "/v1/adapters/{name:path}"): bodies.UploadQuery,
+}
+
 _FILE = {"type": "string", "format": "binary"}
 UPLOAD: dict[str, Any] = {
     "application/x-tar": {"schema": _FILE},
@@ -118,10 +124,10 @@ def _described(method: str, path: str) -> APIRoute:
     if method == "POST" and path in BODIES:
         parameters["body"] = BODIES[path]
     described = [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in parameters.items()]
-    if method == "PUT":
+    if (query := QUERIES.get((method, path))) is not None:
         described += [
             Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
-            for name, field in bodies.UploadQuery.model_fields.items()
+            for name, field in query.model_fields.items()
         ]
     endpoint.__signature__ = Signature(described)  # type: ignore[attr-defined]
     return APIRoute(

@@ -59,6 +59,21 @@ async def read_body(http: Request, kind: type[B]) -> B:
     return accept(http, kind, await read_json(http))
 
 
+def query_of(http: Request) -> dict[str, bool | int | str]:
+    """The query as a body would say it. Raises InvalidRequestError."""
+    pairs = http.query_params.multi_items()
+    query = {key: _value(text) for key, text in pairs}
+    if len(query) != len(pairs):
+        raise InvalidRequestError("The query names the same parameter twice. Send every one once.")
+    return query
+
+
+def _value(text: str) -> bool | int | str:
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return int(text)
+    return {"true": True, "false": False}.get(text, text)
+
+
 def accept(http: Request, kind: type[B], value: dict[str, Any]) -> B:
     """What a request says, as `kind`; notes for the answer which of it has no effect. Raises InvalidRequestError."""
     service: Service = http.app.state.service

@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from tucka_runtime.names import DESCRIBED_NAME, MAX_TARGETS, MAX_WEIGHT, VERSION_DIGITS
 
+MAX_PAGE = 1000  # cards of a list
 MAX_ADAPTERS = 8  # of a combination
 MAX_ADAPTER_WEIGHT = 100.0
 MAX_STOPS = 16

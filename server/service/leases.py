@@ -123,7 +123,11 @@ class Leases:
                 self.residency.forget(key)
                 then()
 
-    def retire(self, key: AdapterKey, then: Callable[[], None]) -> bool:
+    def held(self, key: AdapterKey) -> bool:
+        """Whether something uses it, or waits to."""
+        return key in self._in_use
+
+    def retire(self, key: AdapterKey, then: Callable[[], None] = lambda: None) -> bool:
         """Unloads a generation that no name stands for any more. If something uses it, only as soon as nothing does,
         and calls `then`; whether it is so."""
         if self._in_use[key] > 0:

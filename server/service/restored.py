@@ -54,7 +54,7 @@ class RestoredNames(Names):
         self._leases = Leases(self.residency)
         self._locks = NameLocks()
         self._generation = 0
-        self.combinations = Combinations(self._next_generation, lambda key: self._leases.retire(key, lambda: None))
+        self.combinations = Combinations(engine.config.adapter_slots, self._next_generation, self._leases)
         self.ready = False
 
     async def restore(self, base_fingerprint: str) -> None:

@@ -1,6 +1,7 @@
 """Names and copies survive crashes; paths and names that mean harm are refused."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -599,13 +600,16 @@ def check_after_crash(root: Path, said: list[str], base) -> None:
 
 
 def test_every_step_may_be_the_last(tmp_path, sources, base):
-    root = tmp_path / "state"
-    for count in range(0, 150, 5):
-        result = subprocess.run([sys.executable, CHILD, root, sources, str(count)], capture_output=True, text=True)
-        assert result.returncode == 9, result.stderr
-        check_after_crash(root, result.stdout.splitlines(), base)
-        if count % 3 == 0:  # else go on from what the crash left
-            (root / "registry.json").unlink(missing_ok=True)
+    """Each of the calls that touch the disk, from a registry's first to beyond the first removal of a name; then others
+    in what some of those crashes left."""
+    for counts in (range(270), range(0, 270, 10)):
+        command = [sys.executable, CHILD, tmp_path, sources, *map(str, counts)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        for count in counts:
+            check_after_crash(tmp_path / f"{count}", (tmp_path / f"{count}.said").read_text().splitlines(), base)
+    states = [json.loads(line) for line in (tmp_path / "269.said").read_text().splitlines() if line != "done"]
+    assert any("name" in before and "name" not in after for before, after in itertools.pairwise(states))
 
 
 def test_kill_9_at_any_moment(tmp_path, sources, base):

@@ -4,17 +4,20 @@ The embedded default with `--adapter-versions 3`, on its own port. A cycle loads
 alias at it and the version before, rolls it back, deletes the alias and unloads the name: six changes, between which
 the name, the version and the alias are asked for something. Streams of base and adapters run without end beside it.
 
-Right is that no change, request or stream fails; a p99 between two tokens of at most --ratio times that without cycles;
-the server's and the engine's memory at the end within --memory percent of what it was after the first cycles; and as
+Cycles and quiet take turns, so that what else the machine does in these minutes falls on both. Right is that no change,
+request or stream fails; a p99 between two tokens of at most --ratio times that without cycles; the server's and the
+engine's memory at the end within --memory percent of what it was after the first cycles; and as
 many open descriptors, and bytes in the state folder but the table of names and its log, as before.
 """
 
 import argparse
 import asyncio
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -31,7 +34,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two cycles (default: none)")
-    parser.add_argument("--quiet", type=float, default=20.0, help="seconds that streams are timed without cycles")
+    parser.add_argument("--turns", type=int, default=20, help="that the cycles are parted into (default: 20)")
+    parser.add_argument("--quiet", type=float, default=10.0, help="seconds before each turn (default: 10)")
     parser.add_argument("--ratio", type=float, default=1.25, help="p99 between tokens, with against without, at most")
     parser.add_argument("--memory", type=float, default=1.0, help="percent that memory may differ by")
     return parser.parse_args(given)
@@ -111,23 +115,31 @@ def disk(state: Path) -> int:
 
 async def trial(url: str, pid: int, state: Path, flags: argparse.Namespace) -> bool:
     """Prints what was measured. Returns whether all of it is right."""
+    quiet: list[list[float]] = []
+    busy: list[list[float]] = []
+    took, turns = 0.0, min(flags.turns, flags.cycles)
     async with httpx.AsyncClient(timeout=120) as client:
         streams, cycles = Streams(client, url, flags.streams), Cycles(client, url)
         await cycles.run(min(WARM_UP, flags.cycles), flags.pause)
-        quiet = await streams.during(lambda: asyncio.sleep(flags.quiet))
         before = memory(pid), await descriptors(pid), disk(state)
-        begin = time.monotonic()
-        busy = await streams.during(lambda: cycles.run(flags.cycles, flags.pause))
-        took = time.monotonic() - begin
+        for turn in range(turns):
+            count = flags.cycles * (turn + 1) // turns - flags.cycles * turn // turns
+            quiet.append(await streams.during(lambda: asyncio.sleep(flags.quiet)))
+            begin = time.monotonic()
+            busy.append(await streams.during(lambda count=count: cycles.run(count, flags.pause)))  # type: ignore[misc]
+            took += time.monotonic() - begin
         after = memory(pid), await descriptors(pid), disk(state)
         await streams.stop()
-    ratio, grown = p99(busy) / p99(quiet), 100 * (after[0] / before[0] - 1)
+    without, beside = list(chain(*quiet)), list(chain(*busy))
+    ratio, grown = p99(beside) / p99(without), 100 * (after[0] / before[0] - 1)
+    each = sorted(p99(own) / p99(other) for own, other in zip(busy, quiet, strict=True))
     print(
         f"{cycles.changes} changes and {cycles.asked} requests, none failed; {flags.cycles / took:.1f} cycles a second"
     )
-    print(f"between tokens, no cycles    {summary(quiet)}")
-    print(f"between tokens, with cycles  {summary(busy)}")
+    print(f"between tokens, no cycles    {summary(without)}")
+    print(f"between tokens, with cycles  {summary(beside)}")
     print(f"p99 between tokens           {ratio:.2f} times ({flags.ratio} are allowed)")
+    print(f"p99 of each turn             {each[0]:.2f} to {each[-1]:.2f} times, median {statistics.median(each):.2f}")
     print(f"memory                       {before[0]:.1f} MiB, then {after[0]:.1f}: {grown:+.2f}%")
     print(f"descriptors                  {before[1]}, then {after[1]}")
     print(f"copies on the disk           {before[2]} bytes, then {after[2]}", flush=True)

@@ -1,5 +1,6 @@
 """An HTTPS server of this machine for files, with a certificate that trustme makes, and faults on demand."""
 
+import hashlib
 import ssl
 import threading
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ import trustme
 
 
 class FileHost(ThreadingHTTPServer):
-    """`files` by path, each with an ETag; `asked` are the requests. `cut` ends an answer after so many bytes, once for
-    each file; `redirect` sends everybody elsewhere; `headers` are added to every answer; `token` is wanted."""
+    """`files` by path, each with its SHA-256 as ETag; `asked` are the requests. `cut` ends an answer after so many
+    bytes, once for each file; `redirect` sends everybody elsewhere; `headers` are added to what is answered of files
+    that are here and that are not; `token` is wanted."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -46,10 +48,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif host.token is not None and self.headers["Authorization"] != f"Bearer {host.token}":
             self._head(401, {})
         elif data is None:
-            self._head(404, {})
+            self._head(404, host.headers)
         else:
             start = int((self.headers["Range"] or "bytes=0-")[6:-1])
-            length = {"Content-Length": str(len(data) - start), "ETag": f'"{hash(data)}"'}
+            length = {"Content-Length": str(len(data) - start), "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
             self._head(206 if start else 200, length | host.headers)
             if self.command == "GET":
                 end = len(data)
@@ -71,11 +73,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def file_host(authority: trustme.CA) -> Iterator[FileHost]:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
+def file_host(authority: trustme.CA | None) -> Iterator[FileHost]:
+    """Without an authority it speaks plain HTTP."""
     with FileHost() as host:
-        host.socket = context.wrap_socket(host.socket, server_side=True)
+        if authority is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            authority.issue_cert("127.0.0.1").configure_cert(context)
+            host.socket = context.wrap_socket(host.socket, server_side=True)
         thread = threading.Thread(target=host.serve_forever, daemon=True)
         thread.start()
         yield host

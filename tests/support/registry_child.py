@@ -1,8 +1,9 @@
 """Changes a registry over and over and says what is done, until it is killed (test_registry.py).
 
-    registry_child.py ROOT SOURCES [CRASH_AT]
+    registry_child.py ROOT SOURCES [COUNT ...]
 
-SOURCES holds the adapters 0, 1, …. With CRASH_AT the process ends, as if killed, at that call that touches the disk.
+SOURCES holds the adapters 0, 1, …. For each COUNT a process of its own goes on in the registry ROOT/COUNT and ends, as
+if killed, at that call that touches the disk; what it says is in ROOT/COUNT.said.
 """
 
 import io
@@ -15,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tucka_runtime.adapters import blobs, files, journal, registry
+from tucka_runtime import durable
+from tucka_runtime.adapters import blobs, journal, registry
 from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.names import Alias
@@ -45,9 +47,10 @@ def crash_at(count: int) -> None:
             super().write(data[half:])
             return len(data)
 
-    for name in ("fsync", "replace", "rename", "mkdir", "open", "unlink", "rmdir"):
+    os.fsync = lambda descriptor: step()  # the machine goes on: what was written is there
+    for name in ("replace", "rename", "mkdir", "open", "unlink", "rmdir", "ftruncate"):
         setattr(os, name, counted(getattr(os, name)))
-    for module in (blobs, files, journal, registry):
+    for module in (blobs, durable, journal, registry):
         module.open = lambda path, mode, buffering=-1: TornFile(path, mode.replace("b", ""))  # type: ignore[attr-defined]
 
 
@@ -89,8 +92,20 @@ def run(registry: AdapterRegistry, sources: list[Path]) -> None:
                 change(registry, then, lambda name=name: registry.remove(name))  # type: ignore[misc]
 
 
+def crash_each(root: Path, sources: list[Path], counts: list[int]) -> None:
+    for count in counts:
+        if not (child := os.fork()):
+            os.dup2(os.open(root / f"{count}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            made = AdapterRegistry(root / str(count))
+            crash_at(count)
+            run(made, sources)
+        if (status := os.waitpid(child, 0)[1]) != 9 << 8:
+            sys.exit(f"the process of {count} ended with {status}")
+
+
 if __name__ == "__main__":
-    made = AdapterRegistry(Path(sys.argv[1]))
+    given = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir())
     if len(sys.argv) > 3:
-        crash_at(int(sys.argv[3]))
-    run(made, sorted(Path(sys.argv[2]).iterdir()))
+        crash_each(*given, [int(count) for count in sys.argv[3:]])
+    else:
+        run(AdapterRegistry(given[0]), given[1])

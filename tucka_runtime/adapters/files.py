@@ -48,6 +48,12 @@ def blob_name(digest: str, training: bytes | bytearray | None) -> str:
     return digest if training is None else f"{digest}-{hashlib.sha256(training).hexdigest()[:16]}"
 
 
+def blob_of(folder: Path, digest: str) -> str:
+    """The same of a folder whose config and weights have this digest. Raises InvalidAdapterError."""
+    with open_folder(folder) as folder_fd:
+        return blob_name(digest, read_training(folder_fd))
+
+
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
     """A descriptor of the adapter's folder. Raises InvalidAdapterError if it is none."""

@@ -19,8 +19,8 @@ def resolve_source(path: str, roots: Sequence[Path]) -> Path:
         raise InvalidAdapterError(f"the adapter's path must be 1 to {MAX_PATH} printable characters.")
     if _names_a_host(path):
         raise InvalidAdapterError(
-            "the adapter's path looks like a URL or a network address. Adapters are loaded from local folders only: "
-            "download it first."
+            "the adapter's path looks like a URL or a network address. Give a folder below an --adapter-root, or the "
+            "name of a source that the operator allowed (--adapter-source) and a folder in it, as `NAME:folder`."
         )
     if not roots:
         raise InvalidAdapterError(

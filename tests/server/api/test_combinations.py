@@ -1,6 +1,9 @@
 """Several adapters with weights in one request, at every door."""
 
 import json
+import socket
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tests.support.server_fixtures import StartFake
 from tests.support.servers import Server, series
 from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.models.weights import read_config
+from tucka_runtime.server.service.combinations import MAX_KNOWN
 
 BASE = "llama-tiny"
 ADAPTER = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
@@ -161,3 +165,44 @@ def test_a_key_has_to_see_every_adapter(start_fake: StartFake, tmp_path: Path) -
         assert answer.status_code == status, answer.text
         if status == 404:
             assert answer.json()["error"]["param"] == "adapters[1].name" and "lex" not in answer.text
+
+
+def test_row_54_a_flood_of_weights(start_fake: StartFake) -> None:
+    """As many combinations as there may be are in use: one of the same weights is answered, another is refused, until
+    one of them is over. What nobody uses makes room."""
+    server = start_fake()
+    assert server.engine is not None
+    for name in ("law", "tone"):
+        server.post("/v1/adapters", {"name": name, "path": ADAPTER, "pinned": PINNED}).raise_for_status()
+
+    def body(weight: float) -> dict[str, Any]:
+        adapters = [{"name": "law", "weight": weight}, {"name": "tone"}]
+        return {"model": "base", "prompt": [5], "max_tokens": 1, "adapters": adapters}
+
+    def combined() -> int:
+        return sum("+" in key.name for key in server.engine.loaded) if server.engine is not None else 0
+
+    for i in range(MAX_KNOWN + 6):
+        server.post("/v1/completions", body(i)).raise_for_status()
+    assert combined() == MAX_KNOWN
+    server.engine.seconds_per_token = 3600
+    with ExitStack() as clients:
+        begun, held = len(server.engine.requests), []
+        for i in range(MAX_KNOWN):
+            held.append(clients.enter_context(socket.create_connection(server.address, timeout=30)))
+            content = json.dumps(body(i + 0.5)).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            held[-1].sendall(head.encode() + content)
+        while len(server.engine.requests) < begun + MAX_KNOWN:
+            time.sleep(0.01)
+        server.engine.seconds_per_token = 0
+        refused = server.post("/v1/completions", body(99))
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (429, "overloaded", "adapters")
+        assert refused.headers["retry-after"] == "1" and combined() == MAX_KNOWN
+        server.post("/v1/completions", body(0.5)).raise_for_status()
+        server.post("/v1/completions", {"model": "law", "prompt": [5], "max_tokens": 1}).raise_for_status()
+        held.pop().close()
+        while server.post("/v1/completions", body(99)).status_code == 429:
+            time.sleep(0.01)
+        assert combined() == MAX_KNOWN

@@ -225,6 +225,30 @@ def test_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         fetch(HubReader(Source("h", "hf", "org/law")), "v2", tmp_path / "damaged")
 
 
+def test_the_hub_over_http(start_fake: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub itself, against a stand-in for the Hub: its route of a file, with the headers that it has."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with file_host(None) as host:
+        at = f"http://{host.address}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", at)
+        route = at + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", route)
+        host.headers = {"X-Repo-Commit": "c" * 40, "X-Error-Code": "EntryNotFound"}
+        files = {name: (ONE / name).read_bytes() for name in FILES}
+        host.files = {f"/org/law/resolve/v2/{name}": data for name, data in files.items()}
+        server = start_fake(adapter_root=(), adapter_source=("hub=hf:org",))
+        load(server, "hub:law@v2", 201)
+        kept = tmp_path / "state0" / "blobs" / server.get("/v1/adapters/a").json()["tucka"]["digest"]
+        assert all((kept / name).read_bytes() == data for name, data in files.items())
+        assert ("GET", "/org/law/resolve/v2/adapter_model.safetensors") in host.asked
+        load(server, "hub:tax@v2", 400, "invalid_adapter")
+        host.headers["X-Linked-Size"] = str(2**40)
+        assert "larger than" in load(server, "hub:law@v2", 400, "invalid_adapter")
+        host.headers = {"X-Repo-Commit": "d" * 40, "X-Linked-Etag": '"' + "0" * 64 + '"'}
+        assert "not what its source has" in load(server, "hub:law@v2", 503, "source_unavailable")
+    load(server, "hub:law@v4", 503, "source_unavailable")
+
+
 def test_a_folder(start_fake: Callable[..., Server], tmp_path: Path) -> None:
     shutil.copytree(ONE, tmp_path / "shared" / "law")
     (tmp_path / "shared" / "out").symlink_to(ONE)
