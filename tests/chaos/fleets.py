@@ -230,6 +230,8 @@ async def loaded(
         beside.result()  # raises what it did
     beside.cancel()
     await asyncio.wait((beside,))
+    if not beside.cancelled():
+        beside.result()
     counts = await asyncio.to_thread(lookups, fleet.urls)
     counts.subtract({key: count for key, count in before.items() if count <= counts.get(key, 0)})
     hits = sum(count for (_, tier), count in counts.items() if tier == "resident")

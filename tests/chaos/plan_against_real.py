@@ -108,7 +108,7 @@ def looked_up(urls: list[str]) -> tuple[float, float]:
 async def replay(urls: list[str], arrivals: Arrivals, policy: str, skip: int, seed: int, one_by_one: bool) -> Compared:
     """Sends every request at its time, or `one_by_one`, to the server that the policy chooses. Raises RuntimeError if
     one fails."""
-    router, rng = POLICIES[policy](len(urls), arrivals.names), random.Random(seed)
+    router, rng = POLICIES[policy](len(urls), arrivals.names), random.Random(f"{seed}/{policy}")
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(LoadClient(Settings(url=url, ignore_eos=True))) for url in urls]
         began = time.perf_counter()
@@ -143,7 +143,10 @@ async def replay(urls: list[str], arrivals: Arrivals, policy: str, skip: int, se
     waits = [Latency(record).ttft for record in records[skip:]]
     late = float(np.percentile([record.start - (record.planned or 0.0) for record in records], 99))
     timed = "one by one" if one_by_one else f"sent {1000 * late:.0f} ms late at p99"
-    print(f"{policy}: {timed}; load average {os.getloadavg()[0]:.1f}", flush=True)
+    gaps = [(record.end - record.events[0][0]) / (record.output_tokens - 1) for record in records[skip:]
+            if record.output_tokens and record.output_tokens > 1]  # fmt: skip
+    pace = f"a token every {1000 * float(np.median(gaps)):.2f} ms; " if gaps else ""
+    print(f"{policy}: {timed}; {pace}load average {os.getloadavg()[0]:.1f}", flush=True)
     tokens = sum(record.output_tokens or 0 for record in records)
     first = {p: float(np.percentile(waits, p)) for p in PERCENTILES}
     return Compared(hits / lookups, first, tokens / max(record.end for record in records))
@@ -211,8 +214,8 @@ def measured(urls: list[str]) -> Profile:
     profile = measure(urls, None, "python -m tests.chaos.plan_against_real", lambda what: None, ROWS)
     print(
         f"timed: a step {1000 * profile.one_adapter[0]:.2f} ms, {profile.crowded:.2f} times as long while both servers "
-        f"compute, {profile.step_beside:.2f} times beside a load; that takes {1000 * profile.load:.1f} ms, beside steps "
-        f"{1000 * profile.load_beside:.1f}",
+        f"compute, {profile.step_beside:.2f} times beside a load; that takes {1000 * profile.load:.1f} ms, and "
+        f"{1000 * profile.load_beside:.1f} beside steps",
         flush=True,
     )
     return profile
