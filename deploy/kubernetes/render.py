@@ -9,7 +9,7 @@ import helm_python
 
 HERE = Path(__file__).parent
 PLAIN = HERE / "plain"
-OPTIONAL = ("gateway", "monitoring")
+OPTIONAL = ("gateway", "monitoring", "network")
 """Parts that change no other's file."""
 
 

@@ -104,7 +104,7 @@ def run(fleet: Fleet, engine_config: EngineConfig, config: ServerConfig) -> int:
         ray.init(
             address="local" if own else None, include_dashboard=False if own else None, logging_level=logging.WARNING
         )
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # Ray raises whatever it likes, and plain ones where a machine is too busy
         log.error("Ray is not reached, or does not start: %s", error)
         return 1
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tucka_runtime.affinity import SPILL_AT
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ConfigError
 
@@ -57,7 +58,7 @@ class Routing(_Strict):
     home, where one is not enough; `spill_at` how many requests a replica has at the least before others take its."""
 
     copies: dict[str, Annotated[int, Field(ge=1)]] = {}
-    spill_at: int = Field(default=8, ge=1)
+    spill_at: int = Field(default=SPILL_AT, ge=1)
 
 
 class Fleet(_Strict):

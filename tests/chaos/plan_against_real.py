@@ -2,9 +2,9 @@
 
 Two servers of the embedded default, 40 adapters, 8 slots, a host cache with room for some 23: the same drawn requests
 are sent to them under each policy, which this script's own router follows, and simulated with the servers' times as
-`tucka plan --measure` takes them in between. Printed are both, and the ratio; it ends with 1 where one is off by more
-than --within. Prompts are random tokens, so that no KV is reused. Both servers share this machine, with each other and
-with the client.
+`tucka plan --measure` takes them before and after, of which the mean counts. Printed are both, and the ratio; it ends
+with 1 where one is off by more than --within. Prompts are random tokens, so that no KV is reused. Both servers share
+this machine, with each other and with the client.
 
 With --one-by-one every request is sent when the one before is answered: who finds its adapter in a slot then depends on
 the rules alone, and has to be the same on paper, whatever else the machine does.
@@ -18,9 +18,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,12 @@ from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.report.metrics import Latency
 from tucka_runtime.loadtest.settings import Settings
 from tucka_runtime.planning.arrivals import Arrivals, Drawn, synthetic
-from tucka_runtime.planning.measure import Totals, measure
+from tucka_runtime.planning.measure import measure
 from tucka_runtime.planning.policies import POLICIES
 from tucka_runtime.planning.profile import Profile, read_profile
 from tucka_runtime.planning.replica import ReplicaSettings
 from tucka_runtime.planning.simulation import Simulation
+from tucka_runtime.planning.timed_server import Totals
 
 PERCENTILES = (50.0, 99.0)
 CONTENTS = ("formats", "words", "triage", "sql")
@@ -107,7 +108,7 @@ def looked_up(urls: list[str]) -> tuple[float, float]:
 async def replay(urls: list[str], arrivals: Arrivals, policy: str, skip: int, seed: int, one_by_one: bool) -> Compared:
     """Sends every request at its time, or `one_by_one`, to the server that the policy chooses. Raises RuntimeError if
     one fails."""
-    router, rng = POLICIES[policy](len(urls), arrivals.names), random.Random(seed)
+    router, rng = POLICIES[policy](len(urls), arrivals.names), random.Random(f"{seed}/{policy}")
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(LoadClient(Settings(url=url, ignore_eos=True))) for url in urls]
         began = time.perf_counter()
@@ -142,7 +143,10 @@ async def replay(urls: list[str], arrivals: Arrivals, policy: str, skip: int, se
     waits = [Latency(record).ttft for record in records[skip:]]
     late = float(np.percentile([record.start - (record.planned or 0.0) for record in records], 99))
     timed = "one by one" if one_by_one else f"sent {1000 * late:.0f} ms late at p99"
-    print(f"{policy}: {timed}; load average {os.getloadavg()[0]:.1f}", flush=True)
+    gaps = [(record.end - record.events[0][0]) / (record.output_tokens - 1) for record in records[skip:]
+            if record.output_tokens and record.output_tokens > 1]  # fmt: skip
+    pace = f"a token every {1000 * float(np.median(gaps)):.2f} ms; " if gaps else ""
+    print(f"{policy}: {timed}; {pace}load average {os.getloadavg()[0]:.1f}", flush=True)
     tokens = sum(record.output_tokens or 0 for record in records)
     first = {p: float(np.percentile(waits, p)) for p in PERCENTILES}
     return Compared(hits / lookups, first, tokens / max(record.end for record in records))
@@ -188,20 +192,17 @@ def hold(urls: list[str], args: argparse.Namespace) -> int:
         arrivals = replace(arrivals, at=[APART * number for number in range(len(arrivals))])
     arrivals, skip = after_all(arrivals), args.adapters
     print(f"{len(arrivals)} requests, the first {skip} not counted", flush=True)
-    middle = len(args.policy) // 2  # the times are taken there: what else the machine does changes meanwhile
-    real = [
-        asyncio.run(replay(urls, arrivals, policy, skip, args.seed, args.one_by_one)) for policy in args.policy[:middle]
-    ]
-    profile = read_profile(args.profile) if args.profile else measured(urls)
+    given = read_profile(args.profile) if args.profile else None
+    profiles, real = [given or measured(urls)], []
+    for policy in args.policy:
+        real.append(asyncio.run(replay(urls, arrivals, policy, skip, args.seed, args.one_by_one)))
+        profiles.append(given or measured(urls))
     if args.output:
-        profile.write(args.output)
-    real += [
-        asyncio.run(replay(urls, arrivals, policy, skip, args.seed, args.one_by_one)) for policy in args.policy[middle:]
-    ]
+        mean_of(profiles).write(args.output)
     off = 0
-    for policy, found in zip(args.policy, real, strict=True):
+    for policy, found, *around in zip(args.policy, real, profiles, profiles[1:], strict=False):
         print(f"{policy}\n  {'':24}{'real':>10}{'on paper':>10}{'ratio':>8}")
-        paper = simulate(arrivals, policy, skip, profile, args.slots)
+        paper = simulate(arrivals, policy, skip, mean_of(around), args.slots)
         for figure, seen, simulated in compare(found, paper, args.one_by_one):
             off += abs(simulated / seen - 1) > args.within
             print(f"  {figure:24}{seen:10.1f}{simulated:10.1f}{simulated / seen:8.2f}")
@@ -210,8 +211,25 @@ def hold(urls: list[str], args: argparse.Namespace) -> int:
 
 
 def measured(urls: list[str]) -> Profile:
-    command = "python -m tests.chaos.plan_against_real"
-    return measure(urls, None, command, lambda what: print(f"timing {what} ...", flush=True), ROWS)
+    profile = measure(urls, None, "python -m tests.chaos.plan_against_real", lambda what: None, ROWS)
+    print(
+        f"timed: a step {1000 * profile.one_adapter[0]:.2f} ms, {profile.crowded:.2f} times as long while both servers "
+        f"compute, {profile.step_beside:.2f} times beside a load; that takes {1000 * profile.load:.1f} ms, and "
+        f"{1000 * profile.load_beside:.1f} beside steps",
+        flush=True,
+    )
+    return profile
+
+
+def mean_of(profiles: Sequence[Profile]) -> Profile:
+    """Profiles of the same servers, taken at different times."""
+    values = {field.name: [getattr(profile, field.name) for profile in profiles] for field in fields(Profile)}
+    means = {
+        name: np.mean(all_of, axis=0).tolist()
+        for name, all_of in values.items()
+        if isinstance(all_of[0], float) or (isinstance(all_of[0], list) and isinstance(all_of[0][0], float))
+    }
+    return replace(profiles[-1], **means)
 
 
 def main(given: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Routers in front of two servers of the embedded default, and the table of docs/scale.md.
 
-    python -m tests.clients.two_servers --cache DIR        the routers installed there by tests/clients/run.py
+    python -m tests.clients.two_servers --cache DIR        where routers are installed, and found again
 
 For each router and policy: answers by their content, whole and streamed; which server had each adapter's requests; what
 clients see when one server is killed, and with one more try; and whether the router has figures of its own.
@@ -26,6 +26,8 @@ from pathlib import Path
 import httpx
 import openai
 
+from tests.clients.run import install
+from tests.clients.table import CLIENTS
 from tests.support import ROOT
 from tests.support.servers import start_command
 
@@ -38,17 +40,25 @@ REQUESTS = 20
 
 @dataclass(frozen=True)
 class Router:
-    """A start line: `{urls}` are both servers' addresses, and what else is in braces is made up for a run. In `header`
-    a client says its adapter's name."""
+    """A start line: `{urls}` are the servers' addresses, and what else is in braces is made up for a run. `client` is
+    its row in tests/clients/table.py. In `header` a client says its adapter's name."""
 
     policy: str
-    folder: str
+    client: str
     line: str
     header: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.folder}, {self.policy}" + (f", `{self.header}: ADAPTER`" if self.header else "")
+        return f"{self.client}, {self.policy}" + (f", `{self.header}: ADAPTER`" if self.header else "")
+
+    def installed(self, cache: Path) -> Path:
+        """Where it is. Raises RuntimeError where it cannot be."""
+        client = next(client for client in CLIENTS if client.name == self.client)
+        folder = cache.absolute() / client.folder
+        if reason := install(client, folder):
+            raise RuntimeError(f"{self.client}: {reason}")
+        return folder
 
 
 VLLM = "vllm-router --worker-urls {urls} --host 127.0.0.1 --port {port} --prometheus-port {figures} --policy "
@@ -63,7 +73,7 @@ ROUTERS = [
     Router("cache_aware", "sglang-router", SGLANG + "cache_aware"),
     Router("round_robin", "sglang-router", SGLANG + "round_robin"),
     Router("manual", "sglang-router", SGLANG + "manual", "X-SMG-Routing-Key"),
-    Router("simple-shuffle", "litellm", "litellm --config {config} --host 127.0.0.1 --port {port}"),
+    Router("simple-shuffle", "litellm, proxy", "litellm --config {config} --host 127.0.0.1 --port {port}"),
 ]
 
 
@@ -73,7 +83,7 @@ def free_port() -> int:
 
 
 def litellm_config(urls: list[str], key: str) -> str:
-    """Every model at both servers, among which the proxy shuffles; where one fails it tries again."""
+    """Every model at all servers, among which the proxy shuffles; where one fails it tries again."""
     models = [
         f"  - model_name: {name}\n"
         f"    litellm_params: {{model: hosted_vllm/{name}, api_base: '{url}/v1', api_key: none}}\n"
@@ -87,13 +97,13 @@ def litellm_config(urls: list[str], key: str) -> str:
 @contextlib.contextmanager
 def routing(router: Router, cache: Path, urls: list[str], key: str) -> Iterator[tuple[str, str]]:
     """The router's address and that of its figures, once it answers to a chat."""
-    port, figures = free_port(), free_port()
-    with tempfile.TemporaryDirectory() as folder, (cache / router.folder / "two.log").open("w") as log:
+    port, figures, installed = free_port(), free_port(), router.installed(cache)
+    with tempfile.TemporaryDirectory() as folder, (installed / "two.log").open("w") as log:
         config = Path(folder) / "config.yaml"
         config.write_text(litellm_config(urls, key))
         line = router.line.format(urls=" ".join(urls), port=port, figures=figures, config=config)
         program, *rest = line.split()
-        words = [str(cache.absolute() / router.folder / "bin" / program), *rest]
+        words = [str(installed / "bin" / program), *rest]
         environment = {"PATH": "/usr/bin:/bin", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         try:
@@ -196,7 +206,7 @@ def row(router: Router, cache: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="where tests/clients/run.py installed the routers")
+    parser.add_argument("--cache", type=Path, required=True, help="where routers are installed, and found again")
     parser.add_argument("--only", metavar="WORD", default="", help="routers with this in their name")
     given = parser.parse_args()
     print("| router, policy | chat | streamed | models | its main server had | one server killed | own metrics |")

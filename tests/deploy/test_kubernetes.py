@@ -24,7 +24,7 @@ from tucka_runtime.server.service.declared import read_declaration
 
 FOLDER = DEPLOY / "kubernetes"
 VERSIONS = ("1.29", "1.33", "1.37")
-ALL = {"autoscaling": {"enabled": True}, "gateway": {"enabled": True}, "monitoring": {"enabled": True}}
+ALL = {part: {"enabled": True} for part in ("autoscaling", "gateway", "monitoring", "network")}
 OWN = {
     "keysSecret": "",
     "replicas": 3,
@@ -33,6 +33,11 @@ OWN = {
     "volumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
     "adapters": [{"id": "law", "source": "/adapters/law"}, {"id": "org/tax", "source": "prod:tax"}],
     "adaptersToUnload": [{"id": "old", "source": "/adapters/old"}],
+    "network": {
+        "enabled": True,
+        "clients": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}],
+        "monitoringNamespace": "observed",
+    },
 }
 
 
@@ -115,6 +120,11 @@ def test_what_it_renders_is_valid(render: ModuleType, values: dict) -> None:
         ("InferencePool", ("spec", "targetPortNumber"), 8000),
         ("HTTPRoute", ("spec", "rules", 0, "backendRefs", 0, "name"), ""),
         ("ServiceMonitor", ("spec", "endpoints", 0, "ports"), "metrics"),
+        ("NetworkPolicy", ("spec", "ingress", 0, "port"), [{"port": "http"}]),
+        ("NetworkPolicy", ("spec", "policyTypes"), "Ingress"),
+        ("Service", ("spec", "ports", 0, "port"), "http"),
+        ("ConfigMap", ("data", "adapters.yaml"), 7),
+        ("PodDisruptionBudget", ("spec", "minAvailables"), 1),
     ],
 )
 def test_what_is_wrong_is_not(plain: dict, kind: str, path: tuple, value: object) -> None:
@@ -167,9 +177,10 @@ def test_all_of_it_finds_the_servers(plain: dict) -> None:
         deployment["spec"]["selector"]["matchLabels"],
         plain["PodDisruptionBudget", "tucka"]["spec"]["selector"]["matchLabels"],
         plain["InferencePool", "tucka"]["spec"]["selector"]["matchLabels"],
+        plain["NetworkPolicy", "tucka"]["spec"]["podSelector"]["matchLabels"],
         *(service["spec"]["selector"] for (kind, _), service in plain.items() if kind == "Service"),
     ]
-    assert len(selectors) == 5 and all(selector.items() <= labels.items() for selector in selectors)
+    assert len(selectors) == 6 and all(selector.items() <= labels.items() for selector in selectors)
     assert plain["InferencePool", "tucka"]["spec"]["targetPorts"] == [{"number": ports["http"]}]
     (backend,) = plain["HTTPRoute", "tucka"]["spec"]["rules"][0]["backendRefs"]
     assert (backend["kind"], backend["name"]) in plain
@@ -182,6 +193,24 @@ def test_all_of_it_finds_the_servers(plain: dict) -> None:
         if kind == "Service" and monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     ]
     assert [port["name"] for port in scraped["spec"]["ports"]] == [monitor["endpoints"][0]["port"]]
+
+
+def test_the_api_is_open_to_all_or_to_some_and_the_metrics_to_the_monitoring_alone(
+    render: ModuleType, plain: dict
+) -> None:
+    container = plain["Deployment", "tucka"]["spec"]["template"]["spec"]["containers"][0]
+    named = {port["name"] for port in container["ports"]}
+    own = by_name([render.rendered(OWN)["network.yaml"]])["NetworkPolicy", "tucka"]
+    for policy, clients, namespace in (
+        (plain["NetworkPolicy", "tucka"], None, "monitoring"),
+        (own, OWN["network"]["clients"], "observed"),
+    ):
+        api, metrics = policy["spec"]["ingress"]
+        assert [port["port"] for rule in (api, metrics) for port in rule["ports"]] == ["http", "metrics"]
+        assert named == {"http", "metrics"} and policy["spec"]["policyTypes"] == ["Ingress"]
+        assert api.get("from") == clients
+        (scraper,) = metrics["from"]
+        assert scraper == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
 
 
 def test_the_server_reads_the_adapters_it_declares(render: ModuleType, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whom each policy chooses."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -7,7 +8,9 @@ from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from tucka_runtime.planning.policies import POLICIES, SPILL, UNTROUBLED, Affinity, ConsistentHash, LeastLoaded
+from tucka_runtime.affinity import SHARE, SPILL_AT
+from tucka_runtime.planning.policies import POLICIES, Affinity, ConsistentHash, LeastLoaded
+from tucka_runtime.server.ray.placement import ranks
 
 NAMES = tuple(f"adapter-{number}" for number in range(2000))
 
@@ -63,10 +66,23 @@ def test_a_hot_adapter_spills_over_to_the_same_replicas_within_the_bound(replica
     order = []
     for count in range(1, 400):
         order.append(policy.route(7))
-        assert policy.load[order[-1]] <= max(SPILL * count / replicas + 1, UNTROUBLED)
-    assert len(set(order)) >= replicas / SPILL - 1
+        assert policy.load[order[-1]] <= max(SHARE * count / replicas + 1, SPILL_AT)
+    assert len(set(order)) >= replicas / SHARE - 1
     first = list(dict.fromkeys(order))
     for replica in order:
         policy.ended(replica)
     assert list(dict.fromkeys(policy.route(7) for _ in range(399))) == first
-    assert order[:UNTROUBLED] == [first[0]] * UNTROUBLED
+    assert order[:SPILL_AT] == [first[0]] * SPILL_AT
+
+
+def test_the_router_of_ray_serve_chooses_as_the_paper_does() -> None:
+    """Requests come and go; the same loads, the same choice."""
+    draw, policy = random.Random(3), Affinity(5, NAMES)
+    running: list[int] = []
+    for _ in range(3000):
+        if len(running) > 60 or (running and draw.random() < 0.3):
+            policy.ended(running.pop(draw.randrange(len(running))))
+        adapter = min(int(draw.paretovariate(0.7)), len(NAMES)) - 1
+        (expected,) = ranks(NAMES[adapter], "01234", policy.load, 1, SPILL_AT)[0]
+        running.append(policy.route(adapter))
+        assert running[-1] == expected

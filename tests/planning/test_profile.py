@@ -33,6 +33,12 @@ def test_more_adapters_than_were_timed_cost_what_those_did() -> None:
     assert few.step(4, 2) == few.step(4, 4) == pytest.approx(0.020)
 
 
+def test_prompts_are_between_those_that_were_timed() -> None:
+    added = replace(PROFILE, prompt_tokens=[4, 8, 16], prompt_seconds=[0.1, 0.2, 0.6]).prompts(20)
+    assert len(added) == 21 and added[0] == 0.0
+    assert [added[tokens] for tokens in (1, 4, 6, 8, 12, 16, 20)] == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.4, 0.6, 0.8])
+
+
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
     PROFILE.write(tmp_path / "p.json")
     assert read_profile(tmp_path / "p.json") == PROFILE
@@ -49,6 +55,10 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
         {"rows": []},
         {"rows": [1], "one_adapter": [1.0], "adapters": [1], "own_adapters": [1.0]},
         {"load": -1.0},
+        {"prompt_tokens": [100, 1]},
+        {"prompt_seconds": [0.1]},
+        {"step_beside": 0.9},
+        {"servers": 0},
         {"load": "1"},
         {"load": float("nan")},
         {"adapters": [0, 1, 1]},

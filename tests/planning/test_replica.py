@@ -23,34 +23,65 @@ def served(arrivals: Arrivals, fleet: ReplicaSettings | None = None, profile: Pr
 def test_one_request_alone() -> None:
     """Load, a step with the prompt, three that decode."""
     run = served(arriving([(2.0, 0, 5, 4)]))
-    assert run.first[0] == pytest.approx(2.0 + 0.5 + 0.010 + 4 * 0.001 + 0.003)
+    assert run.first[0] == pytest.approx(2.0 + 0.5 + 0.010 + 0.002 + 5 * 0.001 + 0.003)
     assert run.last[0] == pytest.approx(run.first[0] + 3 * 0.010)
 
 
 def test_the_base_needs_no_slot_and_an_adapter_in_one_no_load() -> None:
     run = served(arriving([(0.0, BASE, 1, 1), (1.0, 0, 1, 1), (2.0, 0, 1, 1)]))
-    assert np.subtract(run.first, [0.0, 1.0, 2.0]) == pytest.approx([0.013, 0.513, 0.013])
+    assert np.subtract(run.first, [0.0, 1.0, 2.0]) == pytest.approx([0.016, 0.516, 0.016])
     assert run.figures((50,)).hit_rate == 0.5
 
 
 def test_two_requests_share_their_steps() -> None:
-    """The second comes into the first one's third step and is taken in when that ends; they have their own adapters."""
-    run = served(arriving([(0.0, BASE, 1, 11), (0.025, 0, 3, 3)]), profile=replace(PROFILE, load=0.0, request=0.0))
-    both = 0.030 + 0.014 + 2 * 0.001
-    assert run.first == pytest.approx([0.010, both])
+    """The second comes into the first one's third step and is taken in when that ends."""
+    run = served(arriving([(0.0, 0, 1, 11), (0.525, 0, 3, 3)]), profile=replace(PROFILE, request=0.0))
+    alone = 0.5 + 0.010 + 0.002 + 0.001
+    both = alone + 2 * 0.010 + 0.012 + 0.002 + 3 * 0.001
+    assert run.first == pytest.approx([alone, both])
     # 3 tokens are there when the second comes in, 3 come of steps of two, 5 more alone.
-    assert run.last == pytest.approx([both + 2 * 0.014 + 5 * 0.010, both + 2 * 0.014])
-    assert run.replicas[0].busy == pytest.approx(run.last[0])
+    assert run.last == pytest.approx([both + 2 * 0.012 + 5 * 0.010, both + 2 * 0.012])
+    assert run.replicas[0].busy == pytest.approx(run.last[0] - 0.5)
 
 
-def test_prompts_are_cut_beside_decoding_rows_and_by_the_batch() -> None:
-    """100 tokens: alone 64 and 36; beside a decoding row the 16 at least that always fit, as its stretch allows 8."""
+def test_prompts_are_cut_by_the_batch_and_beside_decoding_rows() -> None:
+    """100 tokens: alone 64 and 36. Beside a decoding row the 16 that a `Pace` always lets in, as its stretch of 1.8
+    allows 8 ms more, and a token of 13 ms for the first prompt's one says a token takes as long as that step."""
     alone = served(arriving([(0.0, BASE, 100, 1)]), ReplicaSettings(1, 0, 8, 64, 1.8), replace(PROFILE, request=0.0))
-    assert alone.first[0] == pytest.approx(0.010 + 63 * 0.001 + 0.010 + 35 * 0.001)
+    assert alone.first[0] == pytest.approx(0.012 + 64 * 0.001 + 0.012 + 36 * 0.001)
     beside = served(
-        arriving([(0.0, BASE, 1, 100), (0.005, BASE, 100, 1)]), settings(stretch=1.8), replace(PROFILE, request=0.0)
+        arriving([(0.0, BASE, 1, 100), (0.025, BASE, 100, 1)]), settings(stretch=1.8), replace(PROFILE, request=0.0)
     )
-    assert beside.first[1] == pytest.approx(0.010 + 7 * 0.012 + (6 * 15 + 3) * 0.001)
+    assert beside.first[1] == pytest.approx(0.013 + 2 * 0.010 + 7 * 0.014 + 100 * 0.001)
+
+
+def test_a_load_waits_for_the_step_in_flight_and_its_request_for_one_more() -> None:
+    """The load is done 5 ms into a step of 10 ms, whose end it waits for; the next one has begun when the request
+    comes."""
+    profile = replace(PROFILE, load=1.0, load_beside=0.032, request=0.0, prompt_seconds=[0.0, 0.0])
+    run = served(arriving([(0.0, BASE, 1, 100), (0.003, 0, 1, 1)]), profile=profile)
+    assert run.first[1] == pytest.approx(0.040 + 0.010 + 0.014)
+
+
+def test_steps_beside_a_load_are_slower() -> None:
+    """The one in flight when the load begins is not; then two of 20 ms are, and the rest are not."""
+    profile = replace(FLAT, load_beside=0.030, step_beside=2.0)
+    run = served(arriving([(0.0, BASE, 1, 10), (0.005, 0, 1, 1)]), profile=profile)
+    assert run.first[1] == pytest.approx(0.010 + 2 * 0.020 + 2 * 0.010)
+    assert run.last[0] == pytest.approx(0.010 + 2 * 0.020 + 7 * 0.010)
+
+
+def test_steps_are_slower_while_neighbours_compute() -> None:
+    """Two of one machine: the second's ten steps begin in the first's second one, which is done as it was; both then
+    take three times as long until the second one's last, which lies in the first's eleventh."""
+    profile = replace(FLAT, servers=2, crowded=3.0)
+    arrivals = arriving([(0.0, BASE, 1, 20), (0.015, BASE, 1, 10)])
+    run = Simulation(arrivals, 2, "round-robin", settings(), profile)
+    assert run.run()
+    assert run.last[1] == pytest.approx(0.015 + 10 * 0.030)
+    assert run.last[0] == pytest.approx(2 * 0.010 + 10 * 0.030 + 8 * 0.010)
+    apart = Simulation(arrivals, 2, "round-robin", settings(), replace(profile, servers=1))
+    assert apart.run() and apart.last == pytest.approx([0.2, 0.115])
 
 
 def test_no_seat_is_waited_for() -> None:
@@ -82,11 +113,12 @@ def test_hits_are_those_of_the_che_approximation(zipf: float, slots: int) -> Non
         middle = (low + high) / 2
         low, high = (middle, high) if (1 - np.exp(-p * middle)).sum() < slots else (low, middle)
     expected = float((p * (1 - np.exp(-p * low))).sum())
-    lru = Slots(slots, 0, 0.0, 0.0, lambda when, event: None)
+    lru = Slots(slots, 0, lambda cached: 0.0, lambda when, event: None)
     for request, adapter in enumerate(random.Random(2).choices(range(300), p, k=60_000)):
         if request == 10_000:
             lru.hits = lru.lookups = 0
         if not lru.want(adapter, request, 0.0):
+            lru.done(0.0)
             assert lru.loaded(0.0) == [request]
         lru.leave(adapter, 0.0)
     assert lru.hits / lru.lookups == pytest.approx(expected, abs=0.01)
@@ -108,8 +140,9 @@ def test_loads_come_one_after_the_other_and_from_the_host_cache_faster() -> None
 
 def test_an_event_is_asked_for_once_a_load() -> None:
     asked: list[tuple[float, Event]] = []
-    slots = Slots(2, 0, 0.5, 0.1, lambda when, event: asked.append((when, event)))
-    assert slots.want(0, 10, 0.0) == slots.want(1, 11, 0.0) == slots.want(0, 12, 0.2) == []
-    assert asked == [(0.5, Event.LOADED)]
-    assert slots.loaded(0.5) == [10, 12]
+    slots = Slots(2, 0, lambda cached: 0.1 if cached else 0.5, lambda when, event: asked.append((when, event)))
+    assert slots.want(0, 10, 0.0) == slots.want(1, 11, 0.0) == slots.want(0, 12, 0.2) == slots.loaded(0.2) == []
+    assert asked == [(0.5, Event.LOADED)] and slots.reading
+    slots.done(0.5)
     assert asked[1:] == [(1.0, Event.LOADED)]
+    assert slots.loaded(0.6) == [10, 12]

@@ -44,7 +44,7 @@ class Engine:
 async def follow(slots: int, host: int, calls: list[tuple[str, int]]) -> None:
     engine = Engine(slots, host)
     real = Residency(engine, Metrics())  # type: ignore[arg-type]
-    paper = Slots(slots, host, 0.5, 0.1, lambda when, event: None)
+    paper = Slots(slots, host, lambda cached: 0.5, lambda when, event: None)
     holds: dict[int, Hold] = {}
     ready: list[int] = []
     for request, (call, number) in enumerate(calls):
@@ -59,6 +59,7 @@ async def follow(slots: int, host: int, calls: list[tuple[str, int]]) -> None:
         elif call == "loaded" and engine.under_way:
             engine.under_way.popleft().set_result(None)
             await settled()
+            paper.done(0.0)
             ready += paper.loaded(0.0)
         elif call == "turn" and real._turn is not None:
             real._turn.cancel()

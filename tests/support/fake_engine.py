@@ -6,6 +6,7 @@ Answers are letters, determined by the prompt's ids alone. Token ids are those o
 
 import asyncio
 import contextlib
+import time
 import zlib
 from array import array
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from tucka_runtime.messages import (
     Request,
     Route,
     SequenceOutput,
+    Timing,
 )
 
 VOCAB = 320
@@ -125,6 +127,7 @@ class FakeStream(AsyncIterator[list[SequenceOutput]]):
     async def _run(self, request: Request):
         script = None if self._engine.script is None else self._engine.script.encode()
         count = request.sampling.max_tokens if script is None else len(script)
+        begin = time.monotonic()
         for step in range(max(count, 1)):
             if self._engine.fail_after == step:
                 raise self._engine.failure
@@ -138,5 +141,6 @@ class FakeStream(AsyncIterator[list[SequenceOutput]]):
                     index,
                     [3 + letter] if count else [],
                     embedding=array("f", [1.0, *[0.0] * 63]) if request.pooling else None,
+                    timing=Timing(begin, begin, time.monotonic(), 0.0) if step == 0 else None,
                     finish=Finish(FinishReason.LENGTH if script is None else FinishReason.STOP) if last else None,
                 )

@@ -12,16 +12,21 @@ PROFILE = Profile(
     one_adapter=[0.010, 0.012, 0.016],
     adapters=[1, 2, 4],
     own_adapters=[0.010, 0.014, 0.022],
-    prompt_token=0.001,
+    prompt_tokens=[1, 100],
+    prompt_seconds=[0.003, 0.102],
     load=0.5,
+    load_beside=0.5,
+    step_beside=1.0,
     activate=0.1,
     request=0.003,
+    servers=1,
+    crowded=1.0,
     adapter_bytes=1000,
     measured={},
 )
-"""A step of two rows takes 12 ms with one adapter, 14 ms with two."""
+"""A step of two rows takes 12 ms with one adapter, 14 ms with two; prompts add 2 ms to it, and 1 ms for each token."""
 
-FLAT = replace(PROFILE, one_adapter=[0.010] * 3, own_adapters=[0.010] * 3, prompt_token=0.0, request=0.0)
+FLAT = replace(PROFILE, one_adapter=[0.010] * 3, own_adapters=[0.010] * 3, prompt_seconds=[0.0, 0.0], request=0.0)
 """Every step takes 10 ms."""
 
 

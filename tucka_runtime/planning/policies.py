@@ -5,24 +5,11 @@ still on their way.
 """
 
 from abc import ABC, abstractmethod
-from bisect import bisect
 from collections.abc import Sequence
-from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import count
 
-POINTS = 64
-"""Places of a replica on the ring. Of 100 replicas the one with most of it then has 1.29 times the mean, of 1,000 1.41
-times."""
-
-SPILL = 1.25
-"""How many times the mean load a replica may have before its adapters spill over."""
-
-UNTROUBLED = 4
-"""With fewer requests than this a replica never spills over: they share its steps, which costs less than a load. On
-paper 20 replicas with 16 slots each, 1,000 adapters by Zipf's law and 100 requests a second, steps of 3 to 9 ms: 55% of
-requests find their adapter in a slot with 1 here, 71% with 2, 76% with 4, 78% with 8, and the 99th percentile of first
-tokens is 43 to 45 ms with all of them."""
+from tucka_runtime.affinity import Ring, bound
 
 
 class Policy(ABC):
@@ -89,32 +76,22 @@ class LeastLoaded(Policy):
 
 
 class ConsistentHash(Policy):
-    """Every adapter has one replica: the owner of the first point of a ring of hashes behind its own (Karger et al.,
-    "Consistent Hashing and Random Trees", STOC 1997)."""
+    """Every adapter has one replica, however much that has to do."""
 
     def __init__(self, replicas: int, names: Sequence[str]) -> None:
         super().__init__(replicas, names)
-        ring = sorted((_hash(f"{replica}/{point}"), replica) for replica in range(replicas) for point in range(POINTS))
-        self._places = [place for place, _ in ring]
-        self._owners = [replica for _, replica in ring]
-        self._starts: dict[int, int] = {}
-
-    def _start(self, adapter: int) -> int:
-        """Where on the ring an adapter's own replica is."""
-        start = self._starts.get(adapter)
-        if start is None:
-            name = self.names[adapter] if adapter >= 0 else ""
-            start = self._starts[adapter] = bisect(self._places, _hash(name)) % len(self._places)
-        return start
+        self._ring = Ring([str(replica) for replica in range(replicas)])
 
     def _choose(self, adapter: int) -> int:
-        return self._owners[self._start(adapter)]
+        return self._ring.home(self._name(adapter))
+
+    def _name(self, adapter: int) -> str:
+        return self.names[adapter] if adapter >= 0 else ""
 
 
 class Affinity(ConsistentHash):
-    """The same, but what would overload a replica spills over to the next on the ring: consistent hashing with bounded
-    loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018). A hot adapter gets as many replicas as it needs, always the
-    same ones first."""
+    """The same, but what would overload a replica spills over to the next, as `tucka serve --ray` does it by default. A
+    hot adapter gets as many replicas as it needs, always the same ones first."""
 
     def __init__(self, replicas: int, names: Sequence[str]) -> None:
         super().__init__(replicas, names)
@@ -130,17 +107,8 @@ class Affinity(ConsistentHash):
         self._total -= 1
 
     def _choose(self, adapter: int) -> int:
-        """Some replica is below the bound, which exceeds the mean: the walk ends."""
-        bound = max(SPILL * (self._total + 1) / len(self.load), UNTROUBLED)
-        owners, load = self._owners, self.load
-        place = self._start(adapter)
-        while load[owners[place]] >= bound:
-            place = (place + 1) % len(owners)
-        return owners[place]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+        most = bound(self._total, len(self.load))
+        return next(replica for replica in self._ring.order(self._name(adapter)) if self.load[replica] < most)
 
 
 POLICIES: dict[str, type[Policy]] = {

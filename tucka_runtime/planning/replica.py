@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from tucka_runtime.config import EngineConfig
+from tucka_runtime.engine.pace import FRESH, Pace
 from tucka_runtime.planning.arrivals import Arrivals
 from tucka_runtime.planning.profile import Profile
 from tucka_runtime.planning.slots import Event, Later, Slots
-
-LEAST_PROMPT = 16
-"""Tokens of prompts that a step takes beside decoding ones at least, as engine/pace.py has it."""
 
 SERVE = EngineConfig()
 
@@ -29,41 +27,44 @@ class ReplicaSettings:
 
 
 class Times:
-    """What steps take, looked up: by rows and adapters. `room` has the tokens of prompts that fit beside so many
-    decoding rows, as the engine's `Pace` lets them."""
+    """What steps take, looked up: `steps` by rows and adapters, `prompts` what tokens of prompts add to them."""
 
     def __init__(self, profile: Profile, settings: ReplicaSettings) -> None:
-        most, stretch = settings.max_num_seqs, settings.decode_stretch
         self.steps = [
-            [max(profile.step(rows, adapters), 1e-9) for adapters in range(rows + 1)] for rows in range(most + 1)
+            [max(profile.step(rows, adapters), 1e-9) for adapters in range(rows + 1)]
+            for rows in range(settings.max_num_seqs + 1)
         ]
-        self.prompt_token = profile.prompt_token
-        self.room = [settings.max_num_batched_tokens - rows for rows in range(most + 1)]
-        if stretch and self.prompt_token:
-            for rows in range(1, most + 1):
-                beside = int((stretch - 1) * self.steps[rows][1] / self.prompt_token)
-                self.room[rows] = min(self.room[rows], max(beside, LEAST_PROMPT))
+        self.prompts = profile.prompts(settings.max_num_batched_tokens)
+        self.profile = profile
+
+
+ALIKE = math.ceil(math.log(0.01) / math.log(1 - FRESH))
+"""Of steps that take the same, so many say all to a `Pace`."""
 
 
 class PaperReplica:
     """Serves requests, numbers of `arrivals`, in the order in which they have their slots. `first` gets the time of
     each one's first token; `finished` is told of its last. Every sequence gets the KV blocks that it needs: nothing is
-    preempted, and no prompt shares another's beginning."""
+    preempted, and no prompt shares another's beginning.
+
+    `neighbours` are the replicas that share its machine: a step is slower that begins while they compute, or while an
+    adapter is read. A load takes what it would if all stayed as it is when it begins."""
 
     def __init__(
         self,
         arrivals: Arrivals,
         settings: ReplicaSettings,
-        profile: Profile,
         times: Times,
         later: Later,
         first: Callable[[int, float], None],
         finished: Callable[[int, float], None],
     ) -> None:
         self._adapter, self._prompt, self._output = arrivals.adapter, arrivals.prompt, arrivals.output
-        self._seats, self._times = settings.max_num_seqs, times
+        self._seats, self._tokens, self._times = settings.max_num_seqs, settings.max_num_batched_tokens, times
         self._later, self._first, self._finished = later, first, finished
-        self.slots = Slots(settings.slots, settings.host, profile.load, profile.activate, later)
+        self.neighbours: list[PaperReplica] = []
+        self.slots = Slots(settings.slots, settings.host, self._load_seconds, later)
+        self._pace = Pace(settings.decode_stretch)
         self._waiting: deque[int] = deque()
         self._prefilling: list[list[int]] = []  # (request, tokens of its prompt that are left), in order
         self._decoding: list[tuple[int, int]] = []  # a heap of (`_done` at its last token, request)
@@ -72,21 +73,63 @@ class PaperReplica:
         self._begin = self._end = 0.0
         self._steps = 0  # that are under way, each of them `_seconds` long
         self._seconds = 0.0
+        self._step_tokens = 0  # of prompts, in the one that is under way
+        self._computed = self._read = False  # as of the last event
         self.busy = 0.0
         """Seconds in which it computed."""
 
     def arrive(self, request: int, now: float) -> None:
         self._take_in(self.slots.want(self._adapter[request], request, now), now)
+        self._tell(now)
 
     def happen(self, event: Event, now: float) -> None:
         """An event that it asked for is there."""
         if event is Event.LOADED:
-            self._take_in(self.slots.loaded(now), now)
+            self.slots.done(now)
+            if not self._steps:  # else the engine seats it between two steps
+                self._take_in(self.slots.loaded(now), now)
         elif event is Event.TURN:
             self._take_in(self.slots.turn(now), now)
         elif now == self._end and self._steps:  # else a later event was put in its place
             self._end_steps(now)
             self._begin_steps(now)
+            # Who waited for an adapter is sent to the engine when that has its slot, and the next step has begun.
+            self._take_in(self.slots.loaded(now), now)
+        self._tell(now)
+
+    @property
+    def computes(self) -> bool:
+        return self._steps > 0 or self.slots.reading
+
+    def recompose(self, now: float) -> None:
+        """Steps that only decode are planned together up to the next end; now only the one under way is made."""
+        if self._steps > 1:
+            made = max(math.ceil((now - self._begin) / self._seconds - 1e-9), 1)
+            if made < self._steps:
+                self._plan(self._begin, made, self._seconds)
+
+    def _tell(self, now: float) -> None:
+        """Has steps recomposed that take longer, or not any more, for what has begun or ended here."""
+        if self._read != self.slots.reading:
+            self._read = self.slots.reading
+            self.recompose(now)
+        if self._computed != self.computes:
+            self._computed = self.computes
+            for neighbour in self.neighbours:
+                neighbour.recompose(now)
+
+    def _slower(self) -> float:
+        """How many times as long as alone on its machine the replica takes for anything."""
+        if not self.neighbours:
+            return 1.0
+        profile, others = self._times.profile, sum(neighbour.computes for neighbour in self.neighbours)
+        return 1 + (profile.crowded - 1) * others / (profile.servers - 1)
+
+    def _load_seconds(self, cached: bool) -> float:
+        profile = self._times.profile
+        if cached:
+            return profile.activate
+        return self._slower() * (profile.load_beside if self._steps else profile.load)
 
     def _take_in(self, requests: list[int], now: float) -> None:
         """These wait for a seat in the batch from now on."""
@@ -95,11 +138,8 @@ class PaperReplica:
             return
         if not self._steps:
             self._begin_steps(now)
-        elif self._steps > 1 and len(self._decoding) < self._seats:
-            # Steps that only decode are planned together up to the next end; now only the one under way is made.
-            made = max(math.ceil((now - self._begin) / self._seconds - 1e-9), 1)
-            if made < self._steps:
-                self._plan(self._begin, made, self._seconds)
+        elif len(self._decoding) < self._seats:
+            self.recompose(now)
 
     def _plan(self, begin: float, steps: int, seconds: float) -> None:
         self._begin, self._steps, self._seconds = begin, steps, seconds
@@ -109,7 +149,9 @@ class PaperReplica:
     def _begin_steps(self, now: float) -> None:
         """Composes the next step as the engine's `Scheduler` does: what runs, then what waits."""
         rows = len(self._decoding)
-        room = self._times.room[rows]
+        room = self._tokens - rows
+        if rows and (most := self._pace.prompt_tokens()) is not None:
+            room = min(room, most)
         tokens = prompts = 0
         for entry in self._prefilling:
             if tokens == room:
@@ -127,10 +169,17 @@ class PaperReplica:
         if not rows + prompts:
             return
         seconds = self._times.steps[rows + prompts][min(len(self._adapters), rows + prompts)]
-        seconds += (tokens - prompts) * self._times.prompt_token
-        self._plan(now, 1 if prompts else self._decoding[0][0] - self._done, seconds)
+        seconds = (seconds + self._times.prompts[tokens]) * self._slower()
+        if self.slots.reading:
+            seconds *= self._times.profile.step_beside
+        self._step_tokens = tokens
+        alone = not self._prefilling and not (self._waiting and seats)
+        self._plan(now, self._decoding[0][0] - self._done if alone else 1, seconds)
 
     def _end_steps(self, now: float) -> None:
+        rows = len(self._decoding)
+        for _ in range(min(self._steps, ALIKE)):
+            self._pace.note(self._seconds, self._step_tokens, rows)
         self._done += self._steps
         self.busy += self._steps * self._seconds
         self._steps = 0

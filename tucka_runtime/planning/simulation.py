@@ -54,11 +54,14 @@ class Simulation:
         self._events: list[tuple[float, int, int, Event]] = []
         self._order = count()  # events at the same time happen in the order in which they were asked for
         self.replicas = [
-            PaperReplica(
-                arrivals, settings, profile, times, partial(self._later, i), self._first, partial(self._last, i)
-            )
+            PaperReplica(arrivals, settings, times, partial(self._later, i), self._first, partial(self._last, i))
             for i in range(replicas)
         ]
+        for i, replica in enumerate(self.replicas):
+            machine = i - i % profile.servers
+            replica.neighbours = [
+                other for other in self.replicas[machine : machine + profile.servers] if other is not replica
+            ]
         self.first = [float("nan")] * len(arrivals)
         self.last = [float("nan")] * len(arrivals)
         self.finished = 0

@@ -22,19 +22,22 @@ class Event(IntEnum):
 Later = Callable[[float, Event], None]
 """Has an event happen at a time."""
 
+LoadSeconds = Callable[[bool], float]
+"""What a load takes that begins now: from the host cache, or else from the disk."""
+
 
 class Slots:
     """Who has a slot, who is on the way into one, and which requests wait for that. Each method returns the requests
     that have their slot now, and hold it until `leave`.
 
-    Loads are one after the other: the engine has one thread for them.
+    Loads are one after the other: the engine has one thread for them. One that is `done` waits for the engine's step
+    loop, which seats it: `loaded`.
     """
 
-    def __init__(self, size: int, host: int, load_seconds: float, activate_seconds: float, later: Later) -> None:
+    def __init__(self, size: int, host: int, seconds: LoadSeconds, later: Later) -> None:
         """`host`: adapters that the host cache has room for."""
         self._size, self._host_size = size, host
-        self._load_seconds, self._activate_seconds = load_seconds, activate_seconds
-        self._later = later
+        self._seconds, self._later = seconds, later
         self._resident: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._since: dict[int, None] = {}  # the same in the order in which they came
         self._giving_way: set[int] = set()
@@ -42,7 +45,8 @@ class Slots:
         self._host: OrderedDict[int, None] = OrderedDict()
         self._coming: dict[int, list[int]] = {}  # requests that wait, by adapter
         self._queue: deque[int] = deque()  # of those coming, the ones without a slot
-        self._loading: deque[tuple[int, float]] = deque()  # those with one, and how long they take
+        self._loading: deque[tuple[int, bool]] = deque()  # those with one, and whether they were in the host cache
+        self._done: deque[int] = deque()
         self._turn_due = False
         self.lookups = self.hits = 0
 
@@ -71,13 +75,25 @@ class Slots:
             del self._held[adapter]
         return self._assign(now) if self._queue else []
 
-    def loaded(self, now: float) -> list[int]:
+    @property
+    def reading(self) -> bool:
+        """Whether an adapter comes from the disk now."""
+        return bool(self._loading) and not self._loading[0][1]
+
+    def done(self, now: float) -> None:
         """The load that was under way has come to its end."""
-        adapter, _ = self._loading.popleft()
-        self._resident[adapter] = self._since[adapter] = None
+        self._done.append(self._loading.popleft()[0])
         if self._loading:
-            self._later(now + self._loading[0][1], Event.LOADED)
-        return self._arrived(adapter) + self._assign(now)
+            self._begin(now)
+
+    def loaded(self, now: float) -> list[int]:
+        """Whatever is done has its slot now."""
+        ready: list[int] = []
+        while self._done:
+            adapter = self._done.popleft()
+            self._resident[adapter] = self._since[adapter] = None
+            ready += self._arrived(adapter) + self._assign(now)
+        return ready
 
     def turn(self, now: float) -> list[int]:
         """One more adapter gives way: as soon as its requests end, its slot is another's."""
@@ -105,7 +121,7 @@ class Slots:
                 self._giving_way.discard(adapter)
                 self._queue.popleft()
                 ready += self._arrived(adapter)
-            elif len(self._resident) + len(self._loading) < self._size or self._make_room():
+            elif len(self._resident) + len(self._loading) + len(self._done) < self._size or self._make_room():
                 self._queue.popleft()
                 self._load(adapter, now)
             else:
@@ -131,7 +147,9 @@ class Slots:
         cached = adapter in self._host
         if cached:
             del self._host[adapter]
-        seconds = self._activate_seconds if cached else self._load_seconds
-        self._loading.append((adapter, seconds))
+        self._loading.append((adapter, cached))
         if len(self._loading) == 1:
-            self._later(now + seconds, Event.LOADED)
+            self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self._later(now + self._seconds(self._loading[0][1]), Event.LOADED)

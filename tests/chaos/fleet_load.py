@@ -36,6 +36,7 @@ class Seen:
     by_server: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     hits: float = 0.0
     left: int = 0
+    killed: int = 0
 
     def row(self, name: str) -> str:
         main = sum(max(counts.values()) for counts in self.by_server.values())
@@ -45,14 +46,14 @@ class Seen:
             f"| {name} | {main / max(sum(c.total() for c in self.by_server.values()), 1):.0%} | {self.hits:.0%} "
             f"| {self.right / self.seconds:.1f} | {self.tokens / self.seconds:.0f} "
             f"| {1e3 * statistics.median(firsts):.0f} | {1e3 * firsts[int(0.99 * (len(firsts) - 1))]:.0f} "
-            f"| {self.wrong} | {self.cut} | {errors} | {self.lost} | {self.left} |"
+            f"| {self.wrong} | {self.cut} | {errors} | {self.lost} | {self.killed} | {self.left} |"
         )
 
 
 HEAD = (
     "| servers | affinity | hits | requests/s | tokens/s "
-    "| first token p50, ms | p99, ms | wrong | cut | errors | lost | left |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| first token p50, ms | p99, ms | wrong | cut | errors | lost | killed | left |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -68,12 +69,16 @@ class Answer:
     server: str = ""
 
 
-async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str) -> Answer:
+async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, header: str = "") -> Answer:
+    """`header`, if there is one, says the model's name."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 48}
     begin, first, text, tokens, done = time.monotonic(), 0.0, "", 0, False
     try:
         async with client.stream(
-            "POST", f"{url}/v1/chat/completions", json=body | {"stream": True, "route": "request"}
+            "POST",
+            f"{url}/v1/chat/completions",
+            json=body | {"stream": True, "route": "request"},
+            headers={header: model} if header else None,
         ) as answer:
             if answer.status_code != 200:
                 await answer.aread()
@@ -96,11 +101,14 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str) -> A
 
 
 class Load:
-    """Clients that never pause. `expected` are the texts by content and prompt, `turn` the servers' addresses."""
+    """Clients that never pause. `expected` are the texts by content and prompt, `urls` are asked in turn, in `header`
+    they say which adapter they want."""
 
-    def __init__(self, urls: list[str], names: list[str], expected: dict[tuple[str, str], str], clients: int):
+    def __init__(
+        self, urls: list[str], names: list[str], expected: dict[tuple[str, str], str], clients: int, header: str = ""
+    ):
         self._turn, self._names, self._expected, self._clients = itertools.cycle(urls), names, expected, clients
-        self.seen = Seen()
+        self._header, self.seen = header, Seen()
 
     async def run(self, seconds: float) -> None:
         limits = httpx.Limits(max_connections=None)
@@ -116,11 +124,11 @@ class Load:
             (name,) = draw.choices(self._names, weights)
             content = content_of(name)
             prompt = draw.choice(PROMPTS[content])
-            answer = await ask(client, next(self._turn), name, prompt)
+            answer = await ask(client, next(self._turn), name, prompt, self._header)
             if answer.error:
                 self.seen.errors[answer.error] += 1
                 await asyncio.sleep(RETRY_SECONDS)
-                answer = await ask(client, next(self._turn), name, prompt)
+                answer = await ask(client, next(self._turn), name, prompt, self._header)
                 if answer.error:
                     self.seen.lost += 1
                     self.seen.errors[f"{answer.error} again"] += 1

@@ -1,4 +1,6 @@
-"""Servers under Ray Serve beside one server and beside round robin: `python -m tests.chaos.ray_fleet --replicas 2`.
+"""Servers under Ray Serve and behind vllm-router, beside one server and beside round robin.
+
+    python -m tests.chaos.fleets --replicas 2 --cache DIR      where tests/clients/run.py installs routers
 
 Needs the extra ray. Every row starts its own servers of the embedded default, with so many names for its adapters, more
 than slots, drawn by Zipf's law with exponent 1; clients stream one chat after the other. Printed for each:
@@ -11,8 +13,8 @@ than slots, drawn by Zipf's law with exponent 1; clients stream one chat after t
 - left: servers that were there at the end
 
 Names have one of four contents, so that an answer of another name's adapter shows in three of four cases. Right is:
-nothing wrong, cut or lost, no error at all but in the row where replicas are killed, and one server left where they are
-scaled down.
+nothing wrong, cut or lost, no error at all but in the rows where servers are killed, and one server left where they are
+scaled down. A server that is killed behind a router is started again at its address.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -34,8 +37,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.chaos.ray_load import BUSY, HEAD, PROMPTS, Load, Seen, content_of, references
-from tests.clients.two_servers import ANSWERED, chat
+from tests.chaos.fleet_load import BUSY, HEAD, PROMPTS, Load, Seen, content_of, references
+from tests.clients.two_servers import ANSWERED, ROUTERS, Router, chat, finished, routing
 from tests.support.servers import start_command
 from tucka_runtime.embedded import FOLDER
 
@@ -49,6 +52,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="of each row")
     parser.add_argument("--kill-every", type=float, default=20, help="seconds between two deaths of replicas")
     parser.add_argument("--only", default="", metavar="WORD", help="rows with this in their name")
+    parser.add_argument("--cache", type=Path, required=True, help="where vllm-router is installed, and found again")
     return parser.parse_args(given)
 
 
@@ -79,33 +83,72 @@ def replicas_of(server: int) -> list[int]:
     return found
 
 
-async def kill_some(server: int, url: str, flags: argparse.Namespace) -> None:
-    """Kills one replica after the other; each time when all are there."""
+@dataclass
+class Fleet:
+    """What a row has started: processes and their addresses, and the address that clients ask. `how` are the flags of
+    each process, which writes into `folder`."""
+
+    how: tuple[str, ...]
+    folder: Path
+    started: list[tuple[subprocess.Popen[bytes], str]]
+    url: str = ""
+    killed: int = 0
+
+    @property
+    def urls(self) -> list[str]:
+        return [url for _, url in self.started]
+
+    def start(self, *more: str) -> tuple[subprocess.Popen[bytes], str]:
+        with tempfile.NamedTemporaryFile(prefix="log", dir=self.folder, delete=False) as log:
+            return start_command(*self.how, *more, log=Path(log.name))
+
+
+async def kill_replicas(fleet: Fleet, flags: argparse.Namespace) -> None:
+    """Kills one replica of Ray Serve after the other; each time when all are there."""
     draw = random.Random(0)
     async with httpx.AsyncClient(timeout=BUSY) as client:
         while True:
             await asyncio.sleep(flags.kill_every)
             while True:
-                text = (await client.get(f"{url}/metrics")).text
+                text = (await client.get(f"{fleet.url}/metrics")).text
                 if len(set(re.findall(r'^tucka_engine_up{replica="(.+?)"} 1', text, re.MULTILINE))) == flags.replicas:
                     break
                 await asyncio.sleep(1)
-            os.kill(draw.choice(replicas_of(server)), signal.SIGKILL)
+            os.kill(draw.choice(replicas_of(fleet.started[0][0].pid)), signal.SIGKILL)
+            fleet.killed += 1
 
 
-async def nothing(server: int, url: str, flags: argparse.Namespace) -> None:
+async def kill_servers(fleet: Fleet, flags: argparse.Namespace) -> None:
+    """Kills one server after the other, and starts it again at its address; each time when all are there."""
+    draw = random.Random(0)
+    while True:
+        await asyncio.sleep(flags.kill_every)
+        place = draw.randrange(len(fleet.started))
+        process, url = fleet.started[place]
+        process.kill()
+        process.wait()
+        fleet.killed += 1
+        again = asyncio.ensure_future(asyncio.to_thread(fleet.start, "--port", url.rpartition(":")[2]))
+        try:
+            await asyncio.shield(again)
+        finally:
+            fleet.started[place] = await again
+
+
+async def nothing(fleet: Fleet, flags: argparse.Namespace) -> None:
     """Is done while a row runs."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """`fleet` is the file of --ray, without what all rows have; None for so many plain servers, asked in turn. `left`
-    is how many there have to be at the end, if that is known."""
+    """`fleet` is the file of --ray, without what all rows have; None for so many plain servers, asked in turn, or
+    through the router if there is one. `left` is how many there have to be at the end, if that is known."""
 
     name: str
     fleet: dict[str, Any] | None = None
     servers: int = 1
-    meanwhile: Callable[[int, str, argparse.Namespace], Awaitable[None]] = nothing
+    router: Router | None = None
+    meanwhile: Callable[[Fleet, argparse.Namespace], Awaitable[None]] = nothing
     errors: bool = False
     left: int | None = None
 
@@ -115,6 +158,11 @@ def rows(flags: argparse.Namespace, names: list[str]) -> list[Row]:
     down = {"min_replicas": 1, "initial_replicas": count, "max_replicas": count, "target_ongoing_requests": 1000}
     down |= {"downscale_delay_s": flags.seconds / 4, "look_back_period_s": 11}
     everywhere = {"copies": dict.fromkeys(names, count)}
+    by_header, in_turn = (
+        next(router for router in ROUTERS if (router.client, router.policy) == ("vllm-router", policy))
+        for policy in ("consistent_hash", "round_robin")
+    )
+    killed = f"one killed every {flags.kill_every:g} s"
     return [
         Row("one server"),
         Row(f"{count}, round robin", servers=count),
@@ -122,12 +170,10 @@ def rows(flags: argparse.Namespace, names: list[str]) -> list[Row]:
         Row(f"Ray Serve, {count}, least loaded", {"replicas": count, "routing": everywhere}),
         Row(f"Ray Serve, {count}, by adapter", {"replicas": count}),
         Row(f"Ray Serve, {count}, scaled down to 1", {"autoscaling": down}, left=1),
-        Row(
-            f"Ray Serve, {count}, one killed every {flags.kill_every:g} s",
-            {"replicas": count},
-            meanwhile=kill_some,
-            errors=True,
-        ),
+        Row(f"Ray Serve, {count}, {killed}", {"replicas": count}, meanwhile=kill_replicas, errors=True),
+        Row(f"vllm-router, {count}, round robin", servers=count, router=in_turn),
+        Row(f"vllm-router, {count}, by adapter", servers=count, router=by_header),
+        Row(f"vllm-router, {count}, {killed}", servers=count, router=by_header, meanwhile=kill_servers, errors=True),
     ]
 
 
@@ -147,42 +193,57 @@ def measure(row: Row, names: list[str], expected: dict[tuple[str, str], str], fl
         common = {"serve": settings, "resources": {"num_cpus": 0.5}, "health_check_period_s": 2}
         (folder / "fleet.yaml").write_text(yaml.safe_dump(common | (row.fleet or {})))
         how = ("--config", str(folder / "serve.yaml")) if row.fleet is None else ("--ray", str(folder / "fleet.yaml"))
-        started = []
+        fleet = Fleet(how, folder, [])
         try:
-            for number in range(row.servers):
-                started.append(start_command(*how, log=folder / f"log{number}"))
-            urls = [url for _, url in started]
+            for _ in range(row.servers):
+                fleet.started.append(fleet.start())
+            fleet.url = fleet.urls[0]
             if not expected:
-                expected |= asyncio.run(references(urls[0]))
+                expected |= asyncio.run(references(fleet.url))
+            if row.router is not None:
+                fleet.url, _ = stack.enter_context(routing(row.router, flags.cache, fleet.urls, "none"))
             for one in ANSWERED:
                 for stream in (False, True):
-                    assert chat(urls[0], "none", one, stream) == one["answer"], one
-            return asyncio.run(loaded(row, started[0][0].pid, urls, names, expected, flags))
+                    assert chat(fleet.url, "none", one, stream) == one["answer"], one
+            return asyncio.run(loaded(row, fleet, names, expected, flags))
         except BaseException:
-            print((folder / "log0").read_text()[-8000:], file=sys.stderr)
+            for log in folder.glob("log*"):
+                print(log.read_text()[-8000:], file=sys.stderr)
             raise
         finally:
-            for process, _ in started:
+            for process, _ in fleet.started:
                 process.send_signal(signal.SIGTERM)
-            for process, _ in started:
+            for process, _ in fleet.started:
                 process.wait(BUSY)
 
 
 async def loaded(
-    row: Row, server: int, urls: list[str], names: list[str], expected: dict[tuple[str, str], str], flags: Any
+    row: Row, fleet: Fleet, names: list[str], expected: dict[tuple[str, str], str], flags: argparse.Namespace
 ) -> Seen:
-    load = Load(urls, names, expected, flags.clients)
-    before = await asyncio.to_thread(lookups, urls)
-    beside = asyncio.ensure_future(row.meanwhile(server, urls[0], flags))
+    asked = fleet.urls if row.fleet is None and row.router is None else [fleet.url]
+    load = Load(asked, names, expected, flags.clients, row.router.header if row.router else "")
+    before = await asyncio.to_thread(lookups, fleet.urls)
+    had = await asyncio.to_thread(lambda: [finished(url) for url in fleet.urls])
+    beside = asyncio.ensure_future(row.meanwhile(fleet, flags))
     await load.run(flags.seconds)
     if beside.done():
         beside.result()  # raises what it did
     beside.cancel()
-    counts = await asyncio.to_thread(lookups, urls)
-    counts.subtract({key: count for key, count in before.items() if key in counts})
+    await asyncio.wait((beside,))
+    if not beside.cancelled():
+        beside.result()
+    counts = await asyncio.to_thread(lookups, fleet.urls)
+    counts.subtract({key: count for key, count in before.items() if count <= counts.get(key, 0)})
     hits = sum(count for (_, tier), count in counts.items() if tier == "resident")
     load.seen.hits = hits / max(counts.total(), 1)
     load.seen.left = len({server for server, _ in counts})
+    load.seen.killed = fleet.killed
+    if row.router is not None:  # who answered, the servers know
+        load.seen.by_server.clear()
+        for url, then in zip(fleet.urls, had, strict=True):
+            for name, count in (await asyncio.to_thread(finished, url)).items():
+                load.seen.by_server[name][url] = count - (then[name] if then[name] <= count else 0)
+        load.seen.by_server.pop("base", None)
     return load.seen
 
 
