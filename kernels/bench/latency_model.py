@@ -61,7 +61,7 @@ def adapter_tiles(spans: list[tuple[int, int, int]]) -> int:
 
 
 def added(
-    what: str, shape: Shape, machine: Machine, adapters: int, rank: int, element: int = 2, turn: int | None = None
+    what: str, shape: Shape, machine: Machine, adapters: int, rank: int, element: float = 2, turn: int | None = None
 ) -> Added:
     """What a step adds whose factors have `element` bytes; `turn`: what a turn of every expand waits for."""
     tiles, rate = adapter_tiles(spread(ROWS, adapters)), machine.copy * machine.efficiency
@@ -97,7 +97,8 @@ def lines(shape: Shape, machine: Machine) -> list[Added]:
         added("as built", shape, machine, 32, 16),
         added("a turn waits once", shape, machine, 32, 16, turn=1),
         added("and forks cost nothing", shape, better, 32, 16, turn=1),
-        added("and factors in 8 bits", shape, better, 32, 16, 1, 1),
+        added("and factors in 12 bits", shape, better, 32, 16, 1.5, 1),
+        added("and in 8 bits", shape, better, 32, 16, 1, 1),
         added("and kernels at 0.9 of a copy", shape, replace(better, efficiency=0.9), 32, 16, 1, 1),
     ]
 
