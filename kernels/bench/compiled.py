@@ -168,7 +168,7 @@ def _calls() -> list[tuple[str, Any]]:
             "expand_residual, bias",
             lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, w, 1e-5),
         )
-        if label == "decode":
+        if label in ("decode", "graph"):
             # What a batch of fuller tiles takes.
             add(
                 "expand_residual, two",

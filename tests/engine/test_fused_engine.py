@@ -105,7 +105,7 @@ def test_prompts_in_graphs_give_the_reference_paths_tokens(tmp_path, monkeypatch
             tmp_path / "model", kernels=kernels, device=DEVICE, max_num_batched_tokens=12, max_num_seqs=6
         )
         engine.overlap = kernels == "fused"
-        engine.rehearsal.warm_up()
+        engine.runner.warm_up()
         layout = engine.layout
         engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=("q_proj", "o_proj")))
         plain = save_lora(tmp_path / "plain", layout, targets=("q_proj", "down_proj"), r=5)

@@ -1,4 +1,4 @@
-"""What factors in 8 bits would cost: the error of a delta, which the contract holds to TOLERANCE. Normal numbers, which
+"""What factors in fewer bits would cost: the error of a delta, which the contract holds to TOLERANCE. Normal numbers, which
 round better than a trained adapter's do, and no other rounding beside."""
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ def by_scale(x: Tensor, most: float, group: int, round: Callable[[Tensor], Tenso
 FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "e4m3, a scale for each rank": lambda x: by_scale(x, 448, D, lambda v: v.to(torch.float8_e4m3fn).to(x.dtype)),
     "int8, a scale for each rank": lambda x: by_scale(x, 127, D, torch.round),
+    "12 bits, a scale for each rank": lambda x: by_scale(x, 2047, D, torch.round),
     f"int8, a scale for each {GROUP} numbers": lambda x: by_scale(x, 127, GROUP, torch.round),
 }
 
@@ -37,4 +38,4 @@ def errors() -> dict[str, float]:
 def table() -> str:
     """One line."""
     found = "; ".join(f"{name} {error:.2%}" for name, error in errors().items())
-    return f"error of a delta with factors in 8 bits, of {TOLERANCE:.1%} that are allowed: {found}"
+    return f"error of a delta with factors in fewer bits, of {TOLERANCE:.1%} that are allowed: {found}"
