@@ -1,5 +1,7 @@
-"""What factors in fewer bits would cost: the error of a delta, which the contract holds to TOLERANCE. Normal numbers, which
-round better than a trained adapter's do, and no other rounding beside."""
+"""What factors in fewer bits would cost: the error of a delta, which the contract holds to TOLERANCE.
+
+Normal numbers, which round better than those of a trained adapter do, and no other rounding beside.
+"""
 
 from collections.abc import Callable
 
