@@ -50,9 +50,9 @@ class Nothing(launch.Starter):
 
 
 def layers() -> list[LayerCost]:
-    """A layer of a mixed step, 64 decoding rows and 236 of a prompt, with adapters on all seven linears and without; and
-    what a graph of 64 decoding rows has of it, which costs the host nothing once it is captured. Widths are tiny: the
-    host does the same for any."""
+    """A layer of a mixed step, 64 decoding rows and 236 of a prompt, with adapters on all seven linears and without;
+    and what a graph of 64 decoding rows has of it, which costs the host nothing once it is captured. Widths are tiny:
+    the host does the same for any."""
     nothing = Nothing()
     out = []
     with without_device(nothing):
