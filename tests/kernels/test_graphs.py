@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from tests.support import delta_cases
-from tucka_runtime.kernels.fused import attention, expand, expand_qkv_rope_kv, expand_residual, shrink_core
+from tucka_runtime.kernels.fused import (
+    attention,
+    expand,
+    expand_qkv_rope_kv,
+    expand_residual,
+    expand_swiglu,
+    launch,
+    shrink_core,
+)
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 
@@ -175,6 +183,25 @@ def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> 
 def test_fixed_shapes_change_nothing(number: int, prompts: bool) -> None:
     bucket = Bucket(prompts)
     check(bucket.step, bucket, number)
+
+
+@pytest.mark.interpreted
+def test_programs_that_take_turns_find_what_others_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies at the tiles to come is read ahead: one program of qkv has all ten here, and two of the sum five each.
+    SwiGLU's, whose site a step above has not, take as many."""
+    monkeypatch.setattr(launch, "INTERPRETED", 8)
+    bucket = Bucket(True)
+    check(bucket.step, bucket, 0)
+    ranks, base, parts, *_ = BATCHES[0]
+    case = delta_cases.make(
+        [[r, r // 2] for r in ranks], (base, parts), D_IN, (200, 200), core_size=RANK, seed=0, dtype=torch.float32
+    )
+    segments = Segments.build(case.plan.segments.spans, ROWS, ADAPTERS, case.x.device, num_tiles=ROWS)
+    found = [
+        expand_swiglu.run(case.y, shrink_core.shrink_core(case.x, case.site, case.cores, plan), 64)
+        for plan in (case.plan, SitePlan.build(segments, case.site, max_rank=case.plan.max_rank))
+    ]
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu
