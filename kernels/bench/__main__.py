@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import torch
 from triton.runtime.errors import OutOfResources
 
-from tucka_runtime.kernels.bench import chain, check, compiled, host, latency_model, model
+from tucka_runtime.kernels.bench import chain, check, compiled, fewer_bits, host, latency_model, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.bench.timing import Timed, measure, table
 from tucka_runtime.kernels.dispatch import choose
@@ -168,9 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.json:
             lines = [asdict(line) for line in model.lines(LLAMA3_8B, machine)]
             waits = [asdict(line) for line in latency_model.lines(LLAMA3_8B, machine)]
-            print(json.dumps({"model": lines, "waits": waits}, indent=1))
+            print(json.dumps({"model": lines, "waits": waits, "fewer bits": fewer_bits.errors()}, indent=1))
         else:
             print(model.table(LLAMA3_8B, machine) + "\n\n" + latency_model.table(LLAMA3_8B, machine))
+            print(fewer_bits.table())
         return 0
     if args.host:
         layers = host.layers()

@@ -46,7 +46,7 @@ def _case(sweep: Measurement, rows: int, context: int, decoding: bool) -> Case:
 
 
 def variants(sweep: Measurement) -> Iterator[Case]:
-    """Splits of a context, blocks and programs, on a GPU alone: what `fused.attention` should say."""
+    """Splits of a context, blocks and programs, on a GPU alone: what the files of `fused` should say."""
     for rows in sweep.rows:
         for context in sweep.contexts:
             for how in product((256, 512, 1024), (32, 64, 128), (396, 792, 1056)):
@@ -57,7 +57,7 @@ def variants(sweep: Measurement) -> Iterator[Case]:
 
 
 def _decode_variant(sweep: Measurement, rows: int, context: int, split: int, block_n: int, most: int) -> Case:
-    from tucka_runtime.kernels.fused.attention import decode
+    from tucka_runtime.kernels.fused.attention_decode import decode
 
     case = _case(sweep, rows, context, decoding=True)
 
@@ -70,7 +70,7 @@ def _decode_variant(sweep: Measurement, rows: int, context: int, split: int, blo
 
 
 def _prompt_variant(sweep: Measurement, rows: int, block_m: int, block_n: int) -> Case:
-    from tucka_runtime.kernels.fused.attention import prefill
+    from tucka_runtime.kernels.fused.attention_prompt import prefill
 
     case = _case(sweep, rows, rows, decoding=False)
 

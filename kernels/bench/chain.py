@@ -3,11 +3,12 @@
 What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
 weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product. Cores are made at the
 step's beginning from routes that are known; `combined` is the same step whose shrinks make them out of their slices,
-`one stream` the one whose shrinks run before the products and not beside them. `as captured` is what the graphs of an
+`one stream` the one whose shrinks run before the products and not beside them, `qkv in line` and the like the one where
+that is so at one site. `as captured` is what the graphs of an
 engine hold: they are captured without knowing any batch, so whatever the tiles are, norms have launches of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -97,17 +98,16 @@ class Chain:
         known = [(i % K, [0.5] * T) for i in range(used)]
         self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 
-    def step(self, combined: bool = False, one_stream: bool = False, captured: bool = False) -> Tensor:
-        """The highest logit's id of every row."""
-        return linear(self.hidden(combined, one_stream, captured), self.head).argmax(-1)
+    def step(self, combined: bool = False, captured: bool = False, in_line: Collection[str] = ()) -> Tensor:
+        """The highest logit's id of every row. Shrinks run before the products of the sites that are `in_line`."""
+        return linear(self.hidden(combined, captured, in_line), self.head).argmax(-1)
 
-    def hidden(self, combined: bool = False, one_stream: bool = False, captured: bool = False) -> Tensor:
+    def hidden(self, combined: bool = False, captured: bool = False, in_line: Collection[str] = ()) -> Tensor:
         """The normalised hidden states (T, d) that those are of."""
         ops, shape = self.sweep.ops, self.sweep.shape
         if combined:
             from tucka_runtime.kernels.fused.core import slices as combine
-        self.combined, self.captured = combined, captured
-        side = None if one_stream else self.side
+        self.combined, self.captured, self.in_line = combined, captured, in_line
         if self.routes is not None:
             if combined:
                 combine(self.routes, self.slices)
@@ -115,26 +115,24 @@ class Chain:
                 ops.core(self.routes, self.cores)
         x, y = self.x, ops.norm(self.x, self.ones, None, 1e-5)
         for layer in self.layers:
-            qkv, delta = self._linear(layer, "qkv", y, side)
+            qkv, delta = self._linear(layer, "qkv", y)
             q = ops.expand_qkv_rope_kv(
                 qkv, delta, self.cos, self.sin, None, 1e-5, *layer.caches, self.plan.slot_mapping
             )
             attended = ops.attention(q, *layer.caches, self.plan, shape.head**-0.5).flatten(1)
-            out, delta = self._linear(layer, "o", attended, side)
+            out, delta = self._linear(layer, "o", attended)
             y, x = ops.expand_residual(out, delta, x, self.ones, None, 1e-5)
-            up, delta = self._linear(layer, "gate_up", y, side)
+            up, delta = self._linear(layer, "gate_up", y)
             inner = ops.expand_swiglu(up, delta)
-            down, delta = self._linear(layer, "down", inner, side)
+            down, delta = self._linear(layer, "down", inner)
             y, x = ops.expand_residual(down, delta, x, self.ones, None, 1e-5)
         return y
 
-    def _linear(
-        self, layer: Layer, site: str, x: Tensor, side: torch.cuda.Stream | None
-    ) -> tuple[Tensor, LowRank | None]:
-        b = layer.deltas.get(site)
+    def _linear(self, layer: Layer, site: str, x: Tensor) -> tuple[Tensor, LowRank | None]:
+        b, side = layer.deltas.get(site), self.side
         if b is None:
             return linear(x, layer.weights[site]), None
-        if side is None:
+        if side is None or site in self.in_line:
             return linear(x, layer.weights[site]), self._shrink(layer, site, x, b)
         main = torch.cuda.current_stream()
         side.wait_stream(main)
@@ -174,8 +172,9 @@ def results(sweep: Measurement, rows: int, context: int, say: Callable[[str], No
         calls: dict[str, Call] = {"own": chain.step}
         if targets and sweep.ops.name == "fused":
             calls["combined"] = partial(chain.step, combined=True)
-            calls["one stream"] = partial(chain.step, one_stream=True)
             calls["as captured"] = partial(chain.step, captured=True)
+            calls["one stream"] = partial(chain.step, in_line=shape.sites)
+            calls |= {f"{site} in line": partial(chain.step, in_line=(site,)) for site in model.TARGETS[targets]}
         result = measure(_case(label, moved, calls), sweep.device)
         if out:
             result.micros["no adapter"] = out[0].micros["own"]

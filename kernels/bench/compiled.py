@@ -67,7 +67,8 @@ class _Device:
 
 def compile_all() -> list[Compiled]:
     """Every op at the Llama-3-8B shape in bf16: decoding 64 rows of 32 adapters, decoding one row (Triton compiles
-    another kernel where a number is 1), a prompt of 512 rows, and the first as the engine's graphs have it.
+    another kernel where a number is 1), a prompt of 512 rows, and the first and the last as the engine's graphs have
+    them.
 
     Raises RuntimeError in Triton's interpreter, which compiles nothing.
     """
@@ -120,9 +121,12 @@ def _routes(ids: Tensor | None) -> RoutePlan:
 def _calls() -> list[tuple[str, Any]]:
     ops, shape = OPS, LLAMA3_8B
     calls: list[tuple[str, Any]] = []
-    for label, rows, adapters in (("decode", 64, 32), ("single", 1, 1), ("prompt", 512, 1), ("graph", 64, 32)):
+    for label, rows, adapters in (
+        ("decode", 64, 32), ("single", 1, 1), ("prompt", 512, 1), ("graph", 64, 32), ("prompt graph", 512, 8)
+    ):  # fmt: skip
+        in_graph = label.endswith("graph")
         case, mlp, out = (
-            batch(rows, adapters, 16, shape.d, widths, torch.bfloat16, torch.device("cpu"), padded=label == "graph")
+            batch(rows, adapters, 16, shape.d, widths, torch.bfloat16, torch.device("cpu"), padded=in_graph)
             for widths in ((shape.q, shape.kv, shape.kv), (shape.f, shape.f), (shape.d,))
         )
         plan = blocks(rows, rows if label == "prompt" else 1024, label != "prompt", torch.device("cpu"))
@@ -164,13 +168,13 @@ def _calls() -> list[tuple[str, Any]]:
             "expand_residual, bias",
             lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, w, 1e-5),
         )
-        if label == "decode":
+        if label in ("decode", "graph"):
             # What a batch of fuller tiles takes.
             add(
                 "expand_residual, two",
                 lambda c=out, d=at_out, x=x, w=weight: expand_residual.run(c.y, d, x, w, None, 1e-5, False, 64),
             )
-        if label == "graph":
+        if in_graph:
             # Where an adapter of the batch changes the base's products too.
             at_qkv, at_mlp, at_out = (
                 replace(at, site=replace(at.site, affine_ptr=at.site.e_ptr)) for at in (at_qkv, at_mlp, at_out)

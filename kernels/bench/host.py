@@ -6,7 +6,7 @@ bound by this where it comes to more than what the device works meanwhile.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,12 +50,18 @@ class Nothing(launch.Starter):
 
 
 def layers() -> list[LayerCost]:
-    """A layer of a mixed step, 64 decoding rows and 236 of a prompt, with adapters on all seven linears and without.
-    Widths are tiny: the host does the same for any."""
+    """A layer of a mixed step, 64 decoding rows and 236 of a prompt, with adapters on all seven linears and without;
+    and what a graph of 64 decoding rows has of it, which costs the host nothing once it is captured. Widths are tiny:
+    the host does the same for any."""
     nothing = Nothing()
     out = []
     with without_device(nothing):
-        for what, call in (("mixed, 8 adapters", _layer(True)), ("mixed, no adapter", _layer(False))):
+        for what, call in (
+            ("mixed, 8 adapters", _layer(236, True)),
+            ("mixed, no adapter", _layer(236, False)),
+            ("captured, 8 adapters", _layer(0, True)),
+            ("captured, no adapter", _layer(0, False)),
+        ):
             call()
             nothing.count = nothing.looked_up = 0
             call()
@@ -68,11 +74,16 @@ def layers() -> list[LayerCost]:
     return out
 
 
-def _layer(adapted: bool) -> Callable[[], None]:
-    """The launches of one layer."""
-    shape, rows, dtype, cpu = TINY, 300, torch.bfloat16, torch.device("cpu")
+def _layer(prompt: int, adapted: bool) -> Callable[[], None]:
+    """The launches of one layer, of 64 decoding rows and so many of a prompt; without one as graphs are captured."""
+    shape, rows, dtype, cpu = TINY, 64 + prompt, torch.bfloat16, torch.device("cpu")
     sites = {name: batch(rows, 8, 16, d, widths, dtype, cpu) for name, (d, widths) in shape.sites.items()}
-    spans = [(i, 1, 100) for i in range(64)] + [(64, 236, 236)]
+    if not prompt:  # nothing is known of a graph's batch on the host
+        sites = {
+            name: replace(b, plan=replace(b.plan, segments=replace(b.plan.segments, spans=())))
+            for name, b in sites.items()
+        }
+    spans = [(i, 1, 100) for i in range(64)] + ([(64, prompt, prompt)] if prompt else [])
     table: list[list[int]] = [list(range(16))] * len(spans)
     metadata = AttentionMetadata.build(spans, table, 16, cpu)
     cache = torch.empty(256, shape.kv_heads, shape.head, dtype=dtype)

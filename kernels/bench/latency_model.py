@@ -28,8 +28,8 @@ class Waits:
     base: int
 
 
-SUM = Waits(path=7, turn=3, tiles=16, base=2)
-EXPANDS = {"qkv": Waits(5, 3, 16, 1), "o": SUM, "gate_up": Waits(5, 2, 4, 1), "down": SUM}
+SUM = Waits(path=7, turn=1, tiles=16, base=2)
+EXPANDS = {"qkv": Waits(5, 2, 16, 1), "o": SUM, "gate_up": Waits(5, 2, 4, 1), "down": SUM}
 SHRINK_PATH = 8
 """Waits of a shrink's last program, whose sums over the spans of d_in are read `AHEAD` at a time: once here."""
 
@@ -61,9 +61,17 @@ def adapter_tiles(spans: list[tuple[int, int, int]]) -> int:
 
 
 def added(
-    what: str, shape: Shape, machine: Machine, adapters: int, rank: int, element: int = 2, turn: int | None = None
+    what: str,
+    shape: Shape,
+    machine: Machine,
+    adapters: int,
+    rank: int,
+    element: float = 2,
+    turn: int | None = None,
+    early: int = 0,
 ) -> Added:
-    """What a step adds whose factors have `element` bytes; `turn`: what a turn of every expand waits for."""
+    """What a step adds whose factors have `element` bytes; `turn`: what a turn of every expand waits for; `early`:
+    waits at an expand's start that are over when the kernel before it ends."""
     tiles, rate = adapter_tiles(spread(ROWS, adapters)), machine.copy * machine.efficiency
     shrinks = expands = 0.0
     for site, (d_in, widths) in shape.sites.items():
@@ -75,7 +83,7 @@ def added(
         each = own.turn if turn is None else turn
         moved = element * adapters * rank * sum(widths) / rate
         turns = -(-tiles // own.tiles) * each * machine.latency
-        expands += (own.path - own.turn - own.base) * machine.latency + max(0.0, turns - moved)
+        expands += max(0, own.path - own.turn - own.base - early) * machine.latency + max(0.0, turns - moved)
     norms = 2 * 4 * min(-(-ROWS // adapters), SMALL_TILE) * 2 * shape.d / machine.program
     base = (weights(shape) + kv(shape, ROWS, 1024)) / machine.copy
     micros = shape.layers * 1e6
@@ -92,13 +100,16 @@ def added(
 
 def lines(shape: Shape, machine: Machine) -> list[Added]:
     """32 adapters of r 16 as built; then, each with those before it, what could still be done."""
-    better = replace(machine, fork=0.0)
+    free = replace(machine, fork=0.0)
+    better = replace(free, efficiency=0.9)
     return [
         added("as built", shape, machine, 32, 16),
         added("a turn waits once", shape, machine, 32, 16, turn=1),
-        added("and forks cost nothing", shape, better, 32, 16, turn=1),
-        added("and factors in 8 bits", shape, better, 32, 16, 1, 1),
-        added("and kernels at 0.9 of a copy", shape, replace(better, efficiency=0.9), 32, 16, 1, 1),
+        added("and forks cost nothing", shape, free, 32, 16, turn=1),
+        added("and expands start early", shape, free, 32, 16, turn=1, early=2),
+        added("and kernels at 0.9 of a copy", shape, better, 32, 16, turn=1, early=2),
+        added("and factors in 12 bits", shape, better, 32, 16, 1.5, 1, 2),
+        added("and in 8 bits", shape, better, 32, 16, 1, 1, 2),
     ]
 
 

@@ -152,9 +152,14 @@ def _qkv(
         begin, width = find_borders(borders, target, ALIGN)
         own_a, own_b = column - begin + i, column - begin + HALF + i
         first, end, _, adapter = load_tile(tiles, tile)
+        r, address = load_rank(e_ptr, rank, adapter, target, n)
+        tile, first_next, end_next, adapter_next = next_tile(tiles, tile, num_tiles, PADDED)
         while first < end:
-            after, first_after, end_after, adapter_after = next_tile(tiles, tile, num_tiles, PADDED)
-            r, address = load_rank(e_ptr, rank, adapter, target, n)
+            # The tile is asked for two turns ahead, what lies at its adapter one: each is there when it is needed.
+            tile, first_then, end_then, adapter_then = next_tile(tiles, tile, num_tiles, PADDED)
+            r_next, address_next = load_rank(e_ptr, rank, adapter_next, target, n)
+            if HAS_NORM:  # which takes registers, so that with what is read ahead fewer programs would be resident
+                r, address = load_rank(e_ptr, rank, adapter, target, n)
             own_h = load_h(h, first, end, adapter, target, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < end
@@ -185,7 +190,8 @@ def _qkv(
                 k_cache, v_cache, q_norm, k_norm, eps, heads, kv_heads, k_slot, k_head, v_slot, v_head, norm_stride, D,
                 HALF, HAS_ROPE, HAS_NORM,
             )  # fmt: skip
-            tile, first, end, adapter = after, first_after, end_after, adapter_after
+            first, end, adapter, r, address = first_next, end_next, adapter_next, r_next, address_next
+            first_next, end_next, adapter_next = first_then, end_then, adapter_then
     else:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < num_rows

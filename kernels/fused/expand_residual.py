@@ -199,9 +199,12 @@ def _add(
     begin, own_width = find_borders(borders, target, ALIGN)
     own = columns - begin
     first, end, _, adapter = load_tile(tiles, tile)
+    r, address = load_rank(e_ptr, rank, adapter, target, n)
+    after, first_next, end_next, adapter_next = next_tile(tiles, tile, num_tiles, PADDED)
     while first < end:
-        after, first_after, end_after, adapter_after = next_tile(tiles, tile, num_tiles, PADDED)
-        r, address = load_rank(e_ptr, rank, adapter, target, n)
+        # The tile is asked for two turns ahead, what lies at its adapter one: each is there when it is needed.
+        then, first_then, end_then, adapter_then = next_tile(tiles, after, num_tiles, PADDED)
+        r_next, address_next = load_rank(e_ptr, rank, adapter_next, target, n)
         a = load_h(h, first, end, adapter, target, 0, n, width_h, H_ALIGN, BLOCK_M, BLOCK_R)
         rows = first + tl.arange(0, BLOCK_M)
         mask = (rows < end)[:, None] & wanted[None, :]
@@ -227,7 +230,8 @@ def _add(
                 _normalise(
                     total, out, weight, bias, eps, first, end, BLOCK_M, D, BLOCK, STEP, ROW_STAGES, STEP_STAGES, CENTRE
                 )
-        tile, first, end, adapter = after, first_after, end_after, adapter_after
+        tile, first, end, adapter, r, address = after, first_next, end_next, adapter_next, r_next, address_next
+        after, first_next, end_next, adapter_next = then, first_then, end_then, adapter_then
 
 
 @triton.jit

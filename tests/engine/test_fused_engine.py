@@ -8,14 +8,21 @@ import torch
 
 from tests.support.banks import save_bank
 from tests.support.driving import VOCAB, ask, build, prompt, run, save_lora, save_model, save_tucka
-from tucka_runtime.engine.bucket import Bucket, rehearse
+from tucka_runtime.channel_messages import AdapterPart
+from tucka_runtime.engine.bucket import Bucket
+from tucka_runtime.engine.capture import rehearse
 from tucka_runtime.engine.engine import Engine
 from tucka_runtime.engine.filtered_choice import FilteredChoice
+from tucka_runtime.engine.prompt_bucket import PromptBucket
 from tucka_runtime.messages import AdapterKey, RouteScope, SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.interpreted
-EARLY, LATE, PLAIN, DORA, BANK = (AdapterKey(name, 1) for name in ("early", "late", "plain", "dora", "bank"))
+EARLY, LATE, PLAIN, DORA, BANK, BOTH = (
+    AdapterKey(name, 1) for name in ("early", "late", "plain", "dora", "bank", "both")
+)
+SHORT = {"max_num_batched_tokens": 16}
+"""Every row that fills up a step takes the interpreter its time."""
 
 
 @pytest.mark.timeout(600)
@@ -78,18 +85,65 @@ def test_an_int8_cache_gives_the_reference_paths_tokens(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.timeout(600)
+def test_prompts_in_graphs_give_the_reference_paths_tokens(tmp_path, monkeypatch):
+    """Prompts in chunks beside decoding rows: of the base, routed with their batch or by their own tokens, a bank's
+    members, a combination of a routed adapter and a LoRA, a drawn token by a filter. What the graphs' tables cannot
+    hold, a scored prompt here, runs without."""
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    ran: list[tuple[int, int]] = []
+    real = PromptBucket.run
+
+    def counted(self):
+        ran.append((self.rows, len(self.due)))
+        real(self)
+
+    monkeypatch.setattr(PromptBucket, "run", counted)
+
+    def answers(kernels: str) -> list[list[int]]:
+        engine: Engine = build(
+            tmp_path / "model", kernels=kernels, device=DEVICE, max_num_batched_tokens=12, max_num_seqs=6
+        )
+        engine.overlap = kernels == "fused"
+        engine.runner.warm_up()
+        layout = engine.layout
+        engine.load_adapter(EARLY, save_tucka(tmp_path / "early", layout, targets=("q_proj", "o_proj")))
+        plain = save_lora(tmp_path / "plain", layout, targets=("q_proj", "down_proj"), r=5)
+        parts = [AdapterPart(folder, None, None, None, 0.7) for folder in (tmp_path / "early", plain)]
+        engine.add_adapter(engine.combine_adapters(BOTH, parts)[0])
+        engine.load_adapter(BANK, save_bank(tmp_path / "banks" / "bank", layout, "full", targets=("q_proj",)))
+        ran.clear()
+        greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        drawn = SamplingParams(max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, seed=5, ignore_eos=True)
+        done = run(
+            engine,
+            ask(prompt(14), id="base", sampling=drawn),
+            ask(prompt(7, 1), id="early", adapter=EARLY, sampling=greedy),
+            ask(prompt(9, 2), id="early-request", adapter=EARLY, scope=RouteScope.REQUEST, sampling=drawn),
+            ask(prompt(6, 3), id="both", adapter=BOTH, sampling=greedy),
+            replace(ask(prompt(4, 6), id="member 3", adapter=BANK, sampling=greedy), member=3),
+            ask(prompt(4, 7), id="scored", sampling=replace(greedy, prompt_logprobs=1)),
+        )
+        return [answer.token_ids for sequences in done for answer in sequences]
+
+    mine = answers("fused")
+    assert {rows for rows, _ in ran} == {12} and 0 in {due for _, due in ran} and max(due for _, due in ran) > 2
+    assert mine == answers("reference")
+
+
 def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
     """One at a time; then no batch has to wait for one, whoever is in it."""
     save_model(tmp_path / "model", num_hidden_layers=1)
-    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2, **SHORT)
     engine.overlap = True
     engine.rehearsal.warm_up()
     graphs = engine.runner.graphs
     assert graphs is not None and not engine.rehearsal.prepare()
     engine.load_adapter(EARLY, save_tucka(tmp_path / "early", engine.layout, targets=("q_proj",)))
     engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("o_proj",), r=40))
-    # Two sizes of graphs for batches of either adapter and of both, with ranks that warm_up did not know; then prompts.
-    assert sum(iter(engine.rehearsal.prepare, False)) == 6 + 2
+    # Two sizes of graphs for batches of either adapter and of both, with ranks that warm_up did not know, and one for
+    # steps with prompts; then prompts without.
+    assert sum(iter(engine.rehearsal.prepare, False)) == 6 + 3 + 2
     ready = set(graphs.buckets)
     greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     for who in ([EARLY], [PLAIN], [EARLY, PLAIN], [EARLY, None]):
@@ -100,7 +154,7 @@ def test_an_idle_engine_makes_the_graphs_that_its_adapters_will_want(tmp_path):
 def test_batches_take_the_smallest_graph_that_can_until_theirs_is_made(tmp_path):
     """Nothing is captured under requests that another graph can run, and a larger adapter leaves what there is."""
     save_model(tmp_path / "model", num_hidden_layers=1)
-    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2, **SHORT)
     engine.overlap = True
     engine.rehearsal.warm_up()
     graphs = engine.runner.graphs
@@ -113,10 +167,11 @@ def test_batches_take_the_smallest_graph_that_can_until_theirs_is_made(tmp_path)
         return run(engine, ask(prompt(4), adapter=EARLY, sampling=greedy))[0][0].token_ids
 
     by_more = answer()
-    assert graphs.buckets == first and [(s.rows, s.kinds) for s in graphs.missed] == [(1, {0})]
+    wanted = [(16, {0}, True), (1, {0}, False)]
+    assert graphs.buckets == first and [(s.rows, s.kinds, s.prompts) for s in graphs.missed] == wanted
     while engine.rehearsal.prepare():
         pass
-    own = graphs.buckets[next(iter(s for s in graphs.buckets if s.rows == 1 and s.kinds == {0}))]
+    own = next(b for s, b in graphs.buckets.items() if (s.rows, s.kinds, s.prompts) == (1, {0}, False))
     assert not graphs.missed and answer() == by_more
     engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("q_proj",), r=40))
     while engine.rehearsal.prepare():
@@ -142,7 +197,7 @@ def test_filters_are_a_graph_behind_the_batchs_own(tmp_path, monkeypatch):
     """It runs where a row asks for one, and chooses for all rows what the sampler would; a batch that asks for none
     does not have it."""
     save_model(tmp_path / "model", num_hidden_layers=1)
-    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=4)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=4, **SHORT)
     engine.overlap = True
     engine.rehearsal.warm_up()
     graphs, sampler = engine.runner.graphs, engine.runner.sampler
@@ -191,9 +246,9 @@ def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
         logits, tokens = bucket.logits.clone(), bucket.tokens.clone()
         chosen.copy_(before)
         bucket._step()
-        real = bucket.fields.on_device["seq_lens"] > 0
-        assert torch.equal(bucket.logits[real], logits[real])
-        assert torch.equal(bucket.tokens[real], tokens[real])
+        real = len(bucket.due)
+        assert torch.equal(bucket.logits[:real], logits[:real])
+        assert torch.equal(bucket.tokens[:real], tokens[:real])
         replays += 1
 
     monkeypatch.setattr(Bucket, "run", both)
@@ -205,4 +260,5 @@ def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
             *(ask(prompt(3 + 5 * i, i), id=f"{round}-{i}", adapter=k, sampling=sampling) for i, k in enumerate(keys)),
         )
     assert replays > 20
-    assert len(engine.runner.graphs.buckets) <= 8, "graphs are per size of batch, not per membership"
+    shapes = [shape for shape in engine.runner.graphs.buckets if not shape.prompts]
+    assert len(shapes) <= 8, "graphs are per size of batch, not per membership"

@@ -55,15 +55,21 @@ def test_slices_of_cores_are_read_in_16_bytes(report: list[dict[str, object]]) -
             assert min(map(int, widths)) >= 4
 
 
+def test_parts_of_a_context_are_read_eight_at_once(report: list[dict[str, object]]) -> None:
+    """In both merges of the tree, 16 bytes each, beside what a split and a merge store."""
+    for widths in accesses(report, "_decode", "part"):
+        assert widths["16"] >= 2 * 8
+
+
 @pytest.mark.parametrize(
     ("op", "most"),
     [
         # E of one half; E of the other. The tile's row was read two turns ahead, the rank and the address one.
         ("expand_swiglu (graph)", 2),
-        # The rank and the address before them: of so few turns the next one's would be read in vain.
-        ("expand_qkv_rope_kv (graph)", 3),
-        # Rank and address; E; the counter; and the loops of a tile's last program, which normalises.
-        ("expand_residual (graph)", 7),
+        ("expand_qkv_rope_kv (graph)", 2),
+        # E; the counter; and the loops of a tile's last program, which normalises.
+        ("expand_residual (graph)", 6),
+        ("expand_residual, two (graph)", 1),
     ],
 )
 def test_reads_of_a_tile_overlap(report: list[dict[str, object]], op: str, most: int) -> None:
@@ -81,10 +87,8 @@ def test_the_model_has_the_compilers_waits(report: list[dict[str, object]]) -> N
         assert (entry["path"], entry["grid"][0]) == (waits.path, waits.tiles)
         if site == "o":
             # The compiler's turn has a tile's last program in it, of which there is one in 64.
-            entry = next(e for e in report if e["op"] == "expand_residual, two (decode)")
-            assert entry["path"] == waits.turn
-        else:
-            assert entry["latencies"] == waits.turn
+            entry = first["expand_residual, two (graph)"]
+        assert entry["latencies"] == waits.turn
     assert first["shrink_core (graph)"]["path"] == latency_model.SHRINK_PATH
 
 

@@ -58,6 +58,21 @@ def test_every_script_starts_and_has_the_sections_that_the_page_names(tmp_path: 
             assert any(own.split(" ")[0] == name for own in found[script]), (name, script)
 
 
+def test_every_unmeasured_constant_has_a_line_that_decides_it() -> None:
+    """The page names the file of each, and what it names of a file is there."""
+    page = (ROOT / "docs" / "measurements" / "README.md").read_text()
+    table = page[page.index("| unmeasured |") :].split("\n\n")[0]
+    folders = ("kernels/fused", "kernels/tables", "tucka_runtime/engine")
+    files = {path.stem: path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    unmeasured = [name for name, path in files.items() if "nmeasured" in path.read_text()]
+    assert len(unmeasured) > 10
+    assert not [name for name in unmeasured if not re.search(rf"`{name}[`.]", table)]
+    named = re.findall(r"`(\w+)\.([A-Za-z_]+)`", table)
+    assert len(named) > 8
+    for name, constant in named:
+        assert re.search(rf"^(def )?{constant}\b", files[name].read_text(), re.MULTILINE), (name, constant)
+
+
 def test_what_the_scripts_ask_of_others_is_there() -> None:
     """The kernels' bench takes their arguments, and the test that compute-sanitizer is to watch exists."""
     where, right = module("where"), module("right")

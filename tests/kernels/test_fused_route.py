@@ -7,7 +7,7 @@ import torch
 
 from tests.support.delta_cases import relative
 from tests.support.route_cases import caches, check_contexts_alone, shuffled
-from tucka_runtime.kernels.fused import attention, sample
+from tucka_runtime.kernels.fused import attention, attention_decode, attention_prompt, sample
 from tucka_runtime.kernels.reference import attention as attention_ref
 from tucka_runtime.kernels.reference import sample as sample_ref
 
@@ -16,15 +16,17 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("split", [16, 32, 64])
-def test_decode_over_many_splits(split: int, window: int | None) -> None:
-    """More splits than programs: each takes several; the last of a sequence merges."""
-    plan, slots_of, total = shuffled([(1, 100), (1, 1), (1, 33)], 16)
+@pytest.mark.parametrize(("split", "fan"), [(16, 2), (32, 16), (64, 2)])
+def test_decode_over_many_splits(split: int, fan: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than programs: each takes several; the last of some neighbours merges those, and the last of a
+    sequence what they made: up to ten of them, of which eight are read at once."""
+    monkeypatch.setattr(attention_decode, "FAN", fan)
+    plan, slots_of, total = shuffled([(1, 310), (1, 1), (1, 33), (1, 95)], 16)
     k, v = caches(slots_of, 16, 2, 8, torch.float32)
     q, outs = torch.randn(total, 4, 8), []
     for _ in range(2):
         outs.append(torch.full_like(q, math.nan))
-        attention.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16, 6)
+        attention_decode.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16, 6)
     want = attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3, window)
     assert relative(outs[0], want) <= 1e-5
     assert torch.equal(outs[0], outs[1])
@@ -34,12 +36,12 @@ def test_decode_over_many_splits(split: int, window: int | None) -> None:
 def test_parts_start_at_multiples_of_16_bytes_for_any_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else their alignment, and with it what is compiled, would change with the number of sequences."""
     seen: list[object] = []
-    monkeypatch.setattr(attention, "launch", lambda _, __, *args, **___: seen.extend(args))
+    monkeypatch.setattr(attention_decode, "launch", lambda _, __, *args, **___: seen.extend(args))
     for lengths in ([40], [40, 50, 60]):
         plan, slots_of, total = shuffled([(1, length) for length in lengths], 16)
         k, v = caches(slots_of, 16, 3, 8, torch.float32)
         q = torch.randn(total, 3, 8)
-        attention.decode(q, k, v, torch.empty_like(q), plan, 0.3, None, 64, 16)
+        attention_decode.decode(q, k, v, torch.empty_like(q), plan, 0.3, None, 64, 16)
     tensors = [value for value in seen if isinstance(value, torch.Tensor)]
     assert tensors
     assert not any(value.data_ptr() % 16 for value in tensors)
@@ -58,8 +60,8 @@ def test_every_prefill_block(block_m: int, block_n: int) -> None:
     k, v = caches(slots_of, 16, 1, 8, torch.float32)
     q = torch.randn(total, 3, 8)
     out = torch.full_like(q, math.nan)
-    attention.prefill(q, k, v, out, plan, 0.3, None, block_m, block_n)
-    attention.decode(q, k, v, out, plan, 0.3, None, 64, block_n, 64)
+    attention_prompt.prefill(q, k, v, out, plan, 0.3, None, block_m, block_n)
+    attention_decode.decode(q, k, v, out, plan, 0.3, None, 64, block_n, 64)
     assert relative(out, attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3)) <= 1e-5
 
 

@@ -6,13 +6,22 @@ Without a GPU the same kernels run over the same tensors, without a graph betwee
 
 import dataclasses
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support import delta_cases
-from tucka_runtime.kernels.fused import attention, expand, expand_qkv_rope_kv, expand_residual, shrink_core
+from tucka_runtime.kernels.fused import (
+    attention,
+    expand,
+    expand_qkv_rope_kv,
+    expand_residual,
+    expand_swiglu,
+    launch,
+    shrink_core,
+)
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.segments import DeltaSite, Segments, SitePlan
 
@@ -20,18 +29,21 @@ ROWS, ADAPTERS, RANK, D_IN, HEADS, KV_HEADS, HEAD, BLOCK, WIDTH, SLOTS = 10, 4, 
 WIDTHS = (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
 D_OUT = 136
 
-# Rank of each adapter; rows of the base; (rows, adapter) of each segment; context of each row, 0: only fills up.
-BATCHES = [
-    ([8, 16, 4, 24], 2, ((3, 0), (1, 1), (2, 2), (2, 3)), [5, 17, 60, 1, 2, 33, 64, 16, 15, 40]),
-    ([24, 24, 8, 8], 0, ((10, 1),), [64] * 10),
-    ([4, 4, 4, 4], 10, (), [1] * 10),
-    ([16, 0, 8, 0], 5, ((1, 0), (4, 2)), [9, 8, 7, 6, 5, 4, 3, 2, 0, 0]),
+# Rank of each adapter; rows of the base; (rows, adapter) of each segment; rows of each sequence, 1 unless said; context
+# of each sequence, 0: only fills up.
+BATCHES: list[tuple[list[int], int, tuple[tuple[int, int], ...], list[int], list[int]]] = [
+    ([8, 16, 4, 24], 2, ((3, 0), (1, 1), (2, 2), (2, 3)), [1] * 10, [5, 17, 60, 1, 2, 33, 64, 16, 15, 40]),
+    ([24, 24, 8, 8], 0, ((10, 1),), [1] * 10, [64] * 10),
+    ([4, 4, 4, 4], 10, (), [1] * 10, [1] * 10),
+    ([16, 0, 8, 0], 5, ((1, 0), (4, 2)), [1] * 10, [9, 8, 7, 6, 5, 4, 3, 2, 0, 0]),
+    ([8, 16, 4, 24], 2, ((3, 0), (5, 3)), [1, 4, 1, 3, 1], [5, 20, 60, 3, 0]),
+    ([24, 8, 4, 4], 0, ((8, 0), (2, 1)), [8, 2], [64, 2]),
 ]
 
 
 def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, AttentionMetadata]:
     """The batch at qkv and at o."""
-    ranks, base, parts, lengths = BATCHES[number]
+    ranks, base, parts, counts, lengths = BATCHES[number]
     qkv, out = (
         delta_cases.make(table, (base, parts), d_in, widths, core_size=RANK, seed=number, dtype=torch.float32)
         for table, d_in, widths in (
@@ -39,12 +51,13 @@ def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, AttentionMet
             ([[r] for r in ranks], WIDTHS[0], (D_OUT,)),
         )
     )
-    tables = [[(7 * i + j) % (SLOTS // BLOCK) for j in range(WIDTH)] for i in range(ROWS)]
-    spans = [(i, 1, max(length, 1)) for i, length in enumerate(lengths)]
+    tables = [[(7 * i + j) % (SLOTS // BLOCK) for j in range(WIDTH)] for i in range(len(counts))]
+    first_rows = [0, *accumulate(counts)]
+    spans = [(*span, max(length, 1)) for *span, length in zip(first_rows, counts, lengths, strict=False)]
     plan = AttentionMetadata.build(spans, tables, BLOCK, qkv.x.device)
     for i, length in enumerate(lengths):
         if not length:
-            plan.seq_lens[i], plan.slot_mapping[i] = 0, -1
+            plan.seq_lens[i], plan.slot_mapping[first_rows[i]] = 0, -1
     return qkv, out, plan
 
 
@@ -82,9 +95,11 @@ class Site:
 
 
 class Bucket:
-    """Fixed tensors for any batch of ROWS rows, ADAPTERS adapters and ranks up to RANK."""
+    """Fixed tensors for any batch of ROWS rows, ADAPTERS adapters and ranks up to RANK; with `prompts` sequences may
+    have several rows, and one of no rows, the last, fills up their tables."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: bool) -> None:
+        self.prompts = prompts
         qkv, out, metadata = batch(0)
         self.segments = Segments.build([], ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS)
         self.x = torch.zeros_like(qkv.x)
@@ -94,6 +109,10 @@ class Bucket:
         self.metadata = dataclasses.replace(
             metadata, block_table=torch.zeros(ROWS * WIDTH, dtype=torch.int32), longest=WIDTH * BLOCK
         )
+        if prompts:
+            sizes = {"query_start": ROWS + 2, "seq_lens": ROWS + 1, "first_block": ROWS + 1, "singles": ROWS}
+            empty = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
+            self.metadata = dataclasses.replace(self.metadata, **empty, tiles=torch.zeros(3, 2, dtype=torch.int32))
 
     def fill(self, qkv: delta_cases.Case, out: delta_cases.Case, metadata: AttentionMetadata) -> None:
         spans = qkv.plan.segments.spans
@@ -103,9 +122,16 @@ class Bucket:
         self.x.copy_(qkv.x)
         self.qkv.fill(qkv)
         self.out.fill(out)
-        self.metadata.block_table[: len(metadata.block_table)].copy_(metadata.block_table)
-        for name in ("seq_lens", "slot_mapping", "first_block"):
-            getattr(self.metadata, name).copy_(getattr(metadata, name))
+        names = ["seq_lens", "slot_mapping", "first_block", "block_table"]
+        if self.prompts:
+            names += ["query_start", "singles", "tiles"]
+            self.metadata.seq_lens.zero_()
+            self.metadata.query_start.fill_(ROWS)
+            self.metadata.singles.fill_(ROWS)
+            self.metadata.tiles.copy_(torch.tensor([ROWS, 0]))
+        for name in names:
+            value = getattr(metadata, name)
+            getattr(self.metadata, name)[: len(value)].copy_(value)
 
     def step(self) -> dict[str, Tensor]:
         return step(self.x, self.qkv, self.out, self.metadata, self.caches, self.residual)
@@ -143,7 +169,7 @@ def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> 
     got = run()
     fresh = [value.clone() for value in keys]
     want = step(qkv.x, Site.of(qkv), Site.of(out), metadata, fresh, bucket.residual)
-    real = metadata.seq_lens > 0
+    real = metadata.slot_mapping >= 0
     for name, value in got.items():
         assert torch.equal(value[real], want[name][real]), name
     for mine, true in zip(bucket.caches, fresh, strict=True):
@@ -151,18 +177,40 @@ def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> 
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("number", range(len(BATCHES)))
-def test_fixed_shapes_change_nothing(number: int) -> None:
-    bucket = Bucket()
+@pytest.mark.parametrize(
+    ("number", "prompts"), [*((n, False) for n in range(4)), *((n, True) for n in range(len(BATCHES)))]
+)
+def test_fixed_shapes_change_nothing(number: int, prompts: bool) -> None:
+    bucket = Bucket(prompts)
     check(bucket.step, bucket, number)
 
 
+@pytest.mark.interpreted
+def test_programs_that_take_turns_find_what_others_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies at the tiles to come is read ahead: one program of qkv has all ten here, and two of the sum five each.
+    SwiGLU's, whose site a step above has not, take as many."""
+    monkeypatch.setattr(launch, "INTERPRETED", 8)
+    bucket = Bucket(True)
+    check(bucket.step, bucket, 0)
+    ranks, base, parts, *_ = BATCHES[0]
+    case = delta_cases.make(
+        [[r, r // 2] for r in ranks], (base, parts), D_IN, (200, 200), core_size=RANK, seed=0, dtype=torch.float32
+    )
+    segments = Segments.build(case.plan.segments.spans, ROWS, ADAPTERS, case.x.device, num_tiles=ROWS)
+    found = [
+        expand_swiglu.run(case.y, shrink_core.shrink_core(case.x, case.site, case.cores, plan), 64)
+        for plan in (case.plan, SitePlan.build(segments, case.site, max_rank=case.plan.max_rank))
+    ]
+    assert torch.equal(*found)
+
+
 @pytest.mark.gpu
-def test_replay_equals_eager() -> None:
+@pytest.mark.parametrize("prompts", [False, True])
+def test_replay_equals_eager(prompts: bool) -> None:
     """One capture, then every batch by replay alone."""
     torch.set_default_device("cuda")
     try:
-        bucket = Bucket()
+        bucket = Bucket(prompts)
         bucket.fill(*batch(0))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -177,7 +225,7 @@ def test_replay_equals_eager() -> None:
             graph.replay()
             return out
 
-        for number in (0, 1, 2, 3, 1, 0):
+        for number in (0, 1, 2, 3, 1, *((4, 5, 4) if prompts else ()), 0):
             check(replay, bucket, number)
     finally:
         torch.set_default_device("cpu")

@@ -1,4 +1,4 @@
-"""The choice of a decoding step's tokens once more, by top-k, top-p and min-p, as a graph of its own.
+"""The choice of a step's tokens once more, by top-k, top-p and min-p, as a graph of its own.
 
 A bucket's graph chooses by temperature alone, which is all that most batches need. Where a row asks for a filter this
 runs behind it, over the same logits, and puts its tokens in place of those: all rows', for without a filter they are
@@ -9,7 +9,8 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from tucka_runtime.engine.bucket import Fields, Shared, capture
+from tucka_runtime.engine.capture import Shared, capture
+from tucka_runtime.engine.graph_fields import Fields
 from tucka_runtime.engine.sampler import draws, filters
 from tucka_runtime.engine.sequence import Sequence
 

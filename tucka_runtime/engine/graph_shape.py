@@ -1,4 +1,4 @@
-"""What a graph of a decoding step was captured for, and which batches it can run."""
+"""What a graph of a step was captured for, and which batches it can run."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -46,18 +46,21 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphShape:
-    """What a graph was captured for: rows, the sites of a layer with adapters, the limits of those, and whether any of
-    them changes the base's own products."""
+    """What a graph was captured for: rows, the sites of a layer with adapters, the limits of those, whether any of
+    them changes the base's own products, and whether rows may be those of prompts."""
 
     rows: int
     kinds: frozenset[int] = frozenset()
     limits: Limits = Limits()  # noqa: RUF009 (it cannot be changed)
     affine: bool = False
+    prompts: bool = False
 
     def serves(self, other: "GraphShape") -> bool:
-        """Whether a graph of this shape can run a batch of the other."""
+        """Whether a graph of this shape can run a batch of the other. One with prompts could run a decoding batch, but
+        has many times as many rows."""
         within = all(mine >= theirs for mine, theirs in zip(self.limits, other.limits, strict=True))
-        return self.rows >= other.rows and self.kinds >= other.kinds and within and self.affine >= other.affine
+        alike = self.prompts == other.prompts and self.affine >= other.affine
+        return alike and self.rows >= other.rows and self.kinds >= other.kinds and within
 
     @property
     def cost(self) -> tuple[object, ...]:

@@ -91,6 +91,7 @@ class ModelRunner:
                 self.adapters.table,
                 self.chosen,
                 config.max_num_seqs,
+                config.max_num_batched_tokens,
                 max_len,
                 self.block_size,
             )
@@ -208,16 +209,15 @@ class ModelRunner:
         prepared = time.monotonic()
         bucket.run()
         computed = time.monotonic()
-        seqs = [chunk.seq for chunk in chunks]
+        seqs = [chunks[i].seq for i in bucket.due]
         choice = Choice(bucket.tokens[: len(seqs)], self.sampler.finite(bucket.logits[: len(seqs)]))
         if not all(map(self.sampler.plain, seqs)):
             choice = self.sampler.choose(bucket.logits[: len(seqs)].clone(), seqs)
         elif any(map(filtered, seqs)):
             assert self.graphs is not None
-            self.graphs.choose_filtered(bucket.rows, seqs)
-        tokens = self.chosen.keep(choice.tokens, seqs)
+            self.graphs.choose_filtered(bucket.seqs, seqs)
+        rounds = [Round(bucket.due, choice, self.chosen.keep(choice.tokens, seqs))]
         routes = [part.to_host() for part in bucket.routes()]
-        rounds = [Round(list(range(len(chunks))), choice, tokens)]
         launched = Launched(chunks, segment_of, rounds, routes, self._event())
         launched.stages = Stages(prepared - begin, 0.0, computed - prepared, time.monotonic() - computed)
         return launched

@@ -69,19 +69,21 @@ class Rehearsal:
         """Runs a prompt that fills a step, so that no request pays for what is made at its first use. Returns the
         seconds that its longest step took. The memory that it took is kept from adapters (memory.AdapterMemory)."""
         with self.engine.runner.memory.measuring():
-            seconds = self._run_prompt(self.engine.scheduler.max_tokens, None)
+            seconds = self._run_prompt(self.engine.scheduler.max_tokens, None, None)
         self.engine.blocks.forget_all()
         return seconds
 
     def _run_prompts(self, adapter: AdapterKey | None) -> None:
-        """Runs prompts of lengths that between them take every kernel that prompts take."""
+        """Runs prompts of lengths that between them take every kernel that prompts take. They are scored, which no
+        graph does: what runs without one has kernels of its own."""
         for length in (32, SMALL_BATCH + 1, self.engine.scheduler.max_tokens):
-            self._run_prompt(length, adapter)
+            self._run_prompt(length, adapter, 0)
 
-    def _run_prompt(self, length: int, adapter: AdapterKey | None) -> float:
-        """Runs a prompt, cut to the context, and two tokens. Returns the seconds of the longest step."""
+    def _run_prompt(self, length: int, adapter: AdapterKey | None, scored: int | None) -> float:
+        """Runs a prompt, cut to the context, and two tokens; `scored` as in SamplingParams.prompt_logprobs. Returns the
+        seconds of the longest step."""
         engine = self.engine
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True, prompt_logprobs=scored)
         length = min(length, engine.info.max_model_len - sampling.max_tokens)
         engine.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
         seconds = 0.0

@@ -82,7 +82,20 @@ class EngineRun:
         return found
 
     def mixed(self) -> Figures:
-        """Milliseconds a step while a prompt of 64 tokens arrives at every one: what the host costs."""
+        """Milliseconds a step while a prompt arrives at every one, by graphs and launch by launch: what the host costs,
+        and from how many rows on it does not matter, which decides prompt_bucket.MOST_ROWS."""
+        runner, found = self.llm.engine.runner, dict[str, object]()
+        graphs = runner.graphs
+        for length in (4,) if self.small else (32, 160, 288, 448):
+            found[f"{length} by graphs"] = self._prompts_arriving(length)
+            runner.graphs = None
+            try:
+                found[f"{length} launched"] = self._prompts_arriving(length)
+            finally:
+                runner.graphs = graphs
+        return found
+
+    def _prompts_arriving(self, length: int) -> float:
         engine, sampling = self.llm.engine, SamplingParams(max_tokens=self.new, ignore_eos=True)
         for i in range(self.rows // 2):
             engine.add(self._request(f"d{i}", f"a{i % self.adapters}", 4, sampling))
@@ -90,13 +103,13 @@ class EngineRun:
             engine.step()
         times, one = [], SamplingParams(max_tokens=1, ignore_eos=True)
         for i in range(2 if self.small else 40):
-            engine.add(self._request(f"p{i}", f"a{i % self.adapters}", 4 if self.small else 64, one))
+            engine.add(self._request(f"p{i}", f"a{i % self.adapters}", length, one))
             begin = time.monotonic()
             engine.step()
             times.append(time.monotonic() - begin)
         while engine.busy:
             engine.step()
-        return {"ms/step": round(sorted(times)[len(times) // 2] * 1e3, 2)}
+        return round(sorted(times)[len(times) // 2] * 1e3, 2)
 
     def quiet(self) -> Figures:
         """Greedy tokens of one request alone, and among others, while adapters are folded and graphs captured."""

@@ -16,11 +16,25 @@ from torch import Tensor
 
 from tucka_runtime.engine.adapters.active import ActiveSet, Plans
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedTable
-from tucka_runtime.engine.adapters.segment import Routes, RouteSum, Segment, core_rows, route_plan, write_members
+from tucka_runtime.engine.adapters.segment import (
+    Routes,
+    RouteSum,
+    Segment,
+    core_rows,
+    route_plan,
+    write_identities,
+    write_members,
+)
 from tucka_runtime.kernels.ops import LowRank, Ops
 from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 from tucka_runtime.kernels.tables.segments import Segments, SitePlan
 from tucka_runtime.messages import AdapterKey, Route
+from tucka_runtime.models.architecture import DOWN, OUT, QKV, UP
+
+FORKED = frozenset({QKV, OUT, UP, DOWN})
+"""Sites whose shrinks run beside the base's product and not before it. A fork with its join costs a graph about a
+microsecond, a shrink six or more by the model (kernels/README.md), and each product takes longer than that. Unmeasured:
+`step` of docs/measurements/first-run/where.py has each site before its product."""
 
 
 @dataclass(eq=False)
@@ -107,7 +121,7 @@ class AdapterDelta:
     route_seconds: float = 0.0
     """Host time of what was routed from token ids."""
     side: torch.cuda.Stream | None = None
-    """The stream on which shrinks run, beside the base's products; None is the one of everything else."""
+    """The stream on which the shrinks of FORKED sites run; None is the one of everything else."""
     forked: bool = False
     """This tells whether something runs there that `join` has not waited for."""
 
@@ -180,9 +194,7 @@ class AdapterDelta:
         self.cores = torch.zeros(last + 1, active.arch.num_linears, rank, rank, dtype=dtype, device=device)
         if not all(active.folded[s.adapter].core_rank for s in segments):
             self.cores[last] = torch.eye(rank, device=device)
-        for row, segment in zip(rows, segments, strict=True):
-            if active.folded[segment.adapter].mixed:
-                self.cores[row] = torch.eye(rank, device=device)
+        write_identities(segments, rows, active, self.cores)
 
     def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
         """The cores of all segments whose route is given or known from token ids; the others start to wait."""
@@ -268,7 +280,7 @@ class AdapterDelta:
         if cores is None and self.cores is not None:
             first = self.active.arch.first_linear(layer, site)
             cores = self.site_cores[at] = self.cores[:, first : first + len(factors.columns) - 1]
-        if self.side is None:
+        if self.side is None or site not in FORKED:
             return self.ops.shrink_core(x, factors, cores, plan)
         self.side.wait_stream(torch.cuda.current_stream())
         self.forked = True

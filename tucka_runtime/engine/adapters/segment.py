@@ -87,6 +87,13 @@ def core_rows(segments: Sequence[Segment], active: ActiveSet, identity: int | No
     return [next(own) if r else constant for r in routed]
 
 
+def write_identities(segments: Sequence[Segment], rows: Sequence[int], active: ActiveSet, cores: Tensor) -> None:
+    """Makes the cores of combinations with a router identities, in whose corner their routes will make a core."""
+    for row, segment in zip(rows, segments, strict=True):
+        if active.folded[segment.adapter].mixed:
+            cores[row] = torch.eye(cores.shape[-1], dtype=cores.dtype, device=cores.device)
+
+
 def write_members(segments: Sequence[Segment], rows: Sequence[int], active: ActiveSet, cores: Tensor) -> None:
     """Puts the cores of the banks' members into those that the segments take, `rows` of cores (C, every linear, R, R):
     bank by bank, whatever the number of members."""

@@ -1,0 +1,232 @@
+"""Attention of the sequences of one row: grid (programs, KV heads).
+
+Contexts are cut into splits of SPLIT keys, counted off on the device from the lengths; a program takes splits p, p + P,
+…, so that the grid is fixed whatever the lengths are, and balanced. Splits are merged by a tree: the last of FAN
+neighbours to end merges them, and the last of those merges what they made, each in order. Where splits lie depends on
+the sequence alone, so its output does not depend on the batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tucka_runtime.kernels.fused.attend import attend, scales_of, shared_args
+from tucka_runtime.kernels.fused.launch import launch
+from tucka_runtime.kernels.fused.tiles import arrive, cdiv, counters
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
+from tucka_runtime.kernels.tables.segments import power_of_2
+
+SPLIT = 512
+"""Keys per split: at D 128 in bf16 256 KB to read, several times what a program's start costs; 64 contexts of 1k with 8
+KV heads make 1024 splits, eight per SM. Unmeasured."""
+
+FAN = 16
+"""Splits that one program merges: 256 of them, a context of 128k, are merged by 16 programs at once, and theirs by one.
+Unmeasured."""
+
+AHEAD = tl.constexpr(8)
+"""Parts that are read at once while they are merged: one by one, each would wait for the one before."""
+
+
+def decode_block(d: int, size: int) -> int:
+    """Keys per step: 16 KB each of keys and values at D 128 in bf16. Unmeasured."""
+    return 64 if d * size <= 256 else 32 if d * size <= 512 else 16
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None,
+    split: int,
+    block_n: int,
+    most: int | None = None,
+) -> None:
+    """The sequences of one row, `metadata.singles`, by at most so many programs (as are resident at once)."""
+    count, (heads, d), kv_heads = metadata.singles.shape[0], q.shape[1:], k_cache.shape[1]
+    if not count:
+        return
+    splits = cdiv(metadata.longest, split)
+    args, options = shared_args(q, k_cache, v_cache, out, metadata, scale, window)
+    options["BLOCK_G"] = max(16, power_of_2(heads // kv_heads))
+    part = q.new_empty(count, splits, heads, d, dtype=torch.float32)
+    # Both at multiples of 16 bytes, whatever the number of heads: else Triton compiles another kernel, under requests.
+    part_best, part_total = q.new_empty(2, cdiv(count * splits * heads, 4) * 4, dtype=torch.float32)
+    launch(
+        _decode,
+        lambda resident: (min(count * splits, max(1, (most or resident) // kv_heads)), kv_heads),
+        *args,
+        part,
+        part_best,
+        part_total,
+        counters("attention", count * kv_heads * (cdiv(splits, FAN) + 1), q.device),
+        metadata.singles,
+        count,
+        splits,
+        heads,
+        kv_heads,
+        **options,
+        BLOCK_B=max(64, power_of_2(count)),
+        BLOCK_N=block_n,
+        SPLIT=split,
+        FAN=FAN,
+        MERGED_G=power_of_2(heads // kv_heads),
+        num_warps=4,
+        num_stages=5,  # block numbers and what they point to share them: keys and values are two deep, 72 KB
+    )
+
+
+@triton.jit(do_not_specialize=["count", "max_splits"])
+def _decode(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    start,
+    lengths,
+    blocks,
+    first_block,
+    q_row,
+    q_head,
+    k_slot,
+    k_head,
+    v_slot,
+    v_head,
+    out_row,
+    out_head,
+    scale,
+    window,
+    part,
+    part_best,
+    part_total,
+    counter,
+    singles,
+    count,
+    max_splits,
+    num_heads,
+    kv_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FAN: tl.constexpr,
+    MERGED_G: tl.constexpr,
+):
+    head = tl.program_id(1)
+    b = tl.arange(0, BLOCK_B)
+    all_lengths = tl.load(lengths + tl.load(singles + b, mask=b < count, other=0), mask=b < count, other=0)
+    firsts = tl.zeros((BLOCK_B,), tl.int32)
+    if WINDOWED:
+        firsts = tl.maximum(all_lengths - window, 0)
+    all_splits = (all_lengths - firsts + SPLIT - 1) // SPLIT
+    border = tl.cumsum(all_splits, 0)
+    member = tl.arange(0, BLOCK_G)
+    i = tl.arange(0, BLOCK_D)
+    mask = (member < GROUP)[:, None] & (i < D)[None, :]
+    heads = head * GROUP + member
+    for item in range(tl.program_id(0), tl.sum(all_splits, 0), tl.num_programs(0)):
+        before = border <= item
+        which = tl.sum(before.to(tl.int32), 0)
+        split = item - tl.sum(tl.where(before, all_splits, 0), 0)
+        seq = tl.load(singles + which)
+        length = tl.load(lengths + seq)
+        first = 0
+        if WINDOWED:
+            first = tl.maximum(length - window, 0)
+        splits = (length - first + SPLIT - 1) // SPLIT
+        begin = first + split * SPLIT
+        row = tl.load(start + seq).to(tl.int64)
+        x = tl.load(q + row * q_row + heads[:, None] * q_head + i[None, :], mask=mask, other=0.0)
+        acc, best, total = attend(
+            x,
+            k_cache + head * k_head,
+            v_cache + head * v_head,
+            blocks + tl.load(first_block + seq),
+            tl.full((BLOCK_G,), 0, tl.int32) + length - 1,
+            begin,
+            tl.minimum(begin + SPLIT, length),
+            scale,
+            window,
+            k_slot,
+            v_slot,
+            scales_of(k_cache, head, k_head),
+            scales_of(v_cache, head, v_head),
+            D,
+            BLOCK_D,
+            BLOCK_SIZE,
+            WINDOWED,
+            BLOCK_G,
+            BLOCK_N,
+        )
+        if splits == 1:
+            out_at = out + row * out_row + heads[:, None] * out_head + i[None, :]
+            tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        else:
+            base = which.to(tl.int64) * max_splits
+            own = (base + split) * num_heads + heads
+            tl.store(part + own[:, None] * D + i[None, :], acc, mask=mask)
+            tl.store(part_best + own, best, mask=member < GROUP)
+            tl.store(part_total + own, total, mask=member < GROUP)
+            fans = (splits + FAN - 1) // FAN
+            fan = split // FAN
+            arrivals = counter + (which * kv_heads + head) * ((max_splits + FAN - 1) // FAN + 1)
+            if arrive(arrivals + 1 + fan, tl.minimum(FAN, splits - fan * FAN)):
+                few = tl.arange(0, MERGED_G)
+                few_heads, few_mask = head * GROUP + few, (few < GROUP)[:, None] & (i < D)[None, :]
+                few_out = out + row * out_row + few_heads[:, None] * out_head + i[None, :]
+                merged, merged_best, merged_total = _merge(
+                    part, part_best, part_total, base + fan * FAN, base + tl.minimum(fan * FAN + FAN, splits), 1,
+                    num_heads, few_heads, few < GROUP, D, BLOCK_D, MERGED_G,
+                )  # fmt: skip
+                if fans == 1:
+                    tl.store(few_out, (merged / merged_total[:, None]).to(out.dtype.element_ty), mask=few_mask)
+                else:
+                    # In the place of the first of them: all are read.
+                    first_part = (base + fan * FAN) * num_heads + few_heads
+                    tl.store(part + first_part[:, None] * D + i[None, :], merged, mask=few_mask)
+                    tl.store(part_best + first_part, merged_best, mask=few < GROUP)
+                    tl.store(part_total + first_part, merged_total, mask=few < GROUP)
+                    if arrive(arrivals, fans):
+                        merged, merged_best, merged_total = _merge(
+                            part, part_best, part_total, base, base + splits, FAN, num_heads, few_heads, few < GROUP, D,
+                            BLOCK_D, MERGED_G,
+                        )  # fmt: skip
+                        tl.store(few_out, (merged / merged_total[:, None]).to(out.dtype.element_ty), mask=few_mask)
+
+
+@triton.jit
+def _merge(
+    part, part_best, part_total, begin, end, step, num_heads, heads, real,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MERGED_G: tl.constexpr,
+):  # fmt: skip
+    """What attention makes of the keys of several parts, every `step`th from begin to end, in order: sums (MERGED_G,
+    BLOCK_D) that are not yet divided, maxima and sums of weights (MERGED_G,)."""
+    i = tl.arange(0, BLOCK_D)
+    best = tl.full((MERGED_G,), float("-inf"), tl.float32)
+    total = tl.zeros((MERGED_G,), tl.float32)
+    acc = tl.zeros((MERGED_G, BLOCK_D), tl.float32)
+    for first in tl.range(begin, end, step * AHEAD, num_stages=1):
+        for k in tl.static_range(AHEAD):
+            place = first + k * step
+            there = tl.where(place < end, real, False)
+            at = place * num_heads + heads
+            theirs = tl.load(part_best + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
+            mask = there[:, None] & (i < D)[None, :]
+            value = tl.load(part + at[:, None] * D + i[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            new = tl.maximum(best, theirs)
+            zero = tl.where(new == float("-inf"), 0.0, new)
+            old_scale, their_scale = tl.exp2(best - zero), tl.exp2(theirs - zero)
+            total = total * old_scale + weight * their_scale
+            acc = acc * old_scale[:, None] + value * their_scale[:, None]
+            best = new
+    return acc, best, total
