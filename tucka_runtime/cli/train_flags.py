@@ -57,6 +57,11 @@ FLAGS = (
         choices=("all", "last", "generation"),
     ),
     Flag("strict", False, "refuse records with keys that are not known", "they are ignored"),
+    Flag(
+        "objective", "sft", "what is learnt: completions (sft), or of two answers the better one (dpo), from records "
+        "with prompt, chosen and rejected", choices=("sft", "dpo"),
+    ),
+    Flag("beta", 0.1, "DPO's: how dear it is to move away from the base"),
     Flag("method", "tucka", "kind of adapter", choices=("tucka", "lora")),
     Flag("r", 8, "rank"),
     Flag("k", 4, "expert groups"),

@@ -194,7 +194,8 @@ def _report(given: argparse.Namespace, jobs: dict[str, argparse.Namespace], fail
     if not given.sweep:
         return
     if (best := sweep.best(rows)) is not None:
-        print(f"best by held-out exact match, then loss: {best.name}, in {jobs[best.name].out}")
+        what = "accuracy" if best.exact_match is None else "exact match"
+        print(f"best by held-out {what}, then loss: {best.name}, in {jobs[best.name].out}")
     try:
         sweep.write(next(iter(jobs.values())).out.parent, rows)
     except OSError as error:

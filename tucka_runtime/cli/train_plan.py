@@ -13,8 +13,7 @@ from tucka_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from tucka_runtime.trainer.adapter import AdapterSettings
-    from tucka_runtime.trainer.data import Example
-    from tucka_runtime.trainer.evaluate import Evaluation
+    from tucka_runtime.trainer.evaluate import HeldOut
     from tucka_runtime.trainer.loop import Loop, LoopConfig
     from tucka_runtime.trainer.publish import Publication
 
@@ -30,6 +29,8 @@ def check(args: argparse.Namespace) -> None:
     for path in filter(None, (args.data, args.eval_data)):
         if not path.exists():
             raise ConfigError(f"The data file {path} does not exist.")
+    if args.objective == "dpo" and args.learn == "generation":
+        raise ConfigError("--learn generation is for completions: of a pair the last turn alone is learnt.")
     if not 0 <= args.eval_fraction < 1:
         raise ConfigError("--eval-fraction must be from 0 to below 1")
     for name in ("num_threads", "steps", "eval_every"):
@@ -79,6 +80,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
         route_prefix_tokens=args.route_prefix_tokens, eval_every=args.eval_every or 1,
         patience=args.patience, checkpoint_every=args.checkpoint_every or 0, seed=args.seed,
         packing=args.packing, group_by_length=args.group_by_length, gradient_checkpointing=args.gradient_checkpointing,
+        objective=args.objective, beta=args.beta,
     )  # fmt: skip
     return settings, config
 
@@ -98,21 +100,24 @@ class Base:
     sizes: dict[str, tuple[int, int]]
     fingerprint: str
     tokenizer: Any
-    _records: dict[tuple[Any, ...], "list[Example]"] = field(default_factory=dict)
-    _scores: "dict[tuple[Example, ...], Evaluation]" = field(default_factory=dict)
+    _records: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict)
+    _scores: "dict[tuple[Any, ...], HeldOut | None]" = field(default_factory=dict)
 
-    def records(self, path: Path, longest: int, learn: str, strict: bool) -> "list[Example]":
-        """The examples of a file. Raises DataError."""
-        from tucka_runtime.trainer import data
+    def records(self, path: Path, longest: int, args: argparse.Namespace) -> list[Any]:
+        """The examples of a file, or its pairs. Raises DataError."""
+        from tucka_runtime.trainer import data, pairs
 
-        key = (path, longest, learn, strict)
+        key = (path, longest, args.objective, args.learn, args.strict)
         if key not in self._records:
             tell = partial(print, file=sys.stderr)
-            self._records[key] = data.load(path, self.tokenizer, longest, learn, strict, tell)
+            if args.objective == "dpo":
+                self._records[key] = list(pairs.load(path, self.tokenizer, longest, args.strict, tell))
+            else:
+                self._records[key] = list(data.load(path, self.tokenizer, longest, args.learn, args.strict, tell))
         return list(self._records[key])
 
-    def score(self, loop: "Loop") -> "Evaluation":
-        """Held-out figures of the base alone."""
+    def score(self, loop: "Loop") -> "HeldOut | None":
+        """Held-out figures of the base alone; None where these say nothing."""
         key = tuple(loop.held)
         if key not in self._scores:
             self._scores[key] = loop.evaluate_base()
@@ -127,8 +132,8 @@ class Plan:
     base: Base
     settings: "AdapterSettings"
     config: "LoopConfig"
-    train: "list[Example]"
-    held: "list[Example]"
+    train: list[Any]
+    held: list[Any]
     publication: "Publication | None"
     warnings: list[str]
 
@@ -169,9 +174,9 @@ def plan(
     settings, config, publication = checked
     targets = preflight.check_targets(settings, base.sizes)
     longest = preflight.longest_record(args.max_length, base.config)
-    train = base.records(args.data, longest, args.learn, args.strict)
+    train = base.records(args.data, longest, args)
     if args.eval_data:
-        held = base.records(args.eval_data, longest, args.learn, args.strict)
+        held = base.records(args.eval_data, longest, args)
     else:
         train, held = data.split(train, args.eval_fraction, args.seed)
     steps = args.steps or max(1, round(args.epochs * len(train) / (args.batch_size * args.accumulate)))
@@ -225,7 +230,8 @@ def summary(loop: "Loop", method: str) -> str:
     from tucka_runtime.trainer.adapter import trainable_parameters
 
     per_step = loop.config.batch_size * loop.config.accumulate
+    learnt = "pairs" if loop.config.objective == "dpo" else "examples"
     return (
-        f"{method}: {trainable_parameters(loop.model):,} trainable parameters; {len(loop.train)} examples to train on, "
+        f"{method}: {trainable_parameters(loop.model):,} trainable parameters; {len(loop.train)} {learnt} to train on, "
         f"{len(loop.held)} held out; {loop.config.steps} steps of {per_step}"
     )

@@ -214,11 +214,15 @@ def manifest(
         out["routing"] = router.statistics()
     if result is not None:
         out["eval"] = {
-            "loss": round(result.loss, 5),
-            "exact_match": round(result.exact, 4),
+            **_rounded(result.figures),
             "by_task": {task: round(v, 4) for task, v in result.by_task.items()},
-            "base": {"loss": round(base_result.loss, 5), "exact_match": round(base_result.exact, 4)},
         }
+        if base_result is not None:
+            out["eval"]["base"] = _rounded(base_result.figures)
         if result.groups:
             out["eval"]["groups_by_task"] = result.groups
     return out
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5 if name == "loss" else 4) for name, value in figures.items()}

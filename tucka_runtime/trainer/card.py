@@ -20,7 +20,7 @@ def card(name: str, training: dict[str, Any]) -> str:
         size += f", {adapter['k']} groups of {adapter['t']} experts, p = {adapter['p']}"
     trained = (
         f"{training['steps']} steps of {loop['batch_size'] * loop['accumulate']} examples, "
-        f"learning rate {loop['lr']:g}, seed {loop['seed']}, {training['seconds']:.0f} s"
+        f"{_objective(loop)}learning rate {loop['lr']:g}, seed {loop['seed']}, {training['seconds']:.0f} s"
     )
     rows = [
         ("Kind", "TuckA ([arXiv 2511.06859](https://arxiv.org/abs/2511.06859))" if tuck else "LoRA"),
@@ -46,10 +46,20 @@ def card(name: str, training: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _objective(loop: dict[str, Any]) -> str:
+    return f"DPO with beta = {loop['beta']:g}, " if loop["objective"] == "dpo" else ""
+
+
 def _measured(training: dict[str, Any]) -> str:
     held = training.get("eval")
     if held is None:
         return "## Measured\n\nNothing was held out, so what this adapter can do has not been measured."
+    count = training["data"]["held_out"]
+    if training["loop"]["objective"] == "dpo":
+        return (
+            f"## Measured\n\nOf {count} held-out pairs {held['accuracy']:.1%} are told apart rightly: the better answer"
+            f" gains more over the base than the worse does. Their mean reward margin is {held['margin']:.3f}."
+        )
     lines = [
         "| | exact match | loss |\n|---|---:|---:|",
         f"| base | {held['base']['exact_match']:.3f} | {held['base']['loss']:.4f} |",
@@ -57,7 +67,6 @@ def _measured(training: dict[str, Any]) -> str:
     ]
     if len(held["by_task"]) > 1:
         lines += [f"| … {task} | {value:.3f} | |" for task, value in held["by_task"].items()]
-    count = training["data"]["held_out"]
     return f"## Measured\n\nOn {count} held-out examples, greedily:\n\n" + "\n".join(lines)
 
 

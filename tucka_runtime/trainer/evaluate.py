@@ -6,13 +6,31 @@ Under "batch" this holds only for the training-time route, over prompt and compl
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tucka_runtime.trainer.data import Example, collate
+from tucka_runtime.trainer.data import Example, collate, pack
+
+
+class HeldOut(Protocol):
+    """What was measured of held-out records, whatever the objective: the loss and further figures by their names, the
+    share that is right by sub-task, and the groups chosen by sub-task."""
+
+    loss: float
+    by_task: dict[str, float]
+    groups: dict[str, list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]: ...
+
+
+def in_words(figures: Mapping[str, float], between: str = " ") -> str:
+    """Figures as a line has them."""
+    return between.join(f"{k.replace('_', ' ')} {v:.{4 if k == 'loss' else 3}f}" for k, v in figures.items())
 
 
 @dataclass
@@ -23,6 +41,46 @@ class Evaluation:
     exact: float
     by_task: dict[str, float]
     groups: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"loss": self.loss, "exact_match": self.exact}
+
+
+class Completions:
+    """The objective of supervised fine-tuning, for the loop: completions as the records have them. With `packing`
+    several records share a row, and are told apart by their positions alone."""
+
+    loss_of = "loss of a completion token"
+    share_of = "exact match"
+
+    def __init__(self, packing: bool):
+        self._packing = packing
+
+    def collate(self, batch: list[Example], pad: int) -> dict[str, Tensor]:
+        if self._packing:
+            ids, positions, labels = pack(batch, pad)
+            return {"input_ids": ids, "position_ids": positions, "labels": labels}
+        ids, mask, labels = collate(batch, pad)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def loss(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return completion_loss(logits, batch["labels"])[0]
+
+    def answers(self, held: list[Example]) -> list[Example]:
+        return held
+
+    def evaluate(
+        self, model: Any, held: list[Example], pad: int, device: torch.device, router: Any = None
+    ) -> Evaluation:
+        return evaluate(model, held, pad, device, router=router)
+
+    def evaluate_base(self, model: Any, held: list[Example], pad: int, device: torch.device) -> Evaluation:
+        with model.disable_adapter():
+            return evaluate(model, held, pad, device)
 
 
 def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -57,9 +115,7 @@ def evaluate(
         for example, ok in zip(batch, hit.all(dim=1).tolist(), strict=True):
             right[example.task].append(ok)
         if router is not None:
-            group = router.route.group
-            rows = (group[:, 0] if group.ndim == 2 else group.expand(len(batch))).tolist()
-            for example, g in zip(batch, rows, strict=True):
+            for example, g in zip(batch, router.groups(len(batch)), strict=True):
                 groups.setdefault(example.task, [0] * router.k)[g] += 1
     if router is not None:
         router.load_state_dict(kept)

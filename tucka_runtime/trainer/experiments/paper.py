@@ -238,7 +238,9 @@ def _train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sa
     config = LoopConfig(steps=steps, batch_size=32, lr=5e-3, route_batch=route, seed=seed)
     loop = Loop(model, examples(False, 6000), held, config, pad=0, device=torch.device(device), router=router)
     history = loop.run()
-    return _Run(model.eval(), router, held, history.load, loop.evaluate().exact, trainable_parameters(model))
+    return _Run(
+        model.eval(), router, held, history.load, loop.evaluate().figures["exact_match"], trainable_parameters(model)
+    )
 
 
 def _pyplot() -> Any:
