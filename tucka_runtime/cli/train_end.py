@@ -49,7 +49,6 @@ def write(planned: Plan, loop: "Loop", seconds: float, say: Callable[[str], None
     --out, or the server refuses it."""
     from tucka_runtime.trainer.adapter import keep, manifest, trainable_parameters, write
     from tucka_runtime.trainer.card import CARD_NAME, card
-    from tucka_runtime.trainer.decode import predictions
     from tucka_runtime.trainer.loop import CHECKPOINT
     from tucka_runtime.trainer.plot import figure
 
@@ -72,8 +71,7 @@ def write(planned: Plan, loop: "Loop", seconds: float, say: Callable[[str], None
         (args.out / CARD_NAME).write_text(card(name, training), "utf-8")
         if loop.held:  # one at a time where a route is a batch's: nobody else is known to be served
             together = 1 if args.route_batch == "batch" else 16
-            held = loop.objective.answers(loop.held)
-            rows = predictions(loop.model, held, base.tokenizer, loop.pad, together)
+            rows = loop.objective.predictions(loop.model, loop.held, base.tokenizer, loop.pad, together)
             (args.out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         title = f"{args.method} · {args.data.name} · {len(loop.history.loss)} steps"
         words = (loop.objective.loss_of, loop.objective.share_of)

@@ -73,6 +73,9 @@ def _look(args: argparse.Namespace) -> bool:
         raise ConfigError(
             f"--report-to {others[0]} knows one run at a time: of several jobs, tensorboard alone is told."
         )
+    if args.objective == "classify" or args.dora:
+        what = "--objective classify" if args.objective == "classify" else "--dora"
+        raise ConfigError(f"{what}: several adapters share a pass by their low-rank products alone. Train it alone.")
     if args.resume and not (args.out / CHECKPOINT).is_file():
         args.resume = False
         try:

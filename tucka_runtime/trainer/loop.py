@@ -16,6 +16,7 @@ from tucka_runtime.durable import write_file
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.adapter import settled
+from tucka_runtime.trainer.classification import Classification
 from tucka_runtime.trainer.data import Example, epoch
 from tucka_runtime.trainer.evaluate import Completions, HeldOut
 from tucka_runtime.trainer.model import set_route_scope
@@ -23,7 +24,7 @@ from tucka_runtime.trainer.preferences import Preferences
 from tucka_runtime.trainer.progress import Progress, Step
 
 CHECKPOINT = "checkpoint.pt"
-OBJECTIVES = ("sft", "dpo")
+OBJECTIVES = ("sft", "dpo", "classify")
 
 # What --route-batch means: which scopes the steps of a run take in turn. Of these a server takes the first.
 ROUTES = {
@@ -56,6 +57,7 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     objective: str = "sft"
     beta: float = 0.1
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "route_prefix_tokens"):
@@ -73,8 +75,8 @@ class LoopConfig:
             raise ConfigError("beta must be above 0")
         if self.objective != "dpo" and self.beta != LoopConfig.beta:
             raise ConfigError("beta is DPO's: use it with objective dpo")
-        if self.objective == "dpo" and self.packing:
-            raise ConfigError("packing is for completions: a pair's answers have a row each (objective dpo)")
+        if self.objective != "sft" and self.packing:
+            raise ConfigError("packing is for completions: answers of pairs, and labelled texts, have a row each")
 
     @property
     def served_scope(self) -> str:
@@ -85,6 +87,8 @@ class LoopConfig:
 class Objective(Protocol):
     """What is learnt: what a batch of records is to the model, the loss of what that says, and what is measured."""
 
+    records: str
+    """What the records are, in a word."""
     loss_of: str
     """What the loss is, in words."""
     share_of: str
@@ -98,12 +102,12 @@ class Objective(Protocol):
         """How many of what the loss is a mean over the batch has."""
         ...
 
-    def loss(self, model: Any, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed, not the mean."""
+    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the model says of the batch."""
         ...
 
-    def answers(self, held: Any) -> list[Example]:
-        """Held-out prompts with what is wished for as the answer."""
+    def loss(self, model: Any, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Summed, not the mean."""
         ...
 
     def evaluate(self, model: Any, held: Any, pad: int, device: torch.device, router: Any = None) -> HeldOut: ...
@@ -112,8 +116,15 @@ class Objective(Protocol):
         """The same of the base alone; None where that says nothing."""
         ...
 
+    def predictions(self, model: Any, held: Any, tokenizer: Any, pad: int, together: int) -> list[dict[str, Any]]:
+        """What the first held-out records are answered, beside what is expected, `together` of them at once, under the
+        route scope that is set."""
+        ...
+
 
 def _objective(config: LoopConfig) -> Objective:
+    if config.objective == "classify":
+        return Classification(config.labels)
     return Preferences(config.beta) if config.objective == "dpo" else Completions(config.packing)
 
 
@@ -124,7 +135,7 @@ class Diverged(ConfigError):
 @dataclass
 class Work:
     """What one optimiser step computes: its micro-batches as the model's arguments, how many completion tokens these
-    have, or pairs, how many tokens without padding, and the loss so far."""
+    have, or pairs or texts, how many tokens without padding, and the loss so far."""
 
     batches: list[dict[str, torch.Tensor]]
     targets: int
@@ -189,9 +200,7 @@ class Loop:
         while not self.finished and not self.stopping:
             work = self.begin()
             for batch in work.batches:
-                # with a cache transformers would not keep packed records apart
-                out = self.model(**batch, use_cache=False)
-                self.learn(work, out.logits, batch).backward()
+                self.learn(work, self.objective.logits(self.model, batch), batch).backward()
             self.end(work)
         return self.history
 
@@ -236,8 +245,8 @@ class Loop:
         return Work(batches, targets, sum(e.tokens for batch in examples for e in batch), before)
 
     def learn(self, work: Work, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A micro-batch's part of the step's loss, which is the mean over all the step's completion tokens, or pairs,
-        however they fall into batches. Raises Diverged."""
+        """A micro-batch's part of the step's loss, which is the mean over all the step's completion tokens, pairs or
+        texts, however they fall into batches. Raises Diverged."""
         loss = self.objective.loss(self.model, logits, batch) / work.targets
         if not torch.isfinite(loss):
             raise Diverged(

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tucka_runtime.trainer.data import Example, collate
+from tucka_runtime.trainer.data import collate
+from tucka_runtime.trainer.decode import predictions
+from tucka_runtime.trainer.evaluate import answered, measuring
 from tucka_runtime.trainer.pairs import Pair
 
 TOGETHER = 32  # pairs in a batch of the evaluation
@@ -45,6 +47,7 @@ class PreferenceEvaluation:
 class Preferences:
     """The objective that DPO is, for the loop. A batch's rows are its pairs' chosen answers and then the rejected."""
 
+    records = "pairs"
     loss_of = "DPO loss of a pair"
     share_of = "accuracy of pairs"
 
@@ -58,35 +61,29 @@ class Preferences:
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["input_ids"]) // 2
 
+    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return answered(model, batch)
+
     def loss(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         chosen, rejected = self._rewards(model, logits, batch)
         return -nn.functional.logsigmoid(chosen - rejected).sum()
 
-    def answers(self, held: Sequence[Pair]) -> list[Example]:
-        return [pair.chosen for pair in held]
-
-    @torch.no_grad()
     def evaluate(
         self, model: Any, held: Sequence[Pair], pad: int, device: torch.device, router: Any = None
     ) -> PreferenceEvaluation:
-        """Evaluate in eval mode under the route scope that is set. Statistics of the router are left as they were."""
-        training = model.training
-        kept = router.state_dict() if router is not None else None
-        model.eval()
+        """Evaluates under the route scope that is set."""
         order = sorted(held, key=lambda pair: (pair.task, pair.tokens))
         found: list[Tensor] = []
         groups: dict[str, list[int]] = {}
-        for i in range(0, len(order), TOGETHER):
-            pairs = order[i : i + TOGETHER]
-            batch = {name: tensor.to(device) for name, tensor in self.collate(pairs, pad).items()}
-            logits = model(**batch, use_cache=False).logits
-            if router is not None:
-                for pair, group in zip(pairs, router.groups(2 * len(pairs)), strict=False):  # the chosen rows
-                    groups.setdefault(pair.task, [0] * router.k)[group] += 1
-            found.append(torch.stack(self._rewards(model, logits, batch)).cpu())
-        if router is not None:
-            router.load_state_dict(kept)
-        model.train(training)
+        with measuring(model, router):
+            for i in range(0, len(order), TOGETHER):
+                pairs = order[i : i + TOGETHER]
+                batch = {name: tensor.to(device) for name, tensor in self.collate(pairs, pad).items()}
+                logits = answered(model, batch)
+                if router is not None:
+                    for pair, group in zip(pairs, router.groups(2 * len(pairs)), strict=False):  # the chosen rows
+                        groups.setdefault(pair.task, [0] * router.k)[group] += 1
+                found.append(torch.stack(self._rewards(model, logits, batch)).cpu())
         chosen, rejected = torch.cat(found, dim=1)
         margins = chosen - rejected
         by_task: dict[str, list[bool]] = defaultdict(list)
@@ -102,13 +99,18 @@ class Preferences:
     def evaluate_base(self, model: Any, held: Sequence[Pair], pad: int, device: torch.device) -> None:
         """Nothing: the base is what the adapter is measured against."""
 
+    def predictions(
+        self, model: Any, held: Sequence[Pair], tokenizer: Any, pad: int, together: int
+    ) -> list[dict[str, Any]]:
+        return predictions(model, [pair.chosen for pair in held], tokenizer, pad, together)
+
     def _rewards(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards of the chosen and of the rejected answers."""
         told = {name: tensor for name, tensor in batch.items() if name != "labels"}
         training = model.training
         # A base with dropout of its own is no reference while it draws.
         with torch.no_grad(), model.eval().disable_adapter():
-            reference = model(**told, use_cache=False).logits
+            reference = answered(model, told)
         model.train(training)
         gained = answer_logps(logits, batch["labels"]) - answer_logps(reference, batch["labels"])
         chosen, rejected = (self._beta * gained).chunk(2)
