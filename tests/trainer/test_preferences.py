@@ -218,7 +218,7 @@ def test_bad_pairs_name_line_and_reason(tmp_path: Path, record: dict[str, Any], 
     ("flags", "words"),
     [
         ((), "line 1: it is a preference pair"),
-        (("--objective", "dpo", "--packing"), "a pair's answers have a row each"),
+        (("--objective", "dpo", "--packing"), "answers of pairs, and labelled texts, have a row each"),
         (("--objective", "dpo", "--beta", "0"), "beta must be above 0"),
         (("--objective", "dpo", "--learn", "generation"), "the last turn alone"),
         (("--beta", "0.2"), "beta is DPO's"),

@@ -68,7 +68,7 @@ class AdapterSettings:
     def peft_config(self) -> peft.PeftConfig:
         """The PEFT configuration; ValueError for sizes that cannot work."""
         targets: Any = "all-linear" if self.target_modules == ("all-linear",) else list(self.target_modules)
-        common = {"task_type": self.task, "modules_to_save": list(self.head) or None}
+        common: dict[str, Any] = {"task_type": self.task, "modules_to_save": list(self.head) or None}
         if self.method == "lora":
             alpha: Any = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
             return peft.LoraConfig(
