@@ -5,8 +5,8 @@
 #                                          data: Parquet and datasets' folders to train on,
 #                                          report: TensorBoard's files; gguf: bases in a GGUF file;
 #                                          demo: train and gguf; s3, gs: adapters in object stores;
-#                                          ray: many servers under Ray Serve
-#   sh deploy/install.sh test              and what the tests need: all of these but s3, gs and ray
+#                                          quant: bases in 4 or 8 bits; harness: lm-eval's tasks; ray: many servers under Ray Serve
+#   sh deploy/install.sh test              and what the tests need: all of these but quant, harness, s3, gs and ray
 # Where there is a C++ compiler (CXX names another than c++) it also builds the native kernels.
 # Where there is no NVIDIA GPU it takes torch's CPU build, never gigabytes of CUDA. PYTHON names another interpreter.
 set -eu

@@ -16,6 +16,8 @@ EXTRAS = {
     "train": Extra(("peft", "matplotlib"), "tucka train, tucka eval"),
     "data": Extra(("datasets",), "Parquet files and datasets' folders: tucka train --data"),
     "report": Extra(("tensorboard",), "tucka train --report-to tensorboard"),
+    "quant": Extra(("bitsandbytes", "accelerate"), "bases in 4 or 8 bits: tucka train --load-in"),
+    "harness": Extra(("lm_eval", "peft"), "tucka eval --tasks"),
     "loadtest": Extra(("aiohttp",), "tucka loadtest, tucka plan --measure"),
     "gguf": Extra(("gguf", "accelerate"), "bases in a GGUF file: --model FILE.gguf"),
     "demo": Extra(("gguf", "accelerate", "peft", "matplotlib"), "python -m tucka_runtime.trainer.experiments.smollm2"),

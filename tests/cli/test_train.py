@@ -92,7 +92,7 @@ def admin() -> Iterator[FakeAdmin]:
         (("--max-length", "1"), "at least 2"),
         (("--num-threads", "0"), "--num-threads must be at least 1"),
         (("--resume", "--overwrite"), "give one of the two"),
-        (("--dropout", "0.1"), "dropout and rslora are LoRA's"),
+        (("--dropout", "0.1"), "dropout, rslora and dora are LoRA's"),
         (("--report-to", "trackio"), "pip install trackio"),
         (("--publish", "127.0.0.1:9"), "No answer from http://127.0.0.1:9"),
     ],

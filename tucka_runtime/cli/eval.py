@@ -5,7 +5,7 @@ import hashlib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tucka_runtime import __version__
 from tucka_runtime.bases import command_base
@@ -27,9 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.usage = (
         "%(prog)s DATA [--model DIR] --adapter NAME=DIR ... [flags]\n"
-        "       %(prog)s DATA --url URL [--adapter NAME ...] [flags]"
+        "       %(prog)s DATA --url URL [--adapter NAME ...] [flags]\n"
+        "       %(prog)s --tasks TASK,... --url URL [--adapter NAME ...] [flags]"
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="records in any form that tucka train reads")
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA", help="records in any form that tucka train reads")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK",
+        help="ask lm-eval's tasks of these names instead of DATA, of the server at --url (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="a folder of your own tasks for --tasks (default: lm-eval's)"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in a prompt of --tasks (default: each task's)"
+    )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true",
+        help="ask --tasks as chats; those that compare log-likelihoods cannot be (default: as completions)",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="MODEL", help="the base, as in tucka train (default: the embedded one)")
     parser.add_argument("--url", help="ask this running server instead (default: none)")
     parser.add_argument(
@@ -64,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     _check(args)
+    if args.tasks:
+        return _run_tasks(args)
     from tucka_runtime.evals import report
     from tucka_runtime.evals.asking import plan
     from tucka_runtime.evals.questions import questions
@@ -82,14 +99,38 @@ def _run(args: argparse.Namespace) -> int:
     if cut := sum(row.cut for row in rows):
         print(f"warning: {cut} answers had not ended after --max-tokens {args.max_tokens}.", file=sys.stderr)
     if args.out:
-        about = {
-            "made_by": f"tucka eval {__version__}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "data": {"file": args.data.name, "sha256": _digest(args.data)},
-            "asked": args.url or asked.base, "max_tokens": args.max_tokens,
-        }  # fmt: skip
-        report.write(args.out, rows, mistakes, about)
+        data = {"file": args.data.name, "sha256": _digest(args.data)}
+        report.write(args.out, rows, mistakes, _about(args, data=data, asked=args.url or asked.base))
         print(f"written to {args.out}")
     return 0
+
+
+def _run_tasks(args: argparse.Namespace) -> int:
+    from tucka_runtime.evals import harness
+    from tucka_runtime.evals.asking import Server, plan
+
+    names = [name for word in args.tasks for name in word.split(",") if name]
+    asked = harness.Harness(
+        args.url, args.api_key, names, args.include_path, args.num_fewshot, args.limit, args.max_tokens,
+        args.apply_chat_template,
+    )  # fmt: skip
+    asked.check()
+    rows = []
+    for model, route in plan(Server(args.url, args.api_key, args.adapter, args.max_tokens), args.route):
+        print(f"asking {model}{f' ({route})' if route else ''} ...", file=sys.stderr, flush=True)
+        rows += asked.ask(model, route)
+    print(harness.table(rows))
+    if args.out:
+        more = {"num_fewshot": args.num_fewshot, "limit": args.limit, "chat": args.apply_chat_template}
+        harness.write(args.out, rows, _about(args, tasks=names, asked=args.url, **more))
+        print(f"written to {args.out}")
+    return 0
+
+
+def _about(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What a report says of itself."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"made_by": f"tucka eval {__version__}", "date": date, **more, "max_tokens": args.max_tokens}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -98,8 +139,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--url asks a server for what is loaded there: leave --model out, and name adapters alone.")
     if not args.url and not all(0 < name.find("=") < len(name) - 1 for name in args.adapter):
         raise ConfigError("--adapter must be NAME=DIR; to ask a running server for NAME give its --url.")
-    if not args.data.exists():
-        raise ConfigError(f"The data file {args.data} does not exist.")
+    if bool(args.tasks) == bool(args.data):
+        raise ConfigError("Name the records to ask (DATA), or tasks of lm-eval (--tasks): one of the two.")
+    if args.tasks and not args.url:
+        raise ConfigError("--tasks are asked of a running server: give its --url (tucka serve starts one).")
+    if not args.tasks and (args.include_path or args.num_fewshot is not None or args.apply_chat_template):
+        raise ConfigError("--include-path, --num-fewshot and --apply-chat-template belong to --tasks.")
+    for path in filter(None, (args.data, args.include_path)):
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist.")
     for name in ("limit", "max_tokens", "num_threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")

@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
     checked = check_settings(args)
     base = open_base(args)
     planned = plan(args, base, checked)
-    loop = build(planned, load(base, args, args.packing))
+    loop = build(planned, load(base, args, args.packing, labels=planned.config.labels))
     print(summary(loop, args.method))
     if not _train(planned, loop):
         return 130

@@ -14,7 +14,7 @@ from tucka_runtime.cli.train_plan import Plan
 from tucka_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tucka_runtime.trainer.evaluate import Evaluation
+    from tucka_runtime.trainer.evaluate import HeldOut
     from tucka_runtime.trainer.loop import Loop
 
 
@@ -49,7 +49,6 @@ def write(planned: Plan, loop: "Loop", seconds: float, say: Callable[[str], None
     --out, or the server refuses it."""
     from tucka_runtime.trainer.adapter import keep, manifest, trainable_parameters, write
     from tucka_runtime.trainer.card import CARD_NAME, card
-    from tucka_runtime.trainer.decode import predictions
     from tucka_runtime.trainer.loop import CHECKPOINT
     from tucka_runtime.trainer.plot import figure
 
@@ -61,7 +60,7 @@ def write(planned: Plan, loop: "Loop", seconds: float, say: Callable[[str], None
         parameters=trainable_parameters(loop.model), router=loop.router, seconds=seconds, flags=of_run(args),
         warnings=planned.warnings,
     )  # fmt: skip
-    if result and alone:
+    if result:
         _tell(result, alone, say)
     where = keep(lambda place: write(loop.model, place, base.folder.name, training), args.out)
     if where != args.out:
@@ -72,10 +71,11 @@ def write(planned: Plan, loop: "Loop", seconds: float, say: Callable[[str], None
         (args.out / CARD_NAME).write_text(card(name, training), "utf-8")
         if loop.held:  # one at a time where a route is a batch's: nobody else is known to be served
             together = 1 if args.route_batch == "batch" else 16
-            rows = predictions(loop.model, loop.held, base.tokenizer, loop.pad, together)
+            rows = loop.objective.predictions(loop.model, loop.held, base.tokenizer, loop.pad, together)
             (args.out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         title = f"{args.method} · {args.data.name} · {len(loop.history.loss)} steps"
-        figure(loop.history, result, args.out / "training.png", title)
+        words = (loop.objective.loss_of, loop.objective.share_of)
+        figure(loop.history, result, args.out / "training.png", title, *words)
     except OSError as error:
         print(f"warning: card, predictions and picture were not all written: {error.strerror}.", file=sys.stderr)
     say(f"written to {args.out}")
@@ -96,11 +96,11 @@ def _counts(loop: "Loop") -> dict[str, int]:
     return {"train": len(loop.train), "held_out": len(loop.held)}
 
 
-def _tell(result: "Evaluation", alone: "Evaluation", say: Callable[[str], None]) -> None:
-    say(
-        f"held out: loss {result.loss:.4f}, exact match {result.exact:.3f} "
-        f"(base: loss {alone.loss:.4f}, exact match {alone.exact:.3f})"
-    )
+def _tell(result: "HeldOut", alone: "HeldOut | None", say: Callable[[str], None]) -> None:
+    from tucka_runtime.trainer.evaluate import in_words
+
+    beside = f" (base: {in_words(alone.figures, ', ')})" if alone else ""
+    say(f"held out: {in_words(result.figures, ', ')}{beside}")
     for task, value in result.by_task.items():
         groups = f"   groups {result.groups[task]}" if result.groups else ""
         say(f"  {task:<16} {value:.3f}{groups}")

@@ -57,6 +57,12 @@ FLAGS = (
         choices=("all", "last", "generation"),
     ),
     Flag("strict", False, "refuse records with keys that are not known", "they are ignored"),
+    Flag(
+        "objective", "sft", "what is learnt: completions (sft); of two answers the better one (dpo), from records "
+        "with prompt, chosen and rejected; or which label a text has (classify), from records with text and label: a "
+        "classifier for peft, which the server does not serve", choices=("sft", "dpo", "classify"),
+    ),
+    Flag("beta", 0.1, "DPO's: how dear it is to move away from the base"),
     Flag("method", "tucka", "kind of adapter", choices=("tucka", "lora")),
     Flag("r", 8, "rank"),
     Flag("k", 4, "expert groups"),
@@ -65,6 +71,7 @@ FLAGS = (
     Flag("alpha", None, "scale of the change; lora_alpha for LoRA", "64; LoRA: twice --r", float),
     Flag("dropout", 0.0, "LoRA's: share of a layer's inputs that are left out of the change in each step"),
     Flag("rslora", False, "LoRA's: divide alpha by the root of the rank, not by the rank", "by the rank"),
+    Flag("dora", False, "LoRA's: learn the size of each output apart from its direction (DoRA)", "plain LoRA"),
     Flag("target_modules", ["all-linear"], "layers to adapt, or all-linear", "all-linear", metavar="NAME"),
     Flag("centroids", "data", "set them from the first batch, or draw them", choices=("data", "kaiming")),
     Flag("ec_perturb_scale", 1.0, "noise around the first batch's mean"),
@@ -92,6 +99,10 @@ FLAGS = (
     Flag(
         "dtype", "auto", "type of the base; auto is the stored one, on a CPU float32",
         choices=("auto", "float32", "bfloat16"),
+    ),
+    Flag(
+        "load_in", None, "quantise the base's linears while training, by bitsandbytes (extra quant)", "as stored",
+        choices=("4bit", "8bit"),
     ),
     Flag("device", "auto", "auto is a GPU where there is one", choices=("auto", "cpu", "cuda")),
     Flag("num_threads", None, "CPU threads", "the server's rule: all cores; one for models narrower than 512", int),

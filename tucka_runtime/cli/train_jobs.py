@@ -73,6 +73,9 @@ def _look(args: argparse.Namespace) -> bool:
         raise ConfigError(
             f"--report-to {others[0]} knows one run at a time: of several jobs, tensorboard alone is told."
         )
+    if args.objective == "classify" or args.dora:
+        what = "--objective classify" if args.objective == "classify" else "--dora"
+        raise ConfigError(f"{what}: several adapters share a pass by their low-rank products alone. Train it alone.")
     if args.resume and not (args.out / CHECKPOINT).is_file():
         args.resume = False
         try:
@@ -194,7 +197,8 @@ def _report(given: argparse.Namespace, jobs: dict[str, argparse.Namespace], fail
     if not given.sweep:
         return
     if (best := sweep.best(rows)) is not None:
-        print(f"best by held-out exact match, then loss: {best.name}, in {jobs[best.name].out}")
+        what = "accuracy" if best.exact_match is None else "exact match"
+        print(f"best by held-out {what}, then loss: {best.name}, in {jobs[best.name].out}")
     try:
         sweep.write(next(iter(jobs.values())).out.parent, rows)
     except OSError as error:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from tucka_runtime.bases import command_base
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.extras import how_to_install, installed
 
 if TYPE_CHECKING:
     from tucka_runtime.trainer.adapter import AdapterSettings
-    from tucka_runtime.trainer.data import Example
-    from tucka_runtime.trainer.evaluate import Evaluation
+    from tucka_runtime.trainer.evaluate import HeldOut
     from tucka_runtime.trainer.loop import Loop, LoopConfig
     from tucka_runtime.trainer.publish import Publication
 
@@ -30,6 +31,15 @@ def check(args: argparse.Namespace) -> None:
     for path in filter(None, (args.data, args.eval_data)):
         if not path.exists():
             raise ConfigError(f"The data file {path} does not exist.")
+    if args.objective != "sft" and args.learn == "generation":
+        raise ConfigError("--learn generation is for completions: of a pair the last turn alone is learnt.")
+    if args.objective == "classify" and args.publish:
+        raise ConfigError(
+            "--publish: the server answers with texts, and serves no classifiers. Leave it out, and use the adapter "
+            "with peft, as its README.md says."
+        )
+    if args.load_in and not installed("quant"):
+        raise ConfigError(f"--load-in quantises by bitsandbytes, which is not installed: {how_to_install('quant')}.")
     if not 0 <= args.eval_fraction < 1:
         raise ConfigError("--eval-fraction must be from 0 to below 1")
     for name in ("num_threads", "steps", "eval_every"):
@@ -71,6 +81,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
         method=args.method, r=args.r, k=args.k, t=args.t, p=args.p, alpha=alpha,
         target_modules=tuple(args.target_modules), centroids=args.centroids,
         ec_perturb_scale=args.ec_perturb_scale, balance=args.balance, dropout=args.dropout, rslora=args.rslora,
+        dora=args.dora, task="SEQ_CLS" if args.objective == "classify" else "CAUSAL_LM",
     )  # fmt: skip
     check_limits(settings)
     config = LoopConfig(
@@ -79,6 +90,7 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
         route_prefix_tokens=args.route_prefix_tokens, eval_every=args.eval_every or 1,
         patience=args.patience, checkpoint_every=args.checkpoint_every or 0, seed=args.seed,
         packing=args.packing, group_by_length=args.group_by_length, gradient_checkpointing=args.gradient_checkpointing,
+        objective=args.objective, beta=args.beta,
     )  # fmt: skip
     return settings, config
 
@@ -90,7 +102,8 @@ _found = cache(command_base)
 @dataclass
 class Base:
     """What is known of the base before its weights are read, and what trainings of one run share: records that were
-    read, and what the base alone scores."""
+    read, and what the base alone scores. `head` are the modules of a classifier that its folder has no weights of, once
+    these are read."""
 
     folder: Path
     device: Any
@@ -98,21 +111,27 @@ class Base:
     sizes: dict[str, tuple[int, int]]
     fingerprint: str
     tokenizer: Any
-    _records: dict[tuple[Any, ...], "list[Example]"] = field(default_factory=dict)
-    _scores: "dict[tuple[Example, ...], Evaluation]" = field(default_factory=dict)
+    head: tuple[str, ...] = ()
+    _records: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict)
+    _scores: "dict[tuple[Any, ...], HeldOut | None]" = field(default_factory=dict)
 
-    def records(self, path: Path, longest: int, learn: str, strict: bool) -> "list[Example]":
-        """The examples of a file. Raises DataError."""
-        from tucka_runtime.trainer import data
+    def records(self, path: Path, longest: int, args: argparse.Namespace) -> list[Any]:
+        """The examples of a file, or its pairs, or its labelled texts. Raises DataError."""
+        from tucka_runtime.trainer import data, labelled, pairs
 
-        key = (path, longest, learn, strict)
+        key = (path, longest, args.objective, args.learn, args.strict)
         if key not in self._records:
             tell = partial(print, file=sys.stderr)
-            self._records[key] = data.load(path, self.tokenizer, longest, learn, strict, tell)
+            if args.objective == "sft":
+                found: list[Any] = list(data.load(path, self.tokenizer, longest, args.learn, args.strict, tell))
+            else:
+                load = pairs.load if args.objective == "dpo" else labelled.load
+                found = list(load(path, self.tokenizer, longest, args.strict, tell))
+            self._records[key] = found
         return list(self._records[key])
 
-    def score(self, loop: "Loop") -> "Evaluation":
-        """Held-out figures of the base alone."""
+    def score(self, loop: "Loop") -> "HeldOut | None":
+        """Held-out figures of the base alone; None where these say nothing."""
         key = tuple(loop.held)
         if key not in self._scores:
             self._scores[key] = loop.evaluate_base()
@@ -127,8 +146,8 @@ class Plan:
     base: Base
     settings: "AdapterSettings"
     config: "LoopConfig"
-    train: "list[Example]"
-    held: "list[Example]"
+    train: list[Any]
+    held: list[Any]
     publication: "Publication | None"
     warnings: list[str]
 
@@ -139,10 +158,10 @@ def open_base(args: argparse.Namespace) -> Base:
     from tucka_runtime.trainer import preflight
     from tucka_runtime.trainer.base_model import choose_device, load_skeleton, load_tokenizer
 
-    folder = base_folder(args)
-    device, skeleton = choose_device(args.device), load_skeleton(folder)
+    folder, classify = base_folder(args), args.objective == "classify"
+    device, skeleton = choose_device(args.device), load_skeleton(folder, classify)
     sizes = preflight.linears(skeleton)
-    return Base(folder, device, skeleton.config, sizes, fingerprint(folder), load_tokenizer(folder))
+    return Base(folder, device, skeleton.config, sizes, fingerprint(folder), load_tokenizer(folder, classify))
 
 
 def check_settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig, Publication | None]":
@@ -169,35 +188,43 @@ def plan(
     settings, config, publication = checked
     targets = preflight.check_targets(settings, base.sizes)
     longest = preflight.longest_record(args.max_length, base.config)
-    train = base.records(args.data, longest, args.learn, args.strict)
+    train = base.records(args.data, longest, args)
     if args.eval_data:
-        held = base.records(args.eval_data, longest, args.learn, args.strict)
+        held = base.records(args.eval_data, longest, args)
     else:
         train, held = data.split(train, args.eval_fraction, args.seed)
     steps = args.steps or max(1, round(args.epochs * len(train) / (args.batch_size * args.accumulate)))
     tenth = max(1, steps // 10)
+    labels = preflight.check_labels(train, held) if args.objective == "classify" else ()
     config = replace(
-        config, steps=steps, eval_every=args.eval_every or tenth,
+        config, labels=labels, steps=steps, eval_every=args.eval_every or tenth,
         checkpoint_every=tenth if args.checkpoint_every is None else args.checkpoint_every,
     )  # fmt: skip
     warnings = preflight.warnings(settings, [base.sizes[name] for name in targets], len(train), len(held))
     return Plan(args, base, settings, config, train, held, publication, warnings)
 
 
-def load(base: Base, args: argparse.Namespace, packing: bool, together: bool = False) -> Any:
+def load(
+    base: Base, args: argparse.Namespace, packing: bool, together: bool = False, labels: Sequence[str] = ()
+) -> Any:
     """The base's weights, and the threads that it gets: where several train together, each product has rows enough for
-    all cores. Raises ConfigError."""
+    all cores. A classifier has a head over the `labels`. Raises ConfigError."""
     import torch
 
     from tucka_runtime import machine
-    from tucka_runtime.trainer.base_model import load_model, prepare
+    from tucka_runtime.trainer.adapter import seed_all
+    from tucka_runtime.trainer.base_model import load_classifier, load_model, prepare
 
     hidden = base.config.get_text_config().hidden_size
     most = torch.get_num_threads()
     torch.set_num_threads(
         args.num_threads or (min(most, machine.cores().count) if together else machine.threads(hidden, most))
     )
-    model = load_model(base.folder, args.dtype, base.device)
+    if labels:
+        seed_all(args.seed)  # the head is drawn
+        model, base.head = load_classifier(base.folder, args.dtype, base.device, labels, args.load_in)
+    else:
+        model = load_model(base.folder, args.dtype, base.device, args.load_in)
     prepare(model, packing, args.gradient_checkpointing)
     return model
 
@@ -209,13 +236,19 @@ def build(planned: Plan, model: Any, beside: int = 0) -> "Loop":
     from tucka_runtime.trainer.adapter import attach, router_of, seed_all, trainable_parameters
     from tucka_runtime.trainer.loop import Loop
 
-    args, config = planned.args, planned.config
+    args, config, tokenizer = planned.args, planned.config, planned.base.tokenizer
+    planned.settings = replace(planned.settings, head=planned.base.head)
+    pad = model.config.get_text_config().pad_token_id
+    if pad is None or config.objective != "classify":
+        pad = tokenizer.ends[0] if tokenizer.ends else 0  # masked: any token does
+    if config.objective == "classify":  # by which such models find a text's last token
+        model.config.get_text_config().pad_token_id = pad
     adapted = attach(model, planned.settings, args.seed)
     parameters = trainable_parameters(adapted)
     preflight.check_disk(args.out, parameters, config.checkpoint_every > 0, beside)
     seed_all(args.seed)
     return Loop(
-        adapted, planned.train, planned.held, config, pad=planned.base.tokenizer.ends[0],  # masked: any token does
+        adapted, planned.train, planned.held, config, pad=pad,
         device=planned.base.device, router=router_of(adapted), folder=args.out,
     )  # fmt: skip
 
@@ -225,7 +258,8 @@ def summary(loop: "Loop", method: str) -> str:
     from tucka_runtime.trainer.adapter import trainable_parameters
 
     per_step = loop.config.batch_size * loop.config.accumulate
+    train, held = f"{len(loop.train)} {loop.objective.records}", len(loop.held)
     return (
-        f"{method}: {trainable_parameters(loop.model):,} trainable parameters; {len(loop.train)} examples to train on, "
-        f"{len(loop.held)} held out; {loop.config.steps} steps of {per_step}"
+        f"{method}: {trainable_parameters(loop.model):,} trainable parameters; {train} to train on, {held} held out; "
+        f"{loop.config.steps} steps of {per_step}"
     )

@@ -63,6 +63,11 @@ def table(rows: Sequence[Score]) -> str:
         exact = f"{row.exact_match:.3f} ± {row.error:.3f}"
         own = [f"{row.by_task[task]:.3f}" for task in tasks]
         lines.append([row.model, row.route or "-", str(row.records), exact, f"{row.f1:.3f}", *own])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

@@ -31,8 +31,9 @@ from tucka_runtime.trainer.model import routers
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Which adapter to make. k, t, p and the centroid settings are TuckA's alone, dropout and rslora LoRA's; alpha is
-    lora_alpha for LoRA."""
+    """Which adapter to make. k, t, p and the centroid settings are TuckA's alone, dropout, rslora and dora LoRA's;
+    alpha is lora_alpha for LoRA. `task` is PEFT's task type; `head` are the modules that are trained whole and saved
+    beside the adapter."""
 
     method: str = "tucka"
     r: int = 8
@@ -46,14 +47,17 @@ class AdapterSettings:
     balance: float = 0.0
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
+    task: str = "CAUSAL_LM"
+    head: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in ("tucka", "lora"):
             raise ConfigError("method must be tucka or lora")
         if self.centroids not in ("data", "kaiming"):
             raise ConfigError("centroids must be data (set from the first batch) or kaiming")
-        if self.method != "lora" and (self.dropout or self.rslora):
-            raise ConfigError("dropout and rslora are LoRA's: use them with method lora")
+        if self.method != "lora" and (self.dropout or self.rslora or self.dora):
+            raise ConfigError("dropout, rslora and dora are LoRA's: use them with method lora")
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout must be from 0 to below 1")
         try:
@@ -64,16 +68,17 @@ class AdapterSettings:
     def peft_config(self) -> peft.PeftConfig:
         """The PEFT configuration; ValueError for sizes that cannot work."""
         targets: Any = "all-linear" if self.target_modules == ("all-linear",) else list(self.target_modules)
+        common: dict[str, Any] = {"task_type": self.task, "modules_to_save": list(self.head) or None}
         if self.method == "lora":
             alpha: Any = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
             return peft.LoraConfig(
-                r=self.r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=self.dropout,
-                use_rslora=self.rslora,
+                r=self.r, lora_alpha=alpha, target_modules=targets, lora_dropout=self.dropout, use_rslora=self.rslora,
+                use_dora=self.dora, **common,
             )  # fmt: skip
         return TuckAConfig(
-            r=self.r, k=self.k, t=self.t, p=self.p, alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM",
+            r=self.r, k=self.k, t=self.t, p=self.p, alpha=self.alpha, target_modules=targets,
             ec_perturb_scale=self.ec_perturb_scale, use_kaiming_init_ec=self.centroids == "kaiming",
-            use_alb=self.balance > 0, alb_gamma=self.balance or 0.001,
+            use_alb=self.balance > 0, alb_gamma=self.balance or 0.001, **common,
         )  # fmt: skip
 
 
@@ -214,11 +219,15 @@ def manifest(
         out["routing"] = router.statistics()
     if result is not None:
         out["eval"] = {
-            "loss": round(result.loss, 5),
-            "exact_match": round(result.exact, 4),
+            **_rounded(result.figures),
             "by_task": {task: round(v, 4) for task, v in result.by_task.items()},
-            "base": {"loss": round(base_result.loss, 5), "exact_match": round(base_result.exact, 4)},
         }
+        if base_result is not None:
+            out["eval"]["base"] = _rounded(base_result.figures)
         if result.groups:
             out["eval"]["groups_by_task"] = result.groups
     return out
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5 if name == "loss" else 4) for name, value in figures.items()}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft.config import PeftConfig
 from peft.utils import PeftType
 
 

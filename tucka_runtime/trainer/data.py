@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -23,6 +23,23 @@ from tucka_runtime.trainer.turns import Talk, piecewise
 
 SHOWN = 10  # bad lines listed in one error
 WINDOW = 50  # batches whose examples are grouped by length, as Hugging Face's Trainer does
+
+
+class Learnt(Protocol):
+    """What batches are made of. `key` is what may not be on both sides of what is held out; `tokens` is how many a step
+    computes of it."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def key(self) -> tuple[int, ...]: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+T = TypeVar("T", bound=Learnt)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,15 @@ class Example:
     def answer(self) -> tuple[int, ...]:
         """What the first prompt is answered, without the end token."""
         return self.ids[self.start : (self.gaps[0][0] if self.gaps else len(self.ids)) - 1]
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The prompt, or that of the conversation's first turn."""
+        return self.opening or self.ids[: self.start]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
@@ -99,22 +125,24 @@ def _example(prompt: list[int], completion: list[int], task: str, max_length: in
 
 
 def encode_all(
-    found: Iterable[tuple[str, Any]], tokenizer: Tokenizer, max_length: int, learn: str, strict: bool
-) -> tuple[list[Example], list[str]]:
-    """(where, record or its JSON text) pairs to examples, and the keys that were ignored.
+    name: str, found: Iterable[tuple[str, Any]], encode: Callable[[Any], tuple[list[T], frozenset[str]]], strict: bool,
+    tell: Callable[[str], None] | None,
+) -> list[T]:  # fmt: skip
+    """(where, record or its JSON text) pairs of the file `name` to what is learnt. `encode` makes it of a record and
+    gives the keys that it ignored, of which `tell` is told.
 
     Raises DataError listing every bad record's reason; with `strict` a key that would be ignored is one.
     """
-    examples: list[Example] = []
+    examples: list[T] = []
     bad: list[str] = []
     ignored: set[str] = set()
     for where, line in found:
         try:
-            record = normalise(json.loads(line) if isinstance(line, str) else line)
-            if strict and record.ignored:
-                raise ValueError(f"unknown keys: {_names(record.ignored)} (--strict)")
-            ignored |= record.ignored
-            examples += encode_turns(record, tokenizer, max_length, learn)
+            made, unused = encode(json.loads(line) if isinstance(line, str) else line)
+            if strict and unused:
+                raise ValueError(f"unknown keys: {_names(unused)} (--strict)")
+            ignored |= unused
+            examples += made
         except json.JSONDecodeError as error:
             bad.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
         except RecursionError:
@@ -126,7 +154,9 @@ def encode_all(
     if bad:
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DataError(f"{len(bad)} bad records; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more)
-    return examples, sorted(ignored)
+    if ignored and tell:
+        tell(f"{name}: ignored keys: {_names(ignored)}")
+    return examples
 
 
 def _names(keys: Iterable[str]) -> str:
@@ -138,20 +168,22 @@ def load(
     tell: Callable[[str], None] | None = None,
 ) -> list[Example]:  # fmt: skip
     """Examples of a file; `tell` is told of keys that were ignored. Raises DataError as `read` and `encode_all` do."""
-    examples, ignored = encode_all(read(path), tokenizer, max_length, learn, strict)
-    if ignored and tell:
-        tell(f"{path.name}: ignored keys: {_names(ignored)}")
-    return examples
+
+    def encoded(record: Any) -> tuple[list[Example], frozenset[str]]:
+        known = normalise(record)
+        return encode_turns(known, tokenizer, max_length, learn), known.ignored
+
+    return encode_all(path.name, read(path), encoded, strict, tell)
 
 
-def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """(training, evaluation): `fraction` of the distinct prompts, at least one where possible, is held out.
 
     Equal prompts stay on one side, and so do a conversation's turns, so that evaluation never sees a trained prompt.
     """
-    by_prompt: dict[tuple[int, ...], list[Example]] = defaultdict(list)
+    by_prompt: dict[tuple[int, ...], list[T]] = defaultdict(list)
     for example in examples:
-        by_prompt[example.opening or example.ids[: example.start]].append(example)
+        by_prompt[example.key].append(example)
     prompts = sorted(by_prompt)
     random.Random(seed).shuffle(prompts)
     count = 0 if fraction == 0 or len(prompts) < 2 else max(1, round(fraction * len(prompts)))
@@ -160,8 +192,8 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
 
 
 def epoch(
-    examples: list[Example], batch_size: int, seed: int, number: int, by_task: bool, by_length: bool = False
-) -> list[list[Example]]:
+    examples: list[T], batch_size: int, seed: int, number: int, by_task: bool, by_length: bool = False
+) -> list[list[T]]:
     """Micro-batches of one epoch: a function of (seed, number) alone, so that a resumed run sees the same ones.
 
     by_task: every batch holds one sub-task only, so that its single route means something. A last batch that is not
@@ -169,7 +201,7 @@ def epoch(
     similar length go together, so that less is padded.
     """
     rng = random.Random(seed * 1_000_003 + number)
-    pools: dict[str, list[Example]] = defaultdict(list)
+    pools: dict[str, list[T]] = defaultdict(list)
     for example in examples:
         pools[example.task if by_task else ""].append(example)
     batches = []
@@ -181,7 +213,7 @@ def epoch(
             window = WINDOW * size
             pool = [
                 e for i in range(0, len(pool), window)
-                for e in sorted(pool[i : i + window], key=lambda e: -len(e.ids))
+                for e in sorted(pool[i : i + window], key=lambda e: -e.tokens)
             ]  # fmt: skip
         for i in range(0, len(pool), size):
             batch = pool[i : i + size]

@@ -6,13 +6,46 @@ Under "batch" this holds only for the training-time route, over prompt and compl
 """
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tucka_runtime.trainer.data import Example, collate
+from tucka_runtime.trainer.data import Example, collate, pack
+from tucka_runtime.trainer.decode import predictions
+
+
+class HeldOut(Protocol):
+    """What was measured of held-out records, whatever the objective: the loss and further figures by their names, the
+    share that is right by sub-task, and the groups chosen by sub-task."""
+
+    loss: float
+    by_task: dict[str, float]
+    groups: dict[str, list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]: ...
+
+
+def in_words(figures: Mapping[str, float], between: str = " ") -> str:
+    """Figures as a line has them."""
+    return between.join(f"{k.replace('_', ' ')} {v:.{4 if k == 'loss' else 3}f}" for k, v in figures.items())
+
+
+@contextmanager
+def measuring(model: Any, router: Any) -> Iterator[None]:
+    """In eval mode, without gradients; the mode and the router's statistics are left as they were."""
+    training = model.training
+    kept = router.state_dict() if router is not None else None
+    model.eval()
+    with torch.no_grad():
+        yield
+    if router is not None:
+        router.load_state_dict(kept)
+    model.train(training)
 
 
 @dataclass
@@ -24,6 +57,58 @@ class Evaluation:
     by_task: dict[str, float]
     groups: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"loss": self.loss, "exact_match": self.exact}
+
+
+class Completions:
+    """The objective of supervised fine-tuning, for the loop: completions as the records have them. With `packing`
+    several records share a row, and are told apart by their positions alone."""
+
+    records = "examples"
+    loss_of = "loss of a completion token"
+    share_of = "exact match"
+
+    def __init__(self, packing: bool):
+        self._packing = packing
+
+    def collate(self, batch: list[Example], pad: int) -> dict[str, Tensor]:
+        if self._packing:
+            ids, positions, labels = pack(batch, pad)
+            return {"input_ids": ids, "position_ids": positions, "labels": labels}
+        ids, mask, labels = collate(batch, pad)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return answered(model, batch)
+
+    def loss(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return completion_loss(logits, batch["labels"])[0]
+
+    def evaluate(
+        self, model: Any, held: list[Example], pad: int, device: torch.device, router: Any = None
+    ) -> Evaluation:
+        return evaluate(model, held, pad, device, router=router)
+
+    def evaluate_base(self, model: Any, held: list[Example], pad: int, device: torch.device) -> Evaluation:
+        with model.disable_adapter():
+            return evaluate(model, held, pad, device)
+
+    def predictions(
+        self, model: Any, held: list[Example], tokenizer: Any, pad: int, together: int
+    ) -> list[dict[str, Any]]:
+        return predictions(model, held, tokenizer, pad, together)
+
+
+def answered(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of a language model, without the cache with which transformers would not keep packed records apart."""
+    logits: Tensor = model(**batch, use_cache=False).logits
+    return logits
+
 
 def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Summed cross-entropy of the completion tokens and their number; logits (B, S, V), labels (B, S)."""
@@ -32,38 +117,27 @@ def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     return loss, int((target != -100).sum())
 
 
-@torch.no_grad()
 def evaluate(
     model: Any, examples: list[Example], pad: int, device: torch.device, batch_size: int = 64, router: Any = None
 ) -> Evaluation:
-    """Evaluate in eval mode under the route scope that is set; `router` (of the adapter) fills `groups`.
-
-    Statistics of the router are left as they were.
-    """
-    training = model.training
-    kept = router.state_dict() if router is not None else None
-    model.eval()
+    """Evaluates under the route scope that is set; `router` (of the adapter) fills `groups`."""
     order = sorted(examples, key=lambda e: (e.task, len(e.ids)))
     total, tokens = 0.0, 0
     right: dict[str, list[bool]] = defaultdict(list)
     groups: dict[str, list[int]] = {}
-    for i in range(0, len(order), batch_size):
-        batch = order[i : i + batch_size]
-        ids, mask, labels = (x.to(device) for x in collate(batch, pad))
-        logits = model(input_ids=ids, attention_mask=mask, labels=labels).logits
-        loss, count = completion_loss(logits, labels)
-        total, tokens = total + float(loss), tokens + count
-        hit = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
-        for example, ok in zip(batch, hit.all(dim=1).tolist(), strict=True):
-            right[example.task].append(ok)
-        if router is not None:
-            group = router.route.group
-            rows = (group[:, 0] if group.ndim == 2 else group.expand(len(batch))).tolist()
-            for example, g in zip(batch, rows, strict=True):
-                groups.setdefault(example.task, [0] * router.k)[g] += 1
-    if router is not None:
-        router.load_state_dict(kept)
-    model.train(training)
+    with measuring(model, router):
+        for i in range(0, len(order), batch_size):
+            batch = order[i : i + batch_size]
+            ids, mask, labels = (x.to(device) for x in collate(batch, pad))
+            logits = model(input_ids=ids, attention_mask=mask, labels=labels).logits
+            loss, count = completion_loss(logits, labels)
+            total, tokens = total + float(loss), tokens + count
+            hit = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
+            for example, ok in zip(batch, hit.all(dim=1).tolist(), strict=True):
+                right[example.task].append(ok)
+            if router is not None:
+                for example, g in zip(batch, router.groups(len(batch)), strict=True):
+                    groups.setdefault(example.task, [0] * router.k)[g] += 1
     everything = [ok for task in right.values() for ok in task]
     return Evaluation(
         total / max(tokens, 1),

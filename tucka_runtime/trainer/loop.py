@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,15 @@ from tucka_runtime.durable import write_file
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.adapter import settled
-from tucka_runtime.trainer.data import Example, collate, epoch, pack
-from tucka_runtime.trainer.evaluate import Evaluation, completion_loss, evaluate
+from tucka_runtime.trainer.classification import Classification
+from tucka_runtime.trainer.data import Example, epoch
+from tucka_runtime.trainer.evaluate import Completions, HeldOut
 from tucka_runtime.trainer.model import set_route_scope
+from tucka_runtime.trainer.preferences import Preferences
 from tucka_runtime.trainer.progress import Progress, Step
 
 CHECKPOINT = "checkpoint.pt"
+OBJECTIVES = ("sft", "dpo", "classify")
 
 # What --route-batch means: which scopes the steps of a run take in turn. Of these a server takes the first.
 ROUTES = {
@@ -52,6 +55,9 @@ class LoopConfig:
     packing: bool = False
     group_by_length: bool = False
     gradient_checkpointing: bool = False
+    objective: str = "sft"
+    beta: float = 0.1
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "route_prefix_tokens"):
@@ -63,11 +69,63 @@ class LoopConfig:
             raise ConfigError(f"route_batch must be one of {', '.join(ROUTES)}")
         if self.patience and not self.eval_every:
             raise ConfigError("patience counts evaluations: set eval_every too")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}")
+        if not self.beta > 0:
+            raise ConfigError("beta must be above 0")
+        if self.objective != "dpo" and self.beta != LoopConfig.beta:
+            raise ConfigError("beta is DPO's: use it with objective dpo")
+        if self.objective != "sft" and self.packing:
+            raise ConfigError("packing is for completions: answers of pairs, and labelled texts, have a row each")
 
     @property
     def served_scope(self) -> str:
         """The route scope that a server takes for what was trained so."""
         return ROUTES[self.route_batch][0]
+
+
+class Objective(Protocol):
+    """What is learnt: what a batch of records is to the model, the loss of what that says, and what is measured."""
+
+    records: str
+    """What the records are, in a word."""
+    loss_of: str
+    """What the loss is, in words."""
+    share_of: str
+    """What an evaluation's shares by sub-task are, in words."""
+
+    def collate(self, batch: Any, pad: int) -> dict[str, torch.Tensor]:
+        """The model's arguments."""
+        ...
+
+    def count(self, batch: dict[str, torch.Tensor]) -> int:
+        """How many of what the loss is a mean over the batch has."""
+        ...
+
+    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the model says of the batch."""
+        ...
+
+    def loss(self, model: Any, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Summed, not the mean."""
+        ...
+
+    def evaluate(self, model: Any, held: Any, pad: int, device: torch.device, router: Any = None) -> HeldOut: ...
+
+    def evaluate_base(self, model: Any, held: Any, pad: int, device: torch.device) -> HeldOut | None:
+        """The same of the base alone; None where that says nothing."""
+        ...
+
+    def predictions(self, model: Any, held: Any, tokenizer: Any, pad: int, together: int) -> list[dict[str, Any]]:
+        """What the first held-out records are answered, beside what is expected, `together` of them at once, under the
+        route scope that is set."""
+        ...
+
+
+def _objective(config: LoopConfig) -> Objective:
+    if config.objective == "classify":
+        return Classification(config.labels)
+    return Preferences(config.beta) if config.objective == "dpo" else Completions(config.packing)
 
 
 class Diverged(ConfigError):
@@ -77,7 +135,7 @@ class Diverged(ConfigError):
 @dataclass
 class Work:
     """What one optimiser step computes: its micro-batches as the model's arguments, how many completion tokens these
-    have, how many tokens without padding, and the loss so far."""
+    have, or pairs or texts, how many tokens without padding, and the loss so far."""
 
     batches: list[dict[str, torch.Tensor]]
     targets: int
@@ -110,7 +168,7 @@ class Loop:
     """Trains the parameters that require gradients; `router` is the adapter's (None for LoRA)."""
 
     def __init__(
-        self, model: Any, train: list[Example], held: list[Example], config: LoopConfig, *, pad: int,
+        self, model: Any, train: list[Any], held: list[Any], config: LoopConfig, *, pad: int,
         device: torch.device, router: Any = None, folder: Path | None = None, progress: Progress | None = None,
     ):  # fmt: skip
         self.model, self.train, self.held, self.config = model, train, held, config
@@ -119,11 +177,12 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.parameters], lr=config.lr, weight_decay=config.weight_decay
         )
+        self.objective = _objective(config)
         self.history = History()
         self.step = 0
         self.stopping = False  # set from outside: the run ends after the step that it is in
         self.best: dict[str, torch.Tensor] | None = None
-        self._epoch: tuple[int, list[list[Example]]] = (-1, [])
+        self._epoch: tuple[int, list[list[Any]]] = (-1, [])
 
     @property
     def turn(self) -> int:
@@ -141,9 +200,7 @@ class Loop:
         while not self.finished and not self.stopping:
             work = self.begin()
             for batch in work.batches:
-                # with a cache transformers would not keep packed records apart
-                out = self.model(**batch, use_cache=False)
-                self.learn(work, out.logits, batch).backward()
+                self.learn(work, self.objective.logits(self.model, batch), batch).backward()
             self.end(work)
         return self.history
 
@@ -155,7 +212,7 @@ class Loop:
             if self.progress:
                 self.progress.warn(f"no checkpoint was written at step {self.step}: {error.strerror}.")
 
-    def _micro_batch(self, index: int) -> list[Example]:
+    def _micro_batch(self, index: int) -> list[Any]:
         if self._epoch[0] < 0:
             self._epoch = (0, self._batches(0))
         per_epoch = len(self._epoch[1])  # the same in every epoch
@@ -164,19 +221,12 @@ class Loop:
             self._epoch = (number, self._batches(number))
         return self._epoch[1][at]
 
-    def _batches(self, number: int) -> list[list[Example]]:
+    def _batches(self, number: int) -> list[list[Any]]:
         c = self.config
         return epoch(self.train, c.batch_size, c.seed, number, c.route_batch == "batch", c.group_by_length)
 
-    def _collate(self, batch: list[Example]) -> dict[str, torch.Tensor]:
-        """The model's arguments for a micro-batch. Packed rows are told apart by their positions alone."""
-        if self.config.packing:
-            ids, positions, labels = pack(batch, self.pad)
-            found = {"input_ids": ids, "position_ids": positions, "labels": labels}
-        else:
-            ids, mask, labels = collate(batch, self.pad)
-            found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: tensor.to(self.device) for name, tensor in found.items()}
+    def _collate(self, batch: list[Any]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.objective.collate(batch, self.pad).items()}
 
     def begin(self) -> Work:
         """Readies one optimiser step: its batches, the route scope, the learning rate."""
@@ -191,13 +241,13 @@ class Loop:
             group["lr"] = learning_rate(c, self.step)
         examples = [self._micro_batch(self.step * c.accumulate + i) for i in range(c.accumulate)]
         batches = [self._collate(batch) for batch in examples]
-        targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        return Work(batches, targets, sum(len(e.ids) for batch in examples for e in batch), before)
+        targets = sum(self.objective.count(batch) for batch in batches)
+        return Work(batches, targets, sum(e.tokens for batch in examples for e in batch), before)
 
     def learn(self, work: Work, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A micro-batch's part of the step's loss, which is the mean over all the step's completion tokens however they
-        fall into batches. Raises Diverged."""
-        loss = completion_loss(logits, batch["labels"])[0] / work.targets
+        """A micro-batch's part of the step's loss, which is the mean over all the step's completion tokens, pairs or
+        texts, however they fall into batches. Raises Diverged."""
+        loss = self.objective.loss(self.model, logits, batch) / work.targets
         if not torch.isfinite(loss):
             raise Diverged(
                 f"The loss became {loss.item()} at step {self.step + 1}. Lower --lr or --alpha and start again."
@@ -232,24 +282,22 @@ class Loop:
     def _route(self, scope: str) -> None:
         set_route_scope(self.model, scope, prefix_tokens=self.config.route_prefix_tokens)
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> HeldOut:
         """Held-out figures under the scope that serving would take."""
         if self.router is not None:
             self._route(self.config.served_scope)
-        by_task_size = 64
-        return evaluate(self.model, self.held, self.pad, self.device, by_task_size, self.router)
+        return self.objective.evaluate(self.model, self.held, self.pad, self.device, self.router)
 
-    def evaluate_base(self) -> Evaluation:
-        """The same held-out figures of the base alone."""
-        with self.model.disable_adapter():
-            return evaluate(self.model, self.held, self.pad, self.device)
+    def evaluate_base(self) -> HeldOut | None:
+        """The same held-out figures of the base alone; None where these say nothing."""
+        return self.objective.evaluate_base(self.model, self.held, self.pad, self.device)
 
     def _evaluate(self) -> None:
         result = self.evaluate()
         if self.progress:
             self.progress.evaluated(self.step, result)
         h = self.history
-        h.evals.append({"step": self.step, "loss": result.loss, "exact": result.exact})
+        h.evals.append({"step": self.step, **result.figures})
         if result.loss < h.best:
             h.best, h.since_best = result.loss, 0
             self.best = {n: p.detach().clone() for n, p in self.parameters}
@@ -262,7 +310,7 @@ class Loop:
         """What has to be the same for a run to be continued: settings, adapter, type of the base, data."""
         frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
         numbers = asdict(self.config)
-        gaps = "".join(repr(e.gaps) for e in self.train if e.gaps)
+        gaps = "".join(repr(e.gaps) for e in self.train if isinstance(e, Example) and e.gaps)
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
             "adapter": settled(self.model.peft_config["default"]), "dtype": sorted(frozen),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tucka_runtime.trainer.evaluate import Evaluation
+from tucka_runtime.trainer.evaluate import HeldOut
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
@@ -14,8 +14,9 @@ def _smooth(values: list[float], width: int) -> list[float]:
     return out
 
 
-def figure(history: Any, result: Evaluation | None, path: Path, title: str) -> None:
-    """Write the PNG; panels without data (no evaluation, LoRA's load) say so."""
+def figure(history: Any, result: HeldOut | None, path: Path, title: str, loss_of: str, share_of: str) -> None:
+    """Write the PNG; panels without data (no evaluation, LoRA's load) say so. `loss_of` and `share_of` are an
+    objective's words for what it measures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,7 +29,7 @@ def figure(history: Any, result: Evaluation | None, path: Path, title: str) -> N
     loss.plot(steps, _smooth(history.loss, max(1, len(history.loss) // 50)), label="smoothed")
     if history.evals:
         loss.plot([e["step"] for e in history.evals], [e["loss"] for e in history.evals], "o-", label="held out")
-    loss.set(xlabel="step", ylabel="loss of a completion token", yscale="log")
+    loss.set(xlabel="step", ylabel=loss_of, yscale="log")
     loss.legend()
     if history.load and history.load[0]:
         width = 3 * max(1, len(history.load) // 100)  # whole turns of `mixed`, whose scopes count differently
@@ -46,7 +47,7 @@ def figure(history: Any, result: Evaluation | None, path: Path, title: str) -> N
     if result is not None and result.by_task:
         bars = accuracy.bar(list(result.by_task), list(result.by_task.values()))
         accuracy.bar_label(bars, fmt="%.2f")
-        accuracy.set(ylabel="exact match, held out", ylim=(0, 1.1))
+        accuracy.set(ylabel=f"{share_of}, held out", ylim=(0, 1.1))
         accuracy.tick_params(axis="x", rotation=30)
     else:
         accuracy.text(0.5, 0.5, "nothing held out", ha="center")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tucka_runtime.adapters.config import parse_config
 from tucka_runtime.adapters.files import MAX_WEIGHTS_BYTES
 from tucka_runtime.errors import ConfigError, InvalidAdapterError
 from tucka_runtime.trainer.adapter import AdapterSettings
+from tucka_runtime.trainer.labelled import Labelled, labels_of
 from tucka_runtime.trainer.layer import input_size
 
+HEADS = ("score", "classifier", "pooler")  # what transformers calls a classifier's own modules
 LONGEST = 1024  # records by default, in tokens: what fits the memory of most machines
 
 
@@ -28,10 +31,12 @@ def check_limits(settings: AdapterSettings) -> None:
 
 
 def linears(model: Any) -> dict[str, tuple[int, int]]:
-    """(input, output) features of every linear that can be adapted, by its full name: all but the head."""
+    """(input, output) features of every linear that can be adapted, by its full name: all but the head's."""
     head = model.get_output_embeddings()
     found = {}
     for name, module in model.named_modules():
+        if name.partition(".")[0] in HEADS:
+            continue
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             size = input_size(module)
             found[name] = (size, module.weight.numel() // size)
@@ -53,6 +58,20 @@ def check_targets(settings: AdapterSettings, sizes: dict[str, tuple[int, int]]) 
             "all-linear takes all of them."
         )
     return sorted({name for names in reached.values() for name in names})
+
+
+def check_labels(train: Sequence[Labelled], held: Sequence[Labelled]) -> tuple[str, ...]:
+    """The labels of a classifier, in their order. Raises ConfigError where there is nothing to tell apart, or what is
+    held out has labels that no training text has."""
+    labels = labels_of([*train, *held])
+    if len(labels) < 2:
+        raise ConfigError(f"Every text is labelled {labels[0]!r}: a classifier needs texts of two labels or more.")
+    if unseen := sorted(set(labels) - set(labels_of(train))):
+        raise ConfigError(
+            f"No text to train on is labelled {', '.join(map(repr, unseen))}, but texts held out are. Add some, or "
+            "hold out others (--seed, --eval-data)."
+        )
+    return labels
 
 
 def longest_record(asked: int | None, config: Any) -> int:

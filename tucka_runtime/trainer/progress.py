@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tucka_runtime.trainer.evaluate import Evaluation
+from tucka_runtime.trainer.evaluate import HeldOut, in_words
 from tucka_runtime.trainer.tracking import Tracker
 
 SECONDS_BETWEEN_LINES = 60
@@ -34,7 +34,7 @@ class Progress(Protocol):
 
     def step(self, step: Step) -> None: ...
 
-    def evaluated(self, step: int, result: Evaluation) -> None: ...
+    def evaluated(self, step: int, result: HeldOut) -> None: ...
 
     def warn(self, text: str) -> None: ...
 
@@ -92,8 +92,8 @@ class TrainingFigures:
         experts = f" experts {'/'.join(f'{share:.0%}'[:-1] for share in load)}%" if load else ""
         return f"loss {step.loss:.4f}{experts}"
 
-    def evaluated(self, step: int, result: Evaluation) -> None:
-        self._track({"eval/loss": result.loss, "eval/exact_match": result.exact}, step)
+    def evaluated(self, step: int, result: HeldOut) -> None:
+        self._track({f"eval/{name}": value for name, value in result.figures.items()}, step)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -128,8 +128,8 @@ class TrainingProgress:
             left = seconds / (step.number - self._done) * (self._steps - step.number)
             self._write(f"step {step.number}/{self._steps} {text} elapsed {clock(seconds)} left {clock(left)}")
 
-    def evaluated(self, step: int, result: Evaluation) -> None:
-        self._write(f"step {step}/{self._steps} held out: loss {result.loss:.4f} exact match {result.exact:.3f}")
+    def evaluated(self, step: int, result: HeldOut) -> None:
+        self._write(f"step {step}/{self._steps} held out: {in_words(result.figures)}")
         self._figures.evaluated(step, result)
 
     def warn(self, text: str) -> None:
@@ -159,10 +159,8 @@ class JobProgress:
         self.figures.step(step)
         self.done, self.loss = step.number, step.loss
 
-    def evaluated(self, step: int, result: Evaluation) -> None:
-        self._all.say(
-            f"{self.name}: step {step}/{self.steps} held out: loss {result.loss:.4f} exact match {result.exact:.3f}"
-        )
+    def evaluated(self, step: int, result: HeldOut) -> None:
+        self._all.say(f"{self.name}: step {step}/{self.steps} held out: {in_words(result.figures)}")
         self.figures.evaluated(step, result)
 
     def warn(self, text: str) -> None:

@@ -76,6 +76,8 @@ def normalise(record: Any) -> TrainingRecord:
             return _conversation(record, key, record[key], task)
     if "instruction" in record:
         return _alpaca(record, task)
+    if "chosen" in record and "rejected" in record and "completion" not in record:
+        raise ValueError("it is a preference pair (chosen and rejected), of which --objective dpo learns")
     if isinstance(record.get("prompt"), list):
         return _continued(record, task)
     if "prompt" in record or "completion" in record:

@@ -224,6 +224,13 @@ class TrainingRouter:
             share = load.float() / load.sum().clamp_min(1)
             self.bias = self.bias + self.gamma * torch.sign(share.mean() - share)
 
+    def groups(self, rows: int) -> list[int]:
+        """The group that each of a forward's rows was given first, once it has been routed."""
+        assert self.route is not None
+        group = self.route.group
+        found: list[int] = (group[:, 0] if group.ndim == 2 else group.expand(rows)).tolist()
+        return found
+
     def reset_statistics(self) -> None:
         self.counts = torch.zeros(self.k, dtype=torch.int64)
         self.forwards = self.changes = 0

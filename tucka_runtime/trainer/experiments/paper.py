@@ -91,7 +91,7 @@ def claim_b(images: Path, steps: int) -> None:
     print(f"{'centroids':<12}{'share of each group':<32}{'groups used':>12}{'centroid spread':>17}{'held out':>10}")
     for column, kind in enumerate(kinds):
         settings = AdapterSettings(r=8, k=4, t=2, p=2, alpha=64, centroids=kind)
-        run = _train("formats", settings, steps, seed=0, route="batch")
+        run = train("formats", settings, steps, seed=0, route="batch")
         counts = run.router.counts
         shares = " ".join(f"{float(c) / float(counts.sum()):.3f}" for c in counts)
         spread = centroid_spread(centroids(run.model, "default"))
@@ -141,7 +141,7 @@ def claim_c(images: Path, steps: int) -> None:
     for method, all_settings in budgets.items():
         points = []
         for settings in all_settings:
-            runs = [_train("formats", settings, steps, seed) for seed in (0, 1, 2)]
+            runs = [train("formats", settings, steps, seed) for seed in (0, 1, 2)]
             exact = [run.exact for run in runs]
             mean, std = statistics.mean(exact), statistics.stdev(exact)
             points.append((runs[0].parameters, mean, std))
@@ -165,7 +165,7 @@ def claim_d(images: Path, steps: int) -> None:
     plt = _pyplot()
     fig, ax = plt.subplots(figsize=(6, 4), constrained_layout=True)
     for r in ranks:
-        row = [_train("formats", AdapterSettings(r=r, k=k, t=2, p=2, alpha=64), steps, 0).exact for k in groups]
+        row = [train("formats", AdapterSettings(r=r, k=k, t=2, p=2, alpha=64), steps, 0).exact for k in groups]
         print(f"{f'r={r}':>6}" + "".join(f"{v:>9.3f}" for v in row), flush=True)
         ax.plot([2 * k for k in groups], row, "o-", label=f"r={r}")
     ax.set(xlabel="experts (k·t)", ylabel="exact match, held out", ylim=(0, 1.05))
@@ -180,14 +180,15 @@ def claim_routes(images: Path, steps: int) -> None:
     print(f"Exact match on `formats` by training route and serving scope, {steps} steps, seed 0\n")
     print(f"{'--route-batch':<15}{'request':>9}{'batch, alone':>14}{'batch, 16 mixed':>17}")
     for route in ("batch", "per-sample", "mixed"):
-        run = _train("formats", AdapterSettings(r=8, k=4, t=2, p=2, alpha=64, balance=0.01), steps, 0, route)
+        run = train("formats", AdapterSettings(r=8, k=4, t=2, p=2, alpha=64, balance=0.01), steps, 0, route)
         exact, _ = serving_scopes(run.model, run.router, run.held, pad=0, eos=run.model.config.eos_token_id)
         print(f"{route:<15}{exact['request']:>9.3f}{exact['batch_alone']:>14.3f}{exact['batch_16']:>17.3f}", flush=True)
 
 
 @dataclass
-class _Run:
-    """A trained adapter and what the figures need of it."""
+class Run:
+    """A trained adapter and what the figures need of it; `groups` says how many held-out prompts of each sub-task took
+    each group."""
 
     model: Any
     router: Any
@@ -195,6 +196,7 @@ class _Run:
     load: list[list[int]]
     exact: float
     parameters: int
+    groups: dict[str, list[int]]
 
     def prompt_means(self) -> dict[str, list[Any]]:
         """Mean router input of every held-out prompt, by sub-task."""
@@ -212,7 +214,8 @@ class _Run:
         return out
 
 
-def _train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sample") -> _Run:
+def train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sample", loop_kind: Any = None) -> Run:
+    """An adapter for a task of the project, on the embedded base; `loop_kind` is another loop than the trainer's."""
     import torch
 
     from tucka_runtime.trainer.adapter import attach, router_of, seed_all, trainable_parameters
@@ -236,9 +239,13 @@ def _train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sa
     seed_all(seed)
     held = examples(True, 200)
     config = LoopConfig(steps=steps, batch_size=32, lr=5e-3, route_batch=route, seed=seed)
-    loop = Loop(model, examples(False, 6000), held, config, pad=0, device=torch.device(device), router=router)
+    loop = (loop_kind or Loop)(
+        model, examples(False, 6000), held, config, pad=0, device=torch.device(device), router=router
+    )
     history = loop.run()
-    return _Run(model.eval(), router, held, history.load, loop.evaluate().exact, trainable_parameters(model))
+    result = loop.evaluate()
+    exact = result.figures["exact_match"]
+    return Run(model.eval(), router, held, history.load, exact, trainable_parameters(model), result.groups)
 
 
 def _pyplot() -> Any:

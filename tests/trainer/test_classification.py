@@ -1,0 +1,151 @@
+"""`--objective classify`: labelled texts in, an adapter and its head out, with which plain peft says the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DebertaV2Config, DebertaV2Model
+
+from tests.support.training import make_workplace, train
+from tucka_runtime.tokenizer import Tokenizer
+from tucka_runtime.trainer import set_route_scope
+from tucka_runtime.trainer.classification import f1
+from tucka_runtime.trainer.experiments.base import build_tokenizer
+from tucka_runtime.trainer.labelled import encode_labelled, labels_of
+
+LABELS = ("billing", "account", "other")
+
+
+def records() -> list[dict[str, Any]]:
+    """The label is a word of the text; texts differ in length."""
+    return [{"text": f"{'x' * (i % 5)} {LABELS[i % 3]} {i}", "label": LABELS[i % 3]} for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With bases of three kinds: a decoder, BERT whose pooler is there, and DeBERTa that has none before its head."""
+    folder = make_workplace(tmp_path_factory.mktemp("classify"))
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records()))
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 300,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    for name, model in {
+        "bert": BertModel(BertConfig(**sizes)), "deberta": DebertaV2Model(DebertaV2Config(**sizes)),
+    }.items():  # fmt: skip
+        model.save_pretrained(folder / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name / file).write_bytes((folder / "base" / file).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "head"),
+    [
+        ("base", "tucka", {"score"}),
+        ("base", "lora", {"score"}),
+        ("bert", "tucka", {"classifier"}),
+        ("deberta", "lora", {"classifier", "pooler"}),
+    ],
+)
+def test_plain_peft_gives_the_labels_that_were_measured(
+    workplace: Path, tmp_path: Path, base: str, method: str, head: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--model", str(workplace / base), "--method", method, "--out", str(out), "--route-batch", "per-sample")
+    steps = ("--steps", "40", "--lr", "1e-2", "--eval-fraction", "0.3", "--eval-every", "10")
+    assert train(workplace, "--objective", "classify", *flags, *steps) == 0
+    said, training = capsys.readouterr().out, json.loads((out / "training.json").read_text())
+    held = training["eval"]
+    assert "42 texts to train on, 18 held out" in said and training["loop"]["labels"] == sorted(LABELS)
+    assert (
+        f"accuracy {held['accuracy']:.3f}, f1 {held['f1']:.3f}" in said and held["accuracy"] > 0.5
+    )  # a guess is right in 1 of 3
+    config = json.loads((out / "adapter_config.json").read_text())
+    weights = load_file(out / "adapter_model.safetensors")
+    whole = {name.split(".")[2] for name in weights if "lora_" not in name and "tucka_" not in name}
+    assert config["task_type"] == "SEQ_CLS" and whole == head <= set(config["modules_to_save"])
+
+    torch.manual_seed(9)  # another head is drawn, and replaced
+    fresh = AutoModelForSequenceClassification.from_pretrained(workplace / base, num_labels=3)
+    model: Any = peft.PeftModel.from_pretrained(fresh, str(out)).eval()
+    if method == "tucka":
+        set_route_scope(model, training["route"])
+    tokenizer = Tokenizer.load(workplace / base)
+    assert tokenizer is not None
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert sum(row["right"] for row in rows) / len(rows) == pytest.approx(held["accuracy"], abs=1e-4)
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([tokenizer.encode(row["prompt"], False)])
+            assert training["loop"]["labels"][int(model(input_ids=ids).logits.argmax())] == row["said"]
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "num_labels=3" in card
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tucka_runtime.trainer.loop import Loop
+
+    flags = ("--objective", "classify", "--steps", "4", "--checkpoint-every", "2", "--out", str(tmp_path / "out"))
+    assert train(workplace, *flags) == 0
+    whole = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    end = Loop.end
+
+    def ending(loop: Loop, work: Any) -> None:
+        end(loop, work)
+        loop.stopping = loop.step == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "end", ending)
+        assert train(workplace, *flags, "--overwrite") == 130
+    assert train(workplace, *flags, "--resume") == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_f1_is_the_mean_over_labels() -> None:
+    """a: 2·1/(2 + 1), b: 2·1/(1 + 2), c: never said."""
+    assert f1("aabc", "abba") == pytest.approx((2 / 4 + 2 / 3 + 0) / 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "t"}, "'label' must be a non-empty string or an integer"),
+        ({"text": "t", "label": True}, "'label' must be"),
+        ({"label": "l"}, "'text' must be a non-empty string"),
+        ({"text": "x" * 99, "label": 1}, "99 tokens are more than the limit of 9"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_bad_records_have_their_reason(record: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        encode_labelled(record, Tokenizer(build_tokenizer()), 9)
+
+
+def test_numbers_are_labels_in_their_order() -> None:
+    found = [encode_labelled({"text": "t", "label": n, "score": 0}, Tokenizer(build_tokenizer()), 9) for n in (10, 9)]
+    assert [unused for _, unused in found] == [{"score"}] * 2
+    assert labels_of(text for texts, _ in found for text in texts) == ("9", "10")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--packing",), "packing is for completions"),
+        (("--publish", "127.0.0.1:9"), "serves no classifiers"),
+        (("--sweep", "lr=1e-3,1e-2"), "Train it alone"),
+        (("--eval-data", "other.jsonl"), "No text to train on is labelled 'unheard'"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.jsonl").write_text('{"text": "t", "label": "unheard"}\n')
+    assert train(workplace, "--objective", "classify", "--out", str(tmp_path / "out"), *flags) == 2
+    assert words in capsys.readouterr().err

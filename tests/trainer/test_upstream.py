@@ -1,0 +1,84 @@
+"""The method inside PEFT itself, as it would be proposed there: the same files give the same adapter."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tucka_runtime.errors import ConfigError
+from tucka_runtime.trainer import TuckAConfig
+from tucka_runtime.trainer.upstream import BEHIND, put
+
+INSIDE = """
+import sys, torch
+from transformers import LlamaForCausalLM
+import peft
+assert "tucka_runtime" not in sys.modules and peft.__file__.startswith(sys.argv[1])
+model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(sys.argv[2]), sys.argv[3]).eval()
+assert type(model.peft_config["default"]) is peft.TuckAConfig and model.peft_type == peft.PeftType.TUCKA
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(3, 23).view(2, 10)).logits, sys.argv[4])
+model.save_pretrained(sys.argv[5])
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The installed PEFT, laid out as a checkout, with a line of each further file that is sought."""
+    root = tmp_path / "peft"
+    shutil.copytree(Path(peft.__file__).parent, root / "src/peft", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, places in BEHIND.items():
+        if not (root / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("".join(sought for sought, _ in places))
+    return root
+
+
+def test_pefts_own_method_gives_what_the_plug_in_gives(checkout: Path, tmp_path: Path) -> None:
+    written = put(checkout)
+    assert put(checkout) == written  # again, with nothing twice
+    for name in ("config", "model", "layer", "routing"):
+        text = (checkout / f"src/peft/tuners/tucka/{name}.py").read_text()
+        assert "tucka_runtime" not in text and text.startswith("# Copyright")
+    assert (checkout / "src/peft/utils/peft_types.py").read_text().count("TUCKA") == 2
+    for name in written:
+        if name.startswith(("src", "examples")) and name.endswith(".py"):
+            compile((checkout / name).read_text(), name, "exec")
+    for name in (n for n in written if n.endswith("adapter_config.json")):
+        table = json.loads((checkout / name).read_text())
+        assert table["peft_type"] == "TUCKA" and table["target_modules"] == ["q_proj", "v_proj"]
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, TuckAConfig(r=4, k=2, t=2, p=2, alpha=32, target_modules="all-linear")).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=torch.arange(3, 23).view(2, 10)).logits
+    model.save_pretrained(str(tmp_path / "adapter"))
+    paths = [checkout / "src/peft", tmp_path / "base", tmp_path / "adapter", tmp_path / "logits", tmp_path / "again"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", INSIDE, *map(str, paths)],
+        env={"PYTHONPATH": str(checkout / "src"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits"), wanted)
+    both = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("adapter", "again")]
+    assert both[0] == both[1]
+
+
+def test_another_peft_is_said(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "tests/test_config.py").write_text("")
+    with pytest.raises(ConfigError, match=r"tests/test_config.py has no 'LilyConfig,'"):
+        put(checkout)
+    with pytest.raises(ConfigError, match="is no checkout of PEFT"):
+        put(tmp_path / "elsewhere")

@@ -1,0 +1,124 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): pairs of answers in, no reward model.
+
+    loss = -log σ(β · (log π(chosen)/ref(chosen) - log π(rejected)/ref(rejected)))
+
+π is the base with the adapter and ref the base alone: the same weights with the adapter switched off, so no second
+model is held. Log-probabilities are summed over an answer with its end token. β times the first quotient is an answer's
+reward, and the difference of the two is the pair's margin; the pair is told apart rightly where it is positive.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tucka_runtime.trainer.data import collate
+from tucka_runtime.trainer.decode import predictions
+from tucka_runtime.trainer.evaluate import answered, measuring
+from tucka_runtime.trainer.pairs import Pair
+
+TOGETHER = 32  # pairs in a batch of the evaluation
+
+
+@dataclass
+class PreferenceEvaluation:
+    """Mean loss and margin of a pair; share of pairs that are told apart rightly, of all and by sub-task; mean rewards;
+    groups chosen by sub-task."""
+
+    loss: float
+    accuracy: float
+    margin: float
+    chosen: float
+    rejected: float
+    by_task: dict[str, float]
+    groups: dict[str, list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {
+            "loss": self.loss, "accuracy": self.accuracy, "margin": self.margin, "reward_chosen": self.chosen,
+            "reward_rejected": self.rejected,
+        }  # fmt: skip
+
+
+class Preferences:
+    """The objective that DPO is, for the loop. A batch's rows are its pairs' chosen answers and then the rejected."""
+
+    records = "pairs"
+    loss_of = "DPO loss of a pair"
+    share_of = "accuracy of pairs"
+
+    def __init__(self, beta: float):
+        self._beta = beta
+
+    def collate(self, batch: Sequence[Pair], pad: int) -> dict[str, Tensor]:
+        ids, mask, labels = collate([*(pair.chosen for pair in batch), *(pair.rejected for pair in batch)], pad)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["input_ids"]) // 2
+
+    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return answered(model, batch)
+
+    def loss(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        chosen, rejected = self._rewards(model, logits, batch)
+        return -nn.functional.logsigmoid(chosen - rejected).sum()
+
+    def evaluate(
+        self, model: Any, held: Sequence[Pair], pad: int, device: torch.device, router: Any = None
+    ) -> PreferenceEvaluation:
+        """Evaluates under the route scope that is set."""
+        order = sorted(held, key=lambda pair: (pair.task, pair.tokens))
+        found: list[Tensor] = []
+        groups: dict[str, list[int]] = {}
+        with measuring(model, router):
+            for i in range(0, len(order), TOGETHER):
+                pairs = order[i : i + TOGETHER]
+                batch = {name: tensor.to(device) for name, tensor in self.collate(pairs, pad).items()}
+                logits = answered(model, batch)
+                if router is not None:
+                    for pair, group in zip(pairs, router.groups(2 * len(pairs)), strict=False):  # the chosen rows
+                        groups.setdefault(pair.task, [0] * router.k)[group] += 1
+                found.append(torch.stack(self._rewards(model, logits, batch)).cpu())
+        chosen, rejected = torch.cat(found, dim=1)
+        margins = chosen - rejected
+        by_task: dict[str, list[bool]] = defaultdict(list)
+        for pair, right in zip(order, (margins > 0).tolist(), strict=True):
+            by_task[pair.task].append(right)
+        means = (x.mean().item() for x in (-nn.functional.logsigmoid(margins), (margins > 0).float(), margins))
+        loss, accuracy, margin = means
+        return PreferenceEvaluation(
+            loss, accuracy, margin, chosen.mean().item(), rejected.mean().item(),
+            {task: sum(own) / len(own) for task, own in sorted(by_task.items())}, dict(sorted(groups.items())),
+        )  # fmt: skip
+
+    def evaluate_base(self, model: Any, held: Sequence[Pair], pad: int, device: torch.device) -> None:
+        """Nothing: the base is what the adapter is measured against."""
+
+    def predictions(
+        self, model: Any, held: Sequence[Pair], tokenizer: Any, pad: int, together: int
+    ) -> list[dict[str, Any]]:
+        return predictions(model, [pair.chosen for pair in held], tokenizer, pad, together)
+
+    def _rewards(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rewards of the chosen and of the rejected answers."""
+        told = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        training = model.training
+        # A base with dropout of its own is no reference while it draws.
+        with torch.no_grad(), model.eval().disable_adapter():
+            reference = answered(model, told)
+        model.train(training)
+        gained = answer_logps(logits, batch["labels"]) - answer_logps(reference, batch["labels"])
+        chosen, rejected = (self._beta * gained).chunk(2)
+        return chosen, rejected
+
+
+def answer_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities (B,) of the rows' learnt tokens, summed; logits (B, S, V), labels (B, S)."""
+    target = labels[:, 1:]
+    each = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
+    return -each.view(target.shape).sum(dim=1)
