@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 2**20  # an entry takes about 150 bytes: enough for both LoRA matrices of 3,500 linears
 MAX_DIMS = 8
-RUN_BYTES = 2**25  # of tensors read in one piece; a larger one is a piece of its own
+PIECE_BYTES = 2**25  # read at once: what reading takes beside the tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -35,19 +35,6 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-@dataclass(frozen=True)
-class TensorRun:
-    """Tensors of one type that lie one behind the other: all their values, flat, and each one's name and shape."""
-
-    flat: torch.Tensor
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Each by its name, a view of `flat`."""
-        parts = self.flat.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
 
 def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dict[str, Entry]:
@@ -81,32 +68,37 @@ def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dic
     return dict(entries)
 
 
-def read_runs(file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashlib._Hash") -> Iterator[TensorRun]:
-    """The tensors behind a header just read, as stored; feeds their bytes to `digest`.
+def read_tensors(
+    file: BufferedIOBase, entries: Mapping[str, Entry], out: Mapping[str, torch.Tensor], digest: "hashlib._Hash"
+) -> None:
+    """Reads the tensors behind a header just read into those of `out`, which have their shapes and may have other
+    types; feeds their bytes to `digest`. Raises InvalidAdapterError if the file is cut off meanwhile.
 
-    Many small ones are read, hashed and checked at once, since each call in the thread that loads makes a step beside
-    it wait for the interpreter. Raises InvalidAdapterError if the file is cut off meanwhile.
+    Many small ones are read and hashed at once, and large ones in pieces.
     """
-    for run in _runs(entries):
-        data = read_exactly(file, sum(entry.end - entry.begin for entry in run.values()), WEIGHTS_NAME)
+    for dtype, parts in _pieces(entries, out):
+        data = read_exactly(file, sum(map(len, parts)) * dtype.itemsize, WEIGHTS_NAME)
         digest.update(data)
-        dtype = next(iter(run.values())).dtype
-        yield TensorRun(torch.frombuffer(data, dtype=dtype), {name: entry.shape for name, entry in run.items()})
+        for part, stored in zip(parts, torch.frombuffer(data, dtype=dtype).split(list(map(len, parts))), strict=True):
+            part.copy_(stored)
 
 
-def _runs(entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
-    """Neighbours of one type, RUN_BYTES at most unless it is one tensor."""
-    run: dict[str, Entry] = {}
-    begin, dtype = 0, None
+def _pieces(
+    entries: Mapping[str, Entry], out: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[torch.dtype, list[torch.Tensor]]]:
+    """What lies one behind the other and is stored in one type, as flat parts of `out`, PIECE_BYTES at most."""
+    parts: list[torch.Tensor] = []
+    size, before = 0, torch.float32
     for name, entry in entries.items():
-        if run and (entry.dtype != dtype or entry.end - begin > RUN_BYTES):
-            yield run
-            run = {}
-        if not run:
-            begin, dtype = entry.begin, entry.dtype
-        run[name] = entry
-    if run:
-        yield run
+        for part in out[name].view(-1).split(PIECE_BYTES // entry.dtype.itemsize):
+            own = len(part) * entry.dtype.itemsize
+            if parts and (entry.dtype != before or size + own > PIECE_BYTES):
+                yield before, parts
+                parts, size = [], 0
+            parts.append(part)
+            size, before = size + own, entry.dtype
+    if parts:
+        yield before, parts
 
 
 def _entry(value: Any) -> Entry:
