@@ -119,7 +119,7 @@ MESSAGES: list[Any] = [
         {"w": 3},
         {"a": [1]},
         {"e": (4, 5)},
-        [TensorRun(64, "float32", (6, 1))],
+        [TensorRun(64, "float32", ((6, 1), ()))],
     ),
     AdapterUnread(errors.InvalidAdapterError("why"), 3),
 ]

@@ -195,12 +195,11 @@ class AdapterSize:
 
 @dataclass(frozen=True, slots=True)
 class TensorRun:
-    """Tensors of one type and shape that lie one behind the other, from `offset` on: `shape` begins with their
-    number."""
+    """Tensors of one type that lie one behind the other, from `offset` on."""
 
     offset: int
     dtype: str
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 TensorNumber = int

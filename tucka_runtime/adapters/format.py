@@ -50,7 +50,7 @@ from tucka_runtime.adapters.manifest import (
     find_targets,
     find_tokens,
 )
-from tucka_runtime.adapters.safefile import Entry, read_header, read_tensors
+from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
@@ -191,9 +191,10 @@ def read_adapter(
             expected |= {name: shape for name, (_, shape) in tables.items()}
             check_names(entries.keys(), expected.keys(), targets, base)
             check_shapes(entries, expected)
-            stored = _lay_out(entries, allocate)
-            read_tensors(file, entries, stored, digest)
-    _check_finite(stored)
+            # fp32, into which every stored type goes exactly but F64.
+            numbers = allocate(sum(math.prod(entry.shape) for entry in entries.values()))
+            stored = read_tensors(file, entries, numbers, digest)
+    _check_finite(numbers, stored)
     if blob is not None and blob_name(digest.hexdigest(), training_bytes) != blob:
         raise StorageError(
             "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
@@ -294,37 +295,36 @@ def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
     return training if isinstance(training, dict) else None
 
 
-def _lay_out(entries: Mapping[str, Entry], allocate: Callable[[int], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Unwritten tensors in fp32, into which every stored type goes exactly but F64, by their names in the order of the
-    file. They share one piece of memory, in which those of one shape are neighbours (handover.py)."""
-    names = sorted(entries, key=lambda name: entries[name].shape)
-    sizes = [math.prod(entries[name].shape) for name in names]
-    parts = dict(zip(names, allocate(sum(sizes)).split(sizes), strict=True))
-    return {name: parts[name].view(entry.shape) for name, entry in entries.items()}
+def _check_finite(numbers: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises InvalidAdapterError for the first of the tensors that is not all finite. `numbers` are those of all."""
+    if _finite(numbers):
+        return
+    name = next(name for name, tensor in tensors.items() if not _finite(tensor.view(-1)))
+    raise InvalidAdapterError(
+        f"the adapter's tensor {name} has values that are NaN, infinite or beyond fp32. Its training diverged; use an "
+        "earlier checkpoint."
+    )
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises InvalidAdapterError for the first tensor that is not all finite."""
-    for name, tensor in tensors.items():
-        if not all(part.isfinite().all() for part in tensor.view(-1).split(FINITE_PART)):
-            raise InvalidAdapterError(
-                f"the adapter's tensor {name} has values that are NaN, infinite or beyond fp32. Its training diverged; "
-                "use an earlier checkpoint."
-            )
+def _finite(numbers: torch.Tensor) -> bool:
+    return all(part.isfinite().all() for part in numbers.split(FINITE_PART))
 
 
 def _check_norms(blocks: Mapping[str, torch.Tensor]) -> None:
     """Raises InvalidAdapterError if a row (of n, width) has a norm that it cannot be divided by."""
-    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in blocks.values()]
-    if not _normal(torch.cat(norms)):
-        name = next(name for name, own in zip(blocks, norms, strict=True) if not _normal(own))
+    by_width: dict[int, list[torch.Tensor]] = {}
+    for rows in blocks.values():
+        by_width.setdefault(rows.shape[1], []).append(rows)
+    if not all(_normal(torch.cat(same)) for same in by_width.values()):
+        name = next(name for name, rows in blocks.items() if not _normal(rows))
         raise InvalidAdapterError(
             f"the adapter's tensor {name} has a block of norm zero, or too far from one to be divided by it. It was "
             "never trained, or its training diverged."
         )
 
 
-def _normal(norms: torch.Tensor) -> bool:
+def _normal(rows: torch.Tensor) -> bool:
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return bool(((norms >= MIN_NORM) & (norms <= MAX_NORM)).all())
 
 

@@ -4,11 +4,11 @@ The memory is a file without a name (memfd). It is mapped where the adapter is r
 byte of a tensor is copied between the two, and the kernel frees it when the last of both lets go, however it ends.
 """
 
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,21 +57,24 @@ class SharedNumbers:
 def pack(adapter: Adapter, memory: SharedNumbers) -> AdapterRead:
     """What `unpack` makes the same adapter of, beside the file of `memory`: its tensors lie there, and what does not
     (rows of tokens) is written behind. Raises OSError."""
-    found = list(_tensors(adapter))
     begin, inside = memory.numbers.data_ptr(), memory.numbers.nbytes
     offsets = {}
-    for tensor in found:
-        if not 0 <= (offset := tensor.data_ptr() - begin) < inside or not tensor.is_contiguous():
+    found = {id(tensor): tensor for tensor in _tensors(adapter)}
+    for key, tensor in found.items():
+        if not 0 <= (offset := tensor.data_ptr() - begin) < inside:
             offset = -(-os.fstat(memory.file).st_size // ALIGNMENT) * ALIGNMENT
             os.pwrite(memory.file, tensor.contiguous().view(torch.uint8).numpy(), offset)
-        offsets[id(tensor)] = offset
-    ordered = sorted({id(tensor): tensor for tensor in found}.values(), key=lambda tensor: offsets[id(tensor)])
-    numbers = {id(tensor): number for number, tensor in enumerate(ordered)}
-    runs = []
-    for _, group in groupby(enumerate(ordered), lambda entry: _run_of(entry[0], entry[1], offsets)):
-        (_, first), *others = group
-        dtype = str(first.dtype).removeprefix("torch.")
-        runs.append(TensorRun(offsets[id(first)], dtype, (1 + len(others), *first.shape)))
+        offsets[key] = offset
+    ordered = sorted(found, key=offsets.__getitem__)
+    numbers = {key: number for number, key in enumerate(ordered)}
+    runs: list[tuple[int, torch.dtype, list[tuple[int, ...]]]] = []
+    end = 0
+    for key in ordered:
+        tensor = found[key]
+        if not runs or runs[-1][1] != tensor.dtype or offsets[key] != end:
+            runs.append((offsets[key], tensor.dtype, []))
+        runs[-1][2].append(tuple(tensor.shape))
+        end = offsets[key] + tensor.nbytes
     return AdapterRead(
         adapter.kind,
         asdict(adapter.config),
@@ -85,7 +88,7 @@ def pack(adapter: Adapter, memory: SharedNumbers) -> AdapterRead:
         {name: numbers[id(tensor)] for name, tensor in adapter.saved.items()},
         adapter.training,
         {path: (numbers[id(ids)], numbers[id(rows)]) for path, (ids, rows) in adapter.tokens.items()},
-        runs,
+        [TensorRun(offset, str(dtype).removeprefix("torch."), tuple(shapes)) for offset, dtype, shapes in runs],
     )
 
 
@@ -95,9 +98,9 @@ def unpack(message: AdapterRead, file: int) -> Adapter:
     memory = mmap.mmap(file, 0)
     tensors: list[Tensor] = []
     for run in message.runs:
-        shape, dtype = run.shape, _DTYPES[run.dtype]
-        flat = torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=run.offset)
-        tensors += flat.view(shape).unbind()
+        sizes = [math.prod(shape) for shape in run.shapes]
+        flat = torch.frombuffer(memory, dtype=_DTYPES[run.dtype], count=sum(sizes), offset=run.offset)
+        tensors += [part.view(shape) for part, shape in zip(flat.split(sizes), run.shapes, strict=True)]
     config, module = _KINDS[message.kind]
     return Adapter(
         config(**message.config),
@@ -126,8 +129,3 @@ def _tensors(adapter: Adapter) -> Iterable[Tensor]:
     yield from adapter.saved.values()
     for rows in adapter.tokens.values():
         yield from rows
-
-
-def _run_of(number: int, tensor: Tensor, offsets: dict[int, int]) -> tuple[object, ...]:
-    """Is equal for neighbours of one type and shape."""
-    return tensor.dtype, tensor.shape, offsets[id(tensor)] - number * tensor.nbytes

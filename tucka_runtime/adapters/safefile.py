@@ -7,14 +7,15 @@ any header size.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tucka_runtime.adapters.files import WEIGHTS_NAME, read_exactly, strict_json
+from tucka_runtime.adapters.files import WEIGHTS_NAME, read_exactly, read_into, strict_json
 from tucka_runtime.errors import InvalidAdapterError
 
 if TYPE_CHECKING:
@@ -69,36 +70,33 @@ def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dic
 
 
 def read_tensors(
-    file: BufferedIOBase, entries: Mapping[str, Entry], out: Mapping[str, torch.Tensor], digest: "hashlib._Hash"
-) -> None:
-    """Reads the tensors behind a header just read into those of `out`, which have their shapes and may have other
-    types; feeds their bytes to `digest`. Raises InvalidAdapterError if the file is cut off meanwhile.
+    file: BufferedIOBase, entries: Mapping[str, Entry], out: torch.Tensor, digest: "hashlib._Hash"
+) -> dict[str, torch.Tensor]:
+    """The tensors behind a header just read, or the next ones of them, one behind the other in `out`, which has as many
+    numbers and may be of another type; feeds their bytes to `digest`. Raises InvalidAdapterError if the file is cut off
+    meanwhile.
 
     Many small ones are read and hashed at once, and large ones in pieces.
     """
-    for dtype, parts in _pieces(entries, out):
-        data = read_exactly(file, sum(map(len, parts)) * dtype.itemsize, WEIGHTS_NAME)
-        digest.update(data)
-        for part, stored in zip(parts, torch.frombuffer(data, dtype=dtype).split(list(map(len, parts))), strict=True):
-            part.copy_(stored)
+    begin = 0
+    for dtype, bytes_ in _runs(entries):
+        count = bytes_ // dtype.itemsize
+        for part in out[begin : begin + count].split(PIECE_BYTES // dtype.itemsize):
+            piece = part if dtype == out.dtype else torch.empty(len(part), dtype=dtype)
+            data = memoryview(piece.view(torch.uint8).numpy())
+            read_into(file, data, WEIGHTS_NAME)
+            digest.update(data)
+            if piece is not part:
+                part.copy_(piece)
+        begin += count
+    parts = out.split([math.prod(entry.shape) for entry in entries.values()])
+    return {name: part.view(entry.shape) for part, (name, entry) in zip(parts, entries.items(), strict=True)}
 
 
-def _pieces(
-    entries: Mapping[str, Entry], out: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[torch.dtype, list[torch.Tensor]]]:
-    """What lies one behind the other and is stored in one type, as flat parts of `out`, PIECE_BYTES at most."""
-    parts: list[torch.Tensor] = []
-    size, before = 0, torch.float32
-    for name, entry in entries.items():
-        for part in out[name].view(-1).split(PIECE_BYTES // entry.dtype.itemsize):
-            own = len(part) * entry.dtype.itemsize
-            if parts and (entry.dtype != before or size + own > PIECE_BYTES):
-                yield before, parts
-                parts, size = [], 0
-            parts.append(part)
-            size, before = size + own, entry.dtype
-    if parts:
-        yield before, parts
+def _runs(entries: Mapping[str, Entry]) -> list[tuple[torch.dtype, int]]:
+    """The types in which the tensors lie one behind the other, and the bytes of each run of one."""
+    runs = groupby(entries.values(), lambda entry: entry.dtype)
+    return [(dtype, sum(entry.end - entry.begin for entry in run)) for dtype, run in runs]
 
 
 def _entry(value: Any) -> Entry:

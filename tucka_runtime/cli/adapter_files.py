@@ -51,8 +51,10 @@ def inspect_adapter(folder: Path, model: Path | None) -> int:
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
             entries = read_header(file, size, digest)
-            weights = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-            read_tensors(file, entries, weights, digest)
+            weights: dict[str, Tensor] = {}
+            for name, entry in entries.items():
+                numbers = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+                weights |= read_tensors(file, {name: entry}, numbers, digest)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     own = {name: tensor for name, tensor in tensors.items() if adapted_path(PREFIX + name)}
     parameters, stored = (sum(f(t) for t in tensors.values()) for f in (Tensor.numel, lambda t: t.nbytes))
