@@ -63,7 +63,7 @@ def pack(adapter: Adapter, memory: SharedNumbers) -> AdapterRead:
     for key, tensor in found.items():
         if not 0 <= (offset := tensor.data_ptr() - begin) < inside:
             offset = -(-os.fstat(memory.file).st_size // ALIGNMENT) * ALIGNMENT
-            os.pwrite(memory.file, tensor.contiguous().view(torch.uint8).numpy(), offset)
+            os.pwrite(memory.file, tensor.contiguous().view(torch.uint8).numpy().data, offset)
         offsets[key] = offset
     ordered = sorted(found, key=offsets.__getitem__)
     numbers = {key: number for number, key in enumerate(ordered)}

@@ -83,7 +83,7 @@ def read_tensors(
         count = bytes_ // dtype.itemsize
         for part in out[begin : begin + count].split(PIECE_BYTES // dtype.itemsize):
             piece = part if dtype == out.dtype else torch.empty(len(part), dtype=dtype)
-            data = memoryview(piece.view(torch.uint8).numpy())
+            data: memoryview = piece.view(torch.uint8).numpy().data
             read_into(file, data, WEIGHTS_NAME)
             digest.update(data)
             if piece is not part:
