@@ -1,14 +1,16 @@
-"""The channel between the API's process and the engine's: a socket pair with channel_messages.py's messages on it, each
-as its length, its kind and its fields by name in msgpack.
+"""The channel between a process of ours and its child, the API's and the engine's or the engine's and its reader's: a
+socket pair with channel_messages.py's messages on it, each as its length, its kind and its fields by name in msgpack.
 
-Nobody else can write there, but the files may have changed since the API's process read them (an upgrade under a
-running server), and an engine that is started then is another version's. So both ends say `PROTOCOL` first.
+Nobody else can write there, but the files may have changed since the parent read them (an upgrade under a running
+server), and a child that is started then is another version's. So both ends say `PROTOCOL` first.
 """
 
 import hashlib
+import os
 import socket
 import struct
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any, get_args
 import msgspec
 
 from tucka_runtime import __version__, channel_messages, errors, messages
-from tucka_runtime.channel_messages import FromEngine, Start, ToEngine
+from tucka_runtime.channel_messages import FromEngine, FromReader, Start, ToEngine, ToReader
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import TuckaError
 
-Message = Start | ToEngine | FromEngine
+Message = Start | ToEngine | FromEngine | ToReader | FromReader
 
 READ_BYTES = 1 << 16  # at once; a step's message has some 200 bytes for each of its sequences
 _HEAD = struct.Struct("!IB")  # the length of what follows, and the message's place in _KINDS
@@ -109,23 +111,45 @@ def _decode(kind: int, body: bytearray) -> Any:
 
 
 class Channel:
-    """The engine's end: it waits for what it reads and for what it writes."""
+    """An end that waits for what it reads and for what it writes: with a timeout so long, else for ever. Belongs to one
+    thread for each direction."""
 
     def __init__(self, descriptor: int):
         self._socket = socket.socket(fileno=descriptor)
         self._socket.sendall(PROTOCOL)
         self._messages = self._read()
+        self._files: deque[int] = deque()
 
-    def send(self, message: FromEngine) -> None:
-        """Raises OSError when the parent is gone."""
-        self._socket.sendall(frame(message))
+    def send(self, message: Message, file: int | None = None) -> None:
+        """Sends a message, and an open file with it. Raises OSError when the other end is gone."""
+        data = frame(message)
+        sent = socket.send_fds(self._socket, [data], [file]) if file is not None else 0
+        self._socket.sendall(memoryview(data)[sent:])
 
     def receive(self) -> Any:
-        """The next message. Raises EOFError or OSError when the parent is gone, ChannelError."""
+        """The next message. Raises EOFError or OSError when the other end is gone, TimeoutError, ChannelError: after
+        each of these the channel is of no more use."""
         return next(self._messages)
+
+    def take_file(self) -> int:
+        """The descriptor of the next file that came with a message: the caller's to close."""
+        return self._files.popleft()
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long each of the waits from now on may be."""
+        self._socket.settimeout(seconds)
+
+    def close(self) -> None:
+        """Ends it, with the files that nobody took."""
+        self._socket.close()
+        while self._files:
+            os.close(self._files.popleft())
 
     def _read(self) -> Iterator[Any]:
         reader = Reader()
-        while data := self._socket.recv(READ_BYTES):
+        while True:
+            data, files, _, _ = socket.recv_fds(self._socket, READ_BYTES, 1)
+            self._files += files
+            if not data:
+                raise EOFError
             yield from reader.feed(data)
-        raise EOFError

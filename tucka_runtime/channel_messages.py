@@ -1,16 +1,19 @@
-"""What goes through the channel between the API's process and the engine's (channel.py).
+"""What goes through the channel between the API's process and the engine's, and through that between the engine's
+process and the one that reads adapters for it (channel.py).
 
 Messages are ordered, which is what leases rely on: a request that is sent before an unload is taken on before it.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
     AdapterKey,
+    BaseLayout,
     EngineInfo,
     EngineLoad,
     Request,
@@ -160,3 +163,72 @@ class AdapterRefused:
 
 
 FromEngine = Started | NotStarted | StepDone | Idle | SequencesAborted | Rejected | AdapterLoaded | AdapterRefused
+
+
+@dataclass(frozen=True, slots=True)
+class StartReader:
+    """The first message to a new reader: what the adapters are checked against."""
+
+    base: BaseLayout
+    log_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAdapter:
+    """Is answered by `AdapterSize`, unless there is an error before, and then by `AdapterRead` or `AdapterUnread`.
+    `folder` and `blob` are a load's; an adapter whose tensors take more than `room` bytes is not read."""
+
+    folder: Path
+    blob: str | None
+    room: int
+
+
+ToReader = StartReader | ReadAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSize:
+    """So many bytes are being read."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRun:
+    """Tensors of one type that lie one behind the other, from `offset` on."""
+
+    offset: int
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+TensorNumber = int
+"""A tensor's place among those of all runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRead:
+    """A format.Adapter (handover.py) whose tensors lie in the file that comes with the message. `modules` have the
+    fields of theirs in order: tensors by number, and what else is a float."""
+
+    kind: str
+    config: dict[str, Any]
+    digest: str
+    modules: dict[str, tuple[TensorNumber | float | None, ...]]
+    router: str | None
+    ec: TensorNumber | None
+    saved: dict[str, TensorNumber]
+    training: dict[str, Any] | None
+    tokens: dict[str, tuple[TensorNumber, TensorNumber]]
+    runs: list[TensorRun]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUnread:
+    """`missing`: as in `AdapterRefused`."""
+
+    error: TuckaError
+    missing: int = 0
+
+
+FromReader = AdapterSize | AdapterRead | AdapterUnread

@@ -89,7 +89,7 @@ def fields(**values: Any) -> dict[str, Any]:
 
 
 def set_up_logging(log_format: str, process: str) -> None:
-    """Everything goes to stderr: ours from INFO on, others' warnings. `process` is "server" or "engine"."""
+    """Everything goes to stderr: ours from INFO on, others' warnings. `process` is "server", "engine" or "reader"."""
     handler = StderrHandler()
     if log_format == "json":
         handler.setFormatter(JSONFormatter(process))

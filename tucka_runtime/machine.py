@@ -53,8 +53,10 @@ def memory(root: Path = Path("/")) -> Memory:
     found = [Memory(_available(root), "the machine")]
     for folder in _cgroups(root, "memory"):
         limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
+        if limit is None or limit >= HUGE:
+            continue
         used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
-        if limit is None or used is None or limit >= HUGE:
+        if used is None:
             continue
         stat = _table(folder / "memory.stat")
         idle = stat.get("total_inactive_file", stat.get("inactive_file", 0))

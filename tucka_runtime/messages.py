@@ -6,7 +6,7 @@ A request holds one or several prompts and asks `n` answers of each; every (prom
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -240,6 +240,31 @@ class EngineInfo:
     def context(self) -> int:
         """The tokens that a prompt and its answer can have together."""
         return min(self.max_model_len, self.kv_cache_tokens)
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """What an adapter needs to know of a base model.
+
+    linears: dotted module path -> (d_in, d_out) of every linear an adapter may adapt, in the order they are declared,
+    which is the order they run in; the head is not among them. parameters: name -> shape of every parameter that
+    `modules_to_save` may replace, as the base stores it (Conv1D weights are (in, out)). fingerprint: identity of the
+    base's weights. name: its path, or what else it is called; empty where nobody knows. embed, head: the paths of the
+    embedding and of the head, both (vocab, d); tied: whether these are one.
+    """
+
+    linears: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, tuple[int, ...]]
+    fingerprint: str
+    name: str = ""
+    embed: str = ""
+    head: str = ""
+    tied: bool = False
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The embedding and the head."""
+        return tuple(path for path in (self.embed, self.head) if path)
 
 
 @dataclass(frozen=True)

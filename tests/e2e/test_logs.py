@@ -60,7 +60,7 @@ def events(lines: list[dict[str, object]], event: str) -> list[dict[str, object]
 
 
 def test_every_line_is_an_object_of_ours(lines: list[dict[str, object]]) -> None:
-    assert {line["process"] for line in lines} == {"server", "engine"}
+    assert {line["process"] for line in lines} == {"server", "engine", "reader"}
     assert all(line["level"] in ("info", "warning") for line in lines), lines
 
 

@@ -83,10 +83,10 @@ def test_loads_are_refused_while_the_engine_serves(
     memory = engine.runner.memory
     cache = sum(t.untyped_storage().nbytes() for pair in engine.runner.caches for t in pair)
     monkeypatch.setattr(
-        machine, "memory", lambda: Memory(cache + memory.step_bytes + 2 * one + 2 * most + one // 2, "its cgroup")
+        machine, "memory", lambda: Memory(cache + memory.step_bytes + 2 * one + most + one // 2, "its cgroup")
     )
     engine.rehearsal.time_longest_step()
-    assert memory.taken == one and memory.room == 3 * one + 2 * most + one // 2
+    assert memory.taken == one and memory.room == 3 * one + most + one // 2
 
     def answer() -> list[int]:
         return run(engine, ask(prompt(5), adapter=key(0)))[0][0].token_ids

@@ -99,15 +99,20 @@ def open_file(folder_fd: int, name: str, limit: int) -> Iterator[tuple[BufferedI
 def read_exactly(file: BufferedIOBase, size: int, name: str) -> bytearray:
     """The next `size` bytes. Raises InvalidAdapterError if the file ends before, or its disk does not give them."""
     data = bytearray(size)
+    read_into(file, memoryview(data), name)
+    return data
+
+
+def read_into(file: BufferedIOBase, data: memoryview, name: str) -> None:
+    """Fills `data` with the next bytes. Raises what `read_exactly` does."""
     try:
         read = file.readinto(data)
     except OSError as error:
         raise InvalidAdapterError(
             f"the adapter's {name} cannot be read ({error.strerror}). Copy it again, or mend its disk."
         ) from error
-    if read != size:
+    if read != len(data):
         raise InvalidAdapterError(f"the adapter's {name} is truncated, or was changed while it was read.")
-    return data
 
 
 def read_config(folder_fd: int) -> bytearray:

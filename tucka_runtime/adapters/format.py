@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from codecs import BOM_UTF8
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from tucka_runtime.adapters.manifest import (
     find_targets,
     find_tokens,
 )
-from tucka_runtime.adapters.safefile import TensorRun, read_header, read_runs
+from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
@@ -147,8 +147,22 @@ class Adapter:
         return trained if type(trained) is int and trained > 0 else ROUTE_PREFIX_TOKENS
 
 
-def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Adapter:
+FINITE_PART = 2**22
+"""Numbers whose check for finite values is one call: it takes memory for each of them."""
+
+
+def _allocate(count: int) -> torch.Tensor:
+    """So many fp32 numbers, in the memory of this process."""
+    return torch.empty(count)
+
+
+def read_adapter(
+    folder: Path, base: BaseLayout, blob: str | None = None, allocate: Callable[[int], torch.Tensor] = _allocate
+) -> Adapter:
     """The adapter in `folder`, checked against the base it is to run on and, where its `blob` is given, against that.
+
+    It is the one way in which adapters are read: by the server in a process of its own (reader_process.py), whose
+    `allocate` makes the memory for all weights one that the engine sees too, and elsewhere where it is called.
 
     Raises InvalidAdapterError (malformed, unsafe, not supported), BaseModelMismatchError (made for another base) or
     StorageError (not the content that `blob` names: the copy was damaged).
@@ -177,13 +191,15 @@ def read_adapter(folder: Path, base: BaseLayout, blob: str | None = None) -> Ada
             expected |= {name: shape for name, (_, shape) in tables.items()}
             check_names(entries.keys(), expected.keys(), targets, base)
             check_shapes(entries, expected)
-            tensors: dict[str, torch.Tensor] = {}
-            for run in read_runs(file, entries, digest):
-                tensors |= _finite(run)
+            # fp32, into which every stored type goes exactly but F64.
+            numbers = allocate(sum(math.prod(entry.shape) for entry in entries.values()))
+            stored = read_tensors(file, entries, numbers, digest)
+    _check_finite(numbers, stored)
     if blob is not None and blob_name(digest.hexdigest(), training_bytes) != blob:
         raise StorageError(
             "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
         )
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
     saved = {name: tensor for name, tensor in tensors.items() if name in base.parameters}
     unasked = {own: tensors[name.removeprefix(PREFIX)] for name, (own, _) in tables.items() if own is not None}
     if base.tied and unasked:  # PEFT writes them into the one table that both are
@@ -279,32 +295,36 @@ def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
     return training if isinstance(training, dict) else None
 
 
-def _finite(run: TensorRun) -> dict[str, torch.Tensor]:
-    """Its tensors in fp32, exact for every stored type but F64, by their names inside the base. Raises
-    InvalidAdapterError if they are not all finite."""
-    run = TensorRun(run.flat.float(), run.shapes)
-    tensors = run.tensors()
-    if not run.flat.isfinite().all():
-        name = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-        raise InvalidAdapterError(
-            f"the adapter's tensor {name} has values that are NaN, infinite or beyond fp32. Its training diverged; use "
-            "an earlier checkpoint."
-        )
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+def _check_finite(numbers: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises InvalidAdapterError for the first of the tensors that is not all finite. `numbers` are those of all."""
+    if _finite(numbers):
+        return
+    name = next(name for name, tensor in tensors.items() if not _finite(tensor.view(-1)))
+    raise InvalidAdapterError(
+        f"the adapter's tensor {name} has values that are NaN, infinite or beyond fp32. Its training diverged; use an "
+        "earlier checkpoint."
+    )
+
+
+def _finite(numbers: torch.Tensor) -> bool:
+    return all(part.isfinite().all() for part in numbers.split(FINITE_PART))
 
 
 def _check_norms(blocks: Mapping[str, torch.Tensor]) -> None:
     """Raises InvalidAdapterError if a row (of n, width) has a norm that it cannot be divided by."""
-    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in blocks.values()]
-    if not _normal(torch.cat(norms)):
-        name = next(name for name, own in zip(blocks, norms, strict=True) if not _normal(own))
+    by_width: dict[int, list[torch.Tensor]] = {}
+    for rows in blocks.values():
+        by_width.setdefault(rows.shape[1], []).append(rows)
+    if not all(_normal(torch.cat(same)) for same in by_width.values()):
+        name = next(name for name, rows in blocks.items() if not _normal(rows))
         raise InvalidAdapterError(
             f"the adapter's tensor {name} has a block of norm zero, or too far from one to be divided by it. It was "
             "never trained, or its training diverged."
         )
 
 
-def _normal(norms: torch.Tensor) -> bool:
+def _normal(rows: torch.Tensor) -> bool:
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return bool(((norms >= MIN_NORM) & (norms <= MAX_NORM)).all())
 
 

@@ -7,14 +7,15 @@ any header size.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tucka_runtime.adapters.files import WEIGHTS_NAME, read_exactly, strict_json
+from tucka_runtime.adapters.files import WEIGHTS_NAME, read_exactly, read_into, strict_json
 from tucka_runtime.errors import InvalidAdapterError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 2**20  # an entry takes about 150 bytes: enough for both LoRA matrices of 3,500 linears
 MAX_DIMS = 8
-RUN_BYTES = 2**25  # of tensors read in one piece; a larger one is a piece of its own
+PIECE_BYTES = 2**25  # read at once: what reading takes beside the tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -35,19 +36,6 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-@dataclass(frozen=True)
-class TensorRun:
-    """Tensors of one type that lie one behind the other: all their values, flat, and each one's name and shape."""
-
-    flat: torch.Tensor
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Each by its name, a view of `flat`."""
-        parts = self.flat.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
 
 def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dict[str, Entry]:
@@ -81,32 +69,34 @@ def read_header(file: BufferedIOBase, size: int, digest: "hashlib._Hash") -> dic
     return dict(entries)
 
 
-def read_runs(file: BufferedIOBase, entries: Mapping[str, Entry], digest: "hashlib._Hash") -> Iterator[TensorRun]:
-    """The tensors behind a header just read, as stored; feeds their bytes to `digest`.
+def read_tensors(
+    file: BufferedIOBase, entries: Mapping[str, Entry], out: torch.Tensor, digest: "hashlib._Hash"
+) -> dict[str, torch.Tensor]:
+    """The tensors behind a header just read, or the next ones of them, one behind the other in `out`, which has as many
+    numbers and may be of another type; feeds their bytes to `digest`. Raises InvalidAdapterError if the file is cut off
+    meanwhile.
 
-    Many small ones are read, hashed and checked at once, since each call in the thread that loads makes a step beside
-    it wait for the interpreter. Raises InvalidAdapterError if the file is cut off meanwhile.
+    Many small ones are read and hashed at once, and large ones in pieces.
     """
-    for run in _runs(entries):
-        data = read_exactly(file, sum(entry.end - entry.begin for entry in run.values()), WEIGHTS_NAME)
-        digest.update(data)
-        dtype = next(iter(run.values())).dtype
-        yield TensorRun(torch.frombuffer(data, dtype=dtype), {name: entry.shape for name, entry in run.items()})
+    begin = 0
+    for dtype, bytes_ in _runs(entries):
+        count = bytes_ // dtype.itemsize
+        for part in out[begin : begin + count].split(PIECE_BYTES // dtype.itemsize):
+            piece = part if dtype == out.dtype else torch.empty(len(part), dtype=dtype)
+            data: memoryview = piece.view(torch.uint8).numpy().data
+            read_into(file, data, WEIGHTS_NAME)
+            digest.update(data)
+            if piece is not part:
+                part.copy_(piece)
+        begin += count
+    parts = out.split([math.prod(entry.shape) for entry in entries.values()])
+    return {name: part.view(entry.shape) for part, (name, entry) in zip(parts, entries.items(), strict=True)}
 
 
-def _runs(entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
-    """Neighbours of one type, RUN_BYTES at most unless it is one tensor."""
-    run: dict[str, Entry] = {}
-    begin, dtype = 0, None
-    for name, entry in entries.items():
-        if run and (entry.dtype != dtype or entry.end - begin > RUN_BYTES):
-            yield run
-            run = {}
-        if not run:
-            begin, dtype = entry.begin, entry.dtype
-        run[name] = entry
-    if run:
-        yield run
+def _runs(entries: Mapping[str, Entry]) -> list[tuple[torch.dtype, int]]:
+    """The types in which the tensors lie one behind the other, and the bytes of each run of one."""
+    runs = groupby(entries.values(), lambda entry: entry.dtype)
+    return [(dtype, sum(entry.end - entry.begin for entry in run)) for dtype, run in runs]
 
 
 def _entry(value: Any) -> Entry:

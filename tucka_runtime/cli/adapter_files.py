@@ -25,7 +25,7 @@ from tucka_runtime.adapters.files import (
 )
 from tucka_runtime.adapters.format import Adapter, read_adapter, write_adapter
 from tucka_runtime.adapters.manifest import PREFIX, adapted_path
-from tucka_runtime.adapters.safefile import read_header, read_runs
+from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.engine.adapters.fold import fold, folded_bytes, locate
 from tucka_runtime.engine.adapters.verify import KEY, LIMITS, verify
 from tucka_runtime.errors import AdapterError, ConfigError
@@ -51,8 +51,11 @@ def inspect_adapter(folder: Path, model: Path | None) -> int:
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
             entries = read_header(file, size, digest)
-            runs = [run.tensors() for run in read_runs(file, entries, digest)]
-    tensors = {name.removeprefix(PREFIX): tensor for run in runs for name, tensor in run.items()}
+            weights: dict[str, Tensor] = {}
+            for name, entry in entries.items():
+                numbers = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+                weights |= read_tensors(file, {name: entry}, numbers, digest)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     own = {name: tensor for name, tensor in tensors.items() if adapted_path(PREFIX + name)}
     parameters, stored = (sum(f(t) for t in tensors.values()) for f in (Tensor.numel, lambda t: t.nbytes))
     types = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))

@@ -6,8 +6,9 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.adapters.format import Adapter, read_adapter
 from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.combine import describe_combination
@@ -38,6 +39,9 @@ from tucka_runtime.messages import (
     TokenLogprob,
 )
 
+if TYPE_CHECKING:
+    from tucka_runtime.engine.adapters.reader import AdapterReader
+
 
 @dataclass(frozen=True, eq=False)
 class _InFlight:
@@ -61,6 +65,8 @@ class Engine:
         self.layout = self.runner.layout
         self.adapters = self.runner.adapters
         self.host = HostCache()
+        self.reader: AdapterReader | None = None
+        """The process that adapters are read in; without one they are where they are loaded."""
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             self.blocks, config.max_num_batched_tokens, config.max_num_seqs, self.runner.rope_limit
@@ -312,7 +318,7 @@ class Engine:
         begin = time.monotonic()
         if resident:
             self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
-        adapter = read_adapter(folder, self.layout, blob)
+        adapter = self._read(folder, blob)
         checked = time.monotonic()
         folded = self.runner.fold(key, adapter, pinned)
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
@@ -325,11 +331,17 @@ class Engine:
         begin = time.monotonic()
         if resident:
             self.adapters.check_room()
-        adapters = [read_adapter(part.folder, self.layout, part.blob) for part in parts]
+        adapters = [self._read(part.folder, part.blob) for part in parts]
         checked = time.monotonic()
         folded = self.runner.combine(key, list(zip(adapters, parts, strict=True)))
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
         return folded, describe_combination(folded, seconds)
+
+    def _read(self, folder: Path, blob: str | None) -> Adapter:
+        """Raises AdapterError, StorageError, and TuckaError where the reader's process fails."""
+        if self.reader is None:
+            return read_adapter(folder, self.layout, blob)
+        return self.reader.read(folder, self.layout, blob, self.runner.memory.room_to_read())
 
     def add_adapter(self, folded: FoldedAdapter) -> None:
         """Makes a prepared adapter known to new requests. Raises AdapterCapacityError, AdapterConflictError."""

@@ -51,10 +51,7 @@ class AdapterMemory:
     def check(self, kept: int, passing: int) -> None:
         """Raises AdapterCapacityError if an adapter that keeps so many bytes, and takes so many more while it is
         folded, would leave a step without the memory that it needs."""
-        free, limit = self._free()
-        left = free - self.step_bytes
-        if self.room is not None:
-            left = min(left, self.room - self.taken)
+        left, limit = self._left()
         if kept + passing > left:
             takes, more, room, step = map(_size, (kept, passing, max(left, 0), self.step_bytes))
             raise AdapterCapacityError(
@@ -63,6 +60,10 @@ class AdapterMemory:
                 "--kv-cache-tokens.",
                 missing=kept + passing - left,
             )
+
+    def room_to_read(self) -> int:
+        """Bytes that an adapter's tensors may take in the host's memory before it is folded."""
+        return max(self._left()[0], 0) if self.device.type == "cpu" else machine.memory().available
 
     def take(self, folded: FoldedAdapter) -> None:
         """Books an adapter, until nobody holds it any more."""
@@ -99,6 +100,12 @@ class AdapterMemory:
             return folded
         with torch.cuda.stream(self._loading):
             return moved(folded, torch.device("cpu"))
+
+    def _left(self) -> tuple[int, str]:
+        """Bytes that are left for adapters, and in words of what."""
+        free, limit = self._free()
+        left = free - self.step_bytes
+        return left if self.room is None else min(left, self.room - self.taken), limit
 
     def _free(self) -> tuple[int, str]:
         """Bytes that can be allocated now, and in words of what."""

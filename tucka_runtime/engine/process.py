@@ -98,12 +98,18 @@ def main() -> None:
         sys.exit(f"the engine's process cannot start: {error or 'its parent is gone'}")
     set_up_logging(start.log_format, "engine")
     environment.prepare()
+    from tucka_runtime.engine.adapters.reader import AdapterReader
+
+    reader = AdapterReader(start.log_format)
+    with contextlib.suppress(OSError):  # the first load finds out
+        reader.start()  # it is there when the model is
     from torch import OutOfMemoryError
 
     from tucka_runtime.engine.engine import Engine
 
     try:
         engine = Engine(start.config)
+        engine.reader = reader
         longest_step = engine.rehearsal.time_longest_step()
     except ModelLoadError as error:
         channel.send(NotStarted(error))

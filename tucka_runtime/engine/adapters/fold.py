@@ -5,6 +5,8 @@ E = α·(W Û)ᵀ, so that a TuckA and a LoRA adapter differ only in the core M 
 with biases, also scale and offset the base's y_j before that.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from tucka_runtime.models.architecture import QKV, Architecture
 from tucka_runtime.models.weights import Weights
 
 TABLE_ROWS = 8192  # tokens of the vocabulary whose router inputs are computed at once: bounds the memory of a load
+BATCH_BYTES = 2**24  # of tensors of many linears that one call works on: bounds it too
 
 
 def locate(arch: Architecture) -> dict[str, Where]:
@@ -46,46 +49,40 @@ def fold(
     """
     device = weights.embed.device
     where = locate(arch)
+    own = {where[path]: module for path, module in adapter.modules.items() if path in where}  # the others: `_tables`
+    base = _BaseLinears(arch, weights)
+    tucka = {at: module for at, module in own.items() if isinstance(module, TuckAModule)}
+    lora = {at: module for at, module in own.items() if isinstance(module, LoRAModule)}
+    banked = {at: module for at, module in own.items() if isinstance(module, BankModule)}
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
     affine: dict[Where, Tensor] = {}
-    base = _BaseLinears(arch, weights)
-    tucka = [module for module in adapter.modules.values() if isinstance(module, TuckAModule)]
-    g, c = _normalised_cores(tucka, device)
-    cores: list[Where] = []
-    members: list[tuple[Where, Tensor]] = []
     saved = _saved(adapter, arch, weights)
-    for path, module in adapter.modules.items():
-        if path not in where:  # the embedding or the head: see `_tables`
-            continue
-        at = where[path]
-        if isinstance(module, BankModule):
-            u, e = module.u, module.e
-            members.append((at, module.core))
-        elif isinstance(module, LoRAModule):
-            own = None if module.magnitude is None else base.weight(at)
-            u, e, change = _lora(module, own, base.bias(at))
+    g, c = _normalised_cores(list(tucka.values()), device)
+    if tucka:
+        assert isinstance(adapter.config, TuckASpec)
+        cores = None if pinned is None else dict(zip(tucka, _pinned_cores(g, c, pinned), strict=True))
+        factors = _tucka_factors(tucka, cores, adapter.config.alpha, base, dtype, device)
+    plain = {at: module for at, module in lora.items() if not module.changes_base}
+    factors |= _lora_factors(plain, dtype, device)
+    for at, module in lora.items():
+        if module.changes_base:
+            u, e, change = _lora(module, None if module.magnitude is None else base.weight(at), base.bias(at))
+            factors[at] = _own(u, dtype, device), _own(e, dtype, device)
             if change is not None:
                 affine[at] = change
-        else:
-            assert isinstance(adapter.config, TuckASpec)
-            unit = module.u.to(device).float()
-            unit = unit / torch.linalg.vector_norm(unit)
-            u, e = unit.T, (adapter.config.alpha * (base.weight(at) @ unit)).T
-            if pinned is not None:
-                u = (unit @ _pinned_core(g[len(cores)], c[len(cores)], pinned)).T
-            cores.append(at)
-        factors[at] = (u.to(device, dtype).contiguous(), e.to(device, dtype).contiguous())
+    for at, bank_module in banked.items():
+        factors[at] = _own(bank_module.u, dtype, device), _own(bank_module.e, dtype, device)
+    factors = {at: factors[at] for at in own}
     routed = None
-    if cores and pinned is None and adapter.ec is not None and adapter.router is not None:
-        table = _table(where[adapter.router], adapter.ec.to(device), saved, arch, weights, ops)
-        router = FoldedRouter(
-            where[adapter.router], c.shape[1], adapter.ec.to(device), table, adapter.route_prefix_tokens
-        )
-        routed = TuckACores(_numbers(cores, arch, device), g, c, router)
+    if tucka and pinned is None and adapter.ec is not None and adapter.router is not None:
+        centroids = _own(adapter.ec, torch.float32, device)
+        table = _table(where[adapter.router], centroids, saved, arch, weights, ops)
+        router = FoldedRouter(where[adapter.router], c.shape[1], centroids, table, adapter.route_prefix_tokens)
+        routed = TuckACores(_numbers(list(tucka), arch, device), g, c, router)
     bank = None
-    if members:
-        stacked = torch.stack([core.to(device, dtype) for _, core in members], dim=1)
-        bank = BankCores(_numbers([at for at, _ in members], arch, device), stacked)
+    if banked:
+        stacked = torch.stack([module.core.to(device, dtype) for module in banked.values()], dim=1)
+        bank = BankCores(_numbers(list(banked), arch, device), stacked)
     tables = _tables(adapter, saved, arch, weights, dtype)
     folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank)
     if not folded.is_finite():
@@ -94,6 +91,79 @@ def fold(
             "or its alpha are far too large."
         )
     return folded
+
+
+def _own(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous copy: an adapter's tensors are views of one piece of memory, which each would hold whole."""
+    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _batches(where: Iterable[Where], shape: Callable[[Where], tuple[int, ...]]) -> Iterator[list[Where]]:
+    """Linears of one shape, a rank and the widths of tensors of it: so many that these take at most BATCH_BYTES in
+    fp32, or one."""
+    by_shape: dict[tuple[int, ...], list[Where]] = {}
+    for at in where:
+        by_shape.setdefault(shape(at), []).append(at)
+    for (rank, *widths), group in by_shape.items():
+        count = max(BATCH_BYTES // (4 * rank * sum(widths)), 1)
+        yield from (group[begin : begin + count] for begin in range(0, len(group), count))
+
+
+def _apart(stacked: Tensor) -> list[Tensor]:
+    """The parts of a contiguous stack, each at an address that the kernels can read (check_factor)."""
+    parts = list(stacked.unbind())
+    return [part.clone() for part in parts] if stacked.is_cuda and parts[0].nbytes % 16 else parts
+
+
+def _tucka_factors(
+    modules: Mapping[Where, TuckAModule],
+    cores: Mapping[Where, Tensor] | None,
+    alpha: float,
+    base: "_BaseLinears",
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[Where, tuple[Tensor, Tensor]]:
+    """U = Ûᵀ, or (Û M)ᵀ where the cores M (r, r) are given, and E = (α W Û)ᵀ = α/‖u‖ · uᵀWᵀ.
+
+    Many linears at once, but for the product: what Python does between two calls keeps a step that runs beside from
+    Python's lock."""
+    us: dict[Where, Tensor] = {}
+    es: dict[Where, Tensor] = {}
+    norms: dict[Where, Tensor] = {}
+    for batch in _batches(modules, lambda at: (modules[at].u.shape[1], modules[at].u.shape[0])):
+        unit = torch.stack([modules[at].u for at in batch]).to(device).float()
+        norm = torch.linalg.vector_norm(unit, dim=(1, 2), keepdim=True)
+        unit.div_(norm)
+        u = unit if cores is None else unit @ torch.stack([cores[at] for at in batch])
+        us.update(zip(batch, _apart(_own(u.transpose(1, 2), dtype, device)), strict=True))
+        norms.update(zip(batch, norm, strict=True))
+    for batch in _batches(modules, lambda at: (modules[at].u.shape[1], base.width(at))):
+        width, r = base.width(batch[0]), modules[batch[0]].u.shape[1]
+        es.update(zip(batch, _apart(torch.empty(len(batch), r, width, dtype=dtype, device=device)), strict=True))
+    for at, module in modules.items():  # in the order of the base's linears, which are unpacked site by site
+        weight, e = base.weight(at).T, es[at]
+        own = us[at] if cores is None and dtype == torch.float32 else (module.u.to(device).float() / norms[at][0]).T
+        if dtype == torch.float32:
+            torch.addmm(e, own, weight, beta=0, alpha=alpha, out=e)
+        else:
+            e.copy_((own @ weight).mul_(alpha))
+    return {at: (us[at], es[at]) for at in modules}
+
+
+def _lora_factors(
+    modules: Mapping[Where, LoRAModule], dtype: torch.dtype, device: torch.device
+) -> dict[Where, tuple[Tensor, Tensor]]:
+    """U = a and E = scale · bᵀ of LoRA adapters that leave the base's own product alone, many linears at once."""
+    factors: dict[Where, tuple[Tensor, Tensor]] = {}
+    for batch in _batches(modules, lambda at: (*modules[at].a.shape, len(modules[at].b))):
+        own = [modules[at] for at in batch]
+        a = torch.stack([module.a for module in own])
+        b = torch.stack([module.b for module in own]).to(device).float()
+        scales = torch.tensor([module.scale for module in own]).to(device)
+        e = b.mul_(scales[:, None, None]).transpose(1, 2)
+        pairs = zip(_apart(a.to(device, dtype)), _apart(_own(e, dtype, device)), strict=True)
+        factors.update(zip(batch, pairs, strict=True))
+    return factors
 
 
 def _numbers(where: list[Where], arch: Architecture, device: torch.device) -> Tensor:
@@ -107,8 +177,9 @@ def folded_bytes(
 ) -> tuple[int, int]:
     """The bytes that `fold` will keep (FoldedAdapter.num_bytes; less where the file has the base's own tables), and the
     most that it takes beside them for a moment: a site's weights, of type `base`, as a copy and a linear's of it in
-    fp32, or the check of the largest tensor."""
+    fp32, the check of the largest tensor, or two copies in fp32 of what one call works on."""
     where, kept, passing, largest = locate(arch), 0, 0, 0
+    widest = batched = 0
     routed = adapter.ec is not None and pinned is None
     for path, module in adapter.modules.items():
         if path in where:
@@ -135,6 +206,7 @@ def folded_bytes(
             kept += 8 + 4 * (module.g.numel() + module.c.numel()) if routed else 0
         kept += r * (d_in + width) * dtype.itemsize
         largest = max(largest, r * max(d_in, width) * dtype.itemsize)
+        widest, batched = max(widest, 4 * r * (d_in + width)), batched + 4 * r * (d_in + width)
     for ids, values in adapter.tokens.values():
         kept += ids.nbytes + values.numel() * base.itemsize
     for value in adapter.saved.values():
@@ -144,7 +216,7 @@ def folded_bytes(
         kept += adapter.ec.numel() * 4
         if _has_table(where[adapter.router], arch):
             kept += arch.vocab * adapter.ec.shape[0] * 4
-    return kept, max(passing, 2 * largest)
+    return kept, max(passing, 2 * largest, 2 * max(widest, min(batched, BATCH_BYTES)))
 
 
 def _has_table(at: Where, arch: Architecture) -> bool:
@@ -198,6 +270,10 @@ class _BaseLinears:
         site = self.arch.sites[at.site]
         return slice(site.columns[at.target], site.columns[at.target + 1])
 
+    def width(self, at: Where) -> int:
+        """d_out."""
+        return self.arch.sites[at.site].widths[at.target]
+
     def weight(self, at: Where) -> Tensor:
         """(d_out, d_in) fp32."""
         site = at.layer, at.site
@@ -238,7 +314,8 @@ def _saved(adapter: Adapter, arch: Architecture, weights: Weights) -> dict[str, 
     """The parameters that are replaced. PEFT saves the base's own embedding and head beside adapters that touch them:
     where they are what the base has, nothing is."""
     own = {f"{arch.embed}.weight": lambda: weights.embed, f"{arch.head}.weight": weights.head.dense}
-    saved = {name: value.to(weights.embed) for name, value in adapter.saved.items()}
+    embed = weights.embed
+    saved = {name: _own(value, embed.dtype, embed.device) for name, value in adapter.saved.items()}
     return {name: value for name, value in saved.items() if name not in own or not torch.equal(value, own[name]())}
 
 
@@ -257,9 +334,11 @@ def _tables(
             weight = weight.float().T if is_embed else weight.float()
             u, e, affine = _lora(module, weight, torch.zeros(len(weight), device=device))
             factors = (u.T, e) if is_embed else (e.T, u)
-            factors = factors[0].to(device, dtype).contiguous(), factors[1].to(device, dtype).contiguous()
+            factors = _own(factors[0], dtype, device), _own(factors[1], dtype, device)
         if module is not None or rows is not None:
-            values = None if rows is None else (rows[0].to(device), rows[1].to(weights.embed))
+            values = None
+            if rows is not None:
+                values = _own(rows[0], torch.int64, device), _own(rows[1], weights.embed.dtype, device)
             tables[path] = FoldedTable(factors, affine, values)
     return tables
 
@@ -274,14 +353,14 @@ def _normalised_cores(modules: list[TuckAModule], device: torch.device) -> tuple
     return g / g_norm, c / torch.linalg.vector_norm(c, dim=(1, 2), keepdim=True)
 
 
-def _pinned_core(g: Tensor, c: Tensor, route: Route) -> Tensor:
-    if not 0 <= route.group < g.shape[0] or len(route.weights) != c.shape[0]:
+def _pinned_cores(g: Tensor, c: Tensor, route: Route) -> Tensor:
+    """M (M, r, r) of M linears under one route. Raises InvalidAdapterError if it does not fit."""
+    if not 0 <= route.group < g.shape[1] or len(route.weights) != c.shape[1]:
         raise InvalidAdapterError(
-            f"The pinned route does not fit: the adapter has {g.shape[0]} groups of {c.shape[0]} experts."
+            f"The pinned route does not fit: the adapter has {g.shape[1]} groups of {c.shape[1]} experts."
         )
     w = torch.tensor(route.weights, device=c.device) @ c
-    core: Tensor = torch.tensordot(w, g[route.group], dims=1)
-    return core
+    return torch.einsum("mp,mpab->mab", w, g[:, route.group])
 
 
 def _table(

@@ -152,8 +152,9 @@ class FoldedAdapter:
     def is_finite(self) -> bool:
         """Whether no value has overflowed. 0 · inf is NaN: one such factor would reach the rows of other adapters and
         of the base. The device is asked once: a question for each of 450 tensors would wait 450 times for what steps
-        have given it to do."""
-        return bool(torch.stack([end for t in self.tensors() for end in t.aminmax()]).isfinite().all())
+        have given it to do. Those that `fold` made in one piece are looked at as that."""
+        pieces = {id(piece): piece for t in self.tensors() for piece in [t if t._base is None else t._base]}
+        return bool(torch.stack([end for t in pieces.values() for end in t.aminmax()]).isfinite().all())
 
     @property
     def in_deltas(self) -> bool:

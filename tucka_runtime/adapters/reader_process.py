@@ -1,0 +1,96 @@
+"""The process that reads adapters for the engine: `python -m tucka_runtime.adapters.reader_process FD PARENT`.
+
+Reading and checking files is Python, and in a thread of the engine's process it would hold Python's lock: each of a
+step's calls into torch gives that away and would have to wait for it (docs/measurements/engine-faults-2026-11-26.md).
+The engine's end is engine/adapters/reader.py. Ends with its parent.
+"""
+
+import logging
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tucka_runtime.adapters.format import read_adapter
+from tucka_runtime.adapters.handover import SharedNumbers, pack
+from tucka_runtime.channel import Channel
+from tucka_runtime.channel_messages import AdapterSize, AdapterUnread, ReadAdapter, StartReader
+from tucka_runtime.children import end_with_parent
+from tucka_runtime.errors import AdapterCapacityError, TuckaError
+from tucka_runtime.logs import set_up_logging
+from tucka_runtime.messages import BaseLayout
+
+log = logging.getLogger(__name__)
+
+OWN_BYTES = 2**30
+"""What the process may take for itself while it reads, over what it has when it starts: a header of a mebibyte as
+Python's objects, and pieces of the weights. The tensors are shared memory: the engine says how much of it there is."""
+
+NICENESS = 5
+"""Steps and requests come first where all cores are busy."""
+
+
+def main() -> None:
+    end_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it ends with the engine
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+    channel = Channel(int(sys.argv[1]))
+    try:
+        start: StartReader = channel.receive()
+        set_up_logging(start.log_format, "reader")
+        _limit_memory()
+        while True:
+            _answer(channel, channel.receive(), start.base)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _limit_memory() -> None:
+    status = Path("/proc/self/status").read_text().split()
+    limit = int(status[status.index("VmData:") + 1]) * 1024 + OWN_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _answer(channel: Channel, question: ReadAdapter, base: BaseLayout) -> None:
+    memory: SharedNumbers | None = None
+
+    def allocate(count: int) -> Tensor:
+        nonlocal memory
+        size = count * torch.float32.itemsize
+        if size > question.room:
+            raise AdapterCapacityError(
+                f"The adapter's tensors take {size / 1e6:.1f} MB while it is loaded, but {question.room / 1e6:.1f} MB "
+                "are left beside the KV cache and what a step needs. Unload one, or restart with a smaller "
+                "--kv-cache-tokens.",
+                missing=size - question.room,
+            )
+        channel.send(AdapterSize(size))
+        memory = SharedNumbers.allocate(count)
+        return memory.numbers
+
+    try:
+        adapter = read_adapter(question.folder, base, question.blob, allocate)
+        assert memory is not None
+        channel.send(pack(adapter, memory), memory.file)
+    except AdapterCapacityError as error:
+        channel.send(AdapterUnread(error, error.missing))
+    except TuckaError as error:
+        channel.send(AdapterUnread(error))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception:
+        log.exception("an adapter could not be read")
+        channel.send(AdapterUnread(TuckaError("The adapter could not be loaded: an internal error.")))
+    finally:
+        if memory is not None:
+            memory.close()
+
+
+if __name__ == "__main__":
+    main()
