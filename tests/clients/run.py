@@ -66,7 +66,9 @@ class Ended:
 
 def ended(words: list[str], folder: Path, timeout: int, path: Path) -> Ended:
     """Runs a command with `path` first in PATH; what it started ends with it."""
-    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}", "OPENAI_API_KEY": "none"}
+    # litellm would fetch a list of prices, and waits for it where there is no network.
+    own = {"OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = os.environ | own | {"PATH": f"{path}:{os.environ['PATH']}"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         process = subprocess.Popen(
             words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=error,
