@@ -349,7 +349,7 @@ class AliasBody(Body):
 class ListQuery(Body):
     """What the query of a list may say: no more than so many cards, beginning behind the one with that `id`."""
 
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), WHOLE] | None = None
     after: NonEmpty | None = None
 
 
