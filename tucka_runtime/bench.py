@@ -32,9 +32,9 @@ import torch  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
 from tucka_runtime import LLM, SamplingParams  # noqa: E402
-from tucka_runtime.adapters.base_layout import BaseLayout  # noqa: E402
 from tucka_runtime.adapters.format import TuckASpec, write_adapter  # noqa: E402
 from tucka_runtime.config import KERNELS, ROUTE_SCOPES  # noqa: E402
+from tucka_runtime.messages import BaseLayout  # noqa: E402
 
 LLAMA_3_8B = {
     "vocab_size": 128256,

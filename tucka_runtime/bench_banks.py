@@ -23,9 +23,9 @@ environment.prepare()  # torch reads it when it is imported
 import torch  # noqa: E402
 
 from tucka_runtime import LLM, SamplingParams  # noqa: E402
-from tucka_runtime.adapters.base_layout import BaseLayout  # noqa: E402
 from tucka_runtime.adapters.format import BankSpec, LoRASpec, write_adapter  # noqa: E402
 from tucka_runtime.bench import arguments, make_model, small  # noqa: E402
+from tucka_runtime.messages import BaseLayout  # noqa: E402
 
 SEPARATE = 8
 IN_USE = (1, 8, 64)

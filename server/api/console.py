@@ -10,12 +10,12 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from tucka_runtime.server.api.door import Endpoint
-from tucka_runtime.server.api.site import PAGE, Site
+from tucka_runtime.server.api.web_page import PAGE, WebPage
 
 FOLDER = "/console/"
 _FILES = Path(__file__).parents[1] / "console"
 # Nothing but the page's own files and this server; no script or style within HTML, no HTML made of strings, no frame.
-_SITE = Site(
+_PAGE = WebPage(
     _FILES.iterdir,
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
@@ -32,7 +32,7 @@ def page_or(otherwise: Endpoint) -> Endpoint:
     """An endpoint that answers a browser with the page, and programs as `otherwise` does."""
 
     async def root(request: Request) -> Response:
-        response = _SITE.file(PAGE, request) if _wants_page(request.scope) else await otherwise(request)
+        response = _PAGE.file(PAGE, request) if _wants_page(request.scope) else await otherwise(request)
         response.headers["Vary"] = "Accept"
         return response
 
@@ -40,7 +40,7 @@ def page_or(otherwise: Endpoint) -> Endpoint:
 
 
 async def file(request: Request) -> Response:
-    return _SITE.file(request.path_params["name"], request)
+    return _PAGE.file(request.path_params["name"], request)
 
 
 def _wants_page(scope: Scope) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tucka_runtime.server.api.site import PAGE, Site
+from tucka_runtime.server.api.web_page import PAGE, WebPage
 
 FOLDER = "/docs/"
 _OWN = Path(__file__).parents[1] / "docs"
@@ -26,12 +26,12 @@ def _files() -> Iterator[Path]:
         yield Path(str(files("fastapi_offline") / "static" / name))
 
 
-_SITE = Site(_files, _POLICY)
+_PAGE = WebPage(_files, _POLICY)
 
 
 async def page(request: Request) -> Response:
-    return _SITE.file(PAGE, request)
+    return _PAGE.file(PAGE, request)
 
 
 async def file(request: Request) -> Response:
-    return _SITE.file(request.path_params["name"], request)
+    return _PAGE.file(request.path_params["name"], request)

@@ -25,7 +25,7 @@ _HEADERS = {
 }
 
 
-class Site:
+class WebPage:
     """A page and its files, which are read when the first of them is asked for, and kept. `policy` is its
     Content-Security-Policy. An ETag is of the content, since a wheel's files have the time that their installer gives
     them."""

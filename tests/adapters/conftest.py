@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tucka_runtime.adapters.base_layout import BaseLayout
+from tucka_runtime.messages import BaseLayout
 
 D, HIDDEN, VOCAB, LAYERS = 6, 10, 16, 2
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.support.adapter_files import put
-from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.format import BankModule, read_adapter
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
+from tucka_runtime.messages import BaseLayout
 
 R = 3
 MEMBERS = ["law", "tax-2"]

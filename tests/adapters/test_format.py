@@ -34,7 +34,6 @@ from tests.support.adapter_files import (
 )
 from tucka_runtime.adapters import format as adapter_format
 from tucka_runtime.adapters import targets
-from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import parse_config
 from tucka_runtime.adapters.config_fields import MAX_CENTROIDS
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, start_digest, strict_json
@@ -49,6 +48,7 @@ from tucka_runtime.adapters.format import (
 )
 from tucka_runtime.adapters.safefile import MAX_HEADER_BYTES, read_header, read_tensors
 from tucka_runtime.errors import AdapterError, BaseModelMismatchError, InvalidAdapterError, TuckaError
+from tucka_runtime.messages import BaseLayout
 
 CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/adapter"))
 ROUTER_LATE = "llama-routername-late-k1"

@@ -62,7 +62,7 @@ def batch(number: int) -> tuple[delta_cases.Case, delta_cases.Case, AttentionMet
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class SiteInputs:
     """What a step reads of a site: x is not there at o, where it is what attention returns."""
 
     y: Tensor
@@ -71,12 +71,12 @@ class Site:
     cores: Tensor
 
     @staticmethod
-    def of(case: delta_cases.Case) -> "Site":
+    def of(case: delta_cases.Case) -> "SiteInputs":
         assert case.cores is not None
-        return Site(case.y, case.site, case.plan, case.cores)
+        return SiteInputs(case.y, case.site, case.plan, case.cores)
 
     @staticmethod
-    def fixed(case: delta_cases.Case, segments: Segments) -> "Site":
+    def fixed(case: delta_cases.Case, segments: Segments) -> "SiteInputs":
         site = dataclasses.replace(
             case.site,
             u_ptr=torch.zeros_like(case.site.u_ptr),
@@ -84,7 +84,7 @@ class Site:
             rank=torch.zeros_like(case.site.rank),
         )
         cores = torch.zeros(ROWS, len(case.site.columns) - 1, RANK, RANK)
-        return Site(torch.zeros_like(case.y), site, SitePlan.build(segments, case.site, max_rank=RANK), cores)
+        return SiteInputs(torch.zeros_like(case.y), site, SitePlan.build(segments, case.site, max_rank=RANK), cores)
 
     def fill(self, case: delta_cases.Case) -> None:
         self.y.copy_(case.y)
@@ -103,7 +103,7 @@ class Bucket:
         qkv, out, metadata = batch(0)
         self.segments = Segments.build([], ROWS, ADAPTERS, qkv.x.device, num_tiles=ROWS)
         self.x = torch.zeros_like(qkv.x)
-        self.qkv, self.out = Site.fixed(qkv, self.segments), Site.fixed(out, self.segments)
+        self.qkv, self.out = SiteInputs.fixed(qkv, self.segments), SiteInputs.fixed(out, self.segments)
         self.residual = torch.zeros(ROWS, D_OUT)
         self.caches = [torch.zeros(SLOTS, KV_HEADS, HEAD) for _ in "kv"]
         self.metadata = dataclasses.replace(
@@ -138,7 +138,7 @@ class Bucket:
 
 
 def step(
-    x: Tensor, qkv: Site, out: Site, metadata: AttentionMetadata, caches: list[Tensor], residual: Tensor
+    x: Tensor, qkv: SiteInputs, out: SiteInputs, metadata: AttentionMetadata, caches: list[Tensor], residual: Tensor
 ) -> dict[str, Tensor]:
     """Half a layer: what of it is ours."""
     low_rank = shrink_core.shrink_core(x, qkv.site, qkv.cores, qkv.plan)
@@ -168,7 +168,7 @@ def check(run: Callable[[], dict[str, Tensor]], bucket: Bucket, number: int) -> 
     bucket.fill(qkv, out, metadata)
     got = run()
     fresh = [value.clone() for value in keys]
-    want = step(qkv.x, Site.of(qkv), Site.of(out), metadata, fresh, bucket.residual)
+    want = step(qkv.x, SiteInputs.of(qkv), SiteInputs.of(out), metadata, fresh, bucket.residual)
     real = metadata.slot_mapping >= 0
     for name, value in got.items():
         assert torch.equal(value[real], want[name][real]), name

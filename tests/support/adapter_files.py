@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from tucka_runtime.adapters.base_layout import BaseLayout
+from tucka_runtime.messages import BaseLayout
 
 R, K, T, P = 2, 3, 2, 2
 PREFIX = "base_model.model."

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.support.driving import matching
-from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.format import BankSpec, LoRASpec, write_adapter
+from tucka_runtime.messages import BaseLayout
 
 MEMBERS = 5
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.format import LoRASpec, TuckASpec, write_adapter
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, Where
@@ -26,6 +25,7 @@ from tucka_runtime.kernels.tables.blocks import scales
 from tucka_runtime.kernels.tables.routes import RoutePlan
 from tucka_runtime.messages import (
     AdapterKey,
+    BaseLayout,
     FinishReason,
     Pooling,
     Request,

@@ -3,8 +3,6 @@
 from tucka_runtime.messages import BaseLayout
 from tucka_runtime.models.architecture import Architecture, parameter_shapes
 
-__all__ = ["BaseLayout", "base_layout"]
-
 
 def base_layout(arch: Architecture, fingerprint: str, name: str = "") -> BaseLayout:
     """What adapters/format.py checks an adapter against."""

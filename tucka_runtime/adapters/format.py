@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import (
     AdapterSpec,
     BankSpec,
@@ -54,7 +53,7 @@ from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
-from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
+from tucka_runtime.messages import ROUTE_PREFIX_TOKENS, BaseLayout
 
 __all__ = [
     "Adapter",

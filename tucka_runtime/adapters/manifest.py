@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
-from tucka_runtime.adapters.base_layout import BaseLayout
 from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckASpec
 from tucka_runtime.adapters.config_fields import printable
 from tucka_runtime.adapters.safefile import Entry
 from tucka_runtime.adapters.targets import is_all_linear, match_targets
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
+from tucka_runtime.messages import BaseLayout
 
 PREFIX = "base_model.model."
 

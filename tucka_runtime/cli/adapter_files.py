@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tucka_runtime.adapters.base_layout import BaseLayout, base_layout
+from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckASpec, parse_config
 from tucka_runtime.adapters.files import (
     MAX_WEIGHTS_BYTES,
@@ -32,7 +32,7 @@ from tucka_runtime.errors import AdapterError, ConfigError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.reference.linear import linear
-from tucka_runtime.messages import Route
+from tucka_runtime.messages import BaseLayout, Route
 from tucka_runtime.models.architecture import Architecture
 from tucka_runtime.models.weights import fingerprint, load_weights, stored_dtype
 from tucka_runtime.models.weights import read_config as read_base

@@ -1,15 +1,16 @@
 """Sequence classification: a head over the labels, trained with the adapter and saved beside it (PEFT's SEQ_CLS)."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tucka_runtime.trainer.decode import SHOWN
-from tucka_runtime.trainer.evaluate import measuring
+from tucka_runtime.trainer.evaluate import Tally, measuring
 from tucka_runtime.trainer.labelled import Labelled
 
 TOGETHER = 64  # texts in a batch of the evaluation
@@ -70,24 +71,18 @@ class Classification:
         order = sorted(held, key=lambda text: (text.task, text.tokens))
         total = 0.0
         said: list[str] = []
-        groups: dict[str, list[int]] = {}
+        tally = Tally()
         with measuring(model, router):
             for i in range(0, len(order), TOGETHER):
                 texts = order[i : i + TOGETHER]
                 batch = {name: tensor.to(device) for name, tensor in self.collate(texts, pad).items()}
                 logits = self.logits(model, batch)
-                if router is not None:
-                    for text, group in zip(texts, router.groups(len(texts)), strict=True):
-                        groups.setdefault(text.task, [0] * router.k)[group] += 1
+                tally.routed(texts, router, len(texts))
                 total += self.loss(model, logits, batch).item()
                 said += self._names(logits)
-        right: dict[str, list[bool]] = defaultdict(list)
-        for text, label in zip(order, said, strict=True):
-            right[text.task].append(label == text.label)
-        return ClassEvaluation(
-            total / len(order), sum(map(sum, right.values())) / len(order), f1([text.label for text in order], said),
-            {task: sum(own) / len(own) for task, own in sorted(right.items())}, dict(sorted(groups.items())),
-        )  # fmt: skip
+        asked = [text.label for text in order]
+        tally.judge(order, map(eq, said, asked))
+        return ClassEvaluation(total / len(order), tally.share, f1(asked, said), tally.by_task, tally.groups)
 
     def evaluate_base(self, model: Any, held: Sequence[Labelled], pad: int, device: torch.device) -> None:
         """Nothing: the base has no head for these labels."""

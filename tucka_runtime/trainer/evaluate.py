@@ -6,7 +6,7 @@ Under "batch" this holds only for the training-time route, over prompt and compl
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,6 +46,46 @@ def measuring(model: Any, router: Any) -> Iterator[None]:
     if router is not None:
         router.load_state_dict(kept)
     model.train(training)
+
+
+class HasTask(Protocol):
+    """A record of whatever objective."""
+
+    @property
+    def task(self) -> str: ...
+
+
+class Tally:
+    """What the records of an evaluation came to, by sub-task: which are right, and the group that each was given."""
+
+    def __init__(self) -> None:
+        self._right: dict[str, list[bool]] = defaultdict(list)
+        self._groups: dict[str, list[int]] = {}
+
+    def judge(self, records: Iterable[HasTask], right: Iterable[bool]) -> None:
+        for record, own in zip(records, right, strict=True):
+            self._right[record.task].append(own)
+
+    def routed(self, records: Sequence[HasTask], router: Any, rows: int) -> None:
+        """Notes the groups of a forward of `rows` rows, of which the first are the records'. Without a router there are
+        none."""
+        if router is not None:
+            for record, group in zip(records, router.groups(rows), strict=False):
+                self._groups.setdefault(record.task, [0] * router.k)[group] += 1
+
+    @property
+    def share(self) -> float:
+        """Of all records, those that are right."""
+        everything = [own for task in self._right.values() for own in task]
+        return sum(everything) / max(len(everything), 1)
+
+    @property
+    def by_task(self) -> dict[str, float]:
+        return {task: sum(own) / len(own) for task, own in sorted(self._right.items())}
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        return dict(sorted(self._groups.items()))
 
 
 @dataclass
@@ -123,8 +163,7 @@ def evaluate(
     """Evaluates under the route scope that is set; `router` (of the adapter) fills `groups`."""
     order = sorted(examples, key=lambda e: (e.task, len(e.ids)))
     total, tokens = 0.0, 0
-    right: dict[str, list[bool]] = defaultdict(list)
-    groups: dict[str, list[int]] = {}
+    tally = Tally()
     with measuring(model, router):
         for i in range(0, len(order), batch_size):
             batch = order[i : i + batch_size]
@@ -133,15 +172,6 @@ def evaluate(
             loss, count = completion_loss(logits, labels)
             total, tokens = total + float(loss), tokens + count
             hit = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
-            for example, ok in zip(batch, hit.all(dim=1).tolist(), strict=True):
-                right[example.task].append(ok)
-            if router is not None:
-                for example, g in zip(batch, router.groups(len(batch)), strict=True):
-                    groups.setdefault(example.task, [0] * router.k)[g] += 1
-    everything = [ok for task in right.values() for ok in task]
-    return Evaluation(
-        total / max(tokens, 1),
-        sum(everything) / max(len(everything), 1),
-        {task: sum(v) / len(v) for task, v in sorted(right.items())},
-        dict(sorted(groups.items())),
-    )
+            tally.judge(batch, hit.all(dim=1).tolist())
+            tally.routed(batch, router, len(batch))
+    return Evaluation(total / max(tokens, 1), tally.share, tally.by_task, tally.groups)

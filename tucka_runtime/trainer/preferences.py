@@ -7,7 +7,6 @@ model is held. Log-probabilities are summed over an answer with its end token. Î
 reward, and the difference of the two is the pair's margin; the pair is told apart rightly where it is positive.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from tucka_runtime.trainer.data import collate
 from tucka_runtime.trainer.decode import predictions
-from tucka_runtime.trainer.evaluate import answered, measuring
+from tucka_runtime.trainer.evaluate import Tally, answered, measuring
 from tucka_runtime.trainer.pairs import Pair
 
 TOGETHER = 32  # pairs in a batch of the evaluation
@@ -74,27 +73,21 @@ class Preferences:
         """Evaluates under the route scope that is set."""
         order = sorted(held, key=lambda pair: (pair.task, pair.tokens))
         found: list[Tensor] = []
-        groups: dict[str, list[int]] = {}
+        tally = Tally()
         with measuring(model, router):
             for i in range(0, len(order), TOGETHER):
                 pairs = order[i : i + TOGETHER]
                 batch = {name: tensor.to(device) for name, tensor in self.collate(pairs, pad).items()}
                 logits = answered(model, batch)
-                if router is not None:
-                    for pair, group in zip(pairs, router.groups(2 * len(pairs)), strict=False):  # the chosen rows
-                        groups.setdefault(pair.task, [0] * router.k)[group] += 1
+                tally.routed(pairs, router, 2 * len(pairs))  # the chosen answers' rows come first
                 found.append(torch.stack(self._rewards(model, logits, batch)).cpu())
         chosen, rejected = torch.cat(found, dim=1)
         margins = chosen - rejected
-        by_task: dict[str, list[bool]] = defaultdict(list)
-        for pair, right in zip(order, (margins > 0).tolist(), strict=True):
-            by_task[pair.task].append(right)
-        means = (x.mean().item() for x in (-nn.functional.logsigmoid(margins), (margins > 0).float(), margins))
-        loss, accuracy, margin = means
+        tally.judge(order, (margins > 0).tolist())
+        loss, margin = (x.mean().item() for x in (-nn.functional.logsigmoid(margins), margins))
         return PreferenceEvaluation(
-            loss, accuracy, margin, chosen.mean().item(), rejected.mean().item(),
-            {task: sum(own) / len(own) for task, own in sorted(by_task.items())}, dict(sorted(groups.items())),
-        )  # fmt: skip
+            loss, tally.share, margin, chosen.mean().item(), rejected.mean().item(), tally.by_task, tally.groups
+        )
 
     def evaluate_base(self, model: Any, held: Sequence[Pair], pad: int, device: torch.device) -> None:
         """Nothing: the base is what the adapter is measured against."""

@@ -25,6 +25,10 @@ LEAST_BYTES = 4 * 2**20
 END_SECONDS = 5.0
 
 
+class ProcessEndedError(Exception):
+    """The process is not there any more, or not one of this version."""
+
+
 class AdapterReader:
     """Reads adapters in a process of its own, one at a time, which is started again where it has died or hangs.
 
@@ -70,25 +74,16 @@ class AdapterReader:
         TuckaError where the process hangs, or dies twice.
         """
         question = ReadAdapter(folder, blob, room)
-        for tries_left in (1, 0):
-            try:
-                return self._read(question, base)
-            except TimeoutError:
-                self._give_up()
-                logger.error("the process that reads adapters did not answer in time, and is killed")
-                raise TuckaError(
-                    "The adapter could not be read in time: the process that reads it does not answer. Try again; if "
-                    "that fails too, look at the disk that the server's copies of adapters are on (--state-dir)."
-                ) from None
-            except (EOFError, OSError, ChannelError) as error:
-                status = self._give_up()
-                logger.error("the process that reads adapters ended with status %s: %r", status, error)
-                if not tries_left:
-                    raise TuckaError(
-                        "The adapter could not be read: the process that reads it ended. Try again; the server's log "
-                        "says more."
-                    ) from error
-        raise AssertionError
+        try:
+            return self._read(question, base)
+        except ProcessEndedError:
+            logger.info("the adapter is read again, by another process")
+        try:
+            return self._read(question, base)
+        except ProcessEndedError as error:
+            raise TuckaError(
+                "The adapter could not be read: the process that reads it ended. Try again; the server's log says more."
+            ) from error
 
     def close(self) -> None:
         """Ends the process."""
@@ -96,6 +91,22 @@ class AdapterReader:
             self._give_up()
 
     def _read(self, question: ReadAdapter, base: BaseLayout) -> Adapter:
+        """Raises ProcessEndedError beside what `read` does."""
+        try:
+            return self._ask(question, base)
+        except TimeoutError:
+            self._give_up()
+            logger.error("the process that reads adapters did not answer in time, and is killed")
+            raise TuckaError(
+                "The adapter could not be read in time: the process that reads it does not answer. Try again; if "
+                "that fails too, look at the disk that the server's copies of adapters are on (--state-dir)."
+            ) from None
+        except (EOFError, OSError, ChannelError) as error:
+            status = self._give_up()
+            logger.error("the process that reads adapters ended with status %s: %r", status, error)
+            raise ProcessEndedError from error
+
+    def _ask(self, question: ReadAdapter, base: BaseLayout) -> Adapter:
         self.start()
         assert self._channel is not None
         self._channel.set_timeout(READ_SECONDS if self._started else START_SECONDS + READ_SECONDS)

@@ -186,7 +186,7 @@ def claim_routes(images: Path, steps: int) -> None:
 
 
 @dataclass
-class Run:
+class Trained:
     """A trained adapter and what the figures need of it; `groups` says how many held-out prompts of each sub-task took
     each group."""
 
@@ -214,7 +214,7 @@ class Run:
         return out
 
 
-def train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sample", loop_kind: Any = None) -> Run:
+def train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sample", loop_kind: Any = None) -> Trained:
     """An adapter for a task of the project, on the embedded base; `loop_kind` is another loop than the trainer's."""
     import torch
 
@@ -245,7 +245,7 @@ def train(task: str, settings: Any, steps: int, seed: int, route: str = "per-sam
     history = loop.run()
     result = loop.evaluate()
     exact = result.figures["exact_match"]
-    return Run(model.eval(), router, held, history.load, exact, trainable_parameters(model), result.groups)
+    return Trained(model.eval(), router, held, history.load, exact, trainable_parameters(model), result.groups)
 
 
 def _pyplot() -> Any:
