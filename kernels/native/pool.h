@@ -54,9 +54,12 @@ class Pool {
   }
 
  private:
-  // Looks at the turn before a thread gives way to others on its core, and times that it does so before it sleeps.
+  // Looks at the turn before a thread gives way to others on its core, and times that it does so before it sleeps: about
+  // a millisecond, which is longer than a step's Python. With 50 times the engine alone makes 1,290 tokens per second
+  // in place of 1,350 (8 layers of 512, eight streams, two cores with AVX512-BF16), and over HTTP as many.
   static constexpr int kLooks = 32, kYields = 1000;
-  // Looks at who is still inside before the caller sleeps, which frees its core for a thread that has none.
+  // Looks at who is still inside before the caller sleeps, which frees its core for a thread that has none. With 30 looks
+  // it is 990 tokens per second over HTTP in place of 1,050.
   static constexpr uint32_t kPatience = 1000;
 
   static void pause() {
