@@ -24,9 +24,8 @@ class Answer(ABC):
     `whole`."""
 
     @abstractmethod
-    def frame(self, delta: ChoiceDelta, usage: Usage) -> bytes:
-        """The server-sent events for what is new; empty where there is nothing to tell. `usage` is what was used so
-        far."""
+    def frame(self, delta: ChoiceDelta) -> bytes:
+        """The server-sent events for what is new; empty where there is nothing to tell."""
 
     @abstractmethod
     def ending(self, usage: Usage) -> bytes:
@@ -83,10 +82,10 @@ class OpenAIAnswer(Answer, Generic[G]):
     def chunks(self, delta: ChoiceDelta) -> Sequence[dict[str, Any]]:
         """What is new of a choice, as the choices of one chunk each."""
 
-    def frame(self, delta: ChoiceDelta, usage: Usage) -> bytes:
+    def frame(self, delta: ChoiceDelta) -> bytes:
         after = self._after
         if self.options.include_usage and self.options.continuous_usage_stats:
-            after = b'],"usage":' + encode_json(usage_json(usage)) + b"}\n\n"
+            after = b'],"usage":' + encode_json(usage_json(delta.usage)) + b"}\n\n"
         if self._plain and not delta.first and delta.finish_reason is None:
             match delta.events:
                 case [Text(text)]:

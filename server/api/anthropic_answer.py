@@ -58,10 +58,10 @@ class MessageAnswer(Answer):
             blocks[place]["input"] = _input(text)
         return self._message(blocks, usage) | self._end(choice) | self._route(choice)
 
-    def frame(self, delta: ChoiceDelta, usage: Usage) -> bytes:
+    def frame(self, delta: ChoiceDelta) -> bytes:
         made = []
         if delta.first:
-            start = self._message([], usage) | {"stop_reason": None, "stop_sequence": None}
+            start = self._message([], delta.usage) | {"stop_reason": None, "stop_sequence": None}
             made = [_event("message_start", message=start), _event("ping")]
         for event in delta.events:
             if self._is_shown(event):

@@ -172,7 +172,7 @@ async def _written(answer: Answer, submit: Submit) -> AsyncGenerator[bytes, None
     generation = await submit()
     async with aclosing(generation.steps()) as steps:
         async for deltas in steps:
-            if frames := b"".join([answer.frame(delta, generation.usage) for delta in deltas]):
+            if frames := b"".join([answer.frame(delta) for delta in deltas]):
                 yield frames
     yield answer.ending(generation.usage)
 

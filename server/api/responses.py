@@ -77,7 +77,7 @@ class ResponseAnswer(Answer):
         self._last: ChoiceDelta | None = None
         self._events = 0
 
-    def frame(self, delta: ChoiceDelta, usage: Usage) -> bytes:
+    def frame(self, delta: ChoiceDelta) -> bytes:
         first = b""
         if delta.first:
             first = self._lifecycle("created", "in_progress") + self._lifecycle("in_progress", "in_progress")

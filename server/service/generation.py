@@ -17,6 +17,19 @@ from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, Token
 
 
+class Usage(NamedTuple):
+    """Tokens that the engine worked on so far; those of a stop string that was cut are among them. `reasoning` are
+    those of the completion up to the end of its thought."""
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0
+    reasoning: int = 0
+
+
+NOTHING_USED = Usage(0)
+
+
 @dataclass(slots=True)
 class ChoiceDelta:
     """What became final of one choice in one step, or in all of them.
@@ -24,6 +37,7 @@ class ChoiceDelta:
     `first` marks a choice's first; `text` is what the model wrote, `events` what its parser makes of it; `tokens` are
     those whose text is in `text` (or that have none); `prompt_logprobs` come with the first where the prompt is scored.
     `called`: the choice has called a function, in this delta or before. `embedding` comes where the prompt is embedded.
+    `usage` is the request's up to here: the reader may get several steps' deltas at once.
     """
 
     index: int
@@ -37,6 +51,7 @@ class ChoiceDelta:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     called: bool = False
     embedding: "array[float] | None" = None
+    usage: Usage = NOTHING_USED
 
     def extend(self, later: "ChoiceDelta") -> None:
         """Takes the same choice's next delta in."""
@@ -44,7 +59,7 @@ class ChoiceDelta:
         self.events += later.events
         self.tokens += later.tokens
         self.finish_reason, self.stop_reason, self.route = later.finish_reason, later.stop_reason, later.route
-        self.called = later.called
+        self.called, self.usage = later.called, later.usage
 
 
 class Taken(NamedTuple):
@@ -53,17 +68,6 @@ class Taken(NamedTuple):
     output: SequenceOutput
     shown: bool
     ends: FinishReason | None
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens that the engine worked on so far; those of a stop string that was cut are among them. `reasoning` are
-    those of the completion up to the end of its thought."""
-
-    prompt: int
-    completion: int = 0
-    cached: int = 0
-    reasoning: int = 0
 
 
 class Generation:
@@ -136,20 +140,21 @@ class Generation:
         if text.finished and output.finish is None:  # a stop string: the engine does not know of those
             self._stream.end(index)
         self._log.output(output)
-        self.usage.completion += text.generated - before
         first = index not in self._begun
         if first:
             self._begun.add(index)
-            self.usage.cached = self._log.cached_tokens
         events = parser.push(delta.text)
         if delta.finish_reason is not None:
             events += parser.finish()
+        reasoning = self.usage.reasoning
         for event in events:
             if type(event) is CallBegun:
                 self._called.add(index)
             elif type(event) is Reasoning or type(event) is ReasoningEnded:
-                self.usage.reasoning += text.generated - self._thought.get(index, 0)
+                reasoning += text.generated - self._thought.get(index, 0)
                 self._thought[index] = text.generated
+        done = self.usage.completion + text.generated - before
+        self.usage = Usage(self.usage.prompt, done, self._log.cached_tokens if first else self.usage.cached, reasoning)
         return ChoiceDelta(
             index,
             first,
@@ -162,6 +167,7 @@ class Generation:
             output.prompt_logprobs,
             index in self._called,
             output.embedding,
+            self.usage,
         )
 
     def _shows(self, delta: ChoiceDelta) -> bool:

@@ -21,7 +21,7 @@ from tucka_runtime.adapters.format import Adapter, read_adapter
 from tucka_runtime.adapters.manifest import PREFIX
 from tucka_runtime.engine.adapters import reader as reader_module
 from tucka_runtime.engine.adapters.reader import AdapterReader
-from tucka_runtime.errors import AdapterCapacityError, TuckaError
+from tucka_runtime.errors import AdapterCapacityError, InvalidAdapterError, TuckaError
 from tucka_runtime.messages import BaseLayout
 
 ROOM = 1 << 40
@@ -123,16 +123,25 @@ def test_what_there_is_no_room_for_is_not_read(reader: AdapterReader, folder: Pa
     assert reader.read(folder / "tucka", layout, None, size)
 
 
+def at_rest(reader: AdapterReader, folder: Path, layout: BaseLayout) -> None:
+    """Waits until the process is done with its last answer, which it lets go of once it is sent: it answers another
+    question then, here one that takes no memory."""
+    with pytest.raises(InvalidAdapterError):
+        reader.read(folder / "missing", layout, None, ROOM)
+
+
 def test_memory_comes_back(reader: AdapterReader, folder: Path, layout: BaseLayout) -> None:
     """Here with the last tensor, there at once: no descriptor and no mapping is left after 50 loads."""
     adapter: Adapter | None = reader.read(folder / "tucka", layout, None, ROOM)
     assert shared_memory()
     there = Path(f"/proc/{reader.pid}")
+    at_rest(reader, folder, layout)
     held = len(os.listdir(there / "fd"))
     for _ in range(50):
         adapter = reader.read(folder / "lora", layout, None, ROOM)
     assert "memfd:adapter" in Path("/proc/self/maps").read_text()
     del adapter
+    at_rest(reader, folder, layout)
     assert not shared_memory()
     assert len(os.listdir(there / "fd")) == held
     assert "memfd:adapter" not in (there / "maps").read_text()
