@@ -80,9 +80,9 @@ def check_settings(engine_config: EngineConfig, config: ServerConfig) -> None:
     for file in (folder / "config.json", *folder.glob("*.safetensors")):
         if not os.access(file, os.R_OK):
             raise ConfigError(f"--model: {file} cannot be read by this user: chmod -R a+rX {folder} lets everybody.")
-    if config.served_model_name is not None:
+    for name in config.served_model_name:
         try:
-            check_name(config.served_model_name)
+            check_name(name)
         except InvalidRequestError as error:
             raise ConfigError(f"--served-model-name follows the rule of adapters' names: {error.message}") from None
     for root in config.adapter_root:
@@ -199,11 +199,11 @@ async def _start(
     log.info("loading %s ...", folder)
     traces = Traces.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     started, tokenizer = await asyncio.gather(engine.start(), asyncio.to_thread(Tokenizer.load, folder))
-    name = config.served_model_name or folder.resolve().name
+    name, *others = config.served_model_name or (folder.resolve().name,)
     metrics = Metrics(name, engine_config.adapter_slots, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
     sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], _named_sources(config))
-    adapters = AdapterNames(engine, registry, name, metrics, sources, config.adapter_versions)
+    adapters = AdapterNames(engine, registry, name, metrics, sources, config.adapter_versions, others)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)

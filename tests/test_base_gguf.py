@@ -96,7 +96,7 @@ def test_it_is_found_again_by_its_content(
     state = str(home / "state")
     assert find_base(renamed, "float32", state_dir=state, say=said.append) == (folder, "my-model")
     engine, server = with_base(EngineConfig(model=str(renamed), dtype="float32"), ServerConfig(state_dir=state))
-    assert (engine.model, server.served_model_name) == (str(folder), "my-model")
+    assert (engine.model, server.served_model_name) == (str(folder), ("my-model",))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def with_base(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig,
     folder, name = find_base(
         engine.model, engine.dtype, download=server.download, state_dir=server.state_dir, say=log.info
     )
-    return replace(engine, model=str(folder)), replace(server, served_model_name=server.served_model_name or name)
+    names = server.served_model_name or ((name,) if name else ())
+    return replace(engine, model=str(folder)), replace(server, served_model_name=names)
 
 
 def command_base(model: str | Path | None, dtype: str = "auto") -> Path:

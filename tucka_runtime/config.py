@@ -126,7 +126,11 @@ class ServerConfig:
     metrics_port: int | None = _setting(
         None, "port that answers /metrics, /health and /ready without a key, nothing else; 0 takes a free one"
     )
-    served_model_name: str | None = _setting(None, "name of the base model in requests (default: its folder's name)")
+    served_model_name: tuple[str, ...] = _setting(
+        (),
+        "name of the base model in requests; repeatable, the first is that in metrics (default: its folder's name)",
+        metavar="NAME",
+    )
     download: bool = _setting(False, "fetch a --model org/name that is not in the cache from the Hugging Face Hub")
     adapter: tuple[str, ...] = _setting((), "adapter to load at start; repeatable", metavar="NAME=PATH")
     adapter_resident: tuple[str, ...] = _setting(

@@ -24,7 +24,7 @@ AT_ONCE = 64  # cards written before others get on: some 2 ms
 async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
     sees = request.state.access.sees
-    first = [base_card(service)] if sees(service.model_name) else []
+    first = [base_card(service, name) for name in service.adapters.base_names if sees(name)]
     first += [alias_card(service, alias.name) for alias in service.adapters.aliases if sees(alias.name)]
     models = [model for adapter in service.adapters.all() for model in adapter.members if sees(model.model)]
     if not _for_anthropic(request):
@@ -71,8 +71,8 @@ async def get_model(request: Request) -> Response:
     name, sees = request.path_params["name"], request.state.access.sees
     if not name:  # /v1/models/, as some clients have it
         return await list_models(request)
-    if name == service.model_name and sees(name):
-        card = base_card(service)
+    if name in service.adapters.base_names and sees(name):
+        card = base_card(service, name)
     elif name in service.adapters.aliases and sees(name):
         card = alias_card(service, name)
     else:
@@ -96,9 +96,9 @@ def _anthropic_card(card: Card) -> Card:
     }
 
 
-def base_card(service: Service) -> Card:
+def base_card(service: Service, name: str) -> Card:
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.started,
         "owned_by": "tucka",
@@ -110,7 +110,7 @@ def base_card(service: Service) -> Card:
 
 def alias_card(service: Service, name: str) -> Card:
     """What it stands for is shown to admins alone, by /v1/aliases."""
-    return base_card(service) | {"id": name, "parent": service.model_name}
+    return base_card(service, name) | {"parent": service.model_name}
 
 
 def adapter_card(service: Service, adapter: LoadedAdapter) -> Card:

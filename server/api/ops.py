@@ -160,5 +160,5 @@ def _check_model(request: Request, model: str | None) -> None:
     """Raises ModelNotFoundError."""
     service: Service = request.app.state.service
     sees = request.state.access.sees
-    if model is not None and not (model == service.model_name and sees(model)):
+    if model is not None and not (model in service.adapters.base_names and sees(model)):
         service.adapters.asked(model, sees)

@@ -59,7 +59,7 @@ def build(fleet: Fleet, engine_config: EngineConfig, config: ServerConfig) -> se
         max_ongoing_requests=MOST_TO_INGRESS,
         **leaving,
     )
-    return ingress.bind(replica, base_name(engine_config, config), config.max_body_bytes)
+    return ingress.bind(replica, base_names(engine_config, config), config.max_body_bytes)
 
 
 def _how_many(fleet: Fleet) -> dict[str, Any]:
@@ -76,12 +76,12 @@ def _how_many(fleet: Fleet) -> dict[str, Any]:
     return {"autoscaling_config": settings}
 
 
-def base_name(engine_config: EngineConfig, config: ServerConfig) -> str:
+def base_names(engine_config: EngineConfig, config: ServerConfig) -> tuple[str, ...]:
     """What requests call the base, as far as it can be told without looking for it."""
-    if config.served_model_name is not None:
+    if config.served_model_name:
         return config.served_model_name
     model = with_embedded_default(engine_config, config)[0].model or ""
-    return Path(model).resolve().name if os.path.isdir(model) else model.partition("@")[0]
+    return (Path(model).resolve().name if os.path.isdir(model) else model.partition("@")[0],)
 
 
 def run(fleet: Fleet, engine_config: EngineConfig, config: ServerConfig) -> int:

@@ -1,7 +1,7 @@
 """What stands between Serve's proxy and the replicas: it reads which adapter a request is for, and hands the answer
 on."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
@@ -25,8 +25,8 @@ CHANGES = ("POST", "PUT", "PATCH", "DELETE")
 class Ingress:
     """Takes every request of the application. `replicas` is Serve's handle of the deployment of `Replica`."""
 
-    def __init__(self, replicas: Any, base: str, max_body_bytes: int):
-        self._replicas, self._base, self._max_body_bytes = replicas, base, max_body_bytes
+    def __init__(self, replicas: Any, base_names: Sequence[str], max_body_bytes: int):
+        self._replicas, self._base_names, self._max_body_bytes = replicas, base_names, max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
         request.state.request_id = request.headers.get("x-request-id", "")
@@ -55,7 +55,7 @@ class Ingress:
             name = (await read_json(request)).get("model")
         except TuckaError:
             return ""
-        if not isinstance(name, str) or name == self._base:
+        if not isinstance(name, str) or name in self._base_names:
             return ""
         version = split_version(name)
         return name if version is None else version[0]

@@ -107,7 +107,7 @@ class AdapterNames(RestoredNames):
     def check_name(self, name: str) -> None:
         """Raises InvalidRequestError and AdapterConflictError unless an adapter may have this name."""
         check_name(name)
-        if name == self._base_name:
+        if name in self.base_names:
             raise AdapterConflictError("That is the name of the base model. Choose another one.", "name")
         if name in self.aliases:
             raise AdapterConflictError("That is the name of an alias. Choose another one, or delete the alias.", "name")
@@ -171,7 +171,7 @@ class AdapterNames(RestoredNames):
             for target in targets:
                 if target in self.aliases and sees(target):
                     raise InvalidRequestError("An alias stands for adapters, not for another alias.", "targets")
-                if target == self._base_name and sees(target):
+                if target in self.base_names and sees(target):
                     raise InvalidRequestError("An alias stands for adapters, not for the base model.", "targets")
                 self.model(target, sees)
             await self._copies.save_alias(alias)
@@ -194,7 +194,7 @@ class AdapterNames(RestoredNames):
         audit.note("unload", name)
         if not sees(name):
             raise self._unknown(sees)
-        if name == self._base_name:
+        if name in self.base_names:
             raise InvalidRequestError("That is the base model, which cannot be unloaded. Only adapters can be.", "name")
         async with self._locks.hold(name):
             if name in self.aliases:

@@ -4,6 +4,7 @@ Names, their kept versions (`name@digest`) and aliases share one namespace, and 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tucka_runtime.adapters.entry import RegistryEntry
@@ -21,10 +22,10 @@ from tucka_runtime.server.service.residency import Residency
 
 
 class Names:
-    """Names and their adapters. `base_name` is taken by the base model."""
+    """Names and their adapters. `base_names`, one or more, are taken by the base model."""
 
-    def __init__(self, base_name: str, residency: Residency, metrics: Metrics):
-        self._base_name = base_name
+    def __init__(self, base_names: Sequence[str], residency: Residency, metrics: Metrics):
+        self.base_names = tuple(dict.fromkeys(base_names))
         self.residency = residency
         self._metrics = metrics
         self.aliases = Aliases()
@@ -53,11 +54,11 @@ class Names:
 
     def knows(self, name: str) -> bool:
         """Whether the name stands for something, or was promised to."""
-        return name == self._base_name or name in self.aliases or name in self._loaded or name in self._lost
+        return name in self.base_names or name in self.aliases or name in self._loaded or name in self._lost
 
     def alias(self, name: str, sees: Sees = everything) -> Alias | None:
         """The alias of that name, or `base:name` as SGLang has it, for who sees it."""
-        found = self.aliases.find(name) or self.aliases.find(name.removeprefix(f"{self._base_name}:"))
+        found = self.aliases.find(name) or self.aliases.find(self._behind_base(name))
         return found if found is not None and sees(found.name) else None
 
     def alias_of(self, name: str, sees: Sees = everything) -> Alias:
@@ -93,6 +94,11 @@ class Names:
             "model",
         )
 
+    def _behind_base(self, name: str) -> str:
+        """What follows `base:`, as SGLang has it; the name itself where that is not its beginning."""
+        found = (name.removeprefix(f"{base}:") for base in self.base_names if name.startswith(f"{base}:"))
+        return next(found, name)
+
     def _called(self, name: str) -> str:
         """The name under which a version is known that may be named by more digits of its digest, and may be what its
         name stands for at the moment."""
@@ -108,7 +114,7 @@ class Names:
 
     def _unknown(self, sees: Sees, name: str | None = None) -> ModelNotFoundError:
         """For a name that is nobody's. Where it would be a version, the others of its name are named first."""
-        names = [self._base_name, *self._loaded, *(alias.name for alias in self.aliases)]
+        names = [*self.base_names, *self._loaded, *(alias.name for alias in self.aliases)]
         if name is not None and (version := split_version(name)) is not None and version[0] in self._loaded:
             names.sort(key=lambda known: (split_version(known) or (known,))[0] != version[0])
         return ModelNotFoundError.among(filter(sees, names))
@@ -139,7 +145,7 @@ class Names:
 
     def named(self, name: str, sees: Sees = everything) -> LoadedAdapter:
         """What a request gets for the name, or for `base:name` as SGLang has it. Raises what `model` does."""
-        for own in (name, name.removeprefix(f"{self._base_name}:")):
+        for own in (name, self._behind_base(name)):
             called = self._called(own)
             if (sees(own) and (called in self._loaded or called in self._lost)) or self.member(own, sees) is not None:
                 return self.model(own, sees)

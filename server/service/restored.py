@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tucka_runtime.adapters.entry import RegistryEntry
@@ -43,10 +44,11 @@ class RestoredNames(Names):
         metrics: Metrics,
         sources: AdapterSources | None = None,
         versions: int = 1,
+        other_base_names: Sequence[str] = (),
     ):
         """`sources`: where `load_from` may load from; by default requests' bodies alone. `versions`: how many of a
         name's contents are kept, with the one that it stands for."""
-        super().__init__(base_name, Residency(engine, metrics), metrics)
+        super().__init__((base_name, *other_base_names), Residency(engine, metrics), metrics)
         self.sources = sources or AdapterSources(registry)
         self._num_versions = versions
         self._engine = engine

@@ -104,7 +104,7 @@ class Service:
 
     def _named(self, model: str, access: Access, user: str | None) -> LoadedAdapter | None:
         adapter = None
-        if not (model == self.model_name and access.sees(model)):
+        if not (model in self.adapters.base_names and access.sees(model)):
             who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
             adapter = self.adapters.asked(model, access.sees, who)
         if not self.ready:
@@ -114,7 +114,7 @@ class Service:
     def _combination(
         self, model: str, weighted: Sequence[Weight], access: Access, user: str | None
     ) -> LoadedAdapter | Combination:
-        if model != self.model_name:
+        if model not in self.adapters.base_names:
             raise InvalidRequestError(
                 "With `adapters`, `model` has to be the name of the base model, to which they are added. Name every "
                 "adapter in `adapters`, or leave that out.",

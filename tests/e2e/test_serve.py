@@ -150,7 +150,7 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
     [
         ("meta/llama", {}, "not in the Hugging Face cache"),
         (".", {}, "no config.json"),
-        (BASE, {"served_model_name": "my model"}, "--served-model-name"),
+        (BASE, {"served_model_name": ("my model",)}, "--served-model-name"),
         (BASE, {"adapter_root": ("/nowhere",)}, "--adapter-root /nowhere"),
         (BASE, {"adapter": ("one=/nowhere",)}, "--adapter one"),
         (BASE, {"adapter": (f"one={ONE}", f"one={ONE}")}, "given twice"),

@@ -34,10 +34,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_found_in_the_cache(cache: Path, model: str) -> None:
     engine, server = with_base(EngineConfig(model=model), ServerConfig())
     assert engine.model == str(cache / "models--org--tiny" / "snapshots" / COMMIT)
-    assert server.served_model_name == "org/tiny"
+    assert server.served_model_name == ("org/tiny",)
     check_settings(engine, server)
-    _, server = with_base(EngineConfig(model=model), ServerConfig(served_model_name="mine"))
-    assert server.served_model_name == "mine"
+    _, server = with_base(EngineConfig(model=model), ServerConfig(served_model_name=("mine",)))
+    assert server.served_model_name == ("mine",)
 
 
 def test_not_downloaded_unless_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

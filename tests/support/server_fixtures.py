@@ -108,8 +108,8 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         registry = AdapterRegistry(folder / f"state{len(running)}")
         named = [Source.parse(text) for text in config.adapter_source]
         sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], named)
-        versions = config.adapter_versions
-        adapters = AdapterNames(engine, registry, "base", metrics, sources, versions)  # type: ignore[arg-type]
+        more = config.adapter_versions, config.served_model_name[1:]
+        adapters = AdapterNames(engine, registry, "base", metrics, sources, *more)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]
         renders = ChatTemplate(template, {}) if template else None

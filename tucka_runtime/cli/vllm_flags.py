@@ -91,11 +91,8 @@ def _slots(values: list[str]) -> Translation:
 def _names(values: list[str]) -> Translation | None:
     if len(values) == 1:
         return None
-    rest = ", ".join(values[1:])
-    return [
-        "--served-model-name",
-        values[0],
-    ], f"--served-model-name became {values[0]}; requests for {rest} are refused"
+    flags = [part for name in values for part in ("--served-model-name", name)]
+    return flags, f"--served-model-name became one for each of {', '.join(values)}"
 
 
 def _dtype(values: list[str]) -> Translation | None:
