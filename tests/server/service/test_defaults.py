@@ -157,6 +157,17 @@ def test_new_content_and_rollback_bring_their_own(server: Server, tokenizer: Tok
     assert server.client.delete(f"{server.url}/v1/adapters/mine").status_code == 200
 
 
+def test_a_copy_that_was_damaged_is_made_again(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = folder(tmp_path / "own", chat_template="3" + OWN)
+    load(server, "mended", source)
+    assert server.service is not None
+    adapters = server.service.adapters
+    copy = adapters._copies._registry.folder(adapters.get("mended").entry.blob)
+    (copy / "chat_template.jinja").write_text("another")
+    assert ask(server, tokenizer, "mended")[0] == "3" + MINE
+    assert (copy / "chat_template.jinja").read_text() == "3" + OWN
+
+
 def test_uploads_carry_them(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = folder(tmp_path / "own", tokenizer_config={"chat_template": OWN, "eos_token": {"content": "z"}})
     files = {path.name: path.read_bytes() for path in source.iterdir()}
