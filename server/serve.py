@@ -29,6 +29,7 @@ from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
 from tucka_runtime.server.service.declared import Declared, read_declaration
+from tucka_runtime.server.service.defaults import OwnDefaults
 from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.sources import AdapterSources
@@ -180,6 +181,8 @@ class Parts:
         await self.engine.stop(0 if service is None else timeout)
         if service is not None and service.template is not None:
             await service.template.stop()
+        if service is not None:
+            await service.adapters.stop_rendering()
         if service is not None and service.traces is not None:
             await asyncio.to_thread(service.traces.close)
         if service is not None:
@@ -202,12 +205,15 @@ async def _start(
     name, *others = config.served_model_name or (folder.resolve().name,)
     metrics = Metrics(name, engine_config.adapter_slots, engine_config.block_size, config.vllm_metrics)
     metrics.watch_engine(lambda: engine.pid)
-    sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], _named_sources(config))
-    adapters = AdapterNames(engine, registry, name, metrics, sources, config.adapter_versions, others)
+    roots, own = [Path(root) for root in config.adapter_root], config.adapter_defaults
+    sources = AdapterSources(registry, roots, _named_sources(config), own)
     template = None
     if tokenizer is not None and tokenizer.chat_template:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.tool_template)
         await template.warm_up()
+    own_defaults = OwnDefaults(config, tokenizer, template, started.vocab_size) if own else None
+    more = config.adapter_versions, others, own_defaults
+    adapters = AdapterNames(engine, registry, name, metrics, sources, *more)
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces, audit)
     service.resolver = Resolver(adapters, config.adapter_resolve)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle

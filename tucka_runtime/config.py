@@ -162,6 +162,11 @@ class ServerConfig:
     adapter_versions: int = _setting(
         1, "newest contents of a name that are kept, with the one that it stands for: to ask for, and to roll back to"
     )
+    adapter_defaults: bool = _setting(
+        False,
+        "use the chat template and the generation defaults in an adapter's folder for requests to it; templates are "
+        "rendered where the base's is",
+    )
     state_dir: str | None = _setting(
         None,
         "folder that keeps adapters loaded over HTTP across restarts (default: they are forgotten), and what is made "

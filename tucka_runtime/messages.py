@@ -69,6 +69,7 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `logprobs` is the number of alternatives wanted beside
     the chosen token (None: no log-probabilities at all); `prompt_logprobs` the same for the prompt's own tokens.
+    `end_token_ids` end an answer as the model's own end tokens do, unless `ignore_eos`.
     `allowed_token_ids`, if any, are the only ones that may be chosen. `bad_words` are runs of token ids that the
     answer may not have, unless nothing else may follow. `max_tokens` 0 scores the prompt and generates nothing.
     `grammar` (grammars.py) is what the answer has to match: it ends when it does, whatever `min_tokens` and
@@ -90,6 +91,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -258,6 +258,11 @@ class Tokenizer:
         """The ids of the special tokens that are not among `shown`."""
         return self._special_ids if not shown else self._special_ids - frozenset(shown)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the files spell it; None if there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def token(self, token_id: int) -> str | None:
         """The token as the files spell it; None if there is none of that id."""
         token: str | None = self._backend.id_to_token(token_id)

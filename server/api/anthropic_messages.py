@@ -32,8 +32,8 @@ async def count_tokens(request: HTTPRequest) -> Response:
     """`{"input_tokens"}`: the tokens of the prompt that the same body would be answered to."""
     service: Service = request.app.state.service
     body = await read_body(request, CountTokensBody)
-    await service.find(body.model, request.state.access, body.user, weights(body.adapters))
-    ids = await prompt_ids(service, conversation(body), body.add_special_tokens)
+    adapter = await service.find(body.model, request.state.access, body.user, weights(body.adapters))
+    ids = await prompt_ids(service, await service.defaults(adapter), conversation(body), body.add_special_tokens)
     return JSONAnswer({"input_tokens": len(ids)})
 
 

@@ -25,7 +25,7 @@ DEFAULT_MAX_TOKENS = 16
 
 async def open_completion(context: Context, body: CompletionBody) -> Opened[Answer]:
     """Prompts continued. Raises InvalidRequestError."""
-    service = context.service
+    service, default = context.service, context.defaults.generation.max_new_tokens or DEFAULT_MAX_TOKENS
     options = fields.stream_options(bool(body.stream), body.stream_options)
     prompts = listed(body.prompt, service.info.vocab_size, "prompt", service.config.max_n, "--max-n")
     n = num_sequences(body, len(prompts), service.config)
@@ -36,14 +36,14 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
         "prompt",
         body.add_special_tokens is not False,
         body.split_special_tokens is True,
-        fields.truncation(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, service.info),
+        fields.truncation(body, default if body.max_tokens is None else body.max_tokens, service.info),
     )
-    max_tokens = max_tokens_for(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, ids)), service.info)
+    max_tokens = max_tokens_for(body.max_tokens, default, max(map(len, ids)), service.info)
     grammar = await structured.grammar(body, "response_format", structured.schema_of(body.response_format), service)
     scored = num_prompt_logprobs(body, service)
     if scored is None and body.echo:
         scored = logprobs
-    sampling = sampling_params(body, service, max_tokens, logprobs, scored, grammar)
+    sampling = sampling_params(body, context, max_tokens, logprobs, scored, grammar)
     if sampling.stop:
         service.text_tokenizer("stop")
     request = context.request(body, ids, sampling, n)

@@ -21,6 +21,7 @@ from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.errors import internal_error, reason
 from tucka_runtime.server.http.limits import UNBOUNDED_ANSWER
 from tucka_runtime.server.http.stream import HEARTBEAT, EventStream, until_disconnect, with_silences
+from tucka_runtime.server.service.defaults import Defaults
 from tucka_runtime.server.service.events import ParserFactory, PlainText
 from tucka_runtime.server.service.generation import ChoiceDelta, Generation, Usage
 from tucka_runtime.server.service.leases import Served
@@ -40,10 +41,12 @@ S = TypeVar("S", bound=SamplingBody)
 @dataclass(frozen=True)
 class Context:
     """What a request has beside its body. `id` is the answer's, and the request's in the engine; `request_id` is what
-    the client knows the HTTP request by; `tenant` stands for the request's key, or for all of its tenant."""
+    the client knows the HTTP request by; `tenant` stands for the request's key, or for all of its tenant. `defaults`
+    are the adapter's, or the base's."""
 
     service: Service
     adapter: Served | None
+    defaults: Defaults
     tenant: str
     id: str
     request_id: str
@@ -109,7 +112,8 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
     lease = await service.resolve(body.model, access, body.user, weighted)
     try:
         answer_id = f"{door.id_prefix}{uuid.uuid4().hex}"
-        context = Context(service, lease.adapter, access.tenant, answer_id, http.state.request_id)
+        defaults = await service.defaults(lease.adapter)
+        context = Context(service, lease.adapter, defaults, access.tenant, answer_id, http.state.request_id)
         opened = await door.open(context, body)  # meanwhile an adapter that is not resident is on its way
         http.state.admission.reserve(most_tokens(opened.request, service.info.max_model_len))
         shown = opened.prompt_for_log() if service.config.log_prompts else None

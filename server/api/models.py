@@ -142,6 +142,7 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> Card:
             "num_modules": info.num_modules,
             "members": list(info.members) if info.members and adapter.member is None else None,
             "bytes": info.bytes,
+            "defaults": service.adapters.sets(adapter.entry),
             "tier": service.adapters.tier(adapter),
             "keep_resident": adapter.entry.keep_resident,
             "overflows": service.metrics.adapters.overflows(adapter.key.name),

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tucka_runtime import __version__
-from tucka_runtime.adapters.files import FILE_LIMITS
+from tucka_runtime.adapters.files import FILE_LIMITS, served_files
 from tucka_runtime.server.api import anthropic_bodies, bodies, console, docs
 from tucka_runtime.server.api.response_body import ResponseBody
 from tucka_runtime.server.api.values import Body
@@ -53,7 +53,11 @@ UPLOAD: dict[str, Any] = {
     "application/x-tar": {"schema": _FILE},
     "application/gzip": {"schema": _FILE},
     "multipart/form-data": {
-        "schema": {"type": "object", "properties": dict.fromkeys(FILE_LIMITS, _FILE), "required": list(FILE_LIMITS)[:2]}
+        "schema": {
+            "type": "object",
+            "properties": dict.fromkeys(served_files(True), _FILE),
+            "required": list(FILE_LIMITS)[:2],
+        }
     },
 }
 """What an adapter is uploaded as."""

@@ -15,6 +15,7 @@ from tucka_runtime.server.api.rendering import ChatPrompt, for_template, renderi
 from tucka_runtime.server.api.tools import chat_tools
 from tucka_runtime.server.api.turn import prompt_ids
 from tucka_runtime.server.http.answers import JSONAnswer
+from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
 
@@ -111,7 +112,7 @@ async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of rendered messages."""
     service: Service = request.app.state.service
     body = await read_body(request, TokenizeBody)
-    _check_model(request, body.model)
+    adapter = _adapter(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
     if body.messages is None:
@@ -120,7 +121,7 @@ async def tokenize(request: Request) -> Response:
         (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
     else:
         conversation = ChatPrompt(for_template(body.messages), chat_tools(body.tools, None, None), rendering(body))
-        ids = await prompt_ids(service, conversation, body.add_special_tokens)
+        ids = await prompt_ids(service, await service.defaults(adapter), conversation, body.add_special_tokens)
     tokenizer = service.text_tokenizer("prompt")
     return JSONAnswer(
         {
@@ -136,7 +137,7 @@ async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
     body = await read_body(request, DetokenizeBody)
-    _check_model(request, body.model)
+    _adapter(request, body.model)
     tokenizer = service.text_tokenizer("tokens")
     ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
     return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
@@ -156,9 +157,7 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-def _check_model(request: Request, model: str | None) -> None:
-    """Raises ModelNotFoundError."""
+def _adapter(request: Request, model: str | None) -> LoadedAdapter | None:
+    """The adapter that a request for `model` gets; None is the base. Raises ModelNotFoundError."""
     service: Service = request.app.state.service
-    sees = request.state.access.sees
-    if model is not None and not (model in service.adapters.base_names and sees(model)):
-        service.adapters.asked(model, sees)
+    return None if model is None else service.named(model, request.state.access, None)

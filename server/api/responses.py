@@ -20,7 +20,6 @@ from tucka_runtime.server.http.answers import encode_json
 from tucka_runtime.server.http.errors import envelope
 from tucka_runtime.server.service.generation import ChoiceDelta, Usage
 from tucka_runtime.server.service.leases import Served
-from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.text import Token
 
 
@@ -29,7 +28,7 @@ async def open_response(context: Context, body: ResponseBody) -> Opened[Answer]:
     service = context.service
     told = conversation(body)
     schema = structured.schema_of(body.text.format if body.text else None)
-    logprobs = _logprobs(body, told.tools, service)
+    logprobs = _logprobs(body, told.tools, context)
     turn = ChatTurn(
         body=body,
         conversation=told,
@@ -52,18 +51,18 @@ async def open_response(context: Context, body: ResponseBody) -> Opened[Answer]:
 RESPONSE = Door("chat", "resp_", ResponseBody, open_response)
 
 
-def _logprobs(body: ResponseBody, tools: Tools, service: Service) -> int | None:
+def _logprobs(body: ResponseBody, tools: Tools, context: Context) -> int | None:
     if LOGPROBS not in (body.include or ()):
         if body.top_logprobs:
             raise InvalidRequestError(f"`top_logprobs` is only allowed with `include: [{LOGPROBS!r}]`.", "top_logprobs")
         return None
-    if tools.callable or service.thinks:
+    if tools.callable or context.defaults.thinks:
         raise InvalidRequestError(
             f"`{LOGPROBS}` is only there for answers that can be nothing but text: without functions to call, of a "
             "model that does not think. /v1/chat/completions has the log-probabilities of all tokens.",
             "include",
         )
-    return num_logprobs(body.top_logprobs, "top_logprobs", service.config) or 0
+    return num_logprobs(body.top_logprobs, "top_logprobs", context.service.config) or 0
 
 
 class ResponseAnswer(Answer):

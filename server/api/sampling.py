@@ -1,43 +1,53 @@
 """From a request's fields to the engine's `SamplingParams`, with every limit that needs the model or the server."""
 
+from typing import TypeVar
+
 from tucka_runtime.config import ServerConfig
 from tucka_runtime.errors import ContextLengthError, InvalidRequestError
 from tucka_runtime.messages import EngineInfo, SamplingParams
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import GenerationBody, SamplingBody
+from tucka_runtime.server.api.door import Context
 from tucka_runtime.server.service.service import Service
+
+T = TypeVar("T", int, float)
 
 
 def sampling_params(
     body: SamplingBody,
-    service: Service,
+    context: Context,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     grammar: str | None = None,
 ) -> SamplingParams:
-    """`max_tokens`, the logprobs and the grammar are already checked. Raises InvalidRequestError."""
-    info, min_tokens = service.info, body.min_tokens or 0
-    if min_tokens > max_tokens:
+    """What the body asks, then what its model's defaults say. `max_tokens`, the logprobs and the grammar are already
+    checked. Raises InvalidRequestError."""
+    service, own = context.service, context.defaults.generation
+    info, min_tokens = service.info, min(own.min_new_tokens or 0, max_tokens)
+    if body.min_tokens is not None and (min_tokens := body.min_tokens) > max_tokens:
         raise InvalidRequestError(
             "`min_tokens` is larger than `max_tokens`, or than what the context leaves.", "min_tokens"
         )
-    greedy = body.top_p == 0  # the smallest set of tokens is the likeliest alone
+    top_p = _first(body.top_p, own.top_p, 1.0)
+    greedy = top_p == 0  # the smallest set of tokens is the likeliest alone
+    ends = () if body.ignore_eos else own.eos_token_id
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=0.0 if greedy else _or(body.temperature, 1.0),
-        top_p=1.0 if greedy else _or(body.top_p, 1.0),
-        top_k=min(max(body.top_k or 0, 0), info.vocab_size),
-        min_p=_or(body.min_p, 0.0),
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
-        presence_penalty=_or(body.presence_penalty, 0.0),
-        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        temperature=0.0 if greedy else _first(body.temperature, own.temperature, 1.0),
+        top_p=1.0 if greedy else top_p,
+        top_k=min(max(_first(body.top_k, own.top_k, 0), 0), info.vocab_size),
+        min_p=_first(body.min_p, own.min_p, 0.0),
+        repetition_penalty=_first(body.repetition_penalty, own.repetition_penalty, 1.0),
+        presence_penalty=_first(body.presence_penalty, 0.0),
+        frequency_penalty=_first(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
-        allowed_token_ids=_allowed(body, info, min_tokens, grammar),
+        allowed_token_ids=_allowed(body, {*info.eos_token_ids, *ends}, info.vocab_size, min_tokens, grammar),
         bad_words=fields.bad_words(body.bad_words, service),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
+        end_token_ids=ends,
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -48,9 +58,12 @@ def sampling_params(
     )
 
 
-def _allowed(body: SamplingBody, info: EngineInfo, min_tokens: int, grammar: str | None) -> tuple[int, ...]:
-    """The only tokens that may be chosen. Raises InvalidRequestError where nothing could be."""
-    allowed = fields.allowed_token_ids(body.allowed_token_ids, info.vocab_size)
+def _allowed(
+    body: SamplingBody, model_ends: set[int], vocab_size: int, min_tokens: int, grammar: str | None
+) -> tuple[int, ...]:
+    """The only tokens that may be chosen. `model_ends` end an answer unless that is ignored. Raises InvalidRequestError
+    where nothing could be."""
+    allowed = fields.allowed_token_ids(body.allowed_token_ids, vocab_size)
     if not allowed:
         return ()
     if grammar is not None:
@@ -59,7 +72,7 @@ def _allowed(body: SamplingBody, info: EngineInfo, min_tokens: int, grammar: str
             "call).",
             "allowed_token_ids",
         )
-    ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else info.eos_token_ids)}
+    ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else model_ends)}
     if min_tokens and ends.issuperset(allowed):
         raise InvalidRequestError(
             "`allowed_token_ids` has only tokens that end the answer, which `min_tokens` forbids.", "allowed_token_ids"
@@ -119,5 +132,6 @@ def max_tokens_for(
     return min(wanted, room)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _first(*values: T | None) -> T:
+    """The first that is set; the last always is."""
+    return next(value for value in values if value is not None)

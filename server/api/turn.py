@@ -15,6 +15,7 @@ from tucka_runtime.server.api.rendering import ChatPrompt
 from tucka_runtime.server.api.sampling import max_tokens_for, sampling_params
 from tucka_runtime.server.api.tools import Tools, calls_grammar
 from tucka_runtime.server.service.calls import FORMATS, CallParser
+from tucka_runtime.server.service.defaults import Defaults
 from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
 from tucka_runtime.server.service.reasoning import ThinkParser
 from tucka_runtime.server.service.service import Service
@@ -49,46 +50,54 @@ class Asked:
     prompt_for_log: Callable[[], str]
 
 
-async def render(service: Service, conversation: ChatPrompt) -> str:
+async def render(service: Service, defaults: Defaults, conversation: ChatPrompt) -> str:
     """The prompt of a conversation. A template that knows no functions is told of them as text. Raises
     InvalidRequestError."""
     messages, tools, param = conversation.messages, conversation.tools.for_template(), conversation.param
-    if not service.chat_template(param).takes_tools:
+    template = service.chat_template(defaults, param)
+    if not template.takes_tools:
         messages, tools = without_tools(messages, tools or ()), None
-    elif service.call_format == "mistral":
+    elif defaults.call_format == "mistral":
         messages = with_short_ids(messages)
-    return await service.render_chat(messages, replace(conversation.rendering, tools=tools), param)
+    return await service.render_chat(template, messages, replace(conversation.rendering, tools=tools), param)
 
 
-async def prompt_ids(service: Service, conversation: ChatPrompt, add_special_tokens: bool | None) -> list[int]:
+async def prompt_ids(
+    service: Service, defaults: Defaults, conversation: ChatPrompt, add_special_tokens: bool | None
+) -> list[int]:
     """The same as token ids; the template writes the special tokens, unless the tokenizer is to add its own."""
-    prompt = await render(service, conversation)
+    prompt = await render(service, defaults, conversation)
     (ids,) = await service.encode([prompt], add_special_tokens is True, conversation.param)
     return ids
 
 
 async def ask(context: Context, turn: ChatTurn) -> Asked:
     """Renders, tokenises and checks a turn. Raises InvalidRequestError."""
-    body, service, conversation = turn.body, context.service, turn.conversation
-    grammar = await _grammar(service, turn)
-    prompt, param = await render(service, conversation), conversation.param
+    body, service, conversation, defaults = turn.body, context.service, turn.conversation, context.defaults
+    grammar = await _grammar(service, defaults, turn)
+    prompt, param = await render(service, defaults, conversation), conversation.param
     (ids,) = await service.encode([prompt], body.add_special_tokens is True, param, truncation=turn.truncation)
     if not ids:
         raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", param)
     max_tokens = max_tokens_for(
-        turn.max_tokens, None, len(ids), service.info, turn.max_tokens_param, prompt_param=param
+        turn.max_tokens,
+        defaults.generation.max_new_tokens,
+        len(ids),
+        service.info,
+        turn.max_tokens_param,
+        prompt_param=param,
     )
     begun = prompt.rstrip().endswith(OPEN)
-    thinks = turn.thoughts and service.thinks
-    if grammar is not None and service.thinks:
+    thinks = turn.thoughts and defaults.thinks
+    if grammar is not None and defaults.thinks:
         grammar = grammars.after_thought(grammar, begun, OPEN, CLOSE)
-    sampling = sampling_params(body, service, max_tokens, turn.logprobs, turn.prompt_logprobs, grammar)
-    parser = _parser(service, conversation.tools, begun if thinks else None)
+    sampling = sampling_params(body, context, max_tokens, turn.logprobs, turn.prompt_logprobs, grammar)
+    parser = _parser(defaults, conversation.tools, begun if thinks else None)
     return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
 
 
-async def _grammar(service: Service, turn: ChatTurn) -> str | None:
-    calls = await calls_grammar(turn.conversation.tools, FORMATS[service.call_format], service)
+async def _grammar(service: Service, defaults: Defaults, turn: ChatTurn) -> str | None:
+    calls = await calls_grammar(turn.conversation.tools, FORMATS[defaults.call_format], service)
     if calls is not None and turn.grammar is not None:
         raise InvalidRequestError(
             "The answer is to match a format and to call a function: it can do one of them only. Leave out what it has "
@@ -98,11 +107,11 @@ async def _grammar(service: Service, turn: ChatTurn) -> str | None:
     return turn.grammar if calls is None else calls
 
 
-def _parser(service: Service, tools: Tools, begun: bool | None) -> ParserFactory:
+def _parser(defaults: Defaults, tools: Tools, begun: bool | None) -> ParserFactory:
     """What parses an answer. `begun` is whether its prompt has opened a thought; None: none is told apart."""
     functions = frozenset(function.name for function in tools.callable)
-    form = FORMATS[service.call_format]
-    new_id = _short_id if service.call_format == "mistral" else _call_id
+    form = FORMATS[defaults.call_format]
+    new_id = _short_id if defaults.call_format == "mistral" else _call_id
 
     def make() -> OutputParser:
         inner: OutputParser = CallParser(form, functions, new_id) if functions else PlainText()

@@ -74,7 +74,7 @@ class AdapterNames(RestoredNames):
         async with self._locks.hold(name):
             self.check_name(name)
             begin = time.monotonic()
-            stored = await self._copies.ingest(source)
+            stored = await self._copies.ingest(source, self._own_defaults is not None)
             copied = time.monotonic() - begin
             try:
                 old = self._loaded.get(name)
@@ -89,6 +89,7 @@ class AdapterNames(RestoredNames):
                         "name",
                     )
                 self._check_engine()
+                defaults = await self._checked_defaults(stored)
                 self._metrics.load_took({"copy": copied})
                 entry = RegistryEntry(
                     name,
@@ -99,6 +100,7 @@ class AdapterNames(RestoredNames):
                     pinned,
                     self._fingerprint,
                     keep_resident or False,
+                    defaults=defaults,
                 )
                 return await self._switch(entry, durable), True
             finally:

@@ -1,4 +1,4 @@
-"""Renders the model's chat template in a process of its own, so that one that never ends or eats memory can be killed.
+"""Renders chat templates in a process of its own, so that one that never ends or eats memory can be killed.
 
 The parent keeps one child and speaks length-prefixed JSON with it; `python -m` on this module is the child.
 """
@@ -42,49 +42,47 @@ class Rendering:
 
 _PLAIN = Rendering()
 
+TRIAL = [{"role": "user", "content": "Hello"}]
+"""The least of conversations."""
 
-class ChatTemplate:
-    """One model's template, and another for conversations with tools where it has one. Renders one conversation
-    at a time; the child is started when it is first needed.
 
-    What a conversation does to its child (it takes too long, too much memory, or the template refuses it) is the
-    client's to mend: InvalidRequestError. A child that ends otherwise, does not answer or does not start is a fault of
-    ours: TuckaError, after one more try with a new child.
-    """
+class TooLongError(Exception):
+    """A rendering took more than RENDER_SECONDS."""
 
-    def __init__(self, template: str, special_tokens: dict[str, str], tool_template: str | None = None):
-        self._template = template
-        self.with_tools = tool_template or template
-        """The template of conversations with tools."""
-        self.takes_tools = takes_tools(self.with_tools)
-        """Whether that knows of functions that may be called."""
-        self._special_tokens = special_tokens
+
+class EndedError(TuckaError):
+    """The process that renders ended, twice, and does not say why."""
+
+
+class Renderer:
+    """The process that renders templates, one conversation at a time. It is started when it is first needed, and knows
+    no template by itself: each comes with what is to be rendered, and is compiled once."""
+
+    def __init__(self) -> None:
         self._child: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
-    async def render(self, messages: list[dict[str, Any]], rendering: Rendering = _PLAIN) -> str:
-        """The prompt that asks for the assistant's next turn. Raises InvalidRequestError, TuckaError."""
-        template = self.with_tools if rendering.tools else self._template
+    async def render(
+        self,
+        template: str,
+        special_tokens: Mapping[str, str],
+        messages: list[dict[str, Any]],
+        rendering: Rendering = _PLAIN,
+    ) -> dict[str, Any]:
+        """`text`, or `error` with what the template, or jinja2, says; `refused` where it is the template's own word.
+
+        Raises TooLongError, and TuckaError for a child that ends otherwise, does not answer or does not start, after
+        one more try with a new one.
+        """
+        question = {"template": template, "special_tokens": dict(special_tokens), "messages": messages}
+        question |= {f.name: getattr(rendering, f.name) for f in fields(rendering)}
         async with self._lock:
             try:
-                answer = await self._answer(
-                    {"messages": messages} | {f.name: getattr(rendering, f.name) for f in fields(rendering)}
-                )
+                answer: dict[str, Any] = await self._answer(question)
+                return answer
             except BaseException:  # cancelled: an answer that nobody read must not be taken for the next one
                 await self.stop()
                 raise
-        if "text" in answer:
-            return str(answer["text"])
-        # The template's own words are fine to show; what it may have built from the messages is not.
-        reason = answer["error"]
-        said = f': "{reason}"' if reason and len(reason) < 200 and reason in template else ""
-        raise InvalidRequestError(f"The model's chat template refused these messages{said}.", "messages")
-
-    async def warm_up(self) -> None:
-        """Starts the child and has it compile the template, so that no request waits for it: it takes a second or two.
-        Raises TuckaError where it cannot be started."""
-        with contextlib.suppress(InvalidRequestError):  # this template wants another conversation
-            await self.render([{"role": "user", "content": "Hello"}])
 
     async def stop(self, patience: float = 0.0) -> int | None:
         """Ends the child, if there is one, and returns its status. The next rendering starts another.
@@ -114,14 +112,11 @@ class ChatTemplate:
             except (EOFError, OSError) as error:  # a TimeoutError is an OSError
                 status = await self.stop(0.0 if isinstance(error, TimeoutError) else DYING_SECONDS)
                 if status == -signal.SIGPROF:
-                    raise InvalidRequestError(
-                        f"The model's chat template did not render these messages within {RENDER_SECONDS} s of "
-                        "processor time. Shorten the conversation, or render it yourself and use /v1/completions.",
-                        "messages",
-                    ) from None
+                    raise TooLongError from None
                 log.error("the chat template's process did not answer: %r, status %s", error, status)
                 if not tries or isinstance(error, TimeoutError):
-                    raise TuckaError(
+                    kind = TuckaError if isinstance(error, TimeoutError) else EndedError
+                    raise kind(
                         "The server could not render the chat template: its process for that does not answer. Try "
                         "again; the server's log says more."
                     ) from error
@@ -133,14 +128,60 @@ class ChatTemplate:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in the terminal is the parent's to answer
         )
-        setting = {
-            "templates": (self._template, self.with_tools),
-            "special_tokens": self._special_tokens,
-            "seconds": RENDER_SECONDS,
-        }
         async with asyncio.timeout(START_SECONDS):
-            await _ask(self._child, setting)
+            await _ask(self._child, {"seconds": RENDER_SECONDS})
         return self._child
+
+
+class ChatTemplate:
+    """One model's template, and another for conversations with tools where it has one. `owner` is whose it is, for
+    errors. What a conversation does to the `renderer` (it takes too long, too much memory, or the template refuses it)
+    is the client's to mend: InvalidRequestError."""
+
+    def __init__(
+        self,
+        template: str,
+        special_tokens: Mapping[str, str],
+        tool_template: str | None = None,
+        renderer: Renderer | None = None,
+        owner: str = "model",
+    ):
+        self._template = template
+        self.with_tools = tool_template or template
+        """The template of conversations with tools."""
+        self.takes_tools = takes_tools(self.with_tools)
+        """Whether that knows of functions that may be called."""
+        self._special_tokens = special_tokens
+        self.renderer = renderer or Renderer()
+        self._owner = owner
+
+    async def render(self, messages: list[dict[str, Any]], rendering: Rendering = _PLAIN) -> str:
+        """The prompt that asks for the assistant's next turn. Raises InvalidRequestError, TuckaError."""
+        template = self.with_tools if rendering.tools else self._template
+        try:
+            answer = await self.renderer.render(template, self._special_tokens, messages, rendering)
+        except TooLongError:
+            raise InvalidRequestError(
+                f"The {self._owner}'s chat template did not render these messages within {RENDER_SECONDS} s of "
+                "processor time. Shorten the conversation, or render it yourself and use /v1/completions.",
+                "messages",
+            ) from None
+        if "text" in answer:
+            return str(answer["text"])
+        # The template's own words are fine to show; what it may have built from the messages is not.
+        reason = answer["error"]
+        said = f': "{reason}"' if reason and len(reason) < 200 and reason in template else ""
+        raise InvalidRequestError(f"The {self._owner}'s chat template refused these messages{said}.", "messages")
+
+    async def warm_up(self) -> None:
+        """Starts the renderer and has it compile the template, so that no request waits for it: it takes a second or
+        two. Raises TuckaError where it cannot be started."""
+        with contextlib.suppress(InvalidRequestError):  # this template wants another conversation
+            await self.render(TRIAL)
+
+    async def stop(self) -> None:
+        """Ends the renderer's process."""
+        await self.renderer.stop()
 
 
 async def _ask(child: asyncio.subprocess.Process, question: Any) -> Any:
@@ -175,9 +216,8 @@ def _child_main() -> None:
         question = _read_frame()
         signal.setitimer(signal.ITIMER_PROF, setting["seconds"])  # SIGPROF ends the child, whatever it is doing
         try:
-            template = setting["templates"][bool(question["tools"])]
-            text = render_chat(template, setting["special_tokens"], **question)
-            answer = _frame({"text": text} if len(text) <= _MAX_TEXT else {"error": ""})
+            text = render_chat(**question)
+            answer = _frame({"text": text} if len(text) <= _MAX_TEXT else {"error": "", "refused": False})
         except (
             TemplateError,
             ValueError,
@@ -188,7 +228,8 @@ def _child_main() -> None:
             RecursionError,
             MemoryError,
         ) as error:
-            answer = _frame({"error": str(error) if isinstance(error, TemplateError) else ""})
+            said = str(error) if isinstance(error, TemplateError) else ""
+            answer = _frame({"error": said, "refused": type(error) is TemplateError})  # raise_exception's
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answer)
 

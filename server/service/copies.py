@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tucka_runtime.adapters.blobs import StoredAdapter
+from tucka_runtime.adapters.defaults import AdapterDefaults
 from tucka_runtime.adapters.entry import RegistryEntry
+from tucka_runtime.adapters.files import weights_blob
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.engine.client import EngineClient
@@ -48,9 +50,9 @@ class Copies:
         self._books = ThreadPoolExecutor(1, "adapter-books")
         self._unsaved: dict[str, list[str]] = {}  # blobs of the names that the registry does not remember
 
-    async def ingest(self, source: Path) -> StoredAdapter:
+    async def ingest(self, source: Path, defaults: bool = False) -> StoredAdapter:
         """AdapterRegistry.ingest's."""
-        return await self._run(self._reading, self._registry.ingest, source)
+        return await self._run(self._reading, self._registry.ingest, source, defaults)
 
     async def put_back(self, stored: StoredAdapter) -> None:
         """Once for every `ingest`. What no name uses goes."""
@@ -101,10 +103,15 @@ class Copies:
     async def again(self, entry: RegistryEntry) -> bool:
         """Whether the adapter's source gave its copy once more. It stays because the name keeps it."""
         at_hand = Path(entry.source).is_absolute()  # an --adapter's may lie below no root
-        found = nullcontext(Found(Path(entry.source), entry.source)) if at_hand else self._sources.found(entry.source)
+        defaults = entry.blob != weights_blob(entry.blob)  # as they were taken, whatever the setting is now
+        found = (
+            nullcontext(Found(Path(entry.source), entry.source))
+            if at_hand
+            else self._sources.found(entry.source, defaults)
+        )
         try:
             async with found as source:
-                stored = await self.ingest(source.folder)
+                stored = await self.ingest(source.folder, defaults)
         except TuckaError:
             return False
         self._registry.release(stored)
@@ -115,6 +122,10 @@ class Copies:
     async def training(self, entry: RegistryEntry) -> Any:
         """The whole of an adapter's training.json; None if it has none."""
         return await self._run(self._reading, self._registry.training, entry.blob)
+
+    async def defaults(self, blob: str) -> AdapterDefaults:
+        """AdapterRegistry.defaults'."""
+        return await self._run(self._reading, self._registry.defaults, blob)
 
     async def load(self, entry: RegistryEntry, resident: bool) -> AdapterInfo:
         """Has the engine load a copy: into a slot, or into its host cache. Raises AdapterError, StorageError,

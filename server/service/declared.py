@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
+from tucka_runtime.adapters.files import CONFIG_NAME, served_files
 from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
 from tucka_runtime.names import check_name
 from tucka_runtime.server.service.adapters import AdapterNames
@@ -198,7 +198,7 @@ def _signatures(folder: Path) -> dict[str, Signature]:
         try:
             check_name(path.name)
             if not path.name.startswith(".") and (path / CONFIG_NAME).is_file():
-                files = [(name, (path / name).stat()) for name in FILE_LIMITS if (path / name).exists()]
+                files = [(name, (path / name).stat()) for name in served_files(True) if (path / name).exists()]
                 found[path.name] = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files)
         except (InvalidRequestError, FileNotFoundError):  # it leaves just now
             continue

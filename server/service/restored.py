@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.engine.client import EngineClient
@@ -24,6 +25,7 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.combinations import Combinations
 from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import Copies, lost
+from tucka_runtime.server.service.defaults import Defaults, OwnDefaults
 from tucka_runtime.server.service.leases import Combination, Lease, Leases, Served
 from tucka_runtime.server.service.name_locks import NameLocks
 from tucka_runtime.server.service.names import Names
@@ -45,12 +47,14 @@ class RestoredNames(Names):
         sources: AdapterSources | None = None,
         versions: int = 1,
         other_base_names: Sequence[str] = (),
+        own_defaults: OwnDefaults | None = None,
     ):
         """`sources`: where `load_from` may load from; by default requests' bodies alone. `versions`: how many of a
-        name's contents are kept, with the one that it stands for."""
+        name's contents are kept, with the one that it stands for. `own_defaults`: adapters may bring some."""
         super().__init__((base_name, *other_base_names), Residency(engine, metrics), metrics)
         self.sources = sources or AdapterSources(registry)
         self._num_versions = versions
+        self._own_defaults = own_defaults
         self._engine = engine
         self._copies = Copies(engine, registry, metrics, self.sources)
         self._leases = Leases(self.residency)
@@ -100,10 +104,49 @@ class RestoredNames(Names):
             return Lease(self._leases, adapter, lambda resident: self._combine(adapter, resident))
         return Lease(self._leases, adapter, lambda resident: self._fetch(adapter.entry, resident))
 
+    def sets(self, entry: RegistryEntry) -> tuple[str, ...]:
+        """What an adapter's files set for its requests, by name."""
+        return entry.defaults if self._own_defaults is not None else ()
+
+    async def defaults(self, adapter: Served | None) -> Defaults | None:
+        """What an adapter brings for requests to it; None where that is nothing. A combination brings nothing: of
+        several that differ none would be right. Raises StorageError where neither its copy nor its source can be
+        read."""
+        own = self._own_defaults
+        if own is None or adapter is None or isinstance(adapter, Combination) or not adapter.entry.defaults:
+            return None
+        entry = adapter.entry
+        if (known := own.known(entry.blob)) is not None:
+            return known
+        try:
+            found = await self._copies.defaults(entry.blob)
+        except TuckaError:
+            if not await self._copies.again(entry):
+                raise lost() from None
+            found = await self._copies.defaults(entry.blob)
+        return own.make(entry.blob, found)
+
+    async def stop_rendering(self) -> None:
+        """Ends the processes that render adapters' templates."""
+        if self._own_defaults is not None:
+            await self._own_defaults.stop()
+
     def close(self) -> None:
         """Waits for no copy that has not begun."""
         self.sources.close()
         self._copies.close()
+
+    async def _checked_defaults(self, stored: StoredAdapter) -> tuple[str, ...]:
+        """What a copy's files set for requests. Raises InvalidAdapterError, StorageError."""
+        if self._own_defaults is None:
+            return ()
+        found = await self._copies.defaults(stored.blob)
+        await self._own_defaults.check(found)
+        if found.ignored:
+            log.warning(
+                "an adapter's generation_config.json has fields without effect here: %s", ", ".join(found.ignored)
+            )
+        return found.names
 
     def _next_generation(self) -> int:
         self._generation += 1

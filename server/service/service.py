@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from tucka_runtime.config import ServerConfig
-from tucka_runtime.conversations import call_format
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.errors import (
     ContextLengthError,
@@ -23,9 +22,9 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate, Rendering
+from tucka_runtime.server.service.defaults import Defaults
 from tucka_runtime.server.service.grammar_cache import GrammarCache
 from tucka_runtime.server.service.leases import Combination, Lease, LoadedAdapter, Served
-from tucka_runtime.server.service.reasoning import thinks
 from tucka_runtime.server.service.request_log import Sinks
 from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.traces import Traces
@@ -93,7 +92,7 @@ class Service:
         (`Resolver.look_up`)."""
         if weighted is None:
             await self._look_up(model, access)
-            return self._named(model, access, user)
+            return self._served(model, access, user)
         for name, _ in weighted:
             await self._look_up(name, access)
         return self._combination(model, weighted, access, user)  # from here on nothing can be unloaded in between
@@ -102,11 +101,15 @@ class Service:
         if self.resolver is not None and self.ready and access.sees(model):
             await self.resolver.look_up(model)
 
-    def _named(self, model: str, access: Access, user: str | None) -> LoadedAdapter | None:
-        adapter = None
-        if not (model in self.adapters.base_names and access.sees(model)):
-            who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
-            adapter = self.adapters.asked(model, access.sees, who)
+    def named(self, model: str, access: Access, user: str | None) -> LoadedAdapter | None:
+        """The adapter that is called so, for who asks; None is the base. Raises ModelNotFoundError, StorageError."""
+        if model in self.adapters.base_names and access.sees(model):
+            return None
+        who = f"user:{user}" if user else f"key:{access.name}" if access.name else None
+        return self.adapters.asked(model, access.sees, who)
+
+    def _served(self, model: str, access: Access, user: str | None) -> LoadedAdapter | None:
+        adapter = self.named(model, access, user)
         if not self.ready:
             raise EngineDeadError("The engine is restarting. Try again later.")
         return adapter
@@ -124,7 +127,7 @@ class Service:
         for i, (name, weight) in enumerate(weighted):
             param = f"adapters[{i}].name"
             try:
-                adapter = self._named(name, access, user)
+                adapter = self._served(name, access, user)
             except (ModelNotFoundError, StorageError) as error:
                 raise type(error)(f"`{param}`: {error.message}", param) from None
             if adapter is None:
@@ -191,38 +194,36 @@ class Service:
             )
         return encoded
 
-    def chat_template(self, param: str) -> ChatTemplate:
+    async def defaults(self, adapter: Served | None) -> Defaults:
+        """What requests to an adapter, or to the base, get that leave it unset. Raises StorageError for an adapter
+        whose files are nowhere any more."""
+        return await self.adapters.defaults(adapter) or self.base_defaults
+
+    @cached_property
+    def base_defaults(self) -> Defaults:
+        """Those of requests to the base."""
+        return Defaults.of(self.template, self.config)
+
+    def chat_template(self, defaults: Defaults, param: str) -> ChatTemplate:
         """The chat template. Raises InvalidRequestError if there is none."""
         self.text_tokenizer(param)
-        if self.template is None:
+        if defaults.template is None:
             raise InvalidRequestError(
                 "The base model has no chat template. Use /v1/completions with a prompt of your own, or start the "
                 "server with a folder whose tokenizer has a chat template.",
                 param,
             )
-        return self.template
+        return defaults.template
 
-    async def render_chat(self, messages: list[dict[str, Any]], rendering: Rendering, param: str) -> str:
-        """The messages as one prompt, by the model's chat template, in which what they say of special tokens is marked
-        (`Tokenizer.shield`). Raises InvalidRequestError."""
-        tokenizer, template = self.text_tokenizer(param), self.chat_template(param)
+    async def render_chat(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], rendering: Rendering, param: str
+    ) -> str:
+        """The messages as one prompt, in which what they say of special tokens is marked (`Tokenizer.shield`). Raises
+        InvalidRequestError."""
+        tokenizer = self.text_tokenizer(param)
 
         def shielded() -> tuple[list[dict[str, Any]], Rendering]:
             tools, variables = tokenizer.shield(rendering.tools), tokenizer.shield(rendering.variables)
             return tokenizer.shield(messages), replace(rendering, tools=tools, variables=variables)
 
         return await template.render(*await asyncio.to_thread(shielded))
-
-    @cached_property
-    def call_format(self) -> str:
-        """The name of the format of calls: what is set, or what the chat template teaches."""
-        if self.config.tool_call_parser != "auto":
-            return self.config.tool_call_parser
-        return call_format(self.template.with_tools) if self.template and self.template.takes_tools else "json"
-
-    @cached_property
-    def thinks(self) -> bool:
-        """Whether answers may begin with a thought: what is set, or what the chat template says."""
-        if self.config.reasoning_parser != "auto":
-            return self.config.reasoning_parser == "think"
-        return self.template is not None and thinks(self.template.with_tools)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tucka_runtime.adapters.archive import MAX_ARCHIVE_BYTES, unpack
-from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
+from tucka_runtime.adapters.files import CONFIG_NAME, served_files
 from tucka_runtime.adapters.readers import reader_of
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.adapters.remote import NoSuchAdapterError, Source, check_folder, fetch
@@ -37,19 +37,28 @@ class Found:
 
 class AdapterSources:
     """Finds adapters in folders below `roots` and in `named` sources, and takes them out of requests. What does not lie
-    in a folder of its own is written below the registry's root first, never into memory."""
+    in a folder of its own is written below the registry's root first, never into memory. With `defaults` adapters bring
+    the files of those."""
 
-    def __init__(self, registry: AdapterRegistry, roots: Sequence[Path] = (), named: Iterable[Source] = ()):
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        roots: Sequence[Path] = (),
+        named: Iterable[Source] = (),
+        defaults: bool = False,
+    ):
         self._registry = registry
         self._roots = roots
         self._named = {source.name: source for source in named}
+        self.defaults = defaults
         self._uploads = 0
         self._threads = ThreadPoolExecutor(THREADS, "adapter-sources")
         self._downloads = ThreadPoolExecutor(THREADS, "adapter-downloads")
 
     @asynccontextmanager
-    async def found(self, path: str) -> AsyncIterator[Found]:
+    async def found(self, path: str, defaults: bool | None = None) -> AsyncIterator[Found]:
         """The folder that a client calls `path`, while this is entered: one below a root, or `NAME:folder` in a source.
+        `defaults` where they are wanted, or not, whatever the server's setting is.
 
         Raises InvalidAdapterError, NoSuchAdapterError, SourceError, StorageError.
         """
@@ -66,7 +75,8 @@ class AdapterSources:
             return
         async with self._workspace() as folder:
             with self._registry.refusals():
-                await self._run(_fetch, source, below, folder, pool=self._downloads)
+                files = served_files(self.defaults if defaults is None else defaults)
+                await self._run(_fetch, source, below, folder, files, pool=self._downloads)
             yield Found(folder, path)
 
     @asynccontextmanager
@@ -104,11 +114,11 @@ class AdapterSources:
             async for piece in _bounded(pieces):
                 await self._run(file.write, piece)
         folder.mkdir()
-        await self._run(unpack, archive, folder)
+        await self._run(unpack, archive, folder, served_files(self.defaults))
         return folder
 
     async def _parted(self, pieces: AsyncIterator[bytes], boundary: bytes, folder: Path) -> None:
-        with MultipartFiles(boundary, folder, FILE_LIMITS) as files:
+        with MultipartFiles(boundary, folder, served_files(True)) as files:  # a client does not know the setting
             async for piece in _bounded(pieces):
                 await self._run(files.feed, piece)
             files.finish()
@@ -126,8 +136,8 @@ class AdapterSources:
         return await asyncio.get_running_loop().run_in_executor(pool or self._threads, function, *arguments)
 
 
-def _fetch(source: Source, below: str, folder: Path) -> None:
-    fetch(reader_of(source), below, folder)
+def _fetch(source: Source, below: str, folder: Path, files: dict[str, int]) -> None:
+    fetch(reader_of(source), below, folder, files)
 
 
 def _folder_in(source: Source, below: str) -> Path:

@@ -248,6 +248,8 @@ def test_what_ends_a_sequence():
     assert sampler.stops(sequence(GREEDY)) == frozenset()
     assert sampler.stops(sequence(replace(GREEDY, stop_token_ids=(5,)))) == {5}
     assert sampler.stops(sequence(replace(HOT, stop_token_ids=(5, 2)))) == {2, 5, 40}
+    assert sampler.stops(sequence(replace(HOT, stop_token_ids=(5,), end_token_ids=(7,)))) == {2, 5, 7, 40}
+    assert sampler.stops(sequence(replace(GREEDY, end_token_ids=(7,)))) == frozenset()
 
 
 def test_a_bad_word_is_let_through_where_nothing_else_may_follow():

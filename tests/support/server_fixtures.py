@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support import GOLDEN
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import VOCAB, FakeEngine
 from tests.support.servers import Server, make_base, start_command
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.adapters.remote import Source
@@ -27,6 +27,7 @@ from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog
 from tucka_runtime.server.service.chat_template import ChatTemplate
+from tucka_runtime.server.service.defaults import OwnDefaults
 from tucka_runtime.server.service.resolver import Resolver
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.sources import AdapterSources
@@ -107,17 +108,19 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         engine, metrics = FakeEngine(), Metrics()
         registry = AdapterRegistry(folder / f"state{len(running)}")
         named = [Source.parse(text) for text in config.adapter_source]
-        sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], named)
-        more = config.adapter_versions, config.served_model_name[1:]
+        sources = AdapterSources(registry, [Path(root) for root in config.adapter_root], named, config.adapter_defaults)
+        renders = ChatTemplate(template, {}) if template else None
+        known = tokenizer if with_tokenizer else None
+        own = OwnDefaults(config, known, renders, VOCAB) if config.adapter_defaults else None
+        more = config.adapter_versions, config.served_model_name[1:], own
         adapters = AdapterNames(engine, registry, "base", metrics, sources, *more)  # type: ignore[arg-type]
         adapters.ready = True
         engine.on_restart = adapters.reload  # type: ignore[assignment]
-        renders = ChatTemplate(template, {}) if template else None
         service = Service(
             config,
             "base",
             engine,
-            tokenizer if with_tokenizer else None,
+            known,
             renders,
             adapters,
             metrics,  # type: ignore[arg-type]
@@ -136,6 +139,7 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         def stop_child() -> None:
             if renders is not None:
                 loop.run_until_complete(renders.stop())
+            loop.run_until_complete(adapters.stop_rendering())
 
         running.append((server, thread, registry, stop_child))
         port = listener.getsockname()[1]

@@ -9,7 +9,7 @@ import gzip
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -28,9 +28,9 @@ READ_BYTES = 64 * 2**10  # the most that is read at once, extended headers among
 _GZIP = b"\x1f\x8b"
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Writes the adapter's files in a .tar or .tar.gz into `folder`. They may lie in a folder of the archive, all in
-    the same one; other files are passed over.
+def unpack(archive: Path, folder: Path, files: Mapping[str, int] = FILE_LIMITS) -> None:
+    """Writes `files` with their limits, which an adapter may have, out of a .tar or .tar.gz into `folder`. They may lie
+    in a folder of the archive, all in the same one; other files are passed over.
 
     Raises InvalidAdapterError for what is hostile, damaged or ambiguous, OSError where the folder cannot be written.
     """
@@ -38,13 +38,13 @@ def unpack(archive: Path, folder: Path) -> None:
     with archive.open("rb") as packed, _whatever_is_broken():
         for tar, member in _members(packed, os.path.getsize(archive)):
             parent, _, name = _checked(member).rpartition("/")
-            if name not in FILE_LIMITS:
+            if name not in files:
                 continue
             if name in found:
                 where = "twice" if found[name] == parent else "in two folders"
                 raise _refused(f"it has {name} {where}", "Pack the files of one adapter, without checkpoints.")
             found[name] = parent
-            _extract(tar, member, folder / name)
+            _extract(tar, member, folder / name, files[name])
     if len(set(found.values())) > 1:
         raise _refused("the adapter's files lie in several of its folders", "Pack the files of one adapter.")
 
@@ -77,8 +77,8 @@ def _checked(member: tarfile.TarInfo) -> str:
     return path
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    name, limit = target.name, FILE_LIMITS[target.name]
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, limit: int) -> None:
+    name = target.name
     data = tar.extractfile(member) if member.isreg() else None
     if data is None:
         raise _refused(f"its {name} is a folder", "Pack the adapter's files alone.")

@@ -25,6 +25,7 @@ from tucka_runtime.adapters.files import (
     open_file,
     open_folder,
     read_config,
+    read_defaults,
     read_exactly,
     read_training,
     start_digest,
@@ -43,7 +44,8 @@ TEMPORARY = ".tmp-"
 class StoredAdapter:
     """A private copy of an adapter's files. `digest` is `Adapter.digest`, of config and weights.
 
-    The folder's name, the blob, tells apart what differs in training.json alone: that decides scope and base.
+    The folder's name, the blob, tells apart what differs in training.json alone, which decides scope and base, or in
+    its defaults.
     """
 
     digest: str
@@ -63,12 +65,13 @@ class Blobs:
         self._placing = threading.Lock()
         self._held: Counter[str] = Counter()
 
-    def copy(self, source: Path) -> StoredAdapter:
-        """Copies the adapter's files out of `source`; whole content that is here already is left as it is, and damaged
-        content is replaced. Stays until `release`. Raises InvalidAdapterError for the source."""
+    def copy(self, source: Path, defaults: bool = False) -> StoredAdapter:
+        """Copies the adapter's files out of `source`, with its `defaults` or without; whole content that is here
+        already is left as it is, and damaged content is replaced. Stays until `release`. Raises InvalidAdapterError for
+        the source."""
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
         try:
-            stored = self._stored(*_take(source, partial))
+            stored = self._stored(*_take(source, partial, defaults))
             self._hold(stored)
             try:
                 with self._placing:
@@ -81,9 +84,9 @@ class Blobs:
             shutil.rmtree(partial, ignore_errors=True)
         return stored
 
-    def find(self, source: Path) -> StoredAdapter | None:
+    def find(self, source: Path, defaults: bool = False) -> StoredAdapter | None:
         """The whole copy of what `source` has, if it is here: nothing is written. Stays until `release`."""
-        stored = self._stored(*_take(source, None))
+        stored = self._stored(*_take(source, None, defaults))
         self._hold(stored)
         if self._intact(stored):
             return stored
@@ -124,7 +127,7 @@ class Blobs:
     def _intact(self, stored: StoredAdapter) -> bool:
         """Whether the copy is there, and has the content that its name says."""
         try:
-            return _take(stored.folder, None) == (stored.digest, stored.blob)
+            return _take(stored.folder, None, True) == (stored.digest, stored.blob)
         except InvalidAdapterError:
             return False
 
@@ -149,19 +152,22 @@ def delete(path: Path) -> None:
             path.unlink()
 
 
-def _take(source: Path, target: Path | None) -> tuple[str, str]:
+def _take(source: Path, target: Path | None, with_defaults: bool) -> tuple[str, str]:
     """Reads an adapter's files, and copies them durably into the folder `target` if there is one. Their digest, and the
     name of the blob they make. Raises InvalidAdapterError for the source, OSError for the target."""
     with open_folder(source) as folder_fd:
         config = read_config(folder_fd)
         training = read_training(folder_fd)
+        defaults = read_defaults(folder_fd) if with_defaults else {}
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = _take_weights(file, size, config, target and target / WEIGHTS_NAME)
     if target is not None:
         write_file(target, CONFIG_NAME, config)
         if training is not None:
             write_file(target, TRAINING_NAME, training)
-    return digest, blob_name(digest, training)
+        for name, data in defaults.items():
+            write_file(target, name, data)
+    return digest, blob_name(digest, training, defaults)
 
 
 def _take_weights(source: BufferedIOBase, size: int, config: bytes | bytearray, target: Path | None) -> str:

@@ -14,14 +14,15 @@ from tucka_runtime.adapters.journal import JournalRow
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route
 from tucka_runtime.names import MAX_TARGETS, MAX_WEIGHT, VERSION_DIGITS, Alias, check_name, version_name
 
-_BLOB = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
+_BLOB = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?(\+[0-9a-f]{16})?")
 
 
 @dataclass(frozen=True)
 class RegistryEntry:
     """What a name stands for. `source` is where it was loaded from: for people to read, and to copy it again from there
     where the private copy is lost. `keep_resident`: it always has a slot. `info` is its card, without what is in the
-    copy's training.json; None in entries of versions that did not keep it.
+    copy's training.json; None in entries of versions that did not keep it. `defaults` names what its files set for
+    requests (`AdapterDefaults.names`).
 
     `versions` are the contents that the name stood for before, the newest first, each an entry of its own: `version_of`
     is that name, `name` the version's. Of two contents whose digests begin alike only one is there."""
@@ -35,6 +36,7 @@ class RegistryEntry:
     base_fingerprint: str
     keep_resident: bool = False
     info: AdapterInfo | None = None
+    defaults: tuple[str, ...] = ()
     version_of: str | None = None
     versions: tuple["RegistryEntry", ...] = ()
 
@@ -116,8 +118,18 @@ def entry_of(row: JournalRow, version_of: str | None = None) -> RegistryEntry:
     keep, info = item.get("keep_resident", False), item.get("info")
     if type(keep) is not bool:
         raise ValueError("a `keep_resident` is neither true nor false")
+    defaults = tuple(item.get("defaults", ()))
+    if not all(isinstance(name, str) for name in defaults):
+        raise ValueError("a name of an entry's `defaults` is no text")
     versions = () if version_of is not None else tuple(entry_of(v, known["name"]) for v in item.get("versions", ()))
-    return RegistryEntry(**known, keep_resident=keep, info=_info(info), version_of=version_of, versions=versions)
+    return RegistryEntry(
+        **known,
+        keep_resident=keep,
+        info=_info(info),
+        defaults=defaults,
+        version_of=version_of,
+        versions=versions,
+    )
 
 
 def _info(item: Any) -> AdapterInfo | None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -22,6 +22,9 @@ from tucka_runtime.errors import InvalidAdapterError, StorageError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "training.json"
+TEMPLATE_NAME = "chat_template.jinja"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
 
 MAX_CONFIG_BYTES = 2**20  # a target list that names every linear of a large model in full is about 100 KiB
 MAX_WEIGHTS_BYTES = 8 * 2**30  # rank 64 on every linear of a 70B model in fp32, with its own lm_head, is about 7 GiB
@@ -31,7 +34,22 @@ FILE_LIMITS = {
     WEIGHTS_NAME: MAX_WEIGHTS_BYTES,
     TRAINING_NAME: MAX_TRAINING_BYTES,
 }
-"""All files that an adapter has; the last may be missing."""
+"""The files of every adapter; the last may be missing."""
+
+DEFAULTS_LIMITS = {
+    TEMPLATE_NAME: 2**18,
+    TOKENIZER_CONFIG_NAME: 2**22,  # Gemma 3's, which spells every added token, has 1.1 MiB
+    GENERATION_NAME: MAX_TRAINING_BYTES,
+}
+"""Files of a folder from which its requests' defaults come, where the operator wants that; each may be missing."""
+
+OPTIONAL = {TRAINING_NAME, *DEFAULTS_LIMITS}
+
+
+def served_files(defaults: bool) -> dict[str, int]:
+    """The files that are taken of an adapter's folder, with the size that each may have."""
+    return FILE_LIMITS | DEFAULTS_LIMITS if defaults else FILE_LIMITS
+
 
 MAX_JSON_DEPTH = 32  # far above what PEFT writes, far below the interpreter's recursion limit
 
@@ -43,9 +61,24 @@ def start_digest(config: bytes | bytearray, weights_size: int) -> "hashlib._Hash
     return hashlib.sha256(len(config).to_bytes(8, "little") + config + weights_size.to_bytes(8, "little"))
 
 
-def blob_name(digest: str, training: bytes | bytearray | None) -> str:
-    """What a copy is kept under: the digest of config and weights and, where there is one, of training.json."""
-    return digest if training is None else f"{digest}-{hashlib.sha256(training).hexdigest()[:16]}"
+def blob_name(
+    digest: str, training: bytes | bytearray | None, defaults: Mapping[str, bytes | bytearray] | None = None
+) -> str:
+    """What a copy is kept under: the digest of config and weights and, where there are such, behind `-` that of
+    training.json and behind `+` that of the files of DEFAULTS_LIMITS."""
+    name = digest if training is None else f"{digest}-{hashlib.sha256(training).hexdigest()[:16]}"
+    return f"{name}+{defaults_digest(defaults)}" if defaults else name
+
+
+def weights_blob(blob: str) -> str:
+    """What the engine reads of a copy of that name: all but the defaults."""
+    return blob.partition("+")[0]
+
+
+def defaults_digest(defaults: Mapping[str, bytes | bytearray]) -> str:
+    """The beginning of a SHA-256 over names and contents, each preceded by its length."""
+    parts = [part for name in sorted(defaults) for part in (name.encode(), defaults[name])]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()[:16]
 
 
 def blob_of(folder: Path, digest: str) -> str:
@@ -128,6 +161,19 @@ def read_training(folder_fd: int) -> bytearray | None:
             return read_exactly(file, size, TRAINING_NAME)
     except InvalidAdapterError:
         return None
+
+
+def read_defaults(folder_fd: int) -> dict[str, bytearray]:
+    """Those of the files of DEFAULTS_LIMITS that are there. Raises InvalidAdapterError."""
+    found = {}
+    for name, limit in DEFAULTS_LIMITS.items():
+        try:
+            os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        with open_file(folder_fd, name, limit) as (file, size):
+            found[name] = read_exactly(file, size, name)
+    return found
 
 
 def strict_json(data: bytes | bytearray) -> Any:

@@ -36,6 +36,7 @@ from tucka_runtime.adapters.files import (
     read_training,
     start_digest,
     strict_json,
+    weights_blob,
 )
 from tucka_runtime.adapters.manifest import (
     OWN_BIAS,
@@ -194,7 +195,7 @@ def read_adapter(
             numbers = allocate(sum(math.prod(entry.shape) for entry in entries.values()))
             stored = read_tensors(file, entries, numbers, digest)
     _check_finite(numbers, stored)
-    if blob is not None and blob_name(digest.hexdigest(), training_bytes) != blob:
+    if blob is not None and blob_name(digest.hexdigest(), training_bytes) != weights_blob(blob):
         raise StorageError(
             "The server's copy of the adapter was damaged on its disk. Check the disk, and load it again."
         )

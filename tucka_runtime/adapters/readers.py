@@ -11,7 +11,7 @@ from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import IO, Any
 
-from tucka_runtime.adapters.files import FILE_LIMITS
+from tucka_runtime.adapters.files import served_files
 from tucka_runtime.adapters.remote import ChangedError, RemoteFile, Source, SourceReader
 from tucka_runtime.errors import InvalidAdapterError, SourceError
 
@@ -163,8 +163,9 @@ def _hub_parts(path: str) -> tuple[str, str | None, str]:
 
 
 def _check_size(name: str, size: int | None) -> None:
-    if size is not None and size > FILE_LIMITS[name]:
-        raise InvalidAdapterError(f"the adapter's {name} is larger than {FILE_LIMITS[name]} bytes.")
+    limit = served_files(defaults=True)[name]
+    if size is not None and size > limit:
+        raise InvalidAdapterError(f"the adapter's {name} is larger than {limit} bytes.")
 
 
 def token_variable(name: str) -> str:

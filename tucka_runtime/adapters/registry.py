@@ -23,8 +23,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from tucka_runtime.adapters.blobs import TEMPORARY, Blobs, StoredAdapter, delete
+from tucka_runtime.adapters.defaults import AdapterDefaults, parse_defaults
 from tucka_runtime.adapters.entry import RegistryEntry, alias_of, entry_of
-from tucka_runtime.adapters.files import CONFIG_NAME, WEIGHTS_NAME, open_folder, read_training, strict_json
+from tucka_runtime.adapters.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    defaults_digest,
+    open_folder,
+    read_defaults,
+    read_training,
+    strict_json,
+    weights_blob,
+)
 from tucka_runtime.adapters.journal import TABLE, Journal
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, InvalidRequestError, StorageError
 from tucka_runtime.names import Alias
@@ -85,19 +95,20 @@ class AdapterRegistry:
         if self._temporary:
             shutil.rmtree(self.root, ignore_errors=True)
 
-    def ingest(self, source: Path) -> StoredAdapter:
+    def ingest(self, source: Path, defaults: bool = False) -> StoredAdapter:
         """Copy the adapter's files out of `source`; whole content that is here already is left as it is. Stays until
         `release`.
 
-        Only the three known files are copied. Their content is not judged: `read_adapter` on the copy does that.
+        Only the three known files are copied, and with `defaults` those of files.DEFAULTS_LIMITS. Their content is not
+        judged: `read_adapter` and `parse_defaults` on the copy do that.
         Raises InvalidAdapterError if one is missing, no regular file, or too large; StorageError.
         """
         try:
             with self._mutex:
                 self._mend()
-            return self._blobs.copy(source)
+            return self._blobs.copy(source, defaults)
         except OSError as error:
-            if (stored := self._blobs.find(source)) is None:  # what is here already needs no room
+            if (stored := self._blobs.find(source, defaults)) is None:  # what is here already needs no room
                 raise _refusal(error) from error
             return stored
 
@@ -137,6 +148,15 @@ class AdapterRegistry:
             return None if data is None else strict_json(data)
         except (InvalidAdapterError, StorageError, ValueError):
             return None
+
+    def defaults(self, blob: str) -> AdapterDefaults:
+        """What the copy's files set for requests. Raises InvalidAdapterError, and StorageError where it is not what its
+        name says."""
+        with open_folder(self.folder(blob)) as folder_fd:
+            files = read_defaults(folder_fd)
+        if blob != weights_blob(blob) + (f"+{defaults_digest(files)}" if files else ""):
+            raise StorageError("The server's copy of the adapter was damaged on its disk. Load it again.")
+        return parse_defaults(files)
 
     def put(self, entry: RegistryEntry) -> None:
         """Let a name stand for ingested content from now on, with its versions; durable when this returns. Raises

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS, TRAINING_NAME
+from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS, OPTIONAL
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, SourceError, TuckaError
 from tucka_runtime.extras import EXTRAS, how_to_install, installed
 
@@ -94,17 +94,17 @@ def check_folder(folder: str) -> None:
         )
 
 
-def fetch(reader: SourceReader, folder: str, target: Path) -> None:
-    """Writes the files of the adapter in `folder` of a source into the folder `target`.
+def fetch(reader: SourceReader, folder: str, target: Path, files: Mapping[str, int] = FILE_LIMITS) -> None:
+    """Writes `files` with their limits, which an adapter may have, from `folder` of a source into the folder `target`.
 
     Raises NoSuchAdapterError, InvalidAdapterError, SourceError, and OSError where `target` cannot be written.
     """
-    for name, limit in FILE_LIMITS.items():
+    for name, limit in files.items():
         path = f"{folder}/{name}" if folder else name
         try:
             file = _asked(reader.look, path)
         except FileNotFoundError:
-            if name == TRAINING_NAME:
+            if name in OPTIONAL:
                 continue
             if name == CONFIG_NAME:
                 raise NoSuchAdapterError("the source has no such adapter: no adapter_config.json is there.") from None

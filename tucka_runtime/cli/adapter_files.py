@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tucka_runtime.adapters.base_layout import base_layout
 from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckASpec, parse_config
+from tucka_runtime.adapters.defaults import parse_defaults
 from tucka_runtime.adapters.files import (
     MAX_WEIGHTS_BYTES,
     WEIGHTS_NAME,
     open_file,
     open_folder,
     read_config,
+    read_defaults,
     read_training,
     start_digest,
     strict_json,
@@ -28,7 +30,7 @@ from tucka_runtime.adapters.manifest import PREFIX, adapted_path
 from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.engine.adapters.fold import fold, folded_bytes, locate
 from tucka_runtime.engine.adapters.verify import KEY, LIMITS, verify
-from tucka_runtime.errors import AdapterError, ConfigError
+from tucka_runtime.errors import AdapterError, ConfigError, InvalidAdapterError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.kernels.reference.linear import linear
@@ -47,6 +49,7 @@ def inspect_adapter(folder: Path, model: Path | None) -> int:
     """Prints what the folder holds; 1 if it is of no use on the base `model`, where one is given."""
     with open_folder(folder) as folder_fd:
         config_bytes, training_bytes = read_config(folder_fd), read_training(folder_fd)
+        defaults = list(_defaults(folder_fd))
         config = parse_config(config_bytes)
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
@@ -70,6 +73,7 @@ def inspect_adapter(folder: Path, model: Path | None) -> int:
         ("on disk", f"{stored:,} bytes, {types}"),
         ("trained on", config.base_model_name_or_path or "not said"),
         *_training(training_bytes),
+        *(("defaults", text) for text in defaults),
         *(("norms", text) for text in _norms(own)),
     ]
     status = 0
@@ -220,6 +224,24 @@ def _training(data: bytes | bytearray | None) -> Iterator[tuple[str, str]]:
         for name in ("route", "route_prefix_tokens", "base_fingerprint"):
             if table.get(name) is not None:
                 yield name, json.dumps(table[name])
+
+
+def _defaults(folder_fd: int) -> Iterator[str]:
+    """What a server with --adapter-defaults takes from the folder."""
+    try:
+        found = parse_defaults(read_defaults(folder_fd))
+    except InvalidAdapterError as error:
+        yield f"refused with --adapter-defaults: {error.message}"
+        return
+    if found.template is not None:
+        yield f"a chat template of {len(found.template):,} characters"
+    if found.eos_token is not None:
+        yield f"eos_token {json.dumps(found.eos_token)}"
+    for name in found.names:
+        if hasattr(found.generation, name):
+            yield f"{name} {json.dumps(getattr(found.generation, name))}"
+    if found.ignored:
+        yield f"without effect: {', '.join(found.ignored)}"
 
 
 def _norms(tensors: dict[str, Tensor]) -> Iterator[str]:

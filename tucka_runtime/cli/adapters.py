@@ -6,7 +6,7 @@ import json
 import urllib.parse
 from pathlib import Path
 
-from tucka_runtime.adapters.files import CONFIG_NAME, FILE_LIMITS
+from tucka_runtime.adapters.files import CONFIG_NAME, served_files
 from tucka_runtime.bases import command_base
 from tucka_runtime.client import KEY_VARIABLES, Client
 from tucka_runtime.config import DTYPES
@@ -148,7 +148,7 @@ def load_adapter(client: Client, name: str, path: str, replace: bool, keep_resid
 def upload_adapter(client: Client, name: str, folder: Path, replace: bool) -> int:
     if not folder.is_dir():
         raise TuckaError(f"{folder} is no folder here. Give the one that holds {CONFIG_NAME}.")
-    return _loaded(client.upload(name, folder, FILE_LIMITS, replace))
+    return _loaded(client.upload(name, folder, served_files(True), replace))
 
 
 def _loaded(answer: bytes) -> int:

@@ -54,10 +54,10 @@ class Sampler:
 
     def stops(self, seq: Sequence) -> frozenset[int]:
         """Tokens that end the sequence."""
-        own = frozenset(seq.sampling.stop_token_ids)
+        own, ends = frozenset(seq.sampling.stop_token_ids), self.eos.union(seq.sampling.end_token_ids)
         if seq.sampling.grammar is not None:
-            return own | self.eos | self.grammars.ends
-        return own if seq.sampling.ignore_eos else own | self.eos
+            return own | ends | self.grammars.ends
+        return own if seq.sampling.ignore_eos else own | ends
 
     def failure(self, seq: Sequence) -> TuckaError | None:
         """What keeps a sequence from going on."""

@@ -99,7 +99,7 @@ def test_a_template_that_is_warm_has_its_child(template: str) -> None:
         made = ChatTemplate(template, {"bos_token": ""})
         try:
             await made.warm_up()
-            assert made._child is not None and made._child.returncode is None
+            assert made.renderer._child is not None and made.renderer._child.returncode is None
         finally:
             await made.stop()
 
@@ -113,16 +113,16 @@ def test_a_child_that_was_killed_is_replaced_and_nobody_notices() -> None:
         made = ChatTemplate(GOOD, {"bos_token": ""})
         try:
             answers = [await made.render(MESSAGES)]
-            assert made._child is not None
-            first = made._child
+            assert made.renderer._child is not None
+            first = made.renderer._child
             first.kill()
             await first.wait()
             answers.append(await made.render(MESSAGES))
-            os.kill(made._child.pid, signal.SIGSTOP)  # it cannot answer before it is killed
+            os.kill(made.renderer._child.pid, signal.SIGSTOP)  # it cannot answer before it is killed
             rendering = asyncio.create_task(made.render(MESSAGES))
             await asyncio.sleep(0.1)
             assert not rendering.done()
-            made._child.kill()
+            made.renderer._child.kill()
             return [*answers, await rendering]
         finally:
             await made.stop()
@@ -137,8 +137,8 @@ def test_a_child_that_is_stopped_or_does_not_start_is_our_fault(monkeypatch: pyt
         made = ChatTemplate(GOOD, {"bos_token": ""})
         try:
             await made.render(MESSAGES)
-            assert made._child is not None
-            os.kill(made._child.pid, signal.SIGSTOP)
+            assert made.renderer._child is not None
+            os.kill(made.renderer._child.pid, signal.SIGSTOP)
             with pytest.raises(TuckaError, match="could not render") as caught:
                 await made.render(MESSAGES)
             assert caught.value.status == 500

@@ -67,6 +67,21 @@ def test_fetched_over_https_by_digest(server: Server, host: FileHost, tmp_path: 
     assert "no adapter_model.safetensors" in load(server, "hub:law", 400, "invalid_adapter")
 
 
+def test_defaults_are_fetched_where_they_count(
+    server: Server, start_fake: Callable[..., Server], host: FileHost
+) -> None:
+    host.files["/ad/law/generation_config.json"] = b'{"top_k": 3}'
+    load(server, "hub:law", 201)
+    assert not any(path.endswith("generation_config.json") for _, path in host.asked)
+    source = f"hub=https://{host.address}/ad"
+    allowed = start_fake(adapter_root=(), adapter_source=(source,), adapter_defaults=True)
+    load(allowed, "hub:law", 201)
+    assert allowed.get("/v1/adapters/a").json()["tucka"]["defaults"] == ["top_k"]
+    host.files["/ad/law/chat_template.jinja"] = b"x" * (2**18 + 1)
+    answer = allowed.post("/v1/adapters", {"name": "b", "path": "hub:law"})
+    assert answer.status_code == 400 and "chat_template.jinja is larger than" in answer.text
+
+
 def test_a_broken_connection_goes_on_where_it_was(server: Server, host: FileHost) -> None:
     host.cut = 1000
     load(server, "hub:law", 201)
