@@ -3,7 +3,7 @@
     PYTHONPATH=. python docs/measurements/first-run/right.py
     TRITON_INTERPRET=1 PYTHONPATH=. python docs/measurements/first-run/right.py --small    tiny, no device
 
-It needs pytest; it takes compute-sanitizer where that is on the PATH, and what tests/kernels/test_properties.py asks for where hypothesis is.
+It needs pytest; compute-sanitizer is taken where it is on the PATH, tests of any layout where hypothesis is installed.
 """
 
 import shutil
