@@ -53,7 +53,8 @@ def variants(sweep: Measurement) -> Iterator[Case]:
                 yield _decode_variant(sweep, rows, context, *how)
     for rows in sweep.prompts:
         for block_m, block_n in product((64, 128), (32, 64, 128)):
-            yield _prompt_variant(sweep, rows, block_m, block_n)
+            yield _prompt_variant(sweep, rows, block_m, block_n, None)
+        yield _prompt_variant(sweep, rows, 128, 32, 128)
 
 
 def _decode_variant(sweep: Measurement, rows: int, context: int, split: int, block_n: int, most: int) -> Case:
@@ -69,7 +70,7 @@ def _decode_variant(sweep: Measurement, rows: int, context: int, split: int, blo
     return Case(case.op, {**case.shape, "split": split, "block_n": block_n, "programs": most}, case.moved, make)
 
 
-def _prompt_variant(sweep: Measurement, rows: int, block_m: int, block_n: int) -> Case:
+def _prompt_variant(sweep: Measurement, rows: int, block_m: int, block_n: int, registers: int | None) -> Case:
     from tucka_runtime.kernels.fused.attention_prompt import prefill
 
     case = _case(sweep, rows, rows, decoding=False)
@@ -77,9 +78,10 @@ def _prompt_variant(sweep: Measurement, rows: int, block_m: int, block_n: int) -
     def make(seed: int) -> dict[str, Call]:
         q, k, v, plan = _tensors(sweep, rows, rows, False, seed)
         out, scale = torch.empty_like(q), sweep.shape.head**-0.5
-        return {"own": lambda: prefill(q, k, v, out, plan, scale, None, block_m, block_n)}
+        return {"own": lambda: prefill(q, k, v, out, plan, scale, None, block_m, block_n, registers)}
 
-    return Case(case.op, {**case.shape, "block_m": block_m, "block_n": block_n}, case.moved, make)
+    label = {**case.shape, "block_m": block_m, "block_n": block_n, "registers": registers or "any"}
+    return Case(case.op, label, case.moved, make)
 
 
 def _tensors(

@@ -168,6 +168,21 @@ def _calls() -> list[tuple[str, Any]]:
             "expand_residual, bias",
             lambda c=out, d=at_out, x=x, w=weight: ops.expand_residual(c.y, d, x, w, w, 1e-5),
         )
+        if label == "prompt":
+            # Of h as narrow as this Triton says nothing to the compiler, as it does of a multiple of 16.
+            narrow = [replace(at, plan=replace(at.plan, max_rank=8)) for at in (at_qkv, at_mlp, at_out)]
+            add("expand, rank 8", lambda c=case, d=narrow[0]: ops.expand(c.y, d))
+            add(
+                "expand_qkv_rope_kv, rank 8",
+                lambda c=case, d=narrow[0], a=angle, k=cache, w=whole: ops.expand_qkv_rope_kv(
+                    c.y, d, a, a, None, 1e-5, k, k, w
+                ),
+            )
+            add("expand_swiglu, rank 8", lambda c=mlp, d=narrow[1]: ops.expand_swiglu(c.y, d))
+            add(
+                "expand_residual, rank 8",
+                lambda c=out, d=narrow[2], x=x, w=weight: ops.expand_residual(c.y, d, x, w, None, 1e-5),
+            )
         if label in ("decode", "graph"):
             # What a batch of fuller tiles takes.
             add(

@@ -31,8 +31,10 @@ def prefill(
     window: int | None,
     block_m: int,
     block_n: int,
+    most_registers: int | None = None,
 ) -> None:
-    """The sequences of several rows, `metadata.tiles`. A tile of a sequence of no rows fills up a graph's table."""
+    """The sequences of several rows, `metadata.tiles`. A tile of a sequence of no rows fills up a graph's table. With
+    128 registers a thread at most, two programs are resident on an SM."""
     if not metadata.tiles.shape[0]:
         return
     args, options = shared_args(q, k_cache, v_cache, out, metadata, scale, window)
@@ -51,6 +53,7 @@ def prefill(
         TILE=TILE,
         num_warps=8 if rows * group >= 128 else 4,
         num_stages=2,
+        maxnreg=most_registers,
     )
 
 

@@ -119,7 +119,7 @@ def _kind(value: Any) -> object:
     return (type(value), value & 15 == 0) if type(value) is int else type(value)
 
 
-def launch(kernel: Any, grid: Grid | Callable[[int], Grid], *args: Any, **options: int) -> None:
+def launch(kernel: Any, grid: Grid | Callable[[int], Grid], *args: Any, **options: int | None) -> None:
     """kernel[grid](*args, **options); where the grid is a function, of the programs that are resident at once.
 
     `args` are the kernel's arguments up to its constants, which are among `options` and follow the others in every

@@ -193,6 +193,23 @@ def test_a_graph_made_between_two_steps_leaves_the_chosen_tokens(tmp_path):
     assert graphs.shared.chosen.tokens.tolist() == [VOCAB] * 4
 
 
+def test_graphs_share_one_block_table_that_a_new_one_leaves_alone(tmp_path):
+    """Else each would keep one as long as contexts can be. What the last batch's graph reads, and what of the next is
+    being written, stays as it is while another is made."""
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    blocks = graphs.shared.blocks
+    blocks.on_device["table"].fill_(7)
+    writing = blocks.on_host["table"].data_ptr()
+    with torch.inference_mode():
+        one, other = (graphs.bucket(rows, None) for rows in (1, 2))
+    assert one.attention.block_table is other.attention.block_table is blocks.on_device["table"]
+    assert one.fields.on_device.keys() == other.fields.on_device.keys() and "table" not in one.fields.on_device
+    assert blocks.on_device["table"].eq(7).all() and blocks.on_host["table"].data_ptr() == writing
+
+
 def test_filters_are_a_graph_behind_the_batchs_own(tmp_path, monkeypatch):
     """It runs where a row asks for one, and chooses for all rows what the sampler would; a batch that asks for none
     does not have it."""

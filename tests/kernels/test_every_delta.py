@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.support import delta_cases
 from tests.support.delta_cases import LIMITS, Parts, check_delta, parts, surrounded
@@ -44,25 +42,6 @@ def test_a_row_does_not_depend_on_the_others(ops: Ops) -> None:
         alone = ops.shrink_core(case.x[first:end], case.site, case.cores[s : s + 1], plan).h
         own = case.adapted()[first:end]
         assert torch.equal(alone[own], h[first:end][own])
-
-
-layouts = st.tuples(
-    st.integers(0, 20),
-    st.lists(st.tuples(st.integers(1, 18), st.integers(0, 2)), max_size=4).map(tuple),
-).filter(lambda layout: layout[0] + len(layout[1]) > 0)
-ranks = st.lists(st.lists(st.sampled_from([0, 1, 6, 8, 17]), min_size=2, max_size=2), min_size=3, max_size=3).filter(
-    lambda table: any(any(row) for row in table)
-)
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(layout=layouts, table=ranks, core_size=st.sampled_from([None, 17]), seed=st.integers(0, 9))
-def test_any_layout(
-    layout: delta_cases.Layout, table: list[list[int]], core_size: int | None, seed: int, ops: Ops
-) -> None:
-    check_delta(
-        delta_cases.make(table, layout, d_in=24, core_size=core_size, seed=seed), 1e-5, ops.shrink_core, ops.expand
-    )
 
 
 # What is fused with the expand. Names of mixes, and None: no adapter in the batch.

@@ -40,16 +40,18 @@ def module(name: str) -> Any:
 
 
 def test_every_script_starts_and_has_the_sections_that_the_page_names(tmp_path: Path) -> None:
-    """Its cheapest section runs; what decides a constant, says the page, is there."""
+    """Its cheapest sections run, and the one that fills memory; what decides a constant, says the page, is there."""
     found = {
         "right.py": sections("right.py", tmp_path, "memcheck"),
         "where.py": sections("where.py", tmp_path, "machine", "counters", f"sweep {SWEPT[0]}"),
-        "engine.py": sections("engine.py", tmp_path, "start"),
+        "engine.py": sections("engine.py", tmp_path, "start", "graphs", "full"),
     }
     ran = {script: [name for name, own in each.items() if "seconds" in own] for script, each in found.items()}
-    assert ran["right.py"] == ["memcheck"] and ran["engine.py"] == ["start"] and len(ran["where.py"]) == 3
+    assert ran["right.py"] == ["memcheck"] and len(ran["engine.py"]) == 3 and len(ran["where.py"]) == 3
     measured = found["where.py"]["machine"]
     assert {"copy TB/s", "launch us", "wait us", "fork and join us"} <= set(measured)
+    full = found["engine.py"]["full"]
+    assert full["loaded"] and "MB of the memory that" in str(full["refused"])
     page = (ROOT / "docs" / "measurements" / "README.md").read_text()
     named = re.findall(r"((?:`[a-z]+`(?:, | and )?)+)(?: of the op in| of| in) `first-run/([a-z]+\.py)`", page)
     assert len(named) > 4
@@ -74,12 +76,15 @@ def test_every_unmeasured_constant_has_a_line_that_decides_it() -> None:
 
 
 def test_what_the_scripts_ask_of_others_is_there() -> None:
-    """The kernels' bench takes their arguments, and the test that compute-sanitizer is to watch exists."""
+    """The kernels' bench takes their arguments, the test that compute-sanitizer is to watch exists, and what has no
+    hypothesis runs all tests of a device but one."""
     where, right = module("where"), module("right")
     assert parse(where.COUNTED).op and all(parse([*where.SWEEP, op]).op == [op] for op in SWEPT)
     *own, _, mark = right.SANITIZED
     status, text = right.pytest(*own, "--collect-only")  # those of a GPU are deselected where there is none
     assert status == 0 and mark == "gpu" and "test_graphs.py: 1" in text
+    needing = {path.name for path in (ROOT / "tests/kernels").glob("*.py") if right.needs_hypothesis(path)}
+    assert needing == {"test_properties.py", "test_reference_delta.py", "test_reference_route.py"}
 
 
 def test_a_section_that_fails_or_comes_too_late_is_a_line_of_the_table(

@@ -91,7 +91,6 @@ class Bucket:
                 "records": (i64, (seqs, COLUMNS)),
                 "groups": (i64, (seqs,)),
                 "weights": (f32, (seqs, self.shape.limits.t)),
-                "block_table": (i32, (seqs * -(-shared.max_len // shared.block_size),)),
             },
             shared.device,
         )
@@ -106,7 +105,7 @@ class Bucket:
             slot_mapping=on["slot_mapping"],
             query_start=torch.arange(self.rows + 1, dtype=i32, device=shared.device),
             seq_lens=on["seq_lens"],
-            block_table=on["block_table"],
+            block_table=shared.blocks.on_device["table"],
             first_block=on["first_block"],
             singles=torch.arange(self.rows, dtype=i32, device=shared.device),
             tiles=torch.empty(0, 2, dtype=i32, device=shared.device),
@@ -136,21 +135,21 @@ class Bucket:
         self.due = [i for i, chunk in enumerate(chunks) if chunk.due]
         first_rows = [0, *accumulate(chunk.count for chunk in chunks)]
         segments, segment_of, _ = segment(chunks, first_rows[:-1], {})
-        blocks = self._fill_rows(chunks, first_rows)
+        self._fill_rows(chunks, first_rows)
         if self.plan is not None:
             self._fill_segments(segments, active)
-        self.fields.send(blocks)
+        self.fields.send()
         return segment_of
 
-    def _fill_rows(self, chunks: Rows[ScheduledChunk], first_rows: Rows[int]) -> int:
-        """What belongs to single rows and sequences; returns how many blocks they have together. The first row of each
-        chunk, and the row behind the last one, are `first_rows`."""
+    def _fill_rows(self, chunks: Rows[ScheduledChunk], first_rows: Rows[int]) -> None:
+        """What belongs to single rows and sequences. The first row of each chunk, and the row behind the last one, are
+        `first_rows`. An empty batch leaves the shared block table alone, which another graph may be reading."""
         at = self.fields.on_host
         at["source"].fill_(-1)
         at["slot_mapping"].fill_(-1)
         at["seq_lens"].zero_()
         if not chunks:
-            return 0
+            return
         seqs, last = [c.seq for c in chunks], [row - 1 for row in first_rows[1:]]
         spans = [(first, c.count, c.start + c.count) for first, c in zip(first_rows[:-1], chunks, strict=True)]
         plan = AttentionMetadata.build(spans, [seq.block_table for seq in seqs], self.attention.block_size, CPU)
@@ -161,7 +160,6 @@ class Bucket:
             "slot_mapping": plan.slot_mapping,
             "seq_lens": plan.seq_lens,
             "first_block": plan.first_block,
-            "block_table": plan.block_table,
             "temperature": temperature,
             "seed": seed,
             "place": place,
@@ -170,7 +168,9 @@ class Bucket:
             at[name][: len(value)].copy_(value)
         at["source"][torch.tensor(last)] = torch.tensor([self.shared.chosen.source(seq) for seq in seqs])
         self._fill_own(plan, last)
-        return len(plan.block_table)
+        blocks = self.shared.blocks
+        blocks.on_host["table"][: len(plan.block_table)].copy_(plan.block_table)
+        blocks.send(plan.block_table.nbytes)
 
     def _fill_own(self, plan: AttentionMetadata, last_rows: Rows[int]) -> None:
         """The fields of `_own_shapes` that belong to sequences."""

@@ -14,11 +14,13 @@ from torch import Tensor
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.batch import Chosen
 from tucka_runtime.engine.decoder import Decoder
+from tucka_runtime.engine.graph_fields import Fields
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all buckets have in common. Logits are everybody's: each is read before the next graph runs."""
+    """What all buckets have in common. Logits and the block table are everybody's: the ones are read, and the other is
+    written, between one graph and the next."""
 
     model: Decoder
     caches: list[tuple[Tensor, Tensor]]
@@ -27,6 +29,8 @@ class Shared:
     max_seqs: int
     max_len: int
     block_size: int
+    blocks: Fields
+    """The block table of whatever batch is next: as long as contexts can be, it would be most of what a graph keeps."""
     logits: Tensor
     pool: "torch.cuda._POOL_HANDLE | None"
     side: torch.cuda.Stream | None

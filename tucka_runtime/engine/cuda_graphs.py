@@ -20,6 +20,7 @@ from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.capture import Shared
 from tucka_runtime.engine.decoder import Decoder
 from tucka_runtime.engine.filtered_choice import FilteredChoice
+from tucka_runtime.engine.graph_fields import Fields
 from tucka_runtime.engine.graph_shape import GraphShape, Needs
 from tucka_runtime.engine.prompt_bucket import MOST_PROMPTS, MOST_ROUTED, MOST_ROWS, PromptBucket
 from tucka_runtime.engine.scheduler import ScheduledChunk
@@ -72,6 +73,7 @@ class CudaGraphs:
             max_seqs,
             max_len,
             block_size,
+            blocks=Fields({"table": (torch.int32, (max_seqs * -(-max_len // block_size),))}, table.device),
             logits=torch.empty(max_seqs, table.arch.vocab, device=table.device),
             pool=torch.cuda.graph_pool_handle() if cuda else None,
             side=torch.cuda.Stream(table.device) if cuda else None,

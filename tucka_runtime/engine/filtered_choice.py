@@ -50,7 +50,7 @@ class FilteredChoice:
         names = ("temperature", "seed", "place", "top_k", "top_p", "min_p")
         for name, value in zip(names, (*draws(seqs), *filters(seqs, vocab)), strict=True):
             at[name][: len(seqs)].copy_(value)
-        self.fields.send(self.rows)
+        self.fields.send()
 
     def _step(self) -> None:
         shared, on, ops = self.shared, self.fields.on_device, self.shared.model.ops

@@ -25,16 +25,13 @@ class Fields:
         ]
         self._views = [{name: view(host, at[name], *own) for name, own in shapes.items()} for host in self._hosts]
         self._turn = 0
-        self._last = at[next(reversed(shapes))]
-        self._last_itemsize = shapes[next(reversed(shapes))][0].itemsize
 
     @property
     def on_host(self) -> dict[str, Tensor]:
         """Where the next `send` reads."""
         return self._views[self._turn]
 
-    def send(self, last: int) -> None:
-        """One copy of everything; of the last field only the first `last` elements."""
-        size = self._last + last * self._last_itemsize
+    def send(self, size: int | None = None) -> None:
+        """One copy of everything, or of the first `size` bytes."""
         self._device[:size].copy_(self._hosts[self._turn][:size], non_blocking=True)
         self._turn = 1 - self._turn

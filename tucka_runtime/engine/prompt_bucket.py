@@ -55,7 +55,7 @@ class PromptBucket(Bucket):
             slot_mapping=on["slot_mapping"],
             query_start=on["query_start"],
             seq_lens=on["seq_lens"],
-            block_table=on["block_table"],
+            block_table=shared.blocks.on_device["table"],
             first_block=on["first_block"],
             singles=on["singles"],
             tiles=on["prompt_tiles"],

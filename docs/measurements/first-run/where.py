@@ -1,7 +1,9 @@
 """Second of three on a fresh device, ten minutes: where does a step's time go? From the checkout's folder:
 
-python docs/measurements/first-run/where.py        ncu where it is on the PATH
-TRITON_INTERPRET=1 python docs/measurements/first-run/where.py --small       the same, tiny, without a device
+    PYTHONPATH=. python docs/measurements/first-run/where.py
+    TRITON_INTERPRET=1 PYTHONPATH=. python docs/measurements/first-run/where.py --small    tiny, no device
+
+It takes ncu where that is on the PATH.
 """
 
 import json
@@ -102,10 +104,13 @@ def trace(report: Report) -> Figures:
     own = chain.Chain(what(report), 2 if report.small else 64, 20 if report.small else 1024)
     own.adapt("all", 2 if report.small else 32, 16)
     own.step()
-    with profile(activities=[ProfilerActivity.CPU if report.small else ProfilerActivity.CUDA]) as profiled:
+    activity, column = ProfilerActivity.CUDA, "self_device_time_total"
+    if report.small:
+        activity, column = ProfilerActivity.CPU, "self_cpu_time_total"
+    with profile(activities=[activity]) as profiled:
         own.step()
-    rows = sorted(profiled.key_averages(), key=lambda e: -e.self_device_time_total)[:20]
-    return {row.key[:40]: round(row.self_device_time_total, 1) for row in rows}
+    micros = sorted(((getattr(row, column), row.key[:40]) for row in profiled.key_averages()), reverse=True)
+    return {key: round(own, 1) for own, key in micros[:20]}
 
 
 def counters() -> Figures:
