@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,13 +14,9 @@ from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.layer import TuckALayer
 from tucka_runtime.trainer.routing import SCOPES, TrainingRouter, packed_records
 
-# What an adapter adapts when its config names nothing: the attention's query and value projections.
-DEFAULT_TARGETS = {
-    "gpt2": ["c_attn"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    **{name: ["query", "value"] for name in ("bert", "roberta")},
+# What an adapter adapts when its config names nothing: what LoRA does, the attention's query and value projections.
+DEFAULT_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
     "vit": ["query", "value", "q_proj", "v_proj"],  # named so before and since a Transformers 5 release
-    **{name: ["q_proj", "v_proj"] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2")},
 }
 
 
