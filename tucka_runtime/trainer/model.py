@@ -43,6 +43,19 @@ class TuckAModel(BaseTuner):
                 f"TuckA: router_name {config.router_name!r} is not an adapted module. Name one of "
                 f"{', '.join(self.targeted_module_names[:4])}, ..."
             )
+        if not config.router_name:
+            self._route_by_query(model, config, adapter_name)
+
+    def _route_by_query(self, model: nn.Module, config: TuckAConfig, adapter_name: str) -> None:
+        """The router must be what runs first. Attentions that have their projections in another order (OPT, GPT-J,
+        BART: key, value, query) run the query's first all the same; the config then names it."""
+        router = self.routers[adapter_name]
+        query = f"{router.module.rpartition('.')[0]}.q_proj"
+        layer = dict(model.named_modules()).get(query)
+        if isinstance(layer, TuckALayer) and adapter_name in layer.tucka_u and query != router.module:
+            first: TuckALayer = model.get_submodule(router.module)  # type: ignore[assignment]
+            layer.tucka_ec[adapter_name] = first.tucka_ec.pop(adapter_name)
+            config.router_name = router.module = query
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
