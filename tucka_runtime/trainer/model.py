@@ -15,7 +15,7 @@ from tucka_runtime.trainer.layer import TuckALayer
 from tucka_runtime.trainer.routing import SCOPES, TrainingRouter, packed_records
 
 # What an adapter adapts when its config names nothing: what LoRA does, the attention's query and value projections.
-DEFAULT_TARGETS: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
     "vit": ["query", "value", "q_proj", "v_proj"],  # named so before and since a Transformers 5 release
 }
 
