@@ -77,7 +77,9 @@ class Client:
             raise TuckaError(self._message(error)) from None
         except (urllib.error.URLError, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise TuckaError(f"No answer from {self._url}: {reason}. Is the server running, is --url right?") from None
+            raise TuckaError(
+                f"No answer from {self._url}: {reason}. Is the server running, is the address right?"
+            ) from None
 
     def _message(self, error: urllib.error.HTTPError) -> str:
         """What the server says, in the command line's terms where it speaks of HTTP's."""

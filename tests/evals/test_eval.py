@@ -87,7 +87,7 @@ def test_a_server_is_asked_as_clients_do(
     (tmp_path / "d").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert evaluate(tmp_path / "d", "--url", "http://there", "--route", "request", "--adapter", "a") == 0
     said = capsys.readouterr()
-    assert "left out: 2 records" in said.err and "2 answers had not ended" in said.err
+    assert "left out: 2 records" in said.err and "after --max-tokens 256: 1 of b, 1 of a." in said.err
     assert said.out.splitlines()[2].split() == ["a", "request", "2", "1.000", "±", "0.000", "1.000"]
     bodies = [body for path, body in asked if path == "/v1/chat/completions"]
     assert [body.get("route") for body in bodies] == [None, "request"]

@@ -137,7 +137,7 @@ def test_numbers_are_labels_in_their_order() -> None:
     [
         (("--packing",), "packing is for completions"),
         (("--publish", "127.0.0.1:9"), "serves no classifiers"),
-        (("--sweep", "lr=1e-3,1e-2"), "Train it alone"),
+        (("--sweep", "lr=1e-3,1e-2"), "Run tucka train once for each"),
         (("--eval-data", "other.jsonl"), "No text to train on is labelled 'unheard'"),
     ],
 )

@@ -59,7 +59,7 @@ def test_it_is_served_as_it_was_measured(workplace: Path) -> None:
     ("flags", "words"),
     [
         ((), "dora are LoRA's"),
-        (("--method", "lora", "--sweep", "lr=1e-3,1e-2"), "--dora: several adapters share a pass"),
+        (("--method", "lora", "--sweep", "lr=1e-3,1e-2"), "Run tucka train once for each"),
     ],
 )
 def test_what_does_not_go_together_is_said(

@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     Trainer,
@@ -238,6 +240,23 @@ def test_gpt2_conv1d():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_an_attention_that_has_its_query_last_is_routed_by_it(tmp_path):
+    def opt():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+        return OPTForCausalLM(
+            OPTConfig(vocab_size=64, num_attention_heads=4, max_position_embeddings=32, **sizes)
+        ).eval()
+
+    model = get_peft_model(opt(), tucka(target_modules=None))
+    want = logits(model)
+    query = "model.decoder.layers.0.self_attn.q_proj"
+    assert routers(model)["default"].module == model.peft_config["default"].router_name == query
+    assert [n for n, _ in model.named_parameters() if "tucka_ec" in n] == [f"base_model.model.{query}.tucka_ec.default"]
+    model.save_pretrained(str(tmp_path))
+    assert torch.equal(logits(PeftModel.from_pretrained(opt(), str(tmp_path))), want)
+
+
 def test_sequence_classification_with_the_hugging_face_trainer(tmp_path):
     torch.manual_seed(0)
     config = RobertaConfig(
@@ -279,11 +298,34 @@ def test_bfloat16_base_keeps_fp32_factors(tmp_path):
     again = PeftModel.from_pretrained(llama().bfloat16(), str(tmp_path), low_cpu_mem_usage=True)
     name = "base_model.model.model.layers.0.self_attn.q_proj.tucka_u.default"
     assert torch.equal(again.get_parameter(name), model.get_parameter(name))
+    model = get_peft_model(llama().bfloat16(), tucka(), autocast_adapter_dtype=False)
+    assert model.get_parameter(name).dtype == torch.bfloat16 and logits(model).isfinite().all()
+
+
+def test_biases_that_were_trained_are_saved(tmp_path):
+    model = get_peft_model(llama(attention_bias=True), tucka(bias="tucka_only"))
+    assert sum(n.endswith("bias") and p.requires_grad for n, p in model.named_parameters()) == 4  # q and v, two layers
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += p.requires_grad * name.endswith("bias")
+    want = logits(model)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(llama(attention_bias=True), str(tmp_path))
+    torch.testing.assert_close(logits(again), want)
+
+
+def test_centroids_that_no_batch_has_set_are_saved_as_such(tmp_path):
+    model = get_peft_model(llama(), tucka())
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(llama(), str(tmp_path))
+    assert not centroids(again, "default").any()
+    logits(again)
+    assert centroids(again, "default").any()
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"r": 0}, "at least 1"), ({"t": 1}, "groups tie"), ({"bias": "all"}, "bias"), ({"k": 0}, "at least 1")],
+    [({"r": 0}, "at least 1"), ({"t": 1}, "groups tie"), ({"k": 0}, "at least 1")],
 )
 def test_bad_settings_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tucka_runtime.adapters.config import parse_config
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer import TuckAConfig
 from tucka_runtime.trainer.upstream import BEHIND, put
@@ -74,6 +75,13 @@ def test_pefts_own_method_gives_what_the_plug_in_gives(checkout: Path, tmp_path:
     assert torch.equal(torch.load(tmp_path / "logits"), wanted)
     both = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("adapter", "again")]
     assert both[0] == both[1]
+    configs = [json.loads((tmp_path / folder / "adapter_config.json").read_text()) for folder in ("adapter", "again")]
+    assert configs[1]["peft_version"] and "peft_version" not in configs[0]  # PEFT's own keys, and the official files'
+    read = [parse_config((tmp_path / folder / "adapter_config.json").read_bytes()) for folder in ("adapter", "again")]
+    same = ("r", "k", "t", "p", "alpha", "router_name", "bias")
+    assert [getattr(read[0], name) for name in same] == [
+        getattr(read[1], name) for name in same
+    ]  # the server takes both
 
 
 def test_another_peft_is_said(checkout: Path, tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ _INERT_LORA_FIELDS = (
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
-    "peft_version",
     "qalora_group_size",
     "velora_config",
 )
@@ -147,6 +146,7 @@ def parse_config(data: bytes | bytearray) -> AdapterSpec:
         if table.pop(name, None) is not None:
             raise invalid(f"`{name}` is set. Adapters bring no code: set it to null")
     _ignore_mapping(table.pop("auto_mapping", None))
+    table.pop("peft_version", None)  # who wrote it changes nothing
     if peft_type == "TUCKA":
         return _parse(table, TuckASpec, required=("r", "k", "t", "p", "alpha", "target_modules"))
     if peft_type == "TUCKA_BANK":

@@ -96,8 +96,10 @@ def _run(args: argparse.Namespace) -> int:
         rows.append(report.score(wanted, answers, model, route))
         mistakes += report.wrong(wanted, answers, rows[-1])
     print(report.table(rows))
-    if cut := sum(row.cut for row in rows):
-        print(f"warning: {cut} answers had not ended after --max-tokens {args.max_tokens}.", file=sys.stderr)
+    if cut := [f"{row.cut} of {row.model}" for row in rows if row.cut]:
+        print(
+            f"warning: answers had not ended after --max-tokens {args.max_tokens}: {', '.join(cut)}.", file=sys.stderr
+        )
     if args.out:
         data = {"file": args.data.name, "sha256": _digest(args.data)}
         report.write(args.out, rows, mistakes, _about(args, data=data, asked=args.url or asked.base))

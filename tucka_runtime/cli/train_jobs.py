@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SOME_FAILED = 1  # the exit status when some jobs came to nothing and others to their end
 T = TypeVar("T")
+ONE_BY_ONE = "Run tucka train once for each, with an --out of its own, without --jobs and --sweep."
 
 
 def run_jobs(given: argparse.Namespace) -> int:
@@ -73,9 +74,14 @@ def _look(args: argparse.Namespace) -> bool:
         raise ConfigError(
             f"--report-to {others[0]} knows one run at a time: of several jobs, tensorboard alone is told."
         )
-    if args.objective == "classify" or args.dora:
-        what = "--objective classify" if args.objective == "classify" else "--dora"
-        raise ConfigError(f"{what}: several adapters share a pass by their low-rank products alone. Train it alone.")
+    if args.objective == "classify":
+        raise ConfigError(
+            f"--objective classify: a pass has one base, and a classifier's has a head for its own labels. {ONE_BY_ONE}"
+        )
+    if args.dora:
+        raise ConfigError(
+            f"--dora: in a pass the base's products are common to all, and DoRA scales them for each. {ONE_BY_ONE}"
+        )
     if args.resume and not (args.out / CHECKPOINT).is_file():
         args.resume = False
         try:

@@ -29,9 +29,11 @@ class TuckAConfig(PeftConfig):
         default=None, metadata={"help": "name of the layer list where it is not a usual one"}
     )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
-    bias: str = field(default="none", metadata={"help": "only 'none': the format stores no bias"})
+    bias: str = field(default="none", metadata={"help": "biases of the base to train: 'none', 'tucka_only' or 'all'"})
     router_name: str = field(default="", metadata={"help": "full name of the router (default: the first adapted)"})
-    init_weights: bool = field(default=True, metadata={"help": "initialise the factors (Kaiming uniform)"})
+    init_weights: bool = field(
+        default=True, metadata={"help": "kept for the official files: the factors are drawn in any case"}
+    )
     use_kaiming_init_ec: bool = field(
         default=False, metadata={"help": "draw the centroids instead of setting them from the first batch"}
     )
@@ -57,8 +59,6 @@ class TuckAConfig(PeftConfig):
                 f"TuckA: t = 1 with k = {self.k} groups cannot route: a single logit normalises to +-1, so groups tie. "
                 "Use t >= 2 or k = 1."
             )
-        if self.bias != "none":
-            raise ValueError(f"TuckA: bias={self.bias!r} would train what the format cannot store. Use 'none'.")
 
     def to_dict(self) -> dict[str, Any]:
         """Exactly the official keys: the fields of newer PEFT configs, unknown to the official code, stay out."""

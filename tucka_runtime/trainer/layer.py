@@ -16,9 +16,10 @@ from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.routing import TrainingRoute, TrainingRouter
 
 
-def input_size(layer: nn.Module) -> int:
-    """Input features of a linear layer: Linear stores (out, in), Conv1D (in, out)."""
-    return layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features  # type: ignore[return-value]
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear layer: a Conv1D stores (in, out), and has no other names for them."""
+    sizes = layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    return sizes[0], sizes[1]  # type: ignore[return-value]
 
 
 def unit(x: Tensor, dims: int | None = None) -> Tensor:
@@ -71,7 +72,8 @@ def grouped_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, alpha: Tensor, rou
 
 
 class TuckALayer(nn.Module, BaseTunerLayer):
-    """A Linear or Conv1D with any number of TuckA adapters; all its tensors are fp32 whatever the base's dtype."""
+    """A Linear or Conv1D with any number of TuckA adapters. Their factors are fp32 whatever the base's type, unless
+    PEFT is told autocast_adapter_dtype=False; they are normalised in fp32 in any case."""
 
     adapter_layer_names: tuple[str, ...] = ("tucka_g", "tucka_c", "tucka_u", "tucka_ec")
     other_param_names: tuple[str, ...] = ("tucka_config",)
@@ -79,6 +81,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, name: str, routers: dict[str, TrainingRouter]):
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = features(self.get_base_layer())
         self.name = name
         self.routers = routers  # the model's own dict, shared by all its layers
         self.tucka_config: dict[str, TuckAConfig] = {}
@@ -92,37 +95,25 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: TuckAConfig, is_router: bool, inference_mode: bool = False) -> None:
         """Give this layer fresh factors for `adapter`; the router module also gets centroids.
 
-        Centroids hold NaN until the first forward sets them from its batch (unless use_kaiming_init_ec). So "already
+        Centroids are zero until the first forward sets them from its batch (unless use_kaiming_init_ec). So "already
         set" travels with the tensor itself: loading trained centroids can never re-initialise them.
         """
-        d = input_size(self.get_base_layer())
-        device = self.weight.device
-        shapes = {"g": (config.k, config.p, config.r, config.r), "c": (config.t, config.p), "u": (d, config.r)}
+        d, r, device = self.in_features, config.r, self.weight.device
         self.tucka_config[adapter] = config
-        made = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-        if config.init_weights:
-            bound = 1 / math.sqrt(config.r)
-            first = torch.empty(config.r, config.r, device=device).uniform_(-bound, bound)
-            made["g"] = first.repeat(config.k, config.p, 1, 1)  # the same draw in every group and slice
-            made["c"].uniform_(-1 / math.sqrt(config.t), 1 / math.sqrt(config.t))
-            made["u"].uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d))
-        self.tucka_g[adapter] = nn.Parameter(made["g"])
-        self.tucka_c[adapter] = nn.Parameter(made["c"])
-        self.tucka_u[adapter] = nn.Parameter(made["u"])
-        if is_router:
-            ec = torch.full((config.k * config.t, d), math.nan, device=device)
-            if config.use_kaiming_init_ec:
-                ec.uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d))
-            self.tucka_ec[adapter] = nn.Parameter(ec)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move to the base's device; the dtype stays fp32."""
-        target = device or self.weight.device
-        for name in self.adapter_layer_names:
-            factors = getattr(self, name)
-            if adapter_name in factors and factors[adapter_name].device.type != "meta":
-                factors[adapter_name] = factors[adapter_name].to(target)
+        def drawn(*shape: int, fan: int) -> Tensor:
+            return torch.empty(shape, device=device).uniform_(-1 / math.sqrt(fan), 1 / math.sqrt(fan))
+
+        first = drawn(r, r, fan=r)  # the same in every group and slice
+        self.tucka_g[adapter] = nn.Parameter(first.repeat(config.k, config.p, 1, 1))
+        self.tucka_c[adapter] = nn.Parameter(drawn(config.t, config.p, fan=config.t))
+        self.tucka_u[adapter] = nn.Parameter(drawn(d, r, fan=d))
+        if is_router:
+            shape = (config.k * config.t, d)
+            ec = drawn(*shape, fan=d) if config.use_kaiming_init_ec else torch.zeros(shape, device=device)
+            self.tucka_ec[adapter] = nn.Parameter(ec)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:

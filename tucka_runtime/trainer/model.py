@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,13 +14,9 @@ from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.layer import TuckALayer
 from tucka_runtime.trainer.routing import SCOPES, TrainingRouter, packed_records
 
-# What an adapter adapts when its config names nothing: the attention's query and value projections.
-DEFAULT_TARGETS = {
-    "gpt2": ["c_attn"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    **{name: ["query", "value"] for name in ("bert", "roberta")},
+# What an adapter adapts when its config names nothing: what LoRA does, the attention's query and value projections.
+DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
     "vit": ["query", "value", "q_proj", "v_proj"],  # named so before and since a Transformers 5 release
-    **{name: ["q_proj", "v_proj"] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2")},
 }
 
 
@@ -46,6 +43,19 @@ class TuckAModel(BaseTuner):
                 f"TuckA: router_name {config.router_name!r} is not an adapted module. Name one of "
                 f"{', '.join(self.targeted_module_names[:4])}, ..."
             )
+        if not config.router_name:
+            self._route_by_query(model, config, adapter_name)
+
+    def _route_by_query(self, model: nn.Module, config: TuckAConfig, adapter_name: str) -> None:
+        """The router must be what runs first. Attentions that have their projections in another order (OPT, GPT-J,
+        BART: key, value, query) run the query's first all the same; the config then names it."""
+        router = self.routers[adapter_name]
+        query = f"{router.module.rpartition('.')[0]}.q_proj"
+        layer = dict(model.named_modules()).get(query)
+        if isinstance(layer, TuckALayer) and adapter_name in layer.tucka_u and query != router.module:
+            first: TuckALayer = model.get_submodule(router.module)  # type: ignore[assignment]
+            layer.tucka_ec[adapter_name] = first.tucka_ec.pop(adapter_name)
+            config.router_name = router.module = query
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -13,7 +13,7 @@ from tucka_runtime.adapters.files import MAX_WEIGHTS_BYTES
 from tucka_runtime.errors import ConfigError, InvalidAdapterError
 from tucka_runtime.trainer.adapter import AdapterSettings
 from tucka_runtime.trainer.labelled import Labelled, labels_of
-from tucka_runtime.trainer.layer import input_size
+from tucka_runtime.trainer.layer import features
 
 HEADS = ("score", "classifier", "pooler")  # what transformers calls a classifier's own modules
 LONGEST = 1024  # records by default, in tokens: what fits the memory of most machines
@@ -38,7 +38,7 @@ def linears(model: Any) -> dict[str, tuple[int, int]]:
         if name.partition(".")[0] in HEADS:
             continue
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            size = input_size(module)
+            size = features(module)[0]
             found[name] = (size, module.weight.numel() // size)
     return found
 

@@ -131,7 +131,7 @@ class TrainingRouter:
         self.current = Forward(None, None, False, self.bias, self.route, fresh=self.current.fresh)
 
     def compute(self, x: Tensor, centroids: nn.Parameter, config: Any, training: bool) -> None:
-        """Set the route from the router module's input x (B, S, d) or (B, d), initialising centroids that hold NaN."""
+        """Set the route from the router module's input x (B, S, d) or (B, d), initialising centroids that are zero."""
         now = self.current
         index = now.calls % now.each if now.each else now.calls
         now.calls += 1
@@ -141,7 +141,7 @@ class TrainingRouter:
             now.fresh = True
             return
         h = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
-        if torch.isnan(centroids.detach()[0, 0]):
+        if not centroids.detach().any():
             self._initialise(self._mean(h.detach(), now.mask, rows=False)[0], centroids, config.ec_perturb_scale)
         with torch.autocast(h.device.type, enabled=False):  # as in serving, routes are fp32
             s = scores(self._means(h), centroids.to(torch.float32), self.k)

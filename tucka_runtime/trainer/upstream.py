@@ -82,6 +82,9 @@ BEHIND: dict[str, list[tuple[str, str]]] = {
         ('        pytest.skip("Lily does not support merging adapters, skipping this test.")\n',
          "    if issubclass(config_cls, TuckAConfig):\n"
          '        pytest.skip("TuckA does not support merging adapters, skipping this test.")\n'),
+        ('            pytest.skip("Prefix Tuning does not support gradient checkpointing, skipping this test.")\n',
+         "        if (config_cls == TuckAConfig) and use_reentrant:\n"
+         '            pytest.skip("TuckA refuses reentrant checkpointing: its centroids would lose gradient")\n'),
     ],
     "tests/test_config.py": [
         ("    LilyConfig,\n", "    TuckAConfig,\n"), ("    (LilyConfig, {}),\n", "    (TuckAConfig, {}),\n"),
@@ -89,6 +92,14 @@ BEHIND: dict[str, list[tuple[str, str]]] = {
     "tests/test_custom_models.py": [
         ("    LilyConfig,\n", "    TuckAConfig,\n"), ("TEST_CASES = [\n", CUSTOM),
         ("MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = [\n", SEVERAL),
+        ("            assert torch.allclose(outputs_base, outputs_before, rtol=1e-4, atol=1e-4)\n",
+         "        elif isinstance(config, TuckAConfig):\n"
+         "            # TuckA's random start is no identity either: a fresh adapter already changes the output.\n"
+         "            pass\n"),
+        ("            assert torch.allclose(outputs_before, outputs_disabled, rtol=1e-4, atol=1e-4)\n",
+         "        elif isinstance(config, TuckAConfig):\n"
+         "            # TuckA is not identity-at-init, so disabling returns the base output (not `outputs_before`)\n"
+         "            assert torch.allclose(outputs_base, outputs_disabled)\n"),
     ],
     **{
         f"tests/test_{name}.py": [("    LoraConfig,\n", "    TuckAConfig,\n"), ("ALL_CONFIGS = [\n", _entry(task))]
@@ -207,6 +218,7 @@ def tuner() -> dict[str, str]:
     files = {"__init__.py": HEADER + INIT}
     for part in PARTS:
         text = (OURS / f"{part}.py").read_text("utf-8")
+        text = text.partition("    def to_dict(")[0].rstrip() + "\n"  # the official files' keys, which PEFT adds to
         text = re.sub(r"from tucka_runtime\.trainer\.(\w+) import", r"from .\1 import", text)
         text = text.replace(
             "from tucka_runtime.messages import ROUTE_PREFIX_TOKENS\n",

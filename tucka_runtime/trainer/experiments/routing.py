@@ -28,6 +28,25 @@ class Balancing(Loop):
         return work
 
 
+class HoldingLogits(Loop):
+    """The trainer's loop, with the router z-loss of ST-MoE (arXiv 2202.08906, eq. 5) on the logits before they are
+    normalised: the mean square of their logsumexp."""
+
+    WEIGHT = 1e-3  # that paper's
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._held: Any = None
+        self.model.base_model.model.get_submodule(self.router.module).register_forward_hook(self._hold)
+
+    def _hold(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
+        logits = self.router._means(args[0].detach()) @ layer.tucka_ec["default"].T
+        self._held = logits.logsumexp(-1).square().mean()
+
+    def learn(self, work: Work, logits: Any, batch: Any) -> Any:
+        return super().learn(work, logits, batch) + self.WEIGHT * self._held
+
+
 def late_layers() -> tuple[str, ...]:
     """All linears of the upper half of the layers: the first of them routes, by hidden states that have seen their
     context."""
@@ -40,6 +59,7 @@ VARIANTS: dict[str, tuple[AdapterSettings, Any]] = {
     "balance fades (as shipped)": (AdapterSettings(**COMMON, balance=0.01), Loop),
     "no balance": (AdapterSettings(**COMMON), Loop),
     "balance stays": (AdapterSettings(**COMMON, balance=0.01), Balancing),
+    "z-loss": (AdapterSettings(**COMMON, balance=0.01), HoldingLogits),
     "8 groups": (AdapterSettings(**COMMON | {"k": 8}, balance=0.01), Loop),
     "routes from hidden states": (AdapterSettings(**COMMON, balance=0.01, target_modules=late_layers()), Loop),
 }
