@@ -9,6 +9,8 @@ namespace tucka {
 
 // Keys of one step of the online softmax.
 constexpr int64_t kKeys = 64;
+// Keys, or values, that are asked for ahead; 4 and 16 are as fast.
+constexpr int64_t kKeysAhead = 8;
 // Values of one head that are added up before the next head's.
 constexpr int64_t kValues = 8;
 // Keys of one item of work of a decoding sequence. A split is the same whatever else is in the batch.
@@ -98,22 +100,29 @@ struct Softmax {
   }
 };
 
-// scores[g][0..4] = q_g · key_n for G queries, q fp32, and four keys.
-template <int G, class T>
-inline void score(const float* q, const T* const* keys, int64_t d, float* scores) {
+// scores[g][0..4] = scale · q_g · key_n for G queries and four keys.
+template <int G, class Q, class C>
+inline void score(const Q* q, const C* const* keys, int64_t d, float scale, float* scores) {
   Vec sums[G][4];
-  for (int g = 0; g < G; g++)
-    for (int n = 0; n < 4; n++) sums[g][n] = Vec(0.f);
+  each<G>([&](auto g) { each<4>([&](auto n) { sums[g][n] = Vec(0.f); }); });
   steps(d, [&](int64_t at, int64_t some) {
-    Pair x[G];
-    for (int g = 0; g < G; g++) x[g] = load_step(q + g * d + at, some);
-    for (int n = 0; n < 4; n++) {
-      const Pair y = load_step(keys[n] + at, some);
-      for (int g = 0; g < G; g++)
-        sums[g][n] = at::vec::fmadd(x[g].b, y.b, at::vec::fmadd(x[g].a, y.a, sums[g][n]));
-    }
+    decltype(load_factor(q, some)) x[G];
+    each<G>([&](auto g) { x[g] = load_factor(q + g * d + at, some); });
+    each<4>([&](auto n) {
+      const auto y = load_factor(keys[n] + at, some);
+      each<G>([&](auto g) { sums[g][n] = add_products(sums[g][n], x[g], y); });
+    });
   });
-  for (int g = 0; g < G; g++) sum4(sums[g], scores + g * kKeys);
+  each<G>([&](auto g) {
+    sum4(sums[g], scores + g * kKeys);
+    for (int n = 0; n < 4; n++) scores[g * kKeys + n] *= scale;
+  });
+}
+
+// Asks for a head (D,) of a cache.
+template <class C>
+inline void ask(const C* head, int64_t d) {
+  for (int64_t i = 0; i < d; i += 64 / sizeof(C)) __builtin_prefetch(head + i);
 }
 
 // Multiplies the scores (m, kKeys) of `count` tokens with the scales of their keys, or the weights with those of their
@@ -133,28 +142,28 @@ inline void scale_scores(const Context<C>& context, const C* cache, const int64_
 }
 
 // The queries (heads · group, D) of the KV heads from `head` on over the keys first..end of a context. Tokens come
-// before heads, so that the caches are read in their own order, the one in which the hardware fetches lines ahead.
-template <class C>
-void attend(const Context<C>& context, const float* q, int64_t group, int64_t head, int64_t heads, int64_t first,
-            int64_t end, Softmax softmax, float* scores) {
+// before heads, so that the caches are read in their own order, the one in which the hardware fetches lines ahead. What
+// it does not see in time is asked for here, between the products: a core waits for some 24 lines at once and no more, so
+// that many that are asked for together hold up whatever comes behind them.
+template <class Q, class C>
+void attend(const Context<C>& context, const Q* q, float scale, int64_t group, int64_t head, int64_t heads,
+            int64_t first, int64_t end, Softmax softmax, float* scores) {
   const int64_t d = context.d, m = heads * group;
   const C *k = context.k + head * d, *v = context.v + head * d;
-  int64_t offsets[kKeys];
+  int64_t offsets[kKeys + kKeysAhead];
   softmax.clear(m);
   for (int64_t i = first; i < end; i += kKeys) {
-    const int64_t count = std::min(kKeys, end - i);
-    context.find(i, count, offsets);
+    const int64_t count = std::min(kKeys, end - i), known = std::min(kKeys + kKeysAhead, end - i);
+    context.find(i, known, offsets);
+    const auto later = [&](int64_t n) { return offsets[std::min(n + kKeysAhead, known - 1)]; };
     for (int64_t n = 0; n < count; n += 4) {
       const C* keys[4];
-      for (int64_t j = 0; j < 4; j++) {
-        const int64_t at = offsets[std::min(n + j, count - 1)];
-        keys[j] = k + at;
-        for (int64_t c = 0; c < heads * d; c += 64 / sizeof(C)) __builtin_prefetch(v + at + c);  // needed next
-      }
+      for (int64_t j = 0; j < 4; j++) keys[j] = k + offsets[std::min(n + j, count - 1)];
       for (int64_t h = 0; h < heads; h++) {
+        for (int64_t j = 0; j < 4; j++) ask(k + later(n + j) + h * d, d);
         int64_t at = h * group;
-        for (; at + 2 <= (h + 1) * group; at += 2) score<2>(q + at * d, keys, d, scores + at * kKeys + n);
-        if (at < (h + 1) * group) score<1>(q + at * d, keys, d, scores + at * kKeys + n);
+        for (; at + 2 <= (h + 1) * group; at += 2) score<2>(q + at * d, keys, d, scale, scores + at * kKeys + n);
+        if (at < (h + 1) * group) score<1>(q + at * d, keys, d, scale, scores + at * kKeys + n);
         for (const C*& key : keys) key += d;
       }
     }
@@ -162,9 +171,11 @@ void attend(const Context<C>& context, const float* q, int64_t group, int64_t he
     for (int64_t r = 0; r < m; r++) softmax.weigh(r, scores + r * kKeys, count);
     scale_scores(context, context.v, offsets, head, group, m, count, scores);
     for (int64_t n = 0; n < count; n += kValues)
-      for (int64_t h = 0; h < heads; h++)
+      for (int64_t h = 0; h < heads; h++) {
+        for (int64_t j = 0; j < kValues; j++) ask(v + later(n + j) + h * d, d);
         add_product(softmax.sums + h * group * d, d, scores + h * group * kKeys + n, kKeys,
                     Rows<C>{v + h * d, offsets + n}, group, std::min(kValues, count - n), d);
+      }
   }
 }
 
@@ -237,9 +248,17 @@ struct Attend {
       if (own <= 0) return;
       float* room = scratch(m * (2 * d + 2 + kKeys));
       const Softmax softmax{room + 2 * m * d, room + 2 * m * d + m, room + m * d, d};
-      queries(row, begin * g, m, room);
-      attend(context(split.sequence), room, g, begin, own, split.first, split.end, softmax,
-             room + m * (2 * d + 2));
+      const T* asked = q + (row * heads + begin * g) * d;
+      const auto over = [&](const auto* queried) {
+        attend(context(split.sequence), queried, scale, g, begin, own, split.first, split.end, softmax,
+               room + m * (2 * d + 2));
+      };
+      if constexpr (kInputs<T> > 1 && std::is_same_v<T, C>) {
+        over(asked);
+      } else {
+        to_float(asked, room, m * d);
+        over(static_cast<const float*>(room));
+      }
       for (int64_t r = 0; r < m; r++) {
         const int64_t head = begin * g + r;
         if (split.part < 0) {

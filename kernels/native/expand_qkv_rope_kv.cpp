@@ -44,6 +44,7 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
   for (int64_t j = 1; j < delta.n; j++)
     TORCH_CHECK_VALUE(delta.borders[j] % d == 0, "a head lies in two targets");
   const std::vector<Run> own = runs(tiles, qkv.size(0), kRows);
+  const int64_t most = columns(all * d, own.size(), d), parts = (all * d + most - 1) / most;
   Tensor q = at::empty({qkv.size(0), heads, d}, qkv.options());
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   by_type(qkv, [&](auto type) {
@@ -53,31 +54,32 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
     const HeadNorm<T> norms[2] = {HeadNorm<T>(q_norm), HeadNorm<T>(k_norm)};
     T* q_to = q.data_ptr<T>();
     void* caches[2] = {k_cache.data_ptr(), v_cache.data_ptr()};
-    deal(own.size() * all, kRows * d * (4 + delta.work()), [&](int64_t item) {
-      const Run& run = own[item / all];
-      const int64_t head = item % all;
-      float* sums = scratch(kRows * d);
-      summed(delta, rows, qkv.stride(0), sums, d, run, head * d, d);
-      for (int64_t r = run.first; r < run.end; r++) {
-        float* x = sums + (r - run.first) * d;
-        if (head < heads + kv_heads) {
-          const HeadNorm<T>& own_norm = norms[head >= heads];
-          if (own_norm.weight != nullptr)
-            norm_row<float, T>(x, own_norm.weight + r * own_norm.stride, nullptr, x, d, static_cast<float>(eps));
-          if (c != nullptr) rotate(x, c + r * (d / 2), s + r * (d / 2), d / 2);
-        }
-        if (head < heads) {
-          from_float(x, q_to + (r * heads + head) * d, d);
-        } else if (slots[r] >= 0) {
-          const bool value = head >= heads + kv_heads;
-          const int64_t own_head = head - heads - (value ? kv_heads : 0), at = slots[r] * stride;
-          if (quantized) {
-            int8_t* to = static_cast<int8_t*>(caches[value]) + at;
-            quantize(x, to + own_head * d, to + kv_heads * d + own_head * sizeof(float), d);
-          } else {
-            from_float(x, static_cast<T*>(caches[value]) + at + own_head * d, d);
+    deal(own.size() * parts, kRows * most * (4 + delta.work()), [&](int64_t item) {
+      const Run& run = own[item / parts];
+      const int64_t first = item % parts * most, count = std::min(most, all * d - first);
+      float* sums = scratch(kRows * most);
+      summed(delta, rows, qkv.stride(0), sums, most, run, first, count);
+      for (int64_t r = run.first; r < run.end; r++)
+        for (int64_t head = first / d; head < (first + count) / d; head++) {
+          float* x = sums + (r - run.first) * most + head * d - first;
+          if (head < heads + kv_heads) {
+            const HeadNorm<T>& own_norm = norms[head >= heads];
+            if (own_norm.weight != nullptr)
+              norm_row<float, T>(x, own_norm.weight + r * own_norm.stride, nullptr, x, d, static_cast<float>(eps));
+            if (c != nullptr) rotate(x, c + r * (d / 2), s + r * (d / 2), d / 2);
           }
-        }
+          if (head < heads) {
+            from_float(x, q_to + (r * heads + head) * d, d);
+          } else if (slots[r] >= 0) {
+            const bool value = head >= heads + kv_heads;
+            const int64_t own_head = head - heads - (value ? kv_heads : 0), at = slots[r] * stride;
+            if (quantized) {
+              int8_t* to = static_cast<int8_t*>(caches[value]) + at;
+              quantize(x, to + own_head * d, to + kv_heads * d + own_head * sizeof(float), d);
+            } else {
+              from_float(x, static_cast<T*>(caches[value]) + at + own_head * d, d);
+            }
+          }
       }
     });
   });

@@ -4,29 +4,26 @@
 
 namespace tucka {
 
-// Columns of gate, and as many of up, of one item of work.
-constexpr int64_t kGateColumns = 128;
-
 Tensor expand_swiglu(const Tensor& gate_up, const std::optional<Tensor>& h, const std::optional<Tensor>& e_ptr,
                      const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
                      const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
   TORCH_CHECK_VALUE(gate_up.stride(1) == 1, "the rows of gate_up must be contiguous");
   const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   const std::vector<Run> own = runs(tiles, gate_up.size(0), kRows);
-  const int64_t width = gate_up.size(1) / 2, parts = (width + kGateColumns - 1) / kGateColumns;
+  const int64_t width = gate_up.size(1) / 2, most = columns(width, own.size(), kStep), parts = (width + most - 1) / most;
   Tensor out = at::empty({gate_up.size(0), width}, gate_up.options());
   by_type(gate_up, [&](auto type) {
     using T = decltype(type);
     const T* rows = gate_up.const_data_ptr<T>();
     T* to = out.data_ptr<T>();
-    deal(own.size() * parts, kRows * kGateColumns * (8 + 2 * delta.work()), [&](int64_t item) {
+    deal(own.size() * parts, kRows * most * (8 + 2 * delta.work()), [&](int64_t item) {
       const Run& run = own[item / parts];
-      const int64_t first = item % parts * kGateColumns, count = std::min(kGateColumns, width - first);
-      float gate[kRows * kGateColumns], up[kRows * kGateColumns];
-      summed(delta, rows, gate_up.stride(0), gate, kGateColumns, run, first, count);
-      summed(delta, rows, gate_up.stride(0), up, kGateColumns, run, width + first, count);
+      const int64_t first = item % parts * most, count = std::min(most, width - first);
+      float *gate = scratch(2 * kRows * most), *up = gate + kRows * most;
+      summed(delta, rows, gate_up.stride(0), gate, most, run, first, count);
+      summed(delta, rows, gate_up.stride(0), up, most, run, width + first, count);
       for (int64_t r = 0; r < run.end - run.first; r++) {
-        const float *g = gate + r * kGateColumns, *u = up + r * kGateColumns;
+        const float *g = gate + r * most, *u = up + r * most;
         T* row = to + (run.first + r) * width + first;
         const Vec one(1.f);
         steps(count, [&](int64_t i, int64_t some) {

@@ -13,16 +13,6 @@ struct Strided {
   const T* operator[](int64_t k) const { return first + k * stride; }
 };
 
-// The same of rows that come from memory: what lies behind a block of columns, the next one's, is asked for with it. The
-// hardware does not see that rows so far apart go on.
-template <class T>
-struct Streamed : Strided<T> {};
-
-template <class B>
-constexpr bool kStreamed = false;
-template <class T>
-constexpr bool kStreamed<Streamed<T>> = true;
-
 // R rows of C, N steps wide from column `at` on. WHOLE: else the one step has `count` columns.
 template <int R, int N, bool WHOLE, class B>
 inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const B& b, int64_t depth,
@@ -38,10 +28,6 @@ inline void add_block(float* c, int64_t c_stride, const float* a, int64_t a_stri
   });
   for (int64_t k = 0; k < depth; k++) {
     const auto* row = b[k] + at;
-    if constexpr (kStreamed<B>) {
-      constexpr int64_t kLine = 64 / sizeof(*row);
-      each<(N * kStep + kLine - 1) / kLine>([&](auto n) { __builtin_prefetch(row + N * kStep + n * kLine); });
-    }
     Vec wide[2 * N];
     each<N>([&](auto n) {
       const Pair x = load_step(row + n * kStep, some);
@@ -82,6 +68,57 @@ inline void add_product(float* c, int64_t c_stride, const float* a, int64_t a_st
   for (; r + 4 <= rows; r += 4) add_rows<4, 1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
   for (; r + 2 <= rows; r += 2) add_rows<2, 2>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
   if (r < rows) add_rows<1, 4>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, depth, width);
+}
+
+// Rows of B that are added at once where B comes from memory, one behind the other.
+constexpr int kStreams = 4;
+
+// R rows of C += K rows of b. What is asked for ahead are the K rows behind them, for the hardware does not see that rows
+// which it has read for a kilobyte go on elsewhere.
+template <int R, int K, class T>
+inline void add_streams(float* c, int64_t c_stride, const float* a, int64_t a_stride, const T* b, int64_t stride,
+                        int64_t width) {
+  Vec x[R][K];
+  each<R>([&](auto r) { each<K>([&](auto k) { x[r][k] = Vec(a[r * a_stride + k]); }); });
+  steps(width, [&](int64_t i, int64_t count) {
+    Vec low[K], high[K];
+    each<K>([&](auto k) {
+      __builtin_prefetch(b + (K + k) * stride + i);
+      const Pair row = load_step(b + k * stride + i, count);
+      low[k] = row.a;
+      high[k] = row.b;
+    });
+    each<R>([&](auto r) {
+      Pair y = load_step(c + r * c_stride + i, count);
+      each<K>([&](auto k) {
+        y.a = at::vec::fmadd(x[r][k], low[k], y.a);
+        y.b = at::vec::fmadd(x[r][k], high[k], y.b);
+      });
+      store_step(c + r * c_stride + i, y, count);
+    });
+  });
+}
+
+template <int R, class T>
+inline void stream_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride, const T* b, int64_t stride,
+                        int64_t depth, int64_t width) {
+  int64_t k = 0;
+  for (; k + kStreams <= depth; k += kStreams)
+    add_streams<R, kStreams>(c, c_stride, a + k, a_stride, b + k * stride, stride, width);
+  for (; k < depth; k++) add_streams<R, 1>(c, c_stride, a + k, a_stride, b + k * stride, stride, width);
+}
+
+// The same sums as add_product's, to the bit, where B comes from memory: it is read in its order, and c, which stays in
+// the L1 cache, again and again.
+template <class T>
+inline void stream_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const T* b, int64_t stride,
+                           int64_t rows, int64_t depth, int64_t width) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    stream_rows<4>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width);
+  for (; r + 2 <= rows; r += 2)
+    stream_rows<2>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width);
+  if (r < rows) stream_rows<1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width);
 }
 
 }  // namespace tucka

@@ -4,53 +4,42 @@
 
 namespace tucka {
 
-// Rank rows whose products with a row of x are summed up at once.
-constexpr int kRanks = 4;
-
 // Rows of one adapter that read its U together, or as many as a tile has if those are more: enough that reading it costs
 // little, few enough that a batch of one adapter still is work for many threads. Unmeasured.
 constexpr int64_t kShrinkRows = 16;
 
-// out[r][k] = x_r · u_k for R rows and kRanks rank rows, all d long.
-template <int R, class T>
+// out[r][k] = x_r · u_k for R rows and K rank rows, all d long; what is asked for ahead are the K rank rows behind them.
+template <int R, int K, class T>
 inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out, int64_t out_stride) {
-  Vec sums[R][kRanks];
-  for (int r = 0; r < R; r++)
-    for (int k = 0; k < kRanks; k++) sums[r][k] = Vec(0.f);
+  Vec sums[R][4];
+  each<R>([&](auto r) { each<4>([&](auto k) { sums[r][k] = Vec(0.f); }); });
   steps(d, [&](int64_t i, int64_t count) {
-    Pair rows[R];
-    for (int r = 0; r < R; r++) rows[r] = load_step(x + r * x_stride + i, count);
-    for (int k = 0; k < kRanks; k++) {
-      const Pair w = load_step(u + k * d + i, count);
-      for (int r = 0; r < R; r++)
-        sums[r][k] = at::vec::fmadd(rows[r].b, w.b, at::vec::fmadd(rows[r].a, w.a, sums[r][k]));
-    }
+    decltype(load_factor(x, count)) rows[R];
+    each<R>([&](auto r) { rows[r] = load_factor(x + r * x_stride + i, count); });
+    each<K>([&](auto k) {
+      __builtin_prefetch(u + (K + k) * d + i);
+      const auto w = load_factor(u + k * d + i, count);
+      each<R>([&](auto r) { sums[r][k] = add_products(sums[r][k], rows[r], w); });
+    });
   });
-  for (int r = 0; r < R; r++) sum4(sums[r], out + r * out_stride);
-}
-
-// The same for one row and one rank row; the order of the sum is that of `dots`.
-template <class T>
-inline float dot(const T* x, const T* u, int64_t d) {
-  Vec total(0.f);
-  steps(d, [&](int64_t i, int64_t count) {
-    const Pair a = load_step(x + i, count), b = load_step(u + i, count);
-    total = at::vec::fmadd(a.b, b.b, at::vec::fmadd(a.a, b.a, total));
+  each<R>([&](auto r) {
+    float all[4];
+    sum4(sums[r], all);
+    std::memcpy(out + r * out_stride, all, K * sizeof(float));
   });
-  return sum(total);
 }
 
 // t (rows, rank) = x uᵀ.
 template <class T>
 void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank, int64_t d, float* t) {
-  int64_t k = 0;
-  for (; k + kRanks <= rank; k += kRanks) {
+  const auto some = [&]<int K>(std::integral_constant<int, K>, int64_t k) {
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) dots<2>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
-    if (r < rows) dots<1>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
-  }
-  for (; k < rank; k++)
-    for (int64_t r = 0; r < rows; r++) t[r * rank + k] = dot(x + r * x_stride, u + k * d, d);
+    for (; r + 2 <= rows; r += 2) dots<2, K>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
+    if (r < rows) dots<1, K>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
+  };
+  int64_t k = 0;
+  for (; k + 4 <= rank; k += 4) some(std::integral_constant<int, 4>(), k);
+  for (; k < rank; k++) some(std::integral_constant<int, 1>(), k);
 }
 
 // The rows of the longest tile.

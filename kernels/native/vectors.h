@@ -63,6 +63,15 @@ inline Pair load_pair(const T* p) {
 // `count` elements, fewer than kStep, and zeros: nothing is read behind them.
 template <class T>
 inline Pair load_pair(const T* p, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask32 own = (__mmask32{1} << count) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    return {_mm512_maskz_loadu_ps(own, p), _mm512_maskz_loadu_ps(own >> kLanes, p + kLanes)};
+  } else if constexpr (sizeof(T) == 2) {
+    auto [a, b] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>(_mm512_maskz_loadu_epi16(own, p)));
+    return {a, b};
+  }
+#endif
   T buffer[kStep] = {};
   std::memcpy(buffer, p, count * sizeof(T));
   return load_pair(buffer);
@@ -80,6 +89,17 @@ inline void store_pair(T* p, Pair x) {
 
 template <class T>
 inline void store_pair(T* p, Pair x, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask32 own = (__mmask32{1} << count) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, own, x.a);
+    _mm512_mask_storeu_ps(p + kLanes, own >> kLanes, x.b);
+    return;
+  } else if constexpr (sizeof(T) == 2) {
+    _mm512_mask_storeu_epi16(p, own, at::vec::convert_from_float<T>(x.a, x.b));
+    return;
+  }
+#endif
   T buffer[kStep];
   store_pair(buffer, x);
   std::memcpy(p, buffer, count * sizeof(T));
@@ -153,6 +173,25 @@ inline float sum(Vec x) {
   float out[4];
   sum4(all, out);
   return out[0];
+}
+
+// A step of a row as it is multiplied with another row's: bf16 where the CPU multiplies it, else fp32.
+#if defined(__AVX512BF16__)
+inline __m512bh load_factor(const BFloat16* p, int64_t count) {
+  return (__m512bh)(count == kStep ? _mm512_loadu_si512(p)
+                                   : _mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p));
+}
+
+inline Vec add_products(Vec sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
+#endif
+
+template <class T>
+inline Pair load_factor(const T* p, int64_t count) {
+  return load_step(p, count);
+}
+
+inline Vec add_products(Vec sum, const Pair& a, const Pair& b) {
+  return at::vec::fmadd(a.b, b.b, at::vec::fmadd(a.a, b.a, sum));
 }
 
 // Calls f with a value of the type that the rows have.

@@ -34,8 +34,12 @@ def slot_bytes(kv_heads: int, d: int) -> int:
 
 def int8_cache(slots: int, kv_heads: int, d: int, device: torch.device) -> Tensor:
     """Zeros (slots, KV, D), and their scales behind them."""
-    whole = torch.zeros(slots, slot_bytes(kv_heads, d), dtype=torch.int8, device=device)
-    return whole.as_strided((slots, kv_heads, d), (whole.stride(0), d, 1))
+    return with_scales(torch.zeros(slots, slot_bytes(kv_heads, d), dtype=torch.int8, device=device), kv_heads, d)
+
+
+def with_scales(whole: Tensor, kv_heads: int, d: int) -> Tensor:
+    """The numbers (slots, KV, D) of an int8 cache, whose slots `whole` (slots, slot_bytes) has with their scales."""
+    return whole.as_strided((len(whole), kv_heads, d), (whole.stride(0), d, 1))
 
 
 def scales(cache: Tensor) -> Tensor:
