@@ -21,6 +21,6 @@ def test_the_engines_memory_does_not_grow_with_every_batch_size(capsys: pytest.C
 
 def test_long_prompts_do_not_stall_streams() -> None:
     """Without a limit such a prompt's step takes some thirty times a decoding one, with it three: ten is for a busy
-    machine."""
-    flags = ["--hidden", "128", "--layers", "4", "--prompt", "1500", "--prompts", "3", "--ratio", "10"]
+    machine, and ten prompts are so many steps that the p99 is not the one that somebody else's work held up."""
+    flags = ["--hidden", "128", "--layers", "4", "--prompt", "1500", "--prompts", "10", "--ratio", "10"]
     assert prompts.main(flags) == 0
