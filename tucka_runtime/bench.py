@@ -12,6 +12,7 @@ On a GPU, at the shape of a Llama-3-8B, beside transformers' continuous batching
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -297,6 +298,11 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
     def run(own: list[str | None]) -> Callable[[], Took]:
         return lambda: with_cpu(lambda new: generate(llm, own, args.prompt, new, args.scope), args.new)
 
+    def taking_turns(members: list[str]) -> Callable[[], Took]:
+        """More adapters than sequences come by turns: a batch has others than the one before."""
+        order = itertools.cycle(members)
+        return lambda: run([next(order) for _ in range(n)])()
+
     cases: dict[str, Callable[[], Took]] = {
         "bare matrix products": lambda: floor(llm, n, args.prompt, args.new),
         "base only": run([None] * n),
@@ -305,7 +311,7 @@ def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: 
         cases[PACKED] = lambda: floor(llm, n, args.prompt, args.new, pack=True)
     for count in counts:
         name = "1 adapter" if count == 1 else f"{count} adapters"
-        cases[name] = run([names[i % count] for i in range(n)])
+        cases[name] = taking_turns(names[:count])
     with ExitStack() as running:
         if args.transformers:
             cases["transformers"] = running.enter_context(peer(model, n, args.prompt, args.new, dtype))
