@@ -221,6 +221,7 @@ class AdapterRead:
     training: dict[str, Any] | None
     tokens: dict[str, tuple[TensorNumber, TensorNumber]]
     runs: list[TensorRun]
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ A request holds one or several prompts and asks `n` answers of each; every (prom
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -268,6 +268,11 @@ class BaseLayout:
         """The embedding and the head."""
         return tuple(path for path in (self.embed, self.head) if path)
 
+    def resized(self, vocab_size: int) -> "BaseLayout":
+        """The same with a vocabulary of another size."""
+        own = {f"{path}.weight": (vocab_size, self.parameters[f"{path}.weight"][1]) for path in self.tables}
+        return replace(self, parameters={**self.parameters, **own})
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -275,8 +280,8 @@ class AdapterInfo:
     which the engine does not know the digest. `scope` is what it is served with unless the request says so: "pinned"
     where its route is fixed, which no request changes; what its manifest says it was trained for ("route"); or None.
     `route_prefix_tokens` is how many tokens route a prompt under the scope "prefix", None without a router. `bytes` are
-    those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage of loading it
-    took."""
+    those of its tensors on the device; `training` is its manifest; `load_seconds` what each stage of loading it took;
+    `vocab_size` is that of its own vocabulary, None where it has the base's."""
 
     key: AdapterKey
     digest: str
@@ -295,6 +300,7 @@ class AdapterInfo:
     route_prefix_tokens: int | None = None
     load_seconds: dict[str, float] = field(default_factory=dict)
     members: tuple[str, ...] = ()
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

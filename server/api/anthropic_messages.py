@@ -33,7 +33,7 @@ async def count_tokens(request: HTTPRequest) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request, CountTokensBody)
     adapter = await service.find(body.model, request.state.access, body.user, weights(body.adapters))
-    ids = await prompt_ids(service, await service.defaults(adapter), conversation(body), body.add_special_tokens)
+    ids = await prompt_ids(service, adapter, conversation(body), body.add_special_tokens)
     return JSONAnswer({"input_tokens": len(ids)})
 
 

@@ -34,7 +34,7 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             max_tokens=max_tokens,
             n=num_sequences(body, 1, service.config),
             logprobs=_logprobs(body, service),
-            prompt_logprobs=num_prompt_logprobs(body, service),
+            prompt_logprobs=num_prompt_logprobs(body, context),
             grammar=await structured.grammar(body, "response_format", schema, service),
             thoughts=body.separate_reasoning is not False,
             truncation=fields.truncation(body, 1 if max_tokens is None else max_tokens, service.info),

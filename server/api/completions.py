@@ -27,20 +27,21 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
     """Prompts continued. Raises InvalidRequestError."""
     service, default = context.service, context.defaults.generation.max_new_tokens or DEFAULT_MAX_TOKENS
     options = fields.stream_options(bool(body.stream), body.stream_options)
-    prompts = listed(body.prompt, service.info.vocab_size, "prompt", service.config.max_n, "--max-n")
+    prompts = listed(body.prompt, context.vocab_size, "prompt", service.config.max_n, "--max-n")
     n = num_sequences(body, len(prompts), service.config)
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
     ids = await tokenize(
         service,
         prompts,
         "prompt",
+        context.vocab_size,
         body.add_special_tokens is not False,
         body.split_special_tokens is True,
         fields.truncation(body, default if body.max_tokens is None else body.max_tokens, service.info),
     )
     max_tokens = max_tokens_for(body.max_tokens, default, max(map(len, ids)), service.info)
     grammar = await structured.grammar(body, "response_format", structured.schema_of(body.response_format), service)
-    scored = num_prompt_logprobs(body, service)
+    scored = num_prompt_logprobs(body, context)
     if scored is None and body.echo:
         scored = logprobs
     sampling = sampling_params(body, context, max_tokens, logprobs, scored, grammar)

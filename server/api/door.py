@@ -52,6 +52,11 @@ class Context:
     request_id: str
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens the adapter has, or the base."""
+        return self.service.vocab_size(self.adapter)
+
+    @property
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: the first digits of the digest of the adapter that answers, or of the base."""
         digest = self.adapter.digest if self.adapter is not None else self.service.info.fingerprint

@@ -44,7 +44,7 @@ def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
     return tuple(biases.items())
 
 
-def bad_words(value: list[str] | None, service: Service) -> tuple[tuple[int, ...], ...]:
+def bad_words(value: list[str] | None, service: Service, vocab_size: int) -> tuple[tuple[int, ...], ...]:
     """The words as token ids, as vLLM makes them: each as it begins a text and, where that is another token of its own,
     behind a space."""
     words: list[tuple[int, ...]] = []
@@ -54,7 +54,7 @@ def bad_words(value: list[str] | None, service: Service) -> tuple[tuple[int, ...
         if not plain:
             raise InvalidRequestError("`bad_words` has a word of which no token is made. Leave it out.", "bad_words")
         words += [plain, spaced] if plain[0] != spaced[0] and len(plain) == len(spaced) else [plain]
-        token_ids(list(plain + spaced), service.info.vocab_size, "bad_words")
+        token_ids(list(plain + spaced), vocab_size, "bad_words")
     return tuple(words)
 
 

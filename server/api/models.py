@@ -140,6 +140,7 @@ def adapter_card(service: Service, adapter: LoadedAdapter) -> Card:
             "router": info.router,
             "target_modules": list(info.target_modules),
             "num_modules": info.num_modules,
+            "vocab_size": info.vocab_size,
             "members": list(info.members) if info.members and adapter.member is None else None,
             "bytes": info.bytes,
             "defaults": service.adapters.sets(adapter.entry),

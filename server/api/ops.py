@@ -118,10 +118,10 @@ async def tokenize(request: Request) -> Response:
     if body.messages is None:
         assert body.prompt is not None
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
-        (ids,) = await service.encode([body.prompt], adds, "prompt", splits)
+        (ids,) = await service.encode([body.prompt], adds, "prompt", service.vocab_size(adapter), splits)
     else:
         conversation = ChatPrompt(for_template(body.messages), chat_tools(body.tools, None, None), rendering(body))
-        ids = await prompt_ids(service, await service.defaults(adapter), conversation, body.add_special_tokens)
+        ids = await prompt_ids(service, adapter, conversation, body.add_special_tokens)
     tokenizer = service.text_tokenizer("prompt")
     return JSONAnswer(
         {
@@ -137,9 +137,9 @@ async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
     body = await read_body(request, DetokenizeBody)
-    _adapter(request, body.model)
+    vocab_size = service.vocab_size(_adapter(request, body.model))
     tokenizer = service.text_tokenizer("tokens")
-    ids = fields.token_ids(body.tokens, service.info.vocab_size, "tokens")
+    ids = fields.token_ids(body.tokens, vocab_size, "tokens")
     return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
 
 

@@ -28,6 +28,7 @@ async def tokenize(
     service: Service,
     prompts: Sequence[str | list[int]],
     param: str,
+    vocab_size: int,
     add_special_tokens: bool,
     split_special_tokens: bool,
     truncation: Truncation | None,
@@ -37,7 +38,7 @@ async def tokenize(
     if not texts:
         ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
         return ids if truncation is None else [truncation.ids(prompt) for prompt in ids]
-    ids = await service.encode(texts, add_special_tokens, param, split_special_tokens, truncation)
+    ids = await service.encode(texts, add_special_tokens, param, vocab_size, split_special_tokens, truncation)
     if not all(ids):
         raise InvalidRequestError("A prompt has no tokens. Send text that the tokenizer knows.", param)
     return ids

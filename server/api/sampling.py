@@ -8,7 +8,6 @@ from tucka_runtime.messages import EngineInfo, SamplingParams
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import GenerationBody, SamplingBody
 from tucka_runtime.server.api.door import Context
-from tucka_runtime.server.service.service import Service
 
 T = TypeVar("T", int, float)
 
@@ -24,7 +23,7 @@ def sampling_params(
     """What the body asks, then what its model's defaults say. `max_tokens`, the logprobs and the grammar are already
     checked. Raises InvalidRequestError."""
     service, own = context.service, context.defaults.generation
-    info, min_tokens = service.info, min(own.min_new_tokens or 0, max_tokens)
+    info, vocab_size, min_tokens = service.info, context.vocab_size, min(own.min_new_tokens or 0, max_tokens)
     if body.min_tokens is not None and (min_tokens := body.min_tokens) > max_tokens:
         raise InvalidRequestError(
             "`min_tokens` is larger than `max_tokens`, or than what the context leaves.", "min_tokens"
@@ -37,16 +36,16 @@ def sampling_params(
         min_tokens=min_tokens,
         temperature=0.0 if greedy else _first(body.temperature, own.temperature, 1.0),
         top_p=1.0 if greedy else top_p,
-        top_k=min(max(_first(body.top_k, own.top_k, 0), 0), info.vocab_size),
+        top_k=min(max(_first(body.top_k, own.top_k, 0), 0), vocab_size),
         min_p=_first(body.min_p, own.min_p, 0.0),
         repetition_penalty=_first(body.repetition_penalty, own.repetition_penalty, 1.0),
         presence_penalty=_first(body.presence_penalty, 0.0),
         frequency_penalty=_first(body.frequency_penalty, 0.0),
-        logit_bias=fields.logit_bias(body.logit_bias, info.vocab_size),
-        allowed_token_ids=_allowed(body, {*info.eos_token_ids, *ends}, info.vocab_size, min_tokens, grammar),
-        bad_words=fields.bad_words(body.bad_words, service),
+        logit_bias=fields.logit_bias(body.logit_bias, vocab_size),
+        allowed_token_ids=_allowed(body, {*info.eos_token_ids, *ends}, vocab_size, min_tokens, grammar),
+        bad_words=fields.bad_words(body.bad_words, service, vocab_size),
         seed=None if body.seed is None else body.seed % 2**63,
-        stop_token_ids=fields.stop_token_ids(body.stop_token_ids, info.vocab_size),
+        stop_token_ids=fields.stop_token_ids(body.stop_token_ids, vocab_size),
         end_token_ids=ends,
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
@@ -98,7 +97,7 @@ def num_logprobs(value: int | None, param: str, config: ServerConfig) -> int | N
     return value
 
 
-def num_prompt_logprobs(body: GenerationBody, service: Service) -> int | None:
+def num_prompt_logprobs(body: GenerationBody, context: Context) -> int | None:
     """The number of alternatives wanted for each token of the prompt; -1 asks for the whole vocabulary. Raises
     InvalidRequestError."""
     asked = body.prompt_logprobs
@@ -106,7 +105,7 @@ def num_prompt_logprobs(body: GenerationBody, service: Service) -> int | None:
         return None
     if body.stream:
         raise InvalidRequestError("`prompt_logprobs` are not sent in streams. Leave out `stream`.", "prompt_logprobs")
-    return num_logprobs(service.info.vocab_size if asked < 0 else asked, "prompt_logprobs", service.config)
+    return num_logprobs(context.vocab_size if asked < 0 else asked, "prompt_logprobs", context.service.config)
 
 
 def max_tokens_for(

@@ -17,6 +17,7 @@ from tucka_runtime.server.api.tools import Tools, calls_grammar
 from tucka_runtime.server.service.calls import FORMATS, CallParser
 from tucka_runtime.server.service.defaults import Defaults
 from tucka_runtime.server.service.events import OutputParser, ParserFactory, PlainText
+from tucka_runtime.server.service.leases import Served
 from tucka_runtime.server.service.reasoning import ThinkParser
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.truncation import Truncation
@@ -63,11 +64,11 @@ async def render(service: Service, defaults: Defaults, conversation: ChatPrompt)
 
 
 async def prompt_ids(
-    service: Service, defaults: Defaults, conversation: ChatPrompt, add_special_tokens: bool | None
+    service: Service, adapter: Served | None, conversation: ChatPrompt, add_special_tokens: bool | None
 ) -> list[int]:
     """The same as token ids; the template writes the special tokens, unless the tokenizer is to add its own."""
-    prompt = await render(service, defaults, conversation)
-    (ids,) = await service.encode([prompt], add_special_tokens is True, conversation.param)
+    prompt = await render(service, await service.defaults(adapter), conversation)
+    (ids,) = await service.encode([prompt], add_special_tokens is True, conversation.param, service.vocab_size(adapter))
     return ids
 
 
@@ -76,7 +77,9 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     body, service, conversation, defaults = turn.body, context.service, turn.conversation, context.defaults
     grammar = await _grammar(service, defaults, turn)
     prompt, param = await render(service, defaults, conversation), conversation.param
-    (ids,) = await service.encode([prompt], body.add_special_tokens is True, param, truncation=turn.truncation)
+    (ids,) = await service.encode(
+        [prompt], body.add_special_tokens is True, param, context.vocab_size, truncation=turn.truncation
+    )
     if not ids:
         raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", param)
     max_tokens = max_tokens_for(

@@ -59,6 +59,11 @@ class LoadedAdapter:
         """The route it was loaded with."""
         return self.entry.pinned_route
 
+    @property
+    def vocab_size(self) -> int | None:
+        """That of its own vocabulary, None where it has the base's."""
+        return self.info.vocab_size
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -70,6 +75,7 @@ class Combination:
 
     pinned: ClassVar[None] = None
     member: ClassVar[None] = None
+    vocab_size: ClassVar[None] = None
 
     @property
     def model(self) -> str:

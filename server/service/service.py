@@ -70,6 +70,10 @@ class Service:
             raise EngineDeadError("The model is still being loaded. Try again later.")
         return self.engine.info
 
+    def vocab_size(self, adapter: Served | None) -> int:
+        """How many tokens an adapter has, or the base: their ids are smaller."""
+        return (adapter.vocab_size if adapter is not None else None) or self.info.vocab_size
+
     @property
     def sinks(self) -> Sinks:
         """Who is told of requests."""
@@ -164,11 +168,13 @@ class Service:
         texts: list[str],
         add_special_tokens: bool,
         param: str,
+        vocab_size: int,
         split_special_tokens: bool = False,
         truncation: Truncation | None = None,
     ) -> list[list[int]]:
-        """Token ids, made off the event loop, cut by `truncation`. A text that does not fit the context is refused,
-        without being read where its length says so; one that is to be cut is not read where it surely will be."""
+        """Token ids below `vocab_size`, made off the event loop, cut by `truncation`. A text that does not fit the
+        context is refused, without being read where its length says so; one that is to be cut is not read where it
+        surely will be."""
         tokenizer, context = self.text_tokenizer(param), self.info.max_model_len
         readable = context * tokenizer.longest_token
         if truncation is not None:
@@ -186,10 +192,10 @@ class Service:
         encoded = await asyncio.to_thread(lambda: [encode(text) for text in texts])
         if (most := max(map(len, encoded))) > context:
             raise ContextLengthError.too_long(context, f"{most} tokens", param)
-        if max((max(ids, default=0) for ids in encoded), default=0) >= self.info.vocab_size:
+        if max((max(ids, default=0) for ids in encoded), default=0) >= vocab_size:
             raise InvalidRequestError(
                 f"The tokenizer makes a token of this text that the model does not have: its ids end at "
-                f"{self.info.vocab_size - 1}. Leave that text out; it is often a special token added to the tokenizer.",
+                f"{vocab_size - 1}. Leave that text out; it is often a special token added to the tokenizer.",
                 param,
             )
         return encoded

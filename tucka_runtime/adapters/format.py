@@ -44,6 +44,7 @@ from tucka_runtime.adapters.manifest import (
     TOKENS,
     check_names,
     check_shapes,
+    expected_copies,
     expected_tables,
     expected_tensors,
     find_router,
@@ -52,6 +53,7 @@ from tucka_runtime.adapters.manifest import (
 )
 from tucka_runtime.adapters.safefile import read_header, read_tensors
 from tucka_runtime.adapters.targets import match_targets, pattern_values
+from tucka_runtime.adapters.vocabulary import check_whole, own_size
 from tucka_runtime.durable import write_file
 from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, StorageError
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS, BaseLayout
@@ -125,7 +127,8 @@ class Adapter:
     LoRA and banks. Of an adapted embedding d_in is the vocabulary. saved: whole replacements of base parameters by
     name, in the base's layout; a replaced embedding leaves a tied head as it was. tokens: by the path of the embedding
     or the head, the ids (n,) int64, ascending, and the values (n, d) of rows that are replaced. training: the
-    training.json beside it, if that is a JSON object."""
+    training.json beside it, if that is a JSON object. vocab_size: of its own vocabulary, all rows of which are in
+    `saved`; None where it has the base's."""
 
     config: AdapterSpec
     digest: str
@@ -135,6 +138,7 @@ class Adapter:
     saved: dict[str, torch.Tensor]
     training: dict[str, Any] | None
     tokens: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    vocab_size: int | None = None
 
     @property
     def kind(self) -> str:
@@ -182,13 +186,16 @@ def read_adapter(
         targets = find_targets(config, base)
         router = find_router(config, targets) if isinstance(config, TuckASpec) else None
         ranks = pattern_values(config.rank_pattern, targets, config.r) if isinstance(config, LoRASpec) else {}
-        expected = expected_tensors(config, targets, router, ranks, base)
         with open_file(folder_fd, WEIGHTS_NAME, MAX_WEIGHTS_BYTES) as (file, size):
             digest = start_digest(config_bytes, size)
             entries = read_header(file, size, digest)
+            vocab_size = None if isinstance(config, BankSpec) else own_size(entries, base)
+            base = base if vocab_size is None else base.resized(vocab_size)
+            expected = expected_tensors(config, targets, router, ranks, base)
             unasked_for = {} if isinstance(config, BankSpec) else expected_tables(entries.keys(), base)
             tables = {name: found for name, found in unasked_for.items() if name not in expected}
             expected |= {name: shape for name, (_, shape) in tables.items()}
+            expected |= expected_copies(entries.keys(), expected, base)
             check_names(entries.keys(), expected.keys(), targets, base)
             check_shapes(entries, expected)
             # fp32, into which every stored type goes exactly but F64.
@@ -206,6 +213,8 @@ def read_adapter(
         one = next(iter(unasked.values()))
         unasked = {f"{path}.weight": one for path in base.tables}
     saved = unasked | saved
+    if vocab_size is not None:
+        check_whole(saved.keys(), base)
     modules: dict[str, TuckAModule | LoRAModule | BankModule]
     if isinstance(config, BankSpec):
         modules = {
@@ -231,7 +240,7 @@ def read_adapter(
             tokens[path] = own, tensors[f"{path}.{TOKENS}"][order]
         if base.tied and base.embed in tokens:
             tokens[base.head] = tokens[base.embed]
-        return Adapter(config, digest.hexdigest(), modules, None, None, saved, training, tokens)
+        return Adapter(config, digest.hexdigest(), modules, None, None, saved, training, tokens, vocab_size)
     ec = tensors[f"{router}.tucka_ec"]
     blocks = {f"{router}.tucka_ec": ec.view(config.k, -1)}
     modules = {}
@@ -244,7 +253,7 @@ def read_adapter(
         }
         modules[path] = TuckAModule(g, c, u)
     _check_norms(blocks)
-    return Adapter(config, digest.hexdigest(), modules, router, ec, saved, training)
+    return Adapter(config, digest.hexdigest(), modules, router, ec, saved, training, vocab_size=vocab_size)
 
 
 def write_adapter(folder: Path, config: AdapterSpec, tensors: Mapping[str, torch.Tensor]) -> str:

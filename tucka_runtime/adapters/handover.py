@@ -89,6 +89,7 @@ def pack(adapter: Adapter, memory: SharedNumbers) -> AdapterRead:
         adapter.training,
         {path: (numbers[id(ids)], numbers[id(rows)]) for path, (ids, rows) in adapter.tokens.items()},
         [TensorRun(offset, str(dtype).removeprefix("torch."), tuple(shapes)) for offset, dtype, shapes in runs],
+        adapter.vocab_size,
     )
 
 
@@ -114,6 +115,7 @@ def unpack(message: AdapterRead, file: int) -> Adapter:
         {name: tensors[number] for name, number in message.saved.items()},
         message.training,
         {path: (tensors[ids], tensors[rows]) for path, (ids, rows) in message.tokens.items()},
+        message.vocab_size,
     )
 
 

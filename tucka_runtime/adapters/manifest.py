@@ -30,8 +30,10 @@ TRAINED_BIASES = ("lora_only", "all")
 """Values of `bias` with which PEFT trains and saves those; with "all" the other modules' too, which are not served."""
 
 RESIZED = (
-    "Its vocabulary was {} for training: resize the base in the same way (transformers' resize_token_embeddings to {} "
-    "rows), save it with the adapter's tokenizer, and serve that as the base."
+    "Its vocabulary was {} for training: save it with PEFT's save_embedding_layers=True, and where it adapts one of "
+    "the embedding and the head, name the other in `modules_to_save`, so that all rows of both are in its file. Or "
+    "resize the base in the same way (transformers' resize_token_embeddings to {} rows), save it with the adapter's "
+    "tokenizer, and serve that as the base."
 )
 
 NAMES_SHOWN = 3  # tensor names in one error message
@@ -116,11 +118,18 @@ def expected_tables(names: Set[str], base: BaseLayout) -> dict[str, tuple[str | 
     found: dict[str, tuple[str | None, Expected]] = {}
     for path in base.tables:
         expected = Expected(tuple(base.parameters[f"{path}.weight"]), (True, True), vocabulary=0)
-        own = {"weight": f"{path}.weight", "base_layer.weight": f"{path}.weight"}
+        own = dict.fromkeys(("weight", "base_layer.weight", "token_adapter.base_layer.weight"), f"{path}.weight")
         for part, parameter in (own | {"modules_to_save.weight": None, "original_module.weight": None}).items():
             if (name := f"{PREFIX}{path}.{part}") in names and (parameter or f"{PREFIX}{path}.weight" in names):
                 found[name] = parameter, expected
     return found
+
+
+def expected_copies(names: Set[str], expected: Mapping[str, Expected], base: BaseLayout) -> dict[str, Expected]:
+    """The rows of a tied head among a file's `names`, which PEFT saves beside those of the embedding that they are."""
+    head, embed = f"{PREFIX}{base.head}.{TOKENS}", f"{PREFIX}{base.embed}.{TOKENS}"
+    copied = base.tied and head in names and embed in expected and head not in expected
+    return {head: expected[embed]} if copied else {}
 
 
 def find_targets(config: AdapterSpec, base: BaseLayout) -> list[str]:

@@ -4,6 +4,7 @@ Row order: base rows first (and prompts that are only being routed), then adapte
 that share its route, or member by member of a bank, then those with a route of their own, one segment each.
 """
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
@@ -31,11 +32,12 @@ class Chosen:
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.place: dict[tuple[str, int], int] = {}
 
-    def keep(self, tokens: Tensor, seqs: Rows[Sequence]) -> Tensor:
-        """Takes the tokens (N,) of a step's sequences; returns their copy on the way to the host."""
+    def keep(self, tokens: Tensor, seqs: Rows[Sequence], first: int = 0) -> Tensor:
+        """Takes the tokens (N,) of a step's sequences, behind the `first` ones of it that it has; returns their copy on
+        the way to the host."""
         if tokens.data_ptr() != self.tokens.data_ptr():
-            self.tokens[: len(tokens)].copy_(tokens)
-        self.place = {seq.key: i for i, seq in enumerate(seqs)}
+            self.tokens[first : first + len(tokens)].copy_(tokens)
+        self.place = (self.place if first else {}) | {seq.key: i for i, seq in enumerate(seqs, first)}
         return tokens.to("cpu", non_blocking=True, copy=True)
 
     def source(self, seq: Sequence) -> int:
@@ -50,6 +52,18 @@ class Chosen:
             ids.index_copy_(0, at, self.tokens.index_select(0, source))
 
 
+@dataclass(frozen=True, eq=False)
+class Due:
+    """The chunks of one vocabulary that bring a token, so many being `first` in others. `rows` (N,) predict one: each
+    such chunk's last, and those of its draft behind it."""
+
+    chunks: list[int]
+    first: int
+    rows: Tensor
+    vocab_size: int | None
+    """None is the base's."""
+
+
 @dataclass(eq=False)
 class Batch:
     """One forward pass. `chunks` is in row order; `first_rows` has the first row of each, `segment_of` its segment."""
@@ -57,10 +71,7 @@ class Batch:
     chunks: list[ScheduledChunk]
     first_rows: list[int]
     segment_of: list[int | None]
-    due: list[int]
-    """The chunks that bring a token."""
-    due_rows: Tensor
-    """The rows (N,) that predict one: each such chunk's last, and those of its draft behind it."""
+    due: list[Due]
     ids: Tensor
     positions: Tensor
     lengths: Tensor | None
@@ -90,7 +101,10 @@ class BatchBuilder:
         for chunk in chunks:
             first_rows.append(rows)
             rows += chunk.count
-        due = [i for i, c in enumerate(chunks) if c.due]
+        due: dict[int | None, list[int]] = {}
+        for i, chunk in enumerate(chunks):
+            if chunk.due:
+                due.setdefault(own_vocab_size(chunk.seq, active), []).append(i)
         lengths = _rope_lengths(chunks, self.rope_limit)
         spans = [(first, c.count, c.start + c.count) for first, c in zip(first_rows, chunks, strict=True)]
         segments, segment_of, sums = segment(chunks, first_rows, self.route_sums)
@@ -98,28 +112,38 @@ class BatchBuilder:
         parts: list[Any] = [
             torch.tensor([t for c in chunks for t in known_ids(c)]),
             torch.tensor([p for c in chunks for p in range(c.start, c.start + c.count)]),
-            torch.tensor([row for i in due for row in _predicting(chunks[i], first_rows[i])], dtype=torch.int64),
+            *(
+                torch.tensor([row for i in own for row in _predicting(chunks[i], first_rows[i])])
+                for own in due.values()
+            ),
             AttentionMetadata.build(spans, tables, self.block_size, torch.device("cpu")),
             *(torch.tensor(s.prompt) for s in segments if s.prompt is not None),
             *([lengths] if lengths is not None else []),
         ]
-        ids, positions, due_rows, attention, *rest = place(parts, self.device)
-        self.chosen.fill_in(ids, [(first + c.count - 1, c.seq) for first, c in zip(first_rows, chunks, strict=True)])
+        ids, positions, *rest = place(parts, self.device)
         left = iter(rest)
+        firsts = itertools.accumulate(map(len, due.values()), initial=0)
+        found = [Due(own, first, next(left), size) for (size, own), first in zip(due.items(), firsts, strict=False)]
+        attention = next(left)
+        self.chosen.fill_in(ids, [(first + c.count - 1, c.seq) for first, c in zip(first_rows, chunks, strict=True)])
         for s in segments:
             s.ids = ids[s.first : s.end] if s.prompt is None else next(left)
         return Batch(
             chunks=chunks,
             first_rows=first_rows,
             segment_of=segment_of,
-            due=due,
-            due_rows=due_rows,
+            due=found,
             ids=ids,
             positions=positions,
             lengths=next(left, None),
             attention=attention,
             delta=AdapterDelta.build(rows, segments, sums, active, self.ops, self.dtype, self.device, self.settled),
         )
+
+
+def own_vocab_size(seq: Sequence, active: ActiveSet | None) -> int | None:
+    """The size of the vocabulary of a sequence's adapter, if that has one of its own."""
+    return None if seq.adapter is None or active is None else active.folded[seq.adapter].vocab_size
 
 
 def _rope_lengths(chunks: Rows[ScheduledChunk], limit: int | None) -> Tensor | None:

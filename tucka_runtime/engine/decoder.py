@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float32
 from torch.nn.functional import gelu, linear
 
 from tucka_runtime.engine.adapters.delta import AdapterDelta
@@ -69,20 +69,26 @@ class Decoder:
             self._norm_overrides(y, x, arch.final_norm if last else arch.path(i + 1, arch.input_norm), delta)
         return y
 
-    def logits(self, hidden: Tensor, rows: Tensor, delta: AdapterDelta) -> Tensor:
-        """Logits (N, vocab) fp32 of the batch's rows `rows` (N,) int64."""
+    def logits(self, hidden: Tensor, rows: Tensor, delta: AdapterDelta, vocab_size: int | None = None) -> Tensor:
+        """Logits (N, vocab) fp32 of the batch's rows `rows` (N,) int64, of which all have the base's vocabulary or all
+        one of another size, whose adapters replace the head."""
         chosen = hidden.index_select(0, rows)
-        out = self.weights.head.wide(chosen)
+        if vocab_size is None:
+            out = self.weights.head.wide(chosen)
+        else:
+            out = chosen.new_empty(len(chosen), vocab_size, dtype=float32)
+        # An adapter without a row here may have another vocabulary.
         for own, head in delta.replaced(f"{self.arch.head}.weight"):
-            mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
-            out[mine] = linear(chosen[mine], head).float()
+            if len(mine := _among(rows, own)):
+                out[mine] = linear(chosen[mine], head).float()
         for own, table in delta.tables.get(self.arch.head, ()):
-            mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
-            out[mine] = table.logits(out[mine], chosen[mine])
+            if len(mine := _among(rows, own)):
+                out[mine] = table.logits(out[mine], chosen[mine])
         return out
 
     def _embed(self, ids: Tensor, positions: Tensor, delta: AdapterDelta) -> Tensor:
-        x = self.weights.embed.index_select(0, ids)
+        embed = self.weights.embed
+        x = embed.index_select(0, ids.clamp(max=len(embed) - 1) if delta.own_vocabularies else ids)
         for rows, table in delta.replaced(f"{self.arch.embed}.weight"):
             x[rows] = table.index_select(0, ids[rows])
         for rows, change in delta.tables.get(self.arch.embed, ()):
@@ -134,3 +140,8 @@ class Decoder:
         for rows, weight in delta.replaced(f"{path}.weight"):
             bias = biases.get(rows.start) if self.arch.norm_bias else None
             y[rows] = self.ops.norm(x[rows], weight, bias, self.arch.eps)
+
+
+def _among(rows: Tensor, own: slice) -> Tensor:
+    """Where in `rows` those of a slice are."""
+    return ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)

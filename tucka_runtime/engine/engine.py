@@ -119,7 +119,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """Raises InvalidRequestError for what can never run."""
-        limit, vocab = self.info.max_model_len, self.info.vocab_size
+        limit, vocab = self.info.max_model_len, self.adapters.vocab_size(request.adapter)
         for prompt in request.prompts:
             if not prompt or len(prompt) + request.sampling.max_tokens > limit:
                 raise InvalidRequestError(f"A prompt is empty or does not fit the context of {limit} tokens.", "prompt")

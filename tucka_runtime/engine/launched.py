@@ -28,7 +28,7 @@ class Stages:
 
 @dataclass(eq=False)
 class Round:
-    """One choice of tokens, for the chunks `due`."""
+    """One choice of tokens, for the chunks `due`, of one vocabulary."""
 
     due: list[int]
     choice: Choice
@@ -56,7 +56,7 @@ class Launched:
     @property
     def due_sequences(self) -> list[Sequence]:
         """The sequences that get a token."""
-        return [self.chunks[i].seq for i in self.rounds[0].due] if self.rounds else []
+        return [self.chunks[i].seq for i in dict.fromkeys(i for part in self.rounds for i in part.due)]
 
     @property
     def settles(self) -> bool:

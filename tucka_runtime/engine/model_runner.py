@@ -23,7 +23,7 @@ from tucka_runtime.engine.adapters.fold import fold, folded_bytes
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
-from tucka_runtime.engine.batch import Batch, BatchBuilder, Chosen, row_order
+from tucka_runtime.engine.batch import Batch, BatchBuilder, Chosen, own_vocab_size, row_order
 from tucka_runtime.engine.bucket import Bucket
 from tucka_runtime.engine.cuda_graphs import CudaGraphs
 from tucka_runtime.engine.decoder import Decoder
@@ -186,11 +186,15 @@ class ModelRunner:
         hidden = self.model.forward(
             batch.ids, batch.positions, batch.lengths, batch.attention, self.caches, batch.delta
         )
-        logits = self.model.logits(hidden, batch.due_rows, batch.delta) if batch.due else None
-        scores = self._score(batch, hidden)
+        logits = [self.model.logits(hidden, due.rows, batch.delta, due.vocab_size) for due in batch.due]
+        scores = self._score(batch, hidden, active)
         embeddings = self.pooler.pool(batch, hidden)
         computed = time.monotonic()
-        rounds = choose(self.sampler, self.chosen, logits, batch) if logits is not None else []
+        rounds = [
+            part
+            for due, own in zip(batch.due, logits, strict=True)
+            for part in choose(self.sampler, self.chosen, own, batch.chunks, due)
+        ]
         routes = [part.to_host() for part in batch.delta.routes]
         done = self._event()
         launched = Launched(batch.chunks, batch.segment_of, rounds, routes, done, scores, embeddings)
@@ -259,7 +263,7 @@ class ModelRunner:
         stages = replace(stages, forward=stages.forward + waited, sample=stages.sample + counted)
         return list(zip(launched.chunks, results, strict=True)), stages
 
-    def _score(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
+    def _score(self, batch: Batch, hidden: Tensor, active: ActiveSet | None) -> dict[int, list[TokenLogprob]]:
         """Log-probabilities of the prompt tokens that this pass's rows predict, by chunk."""
         scores = {}
         for i, chunk in enumerate(batch.chunks):
@@ -273,7 +277,7 @@ class ModelRunner:
                 last = min(first + SCORED_ROWS, end)
                 offset = batch.first_rows[i] - chunk.start
                 rows = torch.arange(first + offset, last + offset, device=self.device)
-                logits = self.model.logits(hidden, rows, batch.delta)
+                logits = self.model.logits(hidden, rows, batch.delta, own_vocab_size(seq, active))
                 out += logprobs(logits, seq.tokens[first + 1 : last + 1], [wanted] * (last - first))
             scores[i] = out
         return scores

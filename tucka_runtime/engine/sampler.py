@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tucka_runtime.engine.bad_words import BadWords
 from tucka_runtime.engine.grammar import Grammars
@@ -35,10 +36,9 @@ class Sampler:
     """Chooses tokens. Keeps, until `forget`, token counts of the sequences that have penalties, and bad words."""
 
     def __init__(self, ops: Ops, vocab: int, eos: frozenset[int], device: torch.device, tokenizer: Tokenizer | None):
-        """JSON schemas are followed with the model's tokenizer."""
+        """JSON schemas are followed with the model's tokenizer, whose tokens are the `vocab` of the base."""
         self.ops = ops
         self.grammars = Grammars(tokenizer, vocab, eos)
-        self.vocab = vocab
         self.eos = eos
         self.device = device
         self.counts: dict[tuple[str, int], tuple[Tensor, Tensor, int]] = {}
@@ -110,20 +110,21 @@ class Sampler:
         self.grammars.begin([seq for seq in seqs if seq.sampling.grammar is not None])
 
     def _hold(self, logits: Tensor, seqs: Rows[Sequence]) -> None:
-        """What grammars allow, in place, all rows at once. logits (N, vocab)."""
+        """What grammars allow, in place, all rows at once: no tokens that an adapter has added. logits (N, vocab)."""
         rows = [i for i, seq in enumerate(seqs) if seq.sampling.grammar is not None]
         if not rows:
             return
         masks, at = place([self.grammars.masks([seqs[i] for i in rows]), torch.tensor(rows)], self.device)
         banned = self.banned.index_select(0, masks.view(torch.uint8).flatten().int())
         # Added, for torch takes twenty times as long to fill by a mask.
-        logits.index_add_(0, at, banned.view(len(rows), -1)[:, : self.vocab])
+        own = banned.view(len(rows), -1)[:, : self.grammars.vocab]
+        logits.index_add_(0, at, pad(own, (0, logits.shape[1] - own.shape[1]), value=float("-inf")))
 
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
         """Penalties, bias, allowed tokens, the ban on ending early and bad words, in place. row (vocab,)."""
         p = seq.sampling
         if p.penalised:
-            seen, counts = self._count(seq)
+            seen, counts = self._count(seq, len(row))
             if p.repetition_penalty != 1.0:
                 scaled = torch.where(row > 0, row / p.repetition_penalty, row * p.repetition_penalty)
                 row.copy_(torch.where(seen | (counts > 0), scaled, row))
@@ -135,8 +136,8 @@ class Sampler:
             (ids_left,) = place([torch.tensor(p.allowed_token_ids)], self.device)
             kept = row.index_select(0, ids_left)
             row.fill_(float("-inf")).index_copy_(0, ids_left, kept)
-        if seq.num_generated < p.least_tokens and (stops := self.stops(seq)):
-            row.index_fill_(0, place([torch.tensor(sorted(stops))], self.device)[0], float("-inf"))
+        if seq.num_generated < p.least_tokens and (stops := sorted(id_ for id_ in self.stops(seq) if id_ < len(row))):
+            row.index_fill_(0, place([torch.tensor(stops)], self.device)[0], float("-inf"))
         if p.bad_words and (banned := self._banned(seq)):
             without = row.index_fill(0, place([torch.tensor(banned)], self.device)[0], float("-inf"))
             row.copy_(torch.where(without.isneginf().all(), row, without))
@@ -148,13 +149,13 @@ class Sampler:
             words = self.bad_words[seq.key] = BadWords(seq.sampling.bad_words)
         return words.after(seq.tokens, seq.num_prompt)
 
-    def _count(self, seq: Sequence) -> tuple[Tensor, Tensor]:
+    def _count(self, seq: Sequence, vocab: int) -> tuple[Tensor, Tensor]:
         """Which tokens the prompt has (vocab,) bool, and how often each was generated (vocab,) fp32."""
         entry = self.counts.get(seq.key)
         if entry is None:
-            seen = torch.zeros(self.vocab, dtype=torch.bool, device=self.device)
+            seen = torch.zeros(vocab, dtype=torch.bool, device=self.device)
             seen[torch.tensor(seq.tokens[: seq.num_prompt]).to(self.device)] = True
-            entry = seen, torch.zeros(self.vocab, device=self.device), seq.num_prompt
+            entry = seen, torch.zeros(vocab, device=self.device), seq.num_prompt
         seen, counts, known = entry
         if known < len(seq):
             fresh = torch.tensor(seq.tokens[known:]).to(self.device)
@@ -169,7 +170,7 @@ class Sampler:
         parts = [
             torch.tensor(rows),
             torch.tensor([temperatures[i] for i in rows]),
-            *filters([seqs[i] for i in rows], self.vocab),
+            *filters([seqs[i] for i in rows], logits.shape[1]),
         ]
         at, heat, top_k, top_p, min_p = place(parts, self.device)
         own = logits.index_select(0, at)

@@ -9,20 +9,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tucka_runtime.engine.batch import Batch, Chosen
+from tucka_runtime.engine.batch import Chosen, Due
 from tucka_runtime.engine.launched import Launched, Result, Round
 from tucka_runtime.engine.sampler import Sampler
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.errors import NonFiniteError
 
 
-def choose(sampler: Sampler, chosen: Chosen, logits: Tensor, batch: Batch) -> list[Round]:
-    """Chooses from logits (N, vocab) of `batch.due_rows`. What is right of the drafts joins the sequences' tokens, and
-    takes their chunks' place in `batch.chunks`. With drafts the device is waited for, once a round."""
-    chunks, due = batch.chunks, batch.due
+def choose(sampler: Sampler, chosen: Chosen, logits: Tensor, chunks: list[ScheduledChunk], asked: Due) -> list[Round]:
+    """Chooses from logits (N, vocab) of `asked.rows`. What is right of the drafts joins the sequences' tokens, and
+    takes their chunks' place in `chunks`. With drafts the device is waited for, once a round."""
+    due = asked.chunks
     drafts = {i: draft for i in due if (draft := chunks[i].draft)}
     if not drafts:
-        return [_round(sampler, chosen, logits, batch, due)] if due else []
+        return [_round(sampler, chosen, logits, chunks, due, asked.first)]
     first_rows, rows = {}, 0
     for i in due:
         first_rows[i] = rows
@@ -30,7 +30,7 @@ def choose(sampler: Sampler, chosen: Chosen, logits: Tensor, batch: Batch) -> li
     rounds: list[Round] = []
     while due:
         own = logits[[first_rows[i] + len(rounds) for i in due]]
-        rounds.append(_round(sampler, chosen, own, batch, due))
+        rounds.append(_round(sampler, chosen, own, chunks, due, asked.first))
         due = _right(sampler, rounds, chunks, drafts)
     for i, draft in drafts.items():
         right = sum(i in part.due for part in rounds) - 1
@@ -38,11 +38,13 @@ def choose(sampler: Sampler, chosen: Chosen, logits: Tensor, batch: Batch) -> li
     return rounds
 
 
-def _round(sampler: Sampler, chosen: Chosen, logits: Tensor, batch: Batch, due: list[int]) -> Round:
+def _round(
+    sampler: Sampler, chosen: Chosen, logits: Tensor, chunks: list[ScheduledChunk], due: list[int], first: int
+) -> Round:
     """One token for each of the chunks that are `due`, from logits (len(due), vocab)."""
-    seqs = [batch.chunks[i].seq for i in due]
+    seqs = [chunks[i].seq for i in due]
     choice = sampler.choose(logits, seqs)
-    return Round(due, choice, chosen.keep(choice.tokens, seqs))
+    return Round(due, choice, chosen.keep(choice.tokens, seqs, first))
 
 
 def _right(

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.support.driving import GREEDY, VOCAB, Recorder, ask, build, prompt, relative, run, save_model, save_tucka
+from tests.support.driving import GREEDY, Recorder, ask, build, prompt, relative, run, save_model, save_tucka
 from tucka_runtime.adapters.format import read_adapter
 from tucka_runtime.engine.adapters.fold import folded_bytes
-from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError
+from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.messages import AdapterKey, RouteScope
 
 FP32 = 1e-4
@@ -173,34 +173,6 @@ def test_tables_that_peft_saved_beside_replaced_ones_change_nothing(name: str, t
     recorder, ids = Recorder(engine), prompt(21)
     run(engine, ask(ids, sampling=replace(GREEDY, max_tokens=1), adapter=KEY))
     assert relative(recorder.of("r"), reference(base, adapter, ids)) < FP32
-
-
-@pytest.mark.parametrize("rows", [VOCAB + 3, VOCAB - 5])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": ["q_proj"]},
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["lm_head"], "use_dora": True},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
-    ],
-)
-def test_a_vocabulary_of_another_size_is_refused(settings: dict[str, Any], rows: int, tmp_path: Path):
-    """However the adapter reaches it, and with the number of rows that its base has to have."""
-    model = save_model(tmp_path / "base")
-    model.resize_token_embeddings(rows)
-    save_peft(model, tmp_path / "adapter", 1, tables=True, **settings)
-    with pytest.raises(BaseModelMismatchError, match=f"resize_token_embeddings to {rows} rows"):
-        build(tmp_path / "base").load_adapter(KEY, tmp_path / "adapter")
-
-
-def test_tokens_that_the_base_does_not_have_are_refused(tmp_path: Path):
-    model = save_model(tmp_path / "base")
-    model.resize_token_embeddings(VOCAB + 3)
-    save_peft(model, tmp_path / "adapter", 1, target_modules=["q_proj"], trainable_token_indices=[3, VOCAB + 1])
-    with pytest.raises(BaseModelMismatchError, match=f"resize_token_embeddings to over {VOCAB + 1} rows"):
-        build(tmp_path / "base").load_adapter(KEY, tmp_path / "adapter")
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

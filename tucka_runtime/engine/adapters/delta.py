@@ -117,6 +117,8 @@ class AdapterDelta:
     saved: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
     tables: dict[str, list[tuple[slice, FoldedTable]]] = field(default_factory=dict)
     """The rows whose adapters change the embedding or the head, by its path."""
+    own_vocabularies: bool = False
+    """Whether an adapter of the batch has tokens of its own, or lacks some of the base's."""
     plans: Plans = field(default_factory=dict)
     route_seconds: float = 0.0
     """Host time of what was routed from token ids."""
@@ -182,6 +184,7 @@ class AdapterDelta:
             self.saved.setdefault(name, []).append((slice(first, end), value))
         for path, table in adapter.tables.items():
             self.tables.setdefault(path, []).append((slice(first, end), table))
+        self.own_vocabularies |= adapter.vocab_size is not None
 
     def _make_room(
         self, segments: Sequence[Segment], rows: list[int], active: ActiveSet, dtype: torch.dtype, device: torch.device

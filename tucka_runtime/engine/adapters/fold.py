@@ -84,7 +84,7 @@ def fold(
         stacked = torch.stack([module.core.to(device, dtype) for module in banked.values()], dim=1)
         bank = BankCores(_numbers(list(banked), arch, device), stacked)
     tables = _tables(adapter, saved, arch, weights, dtype)
-    folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank)
+    folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank, vocab_size=adapter.vocab_size)
     if not folded.is_finite():
         raise InvalidAdapterError(
             f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
@@ -181,6 +181,7 @@ def folded_bytes(
     where, kept, passing, largest = locate(arch), 0, 0, 0
     widest = batched = 0
     routed = adapter.ec is not None and pinned is None
+    vocab = adapter.vocab_size or arch.vocab
     for path, module in adapter.modules.items():
         if path in where:
             at = where[path]
@@ -188,8 +189,8 @@ def folded_bytes(
             d_in, width = site.d_in, site.widths[at.target]
             copied = d_in * sum(site.widths) * base.itemsize
         else:
-            d_in, width = (arch.vocab, arch.hidden) if path == arch.embed else (arch.hidden, arch.vocab)
-            copied = arch.vocab * arch.hidden * base.itemsize
+            d_in, width = (vocab, arch.hidden) if path == arch.embed else (arch.hidden, vocab)
+            copied = vocab * arch.hidden * base.itemsize
         if isinstance(module, BankModule):
             r, core = module.u.shape[0], module.core.numel() * dtype.itemsize
             kept += 8 + core
@@ -215,7 +216,7 @@ def folded_bytes(
     if routed and adapter.ec is not None and adapter.router is not None:
         kept += adapter.ec.numel() * 4
         if _has_table(where[adapter.router], arch):
-            kept += arch.vocab * adapter.ec.shape[0] * 4
+            kept += vocab * adapter.ec.shape[0] * 4
     return kept, max(passing, 2 * largest, 2 * max(widest, min(batched, BATCH_BYTES)))
 
 
@@ -255,6 +256,7 @@ def describe(
         route_prefix_tokens=folded.routed.router.prefix_tokens if folded.routed else None,
         load_seconds=load_seconds,
         members=tuple(bank.members) if bank else (),
+        vocab_size=adapter.vocab_size,
     )
 
 

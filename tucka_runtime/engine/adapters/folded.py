@@ -121,7 +121,8 @@ class FoldedAdapter:
     it changes of the base's own product there, scale and offset (2, d_out) fp32, where it does; `routed` and `bank` are
     None where the core is constant; `saved` replaces parameters of the base by name, and `tables` change its embedding
     or its head, by their paths. `further` are the routed cores of a combination with several (combine.py): at each
-    linear their blocks lie behind that of `routed`, in order."""
+    linear their blocks lie behind that of `routed`, in order. `vocab_size` is that of its own vocabulary, whose
+    embedding and head are in `saved`; None where it has the base's."""
 
     key: AdapterKey
     factors: Mapping[Where, tuple[Tensor, Tensor]]
@@ -131,6 +132,7 @@ class FoldedAdapter:
     tables: Mapping[str, FoldedTable] = field(default_factory=dict)
     bank: BankCores | None = None
     further: tuple[TuckACores, ...] = ()
+    vocab_size: int | None = None
 
     @property
     def all_routed(self) -> tuple[TuckACores, ...]:

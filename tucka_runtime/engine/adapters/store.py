@@ -45,6 +45,11 @@ class AdapterStore:
         """The adapters that new requests may name."""
         return [entry.folded for entry in self.loaded.values() if not entry.unloading]
 
+    def vocab_size(self, key: AdapterKey | None) -> int:
+        """That of an adapter, or of the base."""
+        entry = self.loaded.get(key) if key is not None else None
+        return (entry.folded.vocab_size if entry is not None else None) or self.arch.vocab
+
     def leases(self) -> dict[AdapterKey, int]:
         """How many sequences hold each adapter that any holds."""
         return {key: entry.leases for key, entry in self.loaded.items() if entry.leases}

@@ -140,7 +140,7 @@ def _table(
     if rows is not None:
         want = want.index_copy(0, rows[0].to(want.device), rows[1].to(want))
     if is_embed:
-        ids = torch.randint(arch.vocab, (ROWS,), generator=random)
+        ids = torch.randint(len(own), (ROWS,), generator=random)
         ids = torch.cat([ids, *([rows[0][:ROWS]] if rows is not None else [])]).to(want.device)
         return _relative(table.embed(own[ids], ids).double(), want[ids])
     hidden = torch.randn(ROWS, arch.hidden, generator=random).to(own)
@@ -165,7 +165,7 @@ def _routing(
             x = torch.randn(ROWS, router.centroids.shape[1], generator=random).to(weights.embed)
             groups, found = ops.route_hidden(x, router.centroids, router.t)
         else:
-            ids = torch.randint(arch.vocab, (ROWS,), generator=random).to(device)
+            ids = torch.randint(adapter.vocab_size or arch.vocab, (ROWS,), generator=random).to(device)
             active = ActiveSet.stack([folded], arch, dtype, device)
             delta = AdapterDelta.build(
                 ROWS, [Segment(0, ROWS, KEY, ids=ids)], [], active, ops, dtype, device, Settled()
