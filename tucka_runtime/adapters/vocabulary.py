@@ -21,8 +21,7 @@ def own_size(entries: Mapping[str, Entry], base: BaseLayout) -> int | None:
             f"the adapter's embeddings and heads have different numbers of rows ({', '.join(map(str, sorted(sizes)))}),"
             " and are one vocabulary's. Save it again after transformers' resize_token_embeddings, which resizes both."
         )
-    size = sizes.pop() if sizes else _base_size(base)
-    return None if size == _base_size(base) else size
+    return sizes.pop() if sizes and sizes != {_base_size(base)} else None
 
 
 def check_whole(saved: Set[str], resized: BaseLayout) -> None:
