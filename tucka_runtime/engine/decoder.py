@@ -144,4 +144,5 @@ class Decoder:
 
 def _among(rows: Tensor, own: slice) -> Tensor:
     """Where in `rows` those of a slice are."""
-    return ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
+    found: Tensor = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
+    return found
