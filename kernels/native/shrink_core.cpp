@@ -4,6 +4,9 @@
 
 namespace tucka {
 
+// Rank rows whose products with a row of x are summed up at once: as many as sum4 takes.
+constexpr int kRanks = 4;
+
 // Rows of one adapter that read its U together, or as many as a tile has if those are more: enough that reading it costs
 // little, few enough that a batch of one adapter still is work for many threads. Unmeasured.
 constexpr int64_t kShrinkRows = 16;
@@ -11,8 +14,8 @@ constexpr int64_t kShrinkRows = 16;
 // out[r][k] = x_r · u_k for R rows and K rank rows, all d long; what is asked for ahead are the K rank rows behind them.
 template <int R, int K, class T>
 inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out, int64_t out_stride) {
-  Vec sums[R][4];
-  each<R>([&](auto r) { each<4>([&](auto k) { sums[r][k] = Vec(0.f); }); });
+  Vec sums[R][kRanks];
+  each<R>([&](auto r) { each<kRanks>([&](auto k) { sums[r][k] = Vec(0.f); }); });
   steps(d, [&](int64_t i, int64_t count) {
     decltype(load_factor(x, count)) rows[R];
     each<R>([&](auto r) { rows[r] = load_factor(x + r * x_stride + i, count); });
@@ -23,7 +26,7 @@ inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out
     });
   });
   each<R>([&](auto r) {
-    float all[4];
+    float all[kRanks];
     sum4(sums[r], all);
     std::memcpy(out + r * out_stride, all, K * sizeof(float));
   });
@@ -38,7 +41,7 @@ void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank
     if (r < rows) dots<1, K>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
   };
   int64_t k = 0;
-  for (; k + 4 <= rank; k += 4) some(std::integral_constant<int, 4>(), k);
+  for (; k + kRanks <= rank; k += kRanks) some(std::integral_constant<int, kRanks>(), k);
   for (; k < rank; k++) some(std::integral_constant<int, 1>(), k);
 }
 

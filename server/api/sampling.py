@@ -30,7 +30,6 @@ def sampling_params(
         )
     top_p = _first(body.top_p, own.top_p, 1.0)
     greedy = top_p == 0  # the smallest set of tokens is the likeliest alone
-    ends = () if body.ignore_eos else own.eos_token_id
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -42,11 +41,11 @@ def sampling_params(
         presence_penalty=_first(body.presence_penalty, 0.0),
         frequency_penalty=_first(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, vocab_size),
-        allowed_token_ids=_allowed(body, {*info.eos_token_ids, *ends}, vocab_size, min_tokens, grammar),
+        allowed_token_ids=_allowed(body, {*info.eos_token_ids, *own.eos_token_id}, vocab_size, min_tokens, grammar),
         bad_words=fields.bad_words(body.bad_words, service, vocab_size),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, vocab_size),
-        end_token_ids=ends,
+        end_token_ids=own.eos_token_id,
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -87,8 +87,8 @@ def make_caches(
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU in huge pages, where Linux gives them. Of the 4 KiB pages of an allocator a decode step reads some
-    thousands, in the order of its sequences' blocks: with 8 sequences of 1,900 tokens, 16 heads of 64 over 4 KV heads
-    and two threads, attention takes 1.2 ms a layer instead of 1.4."""
+    thousands, in the order of its sequences' blocks: with 8 sequences of 1,900 tokens, heads of 64 and two threads,
+    attention takes 0.91 to 0.95 of the time over 4 KV heads and 0.97 to 1.00 over 8 (medians of 40 turns)."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

@@ -118,7 +118,9 @@ class Sampler:
         banned = self.banned.index_select(0, masks.view(torch.uint8).flatten().int())
         # Added, for torch takes twenty times as long to fill by a mask.
         own = banned.view(len(rows), -1)[:, : self.grammars.vocab]
-        logits.index_add_(0, at, pad(own, (0, logits.shape[1] - own.shape[1]), value=float("-inf")))
+        if beside := logits.shape[1] - own.shape[1]:  # padding by nothing copies all the same
+            own = pad(own, (0, beside), value=float("-inf"))
+        logits.index_add_(0, at, own)
 
     def _adjust(self, row: Tensor, seq: Sequence) -> None:
         """Penalties, bias, allowed tokens, the ban on ending early and bad words, in place. row (vocab,)."""

@@ -122,7 +122,8 @@ def test_what_a_request_says_comes_first(server: Server, tokenizer: Tokenizer, t
     _, p = ask(server, tokenizer, "own", temperature=1, top_k=0, max_tokens=2, min_tokens=0, stop_token_ids=[12])
     assert (p.temperature, p.top_k, p.max_tokens, p.min_tokens, p.stop_token_ids) == (1, 0, 2, 0, (12,))
     assert (p.top_p, p.end_token_ids) == (0.5, (9, 11))
-    assert ask(server, tokenizer, "own", ignore_eos=True)[1].end_token_ids == ()
+    p = ask(server, tokenizer, "own", ignore_eos=True)[1]
+    assert p.ignore_eos and p.end_token_ids == (9, 11)  # the engine ignores both kinds (tests/engine/test_sampler.py)
     load(server, "greedy", folder(tmp_path / "greedy", generation_config={"do_sample": False, "temperature": 0.7}))
     assert ask(server, tokenizer, "greedy")[1].temperature == 0
 
