@@ -321,9 +321,9 @@ struct Attend {
     const int64_t g = group(), m = rows * g, row = meta.query_start[sequence] + first;
     const int64_t position = meta.lengths[sequence] - count + first;  // of the first row
     const Context<C> own = context(sequence);
-    float* room = scratch(m * (2 * d + 2 + kKeys) + kKeys * d + d);
+    float* room = scratch(m * (2 * d + 2 + kKeys) + 2 * kKeys * d);
     float *queried = room, *sums = queried + m * d, *top = sums + m * d, *mass = top + m, *scores = mass + m;
-    float *turned = scores + m * kKeys, *key = turned + kKeys * d;
+    float *turned = scores + m * kKeys, *lines = turned + kKeys * d;
     for (int64_t r = 0; r < rows; r++) queries(row + r, head * g, g, queried + r * g * d);
     Softmax softmax{top, mass, sums, d};
     softmax.clear(m);
@@ -333,10 +333,8 @@ struct Attend {
     for (int64_t i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
       const int64_t some = std::min(kKeys, last - i);
       own.find(i, some, offsets);
-      for (int64_t n = 0; n < some; n++) {
-        to_float(keys[n], key, d);
-        for (int64_t c = 0; c < d; c++) turned[c * kKeys + n] = key[c];
-      }
+      for (int64_t n = 0; n < some; n++) to_float(keys[n], lines + n * d, d);
+      at::vec::transpose_mxn<float>(lines, d, turned, kKeys, some, d);
       std::fill_n(scores, m * kKeys, 0.f);
       add_product(scores, kKeys, queried, d, Strided<float>{turned, kKeys}, m, d, some);
       scale_scores(own, own.k, offsets, head, m, m, some, scores);
@@ -361,9 +359,10 @@ struct Attend {
     const int64_t position = meta.lengths[sequence] - count + first;  // of the first row
     const Context<C> own = context(sequence);
     const Tiles tiles(m);
-    float* room = scratch(m * (words + d + 2 + kKeys + kPairs) + 2 * kKeys * words);
+    float* room = scratch(m * (words + d + 2 + kKeys + kPairs) + 3 * kKeys * words);
     float *queried = room, *sums = queried + m * words, *top = sums + m * d, *mass = top + m, *scores = mass + m;
-    float *weights = scores + m * kKeys, *keys = weights + m * kPairs, *values = keys + kKeys * words;
+    float *weights = scores + m * kKeys, *keys = weights + m * kPairs, *values = keys + kKeys * words,
+          *lines = values + kKeys * words;
     for (int64_t tile = 0; tile < tiles.count; tile++)
       for (int64_t r = tiles.first(tile), size = tiles.size(tile); r < tiles.first(tile) + size; r++) {
         const T* from = q + ((row + r / g) * heads + head * g + r % g) * d;
@@ -372,13 +371,13 @@ struct Attend {
       }
     Softmax softmax{top, mass, sums, d};
     softmax.clear(m);
-    int64_t offsets[kKeys];
+    int64_t offsets[2 * kKeys];
     const Vec factor(scale);
     for (int64_t last = position + rows, i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
-      const int64_t some = std::min(kKeys, last - i), pairs = (some + 1) / 2;
-      own.find(i, some, offsets);
-      turn_keys(own.k + head * d, offsets, some, keys);
-      pair_values(own.v + head * d, offsets, some, values);
+      const int64_t some = std::min(kKeys, last - i), pairs = (some + 1) / 2, known = std::min(2 * kKeys, last - i);
+      own.find(i, known, offsets);
+      turn_keys(own.k + head * d, own.v + head * d, offsets, some, lines, keys);
+      pair_values(own.v + head * d, own.k + head * d, offsets, some, known, values);
       const auto *k_panels = reinterpret_cast<const T*>(keys), *v_panels = reinterpret_cast<const T*>(values);
       for (int64_t tile = 0; tile < tiles.count; tile++) {
         const int64_t begin = tiles.first(tile), size = tiles.size(tile);
@@ -399,30 +398,31 @@ struct Attend {
     for (int64_t r = 0; r < m; r++) softmax.write(r, out + ((row + r / g) * heads + head * g + r % g) * d);
   }
 
-  // Keys as panels, (kKeys / kPanel, D / 2, kPanel) words; zeros behind the last.
-  void turn_keys(const T* k, const int64_t* offsets, int64_t some, float* to) const {
+  // Keys as panels, (kKeys / kPanel, D / 2, kPanel) words; nothing behind the last. Meanwhile their values are asked for.
+  void turn_keys(const T* k, const T* v, const int64_t* offsets, int64_t some, float* lines, float* to) const {
     const int64_t words = d / 2;
-    for (int64_t n = 0; n < kKeys; n++) {
-      float* column = to + n / kPanel * words * kPanel + n % kPanel;
-      if (n < some)
-        for (int64_t c = 0; c < words; c++) std::memcpy(column + c * kPanel, k + offsets[n] + 2 * c, sizeof(float));
-      else
-        for (int64_t c = 0; c < words; c++) column[c * kPanel] = 0;
+    for (int64_t n = 0; n < some; n++) {
+      ask(v + offsets[n], d);
+      std::memcpy(lines + n * words, k + offsets[n], d * sizeof(T));
     }
+    for (int64_t n = 0; n < some; n += kPanel)
+      at::vec::transpose_mxn<float>(lines + n * words, words, to + n * words, kPanel, std::min(kPanel, some - n), words);
   }
 
   // Values as panels, (D / kPanel, kKeys / 2, kPanel) words, each of two keys side by side.
-  void pair_values(const T* v, const int64_t* offsets, int64_t some, float* to) const {
+  void pair_values(const T* v, const T* k, const int64_t* offsets, int64_t some, int64_t known, float* to) const {
     const auto load = [](const T* from) {
       return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     };
-    for (int64_t n = 0; n < some; n += 2)
+    for (int64_t n = 0; n < some; n += 2) {
+      for (int64_t i = kKeys + n; i < std::min(kKeys + n + 2, known); i++) ask(k + offsets[i], d);
       for (int64_t c = 0; c < d; c += kLanes) {
         const __m512i even = load(v + offsets[n] + c);
         const __m512i odd = n + 1 < some ? load(v + offsets[n + 1] + c) : _mm512_setzero_si512();
         _mm512_storeu_si512(to + (c / kPanel * kKeys / 2 + n / 2) * kPanel + c % kPanel,
                             _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
       }
+    }
   }
 #endif
 };

@@ -1,9 +1,18 @@
 """How many tokens of prompts fit beside decoding sequences without stalling them, by what steps took. No torch."""
 
-FRESH = 0.3
-"""The weight of a new step in the averages: the last six or so count."""
+import statistics
+from collections import deque
 
-LEAST = 16
+FRESH = 0.3
+"""The weight of a new step in the average of a token's seconds: the last six or so count."""
+
+DECODES = 5
+"""The median of so many decoding steps is what one takes: a single one that something else held up says nothing."""
+
+AIM = 0.75
+"""The part of what a stretch adds that prompts get. Steps scatter, and it is their p99 that is to stay below it."""
+
+LEAST = 8
 """Tokens of prompts that a step takes, however slow the machine: a prompt always comes to its end."""
 
 PROBE = 16
@@ -19,30 +28,37 @@ class Pace:
 
     def __init__(self, stretch: float):
         self.stretch = stretch
-        self.decode_seconds: float | None = None
         self.token_seconds: float | None = None
         self.mixed = 0
         """Steps since one that only decoded."""
+        self._decodes: deque[float] = deque(maxlen=DECODES)
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """What a decoding step takes; None before there was one."""
+        return statistics.median(self._decodes) if self._decodes else None
 
     def note(self, seconds: float, prompt_tokens: int, decode_tokens: int) -> None:
         """Takes one step into account: what it took, and the rows that it had of either kind."""
         if not prompt_tokens:
-            self.decode_seconds, self.mixed = _mean(self.decode_seconds, seconds), 0
+            self._decodes.append(seconds)
+            self.mixed = 0
         elif not decode_tokens:
             self.token_seconds = _mean(self.token_seconds, seconds / prompt_tokens)
-        elif self.decode_seconds is not None:
+        elif (decode := self.decode_seconds) is not None:
             # A step with prompts is never taken to be free: noise would let a long one in.
-            added = max(seconds - self.decode_seconds, 0.1 * seconds)
+            added = max(seconds - decode, 0.1 * seconds)
             self.token_seconds, self.mixed = _mean(self.token_seconds, added / prompt_tokens), self.mixed + 1
 
     def prompt_tokens(self) -> int | None:
         """The most tokens of prompts that the next step should have beside decoding ones; None for no limit, also
         while nothing is known."""
-        if not self.stretch or self.decode_seconds is None or self.token_seconds is None:
+        decode = self.decode_seconds
+        if not self.stretch or decode is None or self.token_seconds is None:
             return None
         if self.mixed >= PROBE:
             return 0
-        return max(int((self.stretch - 1) * self.decode_seconds / self.token_seconds), LEAST)
+        return max(int(AIM * (self.stretch - 1) * decode / self.token_seconds), LEAST)
 
 
 def _mean(old: float | None, new: float) -> float:
