@@ -71,8 +71,9 @@ def grouped_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, alpha: Tensor, rou
     return h @ u_hat.mT
 
 
-class TuckALayer(nn.Module, BaseTunerLayer):
-    """A Linear or Conv1D with any number of TuckA adapters. Their factors are fp32 whatever the base's type, unless
+class TuckALinear(nn.Module, BaseTunerLayer):
+    """A Linear or Conv1D with any number of TuckA adapters; PEFT's "all-linear" knows it by the end of its name, once it
+    stands in the place of the layer. The adapters' factors are fp32 whatever the base's type, unless
     PEFT is told autocast_adapter_dtype=False; they are normalised in fp32 in any case."""
 
     adapter_layer_names: tuple[str, ...] = ("tucka_g", "tucka_c", "tucka_u", "tucka_ec")
