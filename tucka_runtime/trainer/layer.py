@@ -72,9 +72,10 @@ def grouped_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, alpha: Tensor, rou
 
 
 class TuckALinear(nn.Module, BaseTunerLayer):
-    """A Linear or Conv1D with any number of TuckA adapters; PEFT's "all-linear" knows it by the end of its name, once it
-    stands in the place of the layer. The adapters' factors are fp32 whatever the base's type, unless
-    PEFT is told autocast_adapter_dtype=False; they are normalised in fp32 in any case."""
+    """A Linear or Conv1D with any number of TuckA adapters. Their factors are fp32 whatever the base's type, unless
+    PEFT is told autocast_adapter_dtype=False; they are normalised in fp32 in any case.
+
+    By "Linear" in a class's name PEFT's "all-linear" finds layers that have an adapter already."""
 
     adapter_layer_names: tuple[str, ...] = ("tucka_g", "tucka_c", "tucka_u", "tucka_ec")
     other_param_names: tuple[str, ...] = ("tucka_config",)
