@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tucka_runtime.adapters.config import parse_config
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer import TuckAConfig
+from tucka_runtime.trainer.experiments import peft_tests
 from tucka_runtime.trainer.upstream import BEHIND, put
 
 INSIDE = """
@@ -90,3 +92,26 @@ def test_another_peft_is_said(checkout: Path, tmp_path: Path) -> None:
         put(checkout)
     with pytest.raises(ConfigError, match="is no checkout of PEFT"):
         put(tmp_path / "elsewhere")
+
+
+def test_what_pefts_tests_say_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    told = """<testsuite>
+      <testcase classname="tests.test_config.TestPeftConfig" name="test_a[TuckA]"/>
+      <testcase classname="tests.test_config.TestPeftConfig" name="test_b[TuckA]">
+        <failure message="ValueError: Can't find it">huggingface_hub.errors.OfflineModeIsEnabled: offline</failure>
+      </testcase>
+      <testcase classname="tests.test_seq_classifier.TestX" name="test_c[TuckA-bert]">
+        <failure message="RuntimeError: wrong&#10;at all">...</failure></testcase>
+      <testcase classname="tests.test_seq_classifier.TestX" name="test_d[TuckA-bert]">
+        <skipped message="TuckA does not merge"/></testcase>
+    </testsuite>"""
+    assert peft_tests.report(list(ElementTree.fromstring(told).iter("testcase"))) == 1  # but for the Hub's
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "test_config 1 passed, 1 failed, 0 skipped",
+        "test_seq_classifier 0 passed, 1 failed, 1 skipped",
+        "all 1 passed, 2 failed, 1 skipped",
+        "failed 1 test_b: asks the Hub, which is off",
+        "failed 1 test_c: RuntimeError: wrong at all",
+        "skipped 1 TuckA does not merge",
+    ]

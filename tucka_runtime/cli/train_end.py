@@ -1,6 +1,7 @@
 """How `tucka train` ends: stopped on the way, or measured and written."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -79,6 +80,9 @@ def write(planned: Plan, loop: "Loop", seconds: float, say: Callable[[str], None
     except OSError as error:
         print(f"warning: card, predictions and picture were not all written: {error.strerror}.", file=sys.stderr)
     say(f"written to {args.out}")
+    if args.objective != "classify" and not planned.publication:
+        model = ["--model", str(args.model)] if args.model else []
+        say("To serve it: " + shlex.join(["tucka", "serve", *model, "--adapter", f"{name}={args.out}"]))
     if planned.publication:
         planned.publication.publish()
         say(f"published as {planned.publication.name!r} at {planned.publication.url}")

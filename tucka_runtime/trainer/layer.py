@@ -71,9 +71,11 @@ def grouped_delta(x: Tensor, u: Tensor, c: Tensor, g: Tensor, alpha: Tensor, rou
     return h @ u_hat.mT
 
 
-class TuckALayer(nn.Module, BaseTunerLayer):
+class TuckALinear(nn.Module, BaseTunerLayer):
     """A Linear or Conv1D with any number of TuckA adapters. Their factors are fp32 whatever the base's type, unless
-    PEFT is told autocast_adapter_dtype=False; they are normalised in fp32 in any case."""
+    PEFT is told autocast_adapter_dtype=False; they are normalised in fp32 in any case.
+
+    By "Linear" in a class's name PEFT's "all-linear" finds layers that have an adapter already."""
 
     adapter_layer_names: tuple[str, ...] = ("tucka_g", "tucka_c", "tucka_u", "tucka_ec")
     other_param_names: tuple[str, ...] = ("tucka_config",)

@@ -1,17 +1,18 @@
 """The tuner: puts TuckA layers into a model and hands each forward's attention mask to the routers."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.config import TuckAConfig
-from tucka_runtime.trainer.layer import TuckALayer
+from tucka_runtime.trainer.layer import TuckALinear
 from tucka_runtime.trainer.routing import SCOPES, TrainingRouter, packed_records
 
 # What an adapter adapts when its config names nothing: what LoRA does, the attention's query and value projections.
@@ -24,7 +25,7 @@ class TuckAModel(BaseTuner):
     """A model with TuckA adapters; made by `get_peft_model` and `PeftModel.from_pretrained`."""
 
     prefix: str = "tucka_"
-    tuner_layer_cls = TuckALayer
+    tuner_layer_cls = TuckALinear
     target_module_mapping = DEFAULT_TARGETS
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
@@ -52,14 +53,21 @@ class TuckAModel(BaseTuner):
         router = self.routers[adapter_name]
         query = f"{router.module.rpartition('.')[0]}.q_proj"
         layer = dict(model.named_modules()).get(query)
-        if isinstance(layer, TuckALayer) and adapter_name in layer.tucka_u and query != router.module:
-            first: TuckALayer = model.get_submodule(router.module)  # type: ignore[assignment]
+        if isinstance(layer, TuckALinear) and adapter_name in layer.tucka_u and query != router.module:
+            first: TuckALinear = model.get_submodule(router.module)  # type: ignore[assignment]
             layer.tucka_ec[adapter_name] = first.tucka_ec.pop(adapter_name)
             config.router_name = router.module = query
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.routers.pop(adapter_name, None)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT asks this for a parameter's name in the file, to write it and to find it again. Where another method's
+        layer was put around this one's, the file has the names that it has without."""
+        named: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return re.sub(r"\.base_layer\.(?=tucka_|base_layer\.)", ".", named)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -75,15 +83,20 @@ class TuckAModel(BaseTuner):
         is_router = current_key == config.router_name if config.router_name else not router.module
         if is_router:
             router.module = current_key
-        if isinstance(target, TuckALayer):
+        if isinstance(target, TuckALinear):
             target.update_layer(adapter_name, config, is_router, config.inference_mode)
             return
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"TuckA: {current_key} already has an adapter of another method, around which TuckA cannot be put, "
+                "because it changes the layer's input. Put TuckA into the base first, then the other method around it."
+            )
         if not isinstance(target, nn.Linear | Conv1D):
             raise ValueError(
                 f"TuckA: {current_key} is a {type(target).__name__}, but only Linear and Conv1D layers can be adapted. "
                 "Take it out of target_modules."
             )
-        layer = TuckALayer(target, current_key, self.routers)
+        layer = TuckALinear(target, current_key, self.routers)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, config, is_router, config.inference_mode)
         layer.train(target.training)
@@ -172,7 +185,7 @@ def set_route_scope(
 def centroids(model: nn.Module, adapter: str) -> Tensor:
     """The adapter's centroids (k·t, d), detached."""
     for module in model.modules():
-        if isinstance(module, TuckALayer) and adapter in module.tucka_ec:
+        if isinstance(module, TuckALinear) and adapter in module.tucka_ec:
             found: Tensor = module.tucka_ec[adapter].detach()
             return found
     raise ValueError(f"No TuckA adapter named {adapter!r} in the model.")

@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.trainer.layer import TuckALayer, grouped_delta
+from tucka_runtime.trainer.layer import TuckALinear, grouped_delta
 from tucka_runtime.trainer.routing import TrainingRoute
 
 NAME = "default"  # of the adapter in each PEFT model
@@ -39,7 +39,7 @@ class Member:
         self.layers: dict[str, Any] = {
             name: module
             for name, module in model.base_model.model.named_modules()
-            if isinstance(module, TuckALayer | LoraLinear)
+            if isinstance(module, TuckALinear | LoraLinear)
         }
         shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
         self.shapes = (router is None, tuple(self.layers), shapes)

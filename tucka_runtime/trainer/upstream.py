@@ -37,11 +37,11 @@ HEADER = """# Copyright 2026-present the HuggingFace Inc. team.
 INIT = """from peft.utils import register_peft_method
 
 from .config import TuckAConfig
-from .layer import TuckALayer
+from .layer import TuckALinear
 from .model import TuckAModel, centroids, routers, set_route_scope
 
 
-__all__ = ["TuckAConfig", "TuckALayer", "TuckAModel", "centroids", "routers", "set_route_scope"]
+__all__ = ["TuckAConfig", "TuckALinear", "TuckAModel", "centroids", "routers", "set_route_scope"]
 
 register_peft_method(name="tucka", config_cls=TuckAConfig, model_cls=TuckAModel, prefix="tucka_")
 """
