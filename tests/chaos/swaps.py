@@ -4,8 +4,9 @@ Two phases against the embedded default, on its own port:
 
 - Swaps: streams of base and adapters run without end while one adapter's name changes between two contents, so many
   times a second. Printed is the time between two tokens without and with it; right is a p99 of at most --ratio times.
-  Both are taken in turns, since streams that began together drift apart: the fewer begin in one step, the more steps
-  have a prompt among them.
+  Both are taken in turns, and the streams' answers are of different lengths: those of one length begin together until
+  something disturbs them, and the fewer begin in one step, the more steps have a prompt among them. The processor time
+  of a swap is what each process takes beyond what its tokens take without swaps.
 - Copies: so many loads of so many MiB at once, which are refused once they are copied, while text requests come one
   after the other. Printed is their first token's time without and with it.
 """
@@ -13,16 +14,18 @@ Two phases against the embedded default, on its own port:
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
 
-from tests.support.servers import start_command
+from tests.support.servers import engine_of, start_command
 from tucka_runtime.embedded import FOLDER
 
 STREAMS = ("base", "formats", "words", "sql")
@@ -58,10 +61,11 @@ class Streams:
     def __init__(self, client: httpx.AsyncClient, url: str, count: int):
         self.client, self.url = client, url
         self.gaps: list[float] = []
-        self.tasks = [asyncio.create_task(self._run(STREAMS[i % len(STREAMS)])) for i in range(count)]
+        self.tasks = [asyncio.create_task(self._run(i)) for i in range(count)]
 
-    async def _run(self, model: str) -> None:
-        body = {"model": model, "prompt": "2024-03-05 =>", "max_tokens": 64, "ignore_eos": True, "stream": True}
+    async def _run(self, number: int) -> None:
+        model, tokens = STREAMS[number % len(STREAMS)], 50 + 7 * number
+        body = {"model": model, "prompt": "2024-03-05 =>", "max_tokens": tokens, "ignore_eos": True, "stream": True}
         while True:
             async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
                 assert answer.status_code == 200, await answer.aread()
@@ -99,11 +103,33 @@ async def swap(client: httpx.AsyncClient, url: str, count: int, rate: float) -> 
     return time.monotonic() - begin
 
 
-async def swaps(url: str, flags: argparse.Namespace) -> float:
-    """Prints the gaps without and with swaps. Returns the ratio of their p99."""
+def processor_seconds(server: int) -> Counter[str]:
+    """What the processes of a server have taken so far."""
+    engine = engine_of(server)
+    spent: Counter[str] = Counter()
+    children = [child for path in Path(f"/proc/{engine}/task").glob("*/children") for child in path.read_text().split()]
+    for name, pids in (("server", [server]), ("engine", [engine]), ("reader", children)):
+        for pid in pids:
+            user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            spent[name] += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return spent
+
+
+async def swaps(server: int, url: str, flags: argparse.Namespace) -> float:
+    """Prints the gaps without and with swaps, and what a swap takes of the processor. Returns the ratio of their
+    p99."""
     quiet: list[float] = []
     churned: list[float] = []
+    spent: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     seconds, turns = 0.0, min(TURNS, flags.swaps)
+
+    async def gaps(swapping: bool, work: Callable[[], Awaitable[None]]) -> list[float]:
+        before = processor_seconds(server)
+        found = await streams.during(work)
+        spent[swapping].update(processor_seconds(server))
+        spent[swapping].subtract(before)
+        return found
+
     async with httpx.AsyncClient(timeout=120) as client:
         streams = Streams(client, url, flags.streams)
         await asyncio.sleep(2)
@@ -113,12 +139,17 @@ async def swaps(url: str, flags: argparse.Namespace) -> float:
             seconds += await swap(client, url, flags.swaps // turns, flags.rate)
 
         for _ in range(turns):
-            quiet += await streams.during(lambda: asyncio.sleep(min(30.0, max(2.0, flags.swaps / turns / flags.rate))))
-            churned += await streams.during(work)
+            quiet += await gaps(False, lambda: asyncio.sleep(min(30.0, max(2.0, flags.swaps / turns / flags.rate))))
+            churned += await gaps(True, work)
         await streams.stop()
-    reached = flags.swaps // turns * turns / seconds
+    made = flags.swaps // turns * turns
+    reached = made / seconds
     print(f"between tokens, no swaps           {summary(quiet)}")
     print(f"between tokens, {reached:4.1f} swaps a second {summary(churned)}", flush=True)
+    share = len(churned) / len(quiet)
+    each = {name: 1e3 * (spent[True][name] - share * spent[False][name]) / made for name in spent[True]}
+    took = ", ".join(f"{name} {own:.1f}" for name, own in each.items())
+    print(f"a swap's processor time            {sum(each.values()):.1f} ms: {took}", flush=True)
     return p99(churned) / p99(quiet)
 
 
@@ -174,7 +205,7 @@ def main(given: list[str] | None = None) -> int:
         roots = ("--adapter-root", str(FOLDER / "adapters"), "--adapter-root", name)
         process, url = start_command(*roots, log=folder / "log")
         try:
-            ratio = asyncio.run(swaps(url, flags))
+            ratio = asyncio.run(swaps(process.pid, url, flags))
             longest = asyncio.run(copies(url, folder, flags))
         finally:
             process.terminate()

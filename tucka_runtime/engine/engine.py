@@ -23,6 +23,7 @@ from tucka_runtime.engine.pace import Pace
 from tucka_runtime.engine.rehearsal import Rehearsal
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
+from tucka_runtime.engine.turns import Turns
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
@@ -72,6 +73,8 @@ class Engine:
             self.blocks, config.max_num_batched_tokens, config.max_num_seqs, self.runner.rope_limit
         )
         self.pace = Pace(config.decode_stretch)
+        self.turns = Turns()
+        """Of the step loop and of the thread that loads, where there is one."""
         self.requests: dict[str, list[Sequence]] = {}
         self.random = random.Random(config.seed)
         # On a GPU the next step is scheduled and launched while the last one runs.
@@ -320,7 +323,7 @@ class Engine:
             self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
         adapter = self._read(folder, blob)
         checked = time.monotonic()
-        folded = self.runner.fold(key, adapter, pinned)
+        folded = self.runner.fold(key, adapter, self.turns, pinned)
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
         return folded, describe(folded, adapter, pinned, seconds)
 
@@ -333,7 +336,7 @@ class Engine:
             self.adapters.check_room()
         adapters = [self._read(part.folder, part.blob) for part in parts]
         checked = time.monotonic()
-        folded = self.runner.combine(key, list(zip(adapters, parts, strict=True)))
+        folded = self.runner.combine(key, list(zip(adapters, parts, strict=True)), self.turns)
         seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
         return folded, describe_combination(folded, seconds)
 

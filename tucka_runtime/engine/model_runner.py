@@ -19,7 +19,7 @@ from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.combine import Weighted, combine
-from tucka_runtime.engine.adapters.fold import fold, folded_bytes
+from tucka_runtime.engine.adapters.fold import folded_bytes, folding
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.segment import RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
@@ -34,6 +34,7 @@ from tucka_runtime.engine.pooler import Pooler
 from tucka_runtime.engine.sampler import Choice, Sampler, filtered, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
+from tucka_runtime.engine.turns import Turns, Work, whole
 from tucka_runtime.engine.verify import choose, read_tokens
 from tucka_runtime.errors import ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
@@ -115,26 +116,29 @@ class ModelRunner:
             kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         )
 
-    def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> FoldedAdapter:
-        """The adapter in the serving form, made beside the step loop: safe in another thread, and on a GPU on a stream
-        of its own. Raises InvalidAdapterError, or AdapterCapacityError if there is no memory for it."""
+    def fold(self, key: AdapterKey, adapter: Adapter, turns: Turns, pinned: Route | None = None) -> FoldedAdapter:
+        """The adapter in the serving form, made in `turns` with the steps, on a GPU beside them on a stream of its own:
+        safe in another thread. Raises InvalidAdapterError, or AdapterCapacityError if there is no memory for it."""
         weights, dtype = self.model.weights, self.factor_dtype
         needed = folded_bytes(adapter, self.arch, self.dtype, dtype, pinned)
-        return self.memory.make(lambda: fold(key, adapter, self.arch, weights, self.ops, dtype, pinned), *needed)
+        work = folding(key, adapter, self.arch, weights, self.ops, dtype, pinned)
+        return self.memory.make(lambda: whole(work) if self.on_gpu else turns.run(work), *needed)
 
-    def combine(self, key: AdapterKey, parts: Rows[tuple[Adapter, AdapterPart]]) -> FoldedAdapter:
+    def combine(self, key: AdapterKey, parts: Rows[tuple[Adapter, AdapterPart]], turns: Turns) -> FoldedAdapter:
         """Several adapters as one in the serving form, likewise. Raises InvalidRequestError where they cannot be, and
         what `fold` does."""
         weights, dtype = self.model.weights, torch.float32
         sizes = [folded_bytes(adapter, self.arch, self.dtype, dtype, part.pinned) for adapter, part in parts]
         kept, passing = sum(own for own, _ in sizes), max(own for _, own in sizes)
 
-        def make() -> FoldedAdapter:
-            folded = [fold(key, adapter, self.arch, weights, self.ops, dtype, part.pinned) for adapter, part in parts]
-            own = [Weighted(one, part.weight, part.member) for one, (_, part) in zip(folded, parts, strict=True)]
+        def work() -> Work[FoldedAdapter]:
+            own = []
+            for adapter, part in parts:
+                folded = yield from folding(key, adapter, self.arch, weights, self.ops, dtype, part.pinned)
+                own.append(Weighted(folded, part.weight, part.member))
             return combine(key, own, self.factor_dtype)
 
-        return self.memory.make(make, kept, kept + passing)
+        return self.memory.make(lambda: whole(work()) if self.on_gpu else turns.run(work()), kept, kept + passing)
 
     def warm_up(self) -> None:
         """Captures the graphs that a server without adapters needs."""

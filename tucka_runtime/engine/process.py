@@ -159,11 +159,13 @@ def serve(engine: "Engine", channel: "Channel") -> None:
             outputs, stats = engine.step()
             if stats is not None:
                 channel.send(StepDone(outputs, stats, engine.load))
+                engine.turns.between(stats.seconds, loads.qsize())
 
 
 def _received(engine: "Engine", channel: "Channel", inbox: _Inbox) -> Iterator[_Message]:
     """All that has come; an engine without work waits for the first."""
     if not engine.busy:
+        engine.turns.open()
         yield _idle(engine, channel, inbox)
     with contextlib.suppress(queue.Empty):
         while True:
@@ -222,8 +224,8 @@ def _read(channel: "Channel", inbox: _Inbox) -> None:
 
 
 def _load(engine: "Engine", loads: _Loads, inbox: _Inbox) -> None:
-    """The thread that reads and folds adapters, so that the step loop only ever adds finished ones. The host cache is
-    its own."""
+    """The thread that reads and folds adapters, so that the step loop only ever adds finished ones. It folds in turns
+    with the steps. The host cache is its own."""
     while True:
         match task := loads.get():
             case LoadAdapter() | CombineAdapters():

@@ -13,6 +13,7 @@ from torch import Tensor
 from tucka_runtime.adapters.format import Adapter, BankModule, BankSpec, LoRAModule, LoRASpec, TuckAModule, TuckASpec
 from tucka_runtime.config import ROUTE_SCOPES
 from tucka_runtime.engine.adapters.folded import BankCores, FoldedAdapter, FoldedRouter, FoldedTable, TuckACores, Where
+from tucka_runtime.engine.turns import Work, whole
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
@@ -42,7 +43,21 @@ def fold(
     dtype: torch.dtype,
     pinned: Route | None = None,
 ) -> FoldedAdapter:
-    """The serving form of an adapter, its factors in `dtype`, on the weights' device. Everything is computed in fp32.
+    """What comes of `folding`, at once."""
+    return whole(folding(key, adapter, arch, weights, ops, dtype, pinned))
+
+
+def folding(
+    key: AdapterKey,
+    adapter: Adapter,
+    arch: Architecture,
+    weights: Weights,
+    ops: Ops,
+    dtype: torch.dtype,
+    pinned: Route | None = None,
+) -> Work[FoldedAdapter]:
+    """The serving form of an adapter, its factors in `dtype`, on the weights' device. Everything is computed in fp32, a
+    piece of the work about a linear's.
 
     With `pinned` a TuckA adapter's core is constant and folded into U: it becomes a plain low-rank delta.
     Raises InvalidAdapterError if `pinned` does not fit the adapter.
@@ -61,22 +76,23 @@ def fold(
     if tucka:
         assert isinstance(adapter.config, TuckASpec)
         cores = None if pinned is None else dict(zip(tucka, _pinned_cores(g, c, pinned), strict=True))
-        factors = _tucka_factors(tucka, cores, adapter.config.alpha, base, dtype, device)
+        factors = yield from _tucka_factors(tucka, cores, adapter.config.alpha, base, dtype, device)
     plain = {at: module for at, module in lora.items() if not module.changes_base}
-    factors |= _lora_factors(plain, dtype, device)
+    factors |= yield from _lora_factors(plain, dtype, device)
     for at, module in lora.items():
         if module.changes_base:
             u, e, change = _lora(module, None if module.magnitude is None else base.weight(at), base.bias(at))
             factors[at] = _own(u, dtype, device), _own(e, dtype, device)
             if change is not None:
                 affine[at] = change
+            yield
     for at, bank_module in banked.items():
         factors[at] = _own(bank_module.u, dtype, device), _own(bank_module.e, dtype, device)
     factors = {at: factors[at] for at in own}
     routed = None
     if tucka and pinned is None and adapter.ec is not None and adapter.router is not None:
         centroids = _own(adapter.ec, torch.float32, device)
-        table = _table(where[adapter.router], centroids, saved, arch, weights, ops)
+        table = yield from _table(where[adapter.router], centroids, saved, arch, weights, ops)
         router = FoldedRouter(where[adapter.router], c.shape[1], centroids, table, adapter.route_prefix_tokens)
         routed = TuckACores(_numbers(list(tucka), arch, device), g, c, router)
     bank = None
@@ -122,11 +138,10 @@ def _tucka_factors(
     base: "_BaseLinears",
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[Where, tuple[Tensor, Tensor]]:
+) -> Work[dict[Where, tuple[Tensor, Tensor]]]:
     """U = Ûᵀ, or (Û M)ᵀ where the cores M (r, r) are given, and E = (α W Û)ᵀ = α/‖u‖ · uᵀWᵀ.
 
-    Many linears at once, but for the product: what Python does between two calls keeps a step that runs beside from
-    Python's lock."""
+    Many linears at once, but for the product."""
     us: dict[Where, Tensor] = {}
     es: dict[Where, Tensor] = {}
     norms: dict[Where, Tensor] = {}
@@ -137,22 +152,25 @@ def _tucka_factors(
         u = unit if cores is None else unit @ torch.stack([cores[at] for at in batch])
         us.update(zip(batch, _apart(_own(u.transpose(1, 2), dtype, device)), strict=True))
         norms.update(zip(batch, norm, strict=True))
+        yield
     for batch in _batches(modules, lambda at: (modules[at].u.shape[1], base.width(at))):
         width, r = base.width(batch[0]), modules[batch[0]].u.shape[1]
         es.update(zip(batch, _apart(torch.empty(len(batch), r, width, dtype=dtype, device=device)), strict=True))
-    for at, module in modules.items():  # in the order of the base's linears, which are unpacked site by site
-        weight, e = base.weight(at).T, es[at]
-        own = us[at] if cores is None and dtype == torch.float32 else (module.u.to(device).float() / norms[at][0]).T
-        if dtype == torch.float32:
-            torch.addmm(e, own, weight, beta=0, alpha=alpha, out=e)
-        else:
-            e.copy_((own @ weight).mul_(alpha))
+    for site in base.by_site(modules):
+        # Once for what a site has of targets, each of whose rows go through all of them.
+        own = [
+            us[at] if cores is None and dtype == torch.float32 else (modules[at].u.to(device).float() / norms[at][0]).T
+            for at in site
+        ]
+        for at, product in zip(site, base.products(site, own), strict=True):
+            torch.mul(product, alpha, out=es[at])
+        yield
     return {at: (us[at], es[at]) for at in modules}
 
 
 def _lora_factors(
     modules: Mapping[Where, LoRAModule], dtype: torch.dtype, device: torch.device
-) -> dict[Where, tuple[Tensor, Tensor]]:
+) -> Work[dict[Where, tuple[Tensor, Tensor]]]:
     """U = a and E = scale · bᵀ of LoRA adapters that leave the base's own product alone, many linears at once."""
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
     for batch in _batches(modules, lambda at: (*modules[at].a.shape, len(modules[at].b))):
@@ -163,6 +181,7 @@ def _lora_factors(
         e = b.mul_(scales[:, None, None]).transpose(1, 2)
         pairs = zip(_apart(a.to(device, dtype)), _apart(_own(e, dtype, device)), strict=True)
         factors.update(zip(batch, pairs, strict=True))
+        yield
     return factors
 
 
@@ -276,6 +295,24 @@ class _BaseLinears:
         """d_out."""
         return self.arch.sites[at.site].widths[at.target]
 
+    def by_site(self, where: Iterable[Where]) -> list[list[Where]]:
+        """The linears site by site."""
+        sites: dict[tuple[int, int], list[Where]] = {}
+        for at in where:
+            sites.setdefault((at.layer, at.site), []).append(at)
+        return list(sites.values())
+
+    def products(self, site: list[Where], rows: list[Tensor]) -> list[Tensor]:
+        """x Wᵀ (r, d_out) fp32 of rows x (r, d_in) fp32 of each of a site's linears."""
+        linear = self.weights.layers[site[0].layer].linears[site[0].site]
+        columns = [self._columns(at) for at in site]
+        if linear.bias is None and self.weights.embed.dtype == torch.float32:
+            # As it is packed: a copy would push the weights that steps read out of the cache.
+            parts = linear(torch.cat(rows)).split([len(x) for x in rows])
+            return [part[:, own] for part, own in zip(parts, columns, strict=True)]
+        weight = linear.dense()
+        return [x @ weight[own].float().T for x, own in zip(rows, columns, strict=True)]
+
     def weight(self, at: Where) -> Tensor:
         """(d_out, d_in) fp32."""
         site = at.layer, at.site
@@ -367,7 +404,7 @@ def _pinned_cores(g: Tensor, c: Tensor, route: Route) -> Tensor:
 
 def _table(
     at: Where, ec: Tensor, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
-) -> Tensor | None:
+) -> Work[Tensor | None]:
     """The router's logits of every token where its input is a function of the token alone, else None."""
     if not _has_table(at, arch):
         return None
@@ -375,5 +412,8 @@ def _table(
     norm_path = arch.path(0, arch.input_norm)
     weight, bias = weights.layers[0].input_norm
     norm = (saved.get(f"{norm_path}.weight", weight), saved.get(f"{norm_path}.bias", bias) if arch.norm_bias else None)
-    rows = [ops.norm(part, *norm, arch.eps).float() @ ec.T for part in embed.split(TABLE_ROWS)]
+    rows = []
+    for part in embed.split(TABLE_ROWS):
+        yield
+        rows.append(ops.norm(part, *norm, arch.eps).float() @ ec.T)
     return torch.cat(rows)
