@@ -164,8 +164,8 @@ class ServerConfig:
     )
     adapter_defaults: bool = _setting(
         False,
-        "use the chat template and the generation defaults in an adapter's folder for requests to it; templates are "
-        "rendered where the base's is",
+        "use the chat template, the generation defaults and the added tokens in an adapter's folder for requests to "
+        "it; templates are rendered where the base's is",
     )
     state_dir: str | None = _setting(
         None,

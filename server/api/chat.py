@@ -41,7 +41,8 @@ async def open_chat(context: Context, body: ChatBody) -> Opened[Answer]:
             max_tokens_param=param,
         ),
     )
-    answer = ChatAnswer(body, options, asked.request, context.adapter, service.tokenizer, context.fingerprint)
+    tokenizer = context.defaults.tokenizer
+    answer = ChatAnswer(body, options, asked.request, context.adapter, tokenizer, context.fingerprint)
     return Opened(asked.request, answer, asked.prompt_for_log, asked.parser)
 
 

@@ -31,10 +31,9 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
     n = num_sequences(body, len(prompts), service.config)
     logprobs = num_logprobs(body.logprobs, "logprobs", service.config)
     ids = await tokenize(
-        service,
+        context,
         prompts,
         "prompt",
-        context.vocab_size,
         body.add_special_tokens is not False,
         body.split_special_tokens is True,
         fields.truncation(body, default if body.max_tokens is None else body.max_tokens, service.info),
@@ -46,12 +45,13 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
         scored = logprobs
     sampling = sampling_params(body, context, max_tokens, logprobs, scored, grammar)
     if sampling.stop:
-        service.text_tokenizer("stop")
+        context.defaults.text_tokenizer("stop")
     request = context.request(body, ids, sampling, n)
-    answer = CompletionAnswer(body, options, request, context.adapter, service.tokenizer, context.fingerprint)
+    tokenizer = context.defaults.tokenizer
+    answer = CompletionAnswer(body, options, request, context.adapter, tokenizer, context.fingerprint)
     if body.echo:
         whole = body.truncate_prompt_tokens is None
-        answer.echoes = [_echo(request, i, prompt, whole, service.tokenizer) for i, prompt in enumerate(prompts)]
+        answer.echoes = [_echo(request, i, prompt, whole, tokenizer) for i, prompt in enumerate(prompts)]
     return Opened(request, answer, lambda: body.prompt)
 
 

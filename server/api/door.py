@@ -74,7 +74,7 @@ class Context:
         return Request(
             id=self.id,
             prompts=tuple(map(tuple, prompts)),
-            sampling=stopping(sampling, self.service.tokenizer),
+            sampling=stopping(sampling, self.defaults.tokenizer),
             n=n,
             adapter=self.adapter.key if self.adapter else None,
             route_scope=self.service.scope(self.adapter, RouteScope(body.route) if body.route else None),
@@ -133,7 +133,7 @@ async def begin(door: Door[B, A], http: HTTPRequest) -> tuple[B, A, Submit]:
         try:
             if lease.waits:
                 await lease.ready()
-            return Generation(service, opened.request, lease, origin, opened.parser)
+            return Generation(service, opened.request, lease, origin, defaults.tokenizer, opened.parser)
         except BaseException:
             lease.release()
             raise

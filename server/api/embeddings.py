@@ -33,10 +33,9 @@ async def open_embeddings(context: Context, body: EmbeddingBody) -> Opened[dict[
     most, setting = engine.max_num_seqs + engine.max_queue, "--max-num-seqs plus --max-queue"
     prompts = listed(body.input, context.vocab_size, "input", most, setting)
     ids = await tokenize(
-        service,
+        context,
         prompts,
         "input",
-        context.vocab_size,
         body.add_special_tokens is not False,
         body.split_special_tokens is True,
         fields.truncation(body, 0, info, side="right"),

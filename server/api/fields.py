@@ -5,7 +5,7 @@ from typing import Literal
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import EngineInfo, Route
 from tucka_runtime.server.api.bodies import PinnedRoute, StreamOptions, TruncationFields
-from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.service.defaults import Defaults
 from tucka_runtime.server.service.truncation import Truncation
 
 
@@ -44,12 +44,12 @@ def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
     return tuple(biases.items())
 
 
-def bad_words(value: list[str] | None, service: Service, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+def bad_words(value: list[str] | None, defaults: Defaults, vocab_size: int) -> tuple[tuple[int, ...], ...]:
     """The words as token ids, as vLLM makes them: each as it begins a text and, where that is another token of its own,
     behind a space."""
     words: list[tuple[int, ...]] = []
     for text in value or ():
-        tokenizer = service.text_tokenizer("bad_words")
+        tokenizer = defaults.text_tokenizer("bad_words")
         plain, spaced = (tuple(tokenizer.encode(before + text.lstrip(), False)) for before in ("", " "))
         if not plain:
             raise InvalidRequestError("`bad_words` has a word of which no token is made. Leave it out.", "bad_words")

@@ -113,16 +113,17 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request, TokenizeBody)
     adapter = _adapter(request, body.model)
+    defaults = await service.defaults(adapter)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
     if body.messages is None:
         assert body.prompt is not None
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
-        (ids,) = await service.encode([body.prompt], adds, "prompt", service.vocab_size(adapter), splits)
+        (ids,) = await service.encode(defaults, [body.prompt], adds, "prompt", service.vocab_size(adapter), splits)
     else:
         conversation = ChatPrompt(for_template(body.messages), chat_tools(body.tools, None, None), rendering(body))
         ids = await prompt_ids(service, adapter, conversation, body.add_special_tokens)
-    tokenizer = service.text_tokenizer("prompt")
+    tokenizer = defaults.text_tokenizer("prompt")
     return JSONAnswer(
         {
             "count": len(ids),
@@ -137,16 +138,16 @@ async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included."""
     service: Service = request.app.state.service
     body = await read_body(request, DetokenizeBody)
-    vocab_size = service.vocab_size(_adapter(request, body.model))
-    tokenizer = service.text_tokenizer("tokens")
-    ids = fields.token_ids(body.tokens, vocab_size, "tokens")
+    adapter = _adapter(request, body.model)
+    tokenizer = (await service.defaults(adapter)).text_tokenizer("tokens")
+    ids = fields.token_ids(body.tokens, service.vocab_size(adapter), "tokens")
     return JSONAnswer({"prompt": await asyncio.to_thread(tokenizer.decode, ids, False)})
 
 
 async def tokenizer_info(request: Request) -> Response:
     """The special tokens, each under its name, and the chat template: what makes prompts on the client's side."""
     service: Service = request.app.state.service
-    tokenizer = service.text_tokenizer(None)
+    tokenizer = service.base_defaults.text_tokenizer(None)
     return JSONAnswer(
         {
             **dict.fromkeys(("bos_token", "eos_token", "pad_token")),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.api.door import Context
 from tucka_runtime.server.service.truncation import Truncation
 
 
@@ -25,10 +25,9 @@ def listed(
 
 
 async def tokenize(
-    service: Service,
+    context: Context,
     prompts: Sequence[str | list[int]],
     param: str,
-    vocab_size: int,
     add_special_tokens: bool,
     split_special_tokens: bool,
     truncation: Truncation | None,
@@ -38,7 +37,9 @@ async def tokenize(
     if not texts:
         ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
         return ids if truncation is None else [truncation.ids(prompt) for prompt in ids]
-    ids = await service.encode(texts, add_special_tokens, param, vocab_size, split_special_tokens, truncation)
+    ids = await context.service.encode(
+        context.defaults, texts, add_special_tokens, param, context.vocab_size, split_special_tokens, truncation
+    )
     if not all(ids):
         raise InvalidRequestError("A prompt has no tokens. Send text that the tokenizer knows.", param)
     return ids

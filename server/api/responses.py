@@ -38,7 +38,7 @@ async def open_response(context: Context, body: ResponseBody) -> Opened[Answer]:
         max_tokens_param="max_output_tokens",
     )
     asked = await ask(context, turn)
-    labels = Labels(service.tokenizer, False)
+    labels = Labels(context.defaults.tokenizer, False)
 
     def scores(tokens: Sequence[Token]) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = chat_logprobs(labels, tokens)["content"]

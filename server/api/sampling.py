@@ -42,7 +42,7 @@ def sampling_params(
         frequency_penalty=_first(body.frequency_penalty, 0.0),
         logit_bias=fields.logit_bias(body.logit_bias, vocab_size),
         allowed_token_ids=_allowed(body, {*info.eos_token_ids, *own.eos_token_id}, vocab_size, min_tokens, grammar),
-        bad_words=fields.bad_words(body.bad_words, service, vocab_size),
+        bad_words=fields.bad_words(body.bad_words, context.defaults, vocab_size),
         seed=None if body.seed is None else body.seed % 2**63,
         stop_token_ids=fields.stop_token_ids(body.stop_token_ids, vocab_size),
         end_token_ids=own.eos_token_id,

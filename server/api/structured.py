@@ -45,7 +45,7 @@ async def grammar(body: FormatFields, own: str, schema: dict[str, Any] | None, s
         raise InvalidRequestError(
             f"An answer can be held to one thing, and this request has {named}. Leave out all but one.", field
         )
-    service.text_tokenizer(field)
+    service.base_defaults.text_tokenizer(field)
     _, value, kind = given[0]
     return await grammar_of(kind, value, field, service)
 

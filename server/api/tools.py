@@ -135,7 +135,7 @@ async def calls_grammar(tools: Tools, form: CallFormat, service: Service) -> str
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.key}": ')
         rules += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {schema}"]
     body = " | ".join(f"f{i}" for i in range(len(forced)))
-    start = _calls(form, tools.parallel, service.text_tokenizer("tools"))
+    start = _calls(form, tools.parallel, service.base_defaults.text_tokenizer("tools"))
     return "\n".join([f"start: {start}", f"body: {body}", *rules])
 
 

@@ -55,20 +55,21 @@ async def render(service: Service, defaults: Defaults, conversation: ChatPrompt)
     """The prompt of a conversation. A template that knows no functions is told of them as text. Raises
     InvalidRequestError."""
     messages, tools, param = conversation.messages, conversation.tools.for_template(), conversation.param
-    template = service.chat_template(defaults, param)
+    template = defaults.chat_template(param)
     if not template.takes_tools:
         messages, tools = without_tools(messages, tools or ()), None
     elif defaults.call_format == "mistral":
         messages = with_short_ids(messages)
-    return await service.render_chat(template, messages, replace(conversation.rendering, tools=tools), param)
+    return await service.render_chat(defaults, messages, replace(conversation.rendering, tools=tools), param)
 
 
 async def prompt_ids(
     service: Service, adapter: Served | None, conversation: ChatPrompt, add_special_tokens: bool | None
 ) -> list[int]:
     """The same as token ids; the template writes the special tokens, unless the tokenizer is to add its own."""
-    prompt = await render(service, await service.defaults(adapter), conversation)
-    (ids,) = await service.encode([prompt], add_special_tokens is True, conversation.param, service.vocab_size(adapter))
+    defaults, special = await service.defaults(adapter), add_special_tokens is True
+    prompt = await render(service, defaults, conversation)
+    (ids,) = await service.encode(defaults, [prompt], special, conversation.param, service.vocab_size(adapter))
     return ids
 
 
@@ -78,7 +79,7 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     grammar = await _grammar(service, defaults, turn)
     prompt, param = await render(service, defaults, conversation), conversation.param
     (ids,) = await service.encode(
-        [prompt], body.add_special_tokens is True, param, context.vocab_size, truncation=turn.truncation
+        defaults, [prompt], body.add_special_tokens is True, param, context.vocab_size, truncation=turn.truncation
     )
     if not ids:
         raise InvalidRequestError("The messages have no tokens once rendered. Send some text.", param)

@@ -119,6 +119,10 @@ class Copies:
             log.warning("the server's copy of adapter %s was damaged or gone; it is copied again", entry.name)
         return stored.blob == entry.blob
 
+    def folder(self, blob: str) -> Path:
+        """AdapterRegistry.folder's."""
+        return self._registry.folder(blob)
+
     async def training(self, entry: RegistryEntry) -> Any:
         """The whole of an adapter's training.json; None if it has none."""
         return await self._run(self._reading, self._registry.training, entry.blob)

@@ -15,6 +15,7 @@ from tucka_runtime.server.service.request_log import Origin, RequestLog
 from tucka_runtime.server.service.service import Service
 from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, Token
+from tucka_runtime.tokenizer import Tokenizer
 
 
 class Usage(NamedTuple):
@@ -71,21 +72,28 @@ class Taken(NamedTuple):
 
 
 class Generation:
-    """Created by submitting. Takes the lease over once it is: `steps` gives it back. `parser` makes each choice's.
+    """Created by submitting. Takes the lease over once it is: `steps` gives it back. `tokenizer` is the adapter's, or
+    the base's; `parser` makes each choice's.
 
     Raises InvalidRequestError, OverloadedError, EngineDeadError.
     """
 
     def __init__(
-        self, service: Service, request: Request, lease: Lease, origin: Origin, parser: ParserFactory = PlainText
+        self,
+        service: Service,
+        request: Request,
+        lease: Lease,
+        origin: Origin,
+        tokenizer: Tokenizer | None,
+        parser: ParserFactory = PlainText,
     ):
-        self._service = service
+        self._tokenizer = tokenizer
         self._request = request
         self._lease = lease
         sampling = request.sampling
         table = stop_table(sampling.stop)
         self._parsers = [parser() for _ in range(request.num_sequences)]
-        self._texts = [SequenceText.of(sampling, service.tokenizer, table, parser.marks) for parser in self._parsers]
+        self._texts = [SequenceText.of(sampling, tokenizer, table, parser.marks) for parser in self._parsers]
         self._begun: set[int] = set()
         self._called: set[int] = set()
         self._thought: dict[int, int] = {}  # tokens of a choice's thought, by its index
@@ -172,7 +180,7 @@ class Generation:
 
     def _shows(self, delta: ChoiceDelta) -> bool:
         """Whether a client sees something new in it: not in half a character, nor in a token that has no text."""
-        tokens_alone = self._service.tokenizer is None
+        tokens_alone = self._tokenizer is None
         return bool(delta.text or delta.finish_reason or (tokens_alone and delta.tokens))
 
     def _sent(self, taken: Sequence[Taken]) -> None:

@@ -124,7 +124,9 @@ class RestoredNames(Names):
             if not await self._copies.again(entry):
                 raise lost() from None
             found = await self._copies.defaults(entry.blob)
-        return own.make(entry.blob, found)
+        if "tokenizer" not in entry.defaults:  # it adds nothing: it need not be read again
+            found = replace(found, tokenizer=None)
+        return await own.make(self._copies.folder(entry.blob), found, adapter.vocab_size)
 
     async def stop_rendering(self) -> None:
         """Ends the processes that render adapters' templates."""
@@ -141,12 +143,12 @@ class RestoredNames(Names):
         if self._own_defaults is None:
             return ()
         found = await self._copies.defaults(stored.blob)
-        await self._own_defaults.check(found)
+        names = await self._own_defaults.check(found, stored.folder)
         if found.ignored:
             log.warning(
                 "an adapter's generation_config.json has fields without effect here: %s", ", ".join(found.ignored)
             )
-        return found.names
+        return names
 
     def _next_generation(self) -> int:
         self._generation += 1

@@ -153,18 +153,9 @@ class Service:
             raise InvalidRequestError("This adapter was loaded with a pinned route. Leave `route` out.", "route")
         return RouteScope(asked or own or self.config.route)
 
-    def text_tokenizer(self, param: str | None) -> Tokenizer:
-        """The tokenizer. Raises InvalidRequestError if there is none."""
-        if self.tokenizer is None:
-            raise InvalidRequestError(
-                "The base model's folder has no tokenizer, so only prompts of token ids can be served. Send token ids "
-                "to /v1/completions, or start the server with a folder that has tokenizer files.",
-                param,
-            )
-        return self.tokenizer
-
     async def encode(
         self,
+        defaults: Defaults,
         texts: list[str],
         add_special_tokens: bool,
         param: str,
@@ -175,7 +166,7 @@ class Service:
         """Token ids below `vocab_size`, made off the event loop, cut by `truncation`. A text that does not fit the
         context is refused, without being read where its length says so; one that is to be cut is not read where it
         surely will be."""
-        tokenizer, context = self.text_tokenizer(param), self.info.max_model_len
+        tokenizer, context = defaults.text_tokenizer(param), self.info.max_model_len
         readable = context * tokenizer.longest_token
         if truncation is not None:
             texts = [truncation.text(text, readable) for text in texts]
@@ -208,25 +199,14 @@ class Service:
     @cached_property
     def base_defaults(self) -> Defaults:
         """Those of requests to the base."""
-        return Defaults.of(self.template, self.config)
-
-    def chat_template(self, defaults: Defaults, param: str) -> ChatTemplate:
-        """The chat template. Raises InvalidRequestError if there is none."""
-        self.text_tokenizer(param)
-        if defaults.template is None:
-            raise InvalidRequestError(
-                "The base model has no chat template. Use /v1/completions with a prompt of your own, or start the "
-                "server with a folder whose tokenizer has a chat template.",
-                param,
-            )
-        return defaults.template
+        return Defaults.of(self.tokenizer, self.template, self.config)
 
     async def render_chat(
-        self, template: ChatTemplate, messages: list[dict[str, Any]], rendering: Rendering, param: str
+        self, defaults: Defaults, messages: list[dict[str, Any]], rendering: Rendering, param: str
     ) -> str:
         """The messages as one prompt, in which what they say of special tokens is marked (`Tokenizer.shield`). Raises
         InvalidRequestError."""
-        tokenizer = self.text_tokenizer(param)
+        tokenizer, template = defaults.text_tokenizer(param), defaults.chat_template(param)
 
         def shielded() -> tuple[list[dict[str, Any]], Rendering]:
             tools, variables = tokenizer.shield(rendering.tools), tokenizer.shield(rendering.variables)

@@ -4,6 +4,7 @@ generated. Only data: a template is text here, and nothing in this module render
 The files are transformers' own, as `save_pretrained` of a tokenizer and of a GenerationConfig writes them.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,6 +15,7 @@ from tucka_runtime.adapters.files import (
     GENERATION_NAME,
     TEMPLATE_NAME,
     TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
     strict_json,
 )
 from tucka_runtime.errors import InvalidAdapterError
@@ -42,13 +44,15 @@ class GenerationDefaults:
 @dataclass(frozen=True)
 class AdapterDefaults:
     """What a folder sets. Its own template knows `special_tokens` by their names; `eos_token` is one of them, and ends
-    answers with or without a template. `ignored` are the fields of generation_config.json that change nothing here."""
+    answers with or without a template. `ignored` are the fields of generation_config.json that change nothing here.
+    `tokenizer` is the SHA-256 of its tokenizer.json: what that adds can be said beside a base alone."""
 
     template: str | None = None
     tool_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     generation: GenerationDefaults = GenerationDefaults()
     ignored: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
     @property
     def eos_token(self) -> str | None:
@@ -56,7 +60,7 @@ class AdapterDefaults:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is set, by name."""
+        """What is set, by name, but for the tokenizer."""
         found = ["chat_template"] if self.template is not None else []
         found += ["eos_token"] if self.eos_token is not None else []
         found += [one.name for one in fields(self.generation) if getattr(self.generation, one.name) not in (None, ())]
@@ -75,7 +79,8 @@ def parse_defaults(files: Mapping[str, bytes | bytearray]) -> AdapterDefaults:
             raise InvalidAdapterError(f"the adapter's {TEMPLATE_NAME} is not valid UTF-8. Save it again.") from None
     special = {name: text for name in _SPECIAL if (text := _token(name, tokenizer.get(name))) is not None}
     generation, ignored = _generation(_table(files, GENERATION_NAME))
-    return AdapterDefaults(template, tool_template, special, generation, ignored)
+    own = hashlib.sha256(files[TOKENIZER_NAME]).hexdigest() if TOKENIZER_NAME in files else None
+    return AdapterDefaults(template, tool_template, special, generation, ignored, own)
 
 
 def _table(files: Mapping[str, bytes | bytearray], name: str) -> dict[str, Any]:

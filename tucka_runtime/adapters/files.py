@@ -24,6 +24,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "training.json"
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_NAME = "tokenizer.json"
 GENERATION_NAME = "generation_config.json"
 
 MAX_CONFIG_BYTES = 2**20  # a target list that names every linear of a large model in full is about 100 KiB
@@ -40,6 +41,7 @@ DEFAULTS_LIMITS = {
     TEMPLATE_NAME: 2**18,
     TOKENIZER_CONFIG_NAME: 2**22,  # Gemma 3's, which spells every added token, has 1.1 MiB
     GENERATION_NAME: MAX_TRAINING_BYTES,
+    TOKENIZER_NAME: 2**26,  # Gemma 3's has 33 MB
 }
 """Files of a folder from which its requests' defaults come, where the operator wants that; each may be missing."""
 

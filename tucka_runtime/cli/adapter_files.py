@@ -16,6 +16,7 @@ from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckA
 from tucka_runtime.adapters.defaults import parse_defaults
 from tucka_runtime.adapters.files import (
     MAX_WEIGHTS_BYTES,
+    TOKENIZER_NAME,
     WEIGHTS_NAME,
     open_file,
     open_folder,
@@ -237,6 +238,8 @@ def _defaults(folder_fd: int) -> Iterator[str]:
         yield f"a chat template of {len(found.template):,} characters"
     if found.eos_token is not None:
         yield f"eos_token {json.dumps(found.eos_token)}"
+    if found.tokenizer is not None:
+        yield f"the added tokens of {TOKENIZER_NAME}"
     for name in found.names:
         if hasattr(found.generation, name):
             yield f"{name} {json.dumps(getattr(found.generation, name))}"

@@ -306,9 +306,10 @@ def test_copies_are_held_to_their_names_and_come_back(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = folder(tmp_path / "own", chat_template=OWN, generation_config=GENERATION)
+    source = folder(tmp_path / "own", chat_template=OWN, generation_config=GENERATION, tokenizer={})
     assert main(["adapters", "inspect", str(source)]) == 0
     shown = capsys.readouterr().out
+    assert "the added tokens of tokenizer.json" in shown
     assert (
         f"a chat template of {len(OWN)} characters" in shown and "temperature 0.25" in shown and "`num_beams`" in shown
     )
