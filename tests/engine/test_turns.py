@@ -1,21 +1,40 @@
 """Work that takes turns with steps: its share of their time and no more, all of it where there are none."""
 
 import threading
-import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
-from tucka_runtime.engine.turns import MOST, SHARE, Turns, Work, whole
+from tucka_runtime.engine import turns as module
+from tucka_runtime.engine.turns import MOST, PATIENCE, SHARE, Turns, Work, whole
 
-PIECES = 7
-PATIENCE = 30.0
+PIECES, PIECE = 40, 0.001
+STEP = 0.003
+WAIT = 30.0
 
 
-def work(done: list[threading.Thread], error: Exception | None = None, seconds: float = 0.0) -> Work[str]:
-    """Notes who does each of PIECES pieces, which take so many seconds at least."""
+class Clock:
+    """Goes on by what is said."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def work(clock: Clock, done: list[threading.Thread], error: Exception | None = None) -> Work[str]:
+    """Notes who does each of PIECES pieces, which take PIECE seconds."""
     for _ in range(PIECES):
-        time.sleep(seconds)
+        clock.now += PIECE
         done.append(threading.current_thread())
         yield
     if error is not None:
@@ -38,55 +57,52 @@ def started(turns: Turns, own: Work[str]) -> tuple[threading.Thread, Future[str]
     return thread, outcome
 
 
-def test_without_steps_the_thread_does_its_work_at_once() -> None:
+def test_without_steps_the_thread_does_its_work_at_once(clock: Clock) -> None:
     done: list[threading.Thread] = []
-    assert Turns().run(work(done)) == "made" == whole(work([]))
+    assert Turns().run(work(clock, done)) == "made" == whole(work(clock, []))
     assert done == [threading.current_thread()] * PIECES
 
 
-@pytest.mark.parametrize(("waiting", "share"), [(0, SHARE), (3, 4 * SHARE), (1000, MOST)])
-def test_between_steps_the_work_gets_its_share_from_who_steps(waiting: int, share: float) -> None:
-    """Pieces of a millisecond at least, after steps of one: all but the last are paid for before the next is done."""
+@pytest.mark.parametrize(("waiting", "step"), [(0, STEP), (3, STEP), (1000, STEP), (0, 100 * STEP)])
+def test_between_steps_the_work_gets_its_share_from_who_steps(clock: Clock, waiting: int, step: float) -> None:
+    """More for what waits behind it, and the longer it lasts; a piece that took more is paid for by the steps after."""
     turns, done = Turns(), list[threading.Thread]()
     turns.between(0.0)
-    _, outcome = started(turns, work(done, seconds=0.001))
-    steps = 0
-    while not outcome.done():
-        steps += bool(done)
-        turns.between(0.001, waiting)
-    assert outcome.result(PATIENCE) == "made"
-    assert done == [threading.current_thread()] * PIECES
-    assert steps >= (PIECES - 1) / share - 1
-
-
-def test_a_long_step_is_followed_by_more_than_a_piece() -> None:
-    turns, done = Turns(), list[threading.Thread]()
-    turns.between(0.0)
-    _, outcome = started(turns, work(done))
+    begin = clock.now
+    _, outcome = started(turns, work(clock, done))
+    given = 0.0
     while not done:
-        turns.between(1000 * PATIENCE)
-    assert len(done) == PIECES and outcome.result(PATIENCE) == "made"
+        turns.between(1e-9, waiting)
+    while len(done) < PIECES:
+        clock.now += step
+        share = min(SHARE * (1 + waiting + (clock.now - begin) / PATIENCE), MOST)
+        given += share * step
+        turns.between(step, waiting)
+        assert given - PIECE < PIECE * (len(done) - 1) < given + PIECE or len(done) == PIECES
+    turns.between(1.0)
+    assert outcome.result(WAIT) == "made"
+    assert done == [threading.current_thread()] * PIECES
 
 
-def test_the_thread_goes_on_itself_when_no_step_follows() -> None:
+def test_the_thread_goes_on_itself_when_no_step_follows(clock: Clock) -> None:
     turns, done = Turns(), list[threading.Thread]()
     turns.between(0.0)
-    thread, outcome = started(turns, work(done, seconds=0.001))
+    thread, outcome = started(turns, work(clock, done))
     while not done:
         turns.between(1e-9)
     turns.open()
-    assert outcome.result(PATIENCE) == "made"
+    assert outcome.result(WAIT) == "made"
     assert done == [threading.current_thread()] + [thread] * (PIECES - 1)
 
 
 @pytest.mark.parametrize("stepping", [False, True])
-def test_an_error_is_raised_where_the_work_was_asked_for(stepping: bool) -> None:
+def test_an_error_is_raised_where_the_work_was_asked_for(clock: Clock, stepping: bool) -> None:
     turns, error = Turns(), ValueError("too large")
     if stepping:
         turns.between(0.0)
-    _, outcome = started(turns, work([], error))
+    _, outcome = started(turns, work(clock, [], error))
     while stepping and not outcome.done():
         turns.between(1.0)
-    assert outcome.exception(PATIENCE) is error
+    assert outcome.exception(WAIT) is error
     turns.open()
-    assert turns.run(work([])) == "made", "the next work is not touched by it"
+    assert turns.run(work(clock, [])) == "made", "the next work is not touched by it"

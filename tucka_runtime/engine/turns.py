@@ -11,11 +11,13 @@ T = TypeVar("T")
 Work = Generator[None, None, T]
 """Work in pieces: it yields after each, and returns what came of it."""
 
-SHARE = 0.1
-"""Of the steps' time, what one piece of work after the other may take while nothing else waits for the thread: the gaps
-between tokens grow by that much."""
+SHARE = 0.05
+"""Of the steps' time, what work may take: gaps between tokens grow by that much. Each work that waits behind it adds as
+much, and so does each PATIENCE that it has lasted, so that neither a queue nor a large adapter takes for ever."""
+PATIENCE = 0.25
+"""Seconds."""
 MOST = 0.5
-"""The same where much waits."""
+"""Of the steps' time, what all of that may come to."""
 
 
 def whole(work: Work[T]) -> T:
@@ -44,12 +46,13 @@ class Turns:
         self._outcome: Future[Any] = Future()
         self._due = 0.0
         """Seconds that the work may take; less than none after a piece that took more."""
+        self._begun = 0.0
 
     def run(self, work: Work[T]) -> T:
         """What comes of some work, in the thread whose work it is. Raises what it raises."""
         outcome: Future[T] = Future()
         with self._changed:
-            self._work, self._outcome = work, outcome
+            self._work, self._outcome, self._begun = work, outcome, time.monotonic()
             while self._work is not None:
                 if self._stepping:
                     self._changed.wait()
@@ -58,14 +61,15 @@ class Turns:
         return outcome.result()
 
     def between(self, seconds: float, waiting: int = 0) -> None:
-        """After a step that took so many seconds, if another may follow: does what is due of the work. It gets a share
-        for itself and one for all that is `waiting` behind it, so that a queue does not grow for ever."""
+        """After a step that took so many seconds, if another may follow: does what is due of the work, behind which so
+        much more is `waiting`."""
         with self._changed:
             self._stepping = True
             if self._work is None:
                 self._due = 0.0
                 return
-            self._due += min(SHARE * (1 + waiting), MOST) * seconds
+            shares = 1 + waiting + (time.monotonic() - self._begun) / PATIENCE
+            self._due += min(SHARE * shares, MOST) * seconds
             while self._work is not None and self._due > 0:
                 begin = time.monotonic()
                 self._advance()
