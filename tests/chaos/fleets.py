@@ -233,10 +233,10 @@ async def loaded(
     if not beside.cancelled():
         beside.result()
     counts = await asyncio.to_thread(lookups, fleet.urls)
+    load.seen.left = len({server for server, _ in counts})
     counts.subtract({key: count for key, count in before.items() if count <= counts.get(key, 0)})
     hits = sum(count for (_, tier), count in counts.items() if tier == "resident")
     load.seen.hits = hits / max(counts.total(), 1)
-    load.seen.left = len({server for server, _ in counts})
     load.seen.killed = fleet.killed
     if row.router is not None:  # who answered, the servers know
         load.seen.by_server.clear()
