@@ -61,7 +61,10 @@ class Router:
         return folder
 
 
-VLLM = "vllm-router --worker-urls {urls} --host 127.0.0.1 --port {port} --prometheus-port {figures} --policy "
+VLLM = (
+    "vllm-router --worker-urls {urls} --host 127.0.0.1 --port {port} --prometheus-port {figures} "
+    "--health-check-interval-secs 2 --health-success-threshold 1 --cb-timeout-duration-secs 2 --policy "
+)
 SGLANG = (
     "python -m sglang_router.launch_router --worker-urls {urls} --host 127.0.0.1 --port {port} "
     "--prometheus-port {figures} --policy "
