@@ -14,7 +14,7 @@ Work = Generator[None, None, T]
 SHARE = 0.05
 """Of the steps' time, what work may take: gaps between tokens grow by that much. Each work that waits behind it adds as
 much, and so does each PATIENCE that it has lasted, so that neither a queue nor a large adapter takes for ever."""
-PATIENCE = 0.25
+PATIENCE = 1.0
 """Seconds."""
 MOST = 0.5
 """Of the steps' time, what all of that may come to."""
