@@ -45,14 +45,14 @@ def test_two_requests_share_their_steps() -> None:
 
 
 def test_prompts_are_cut_by_the_batch_and_beside_decoding_rows() -> None:
-    """100 tokens: alone 64 and 36. Beside a decoding row the 16 that a `Pace` always lets in, as its stretch of 1.8
-    allows 8 ms more, and a token of 13 ms for the first prompt's one says a token takes as long as that step."""
+    """100 tokens: alone 64 and 36. Beside a decoding row the 8 that a `Pace` always lets in, as its stretch of 1.8
+    allows 8 ms more at most, and a token of 13 ms for the first prompt's one says a token takes as long as that step."""
     alone = served(arriving([(0.0, BASE, 100, 1)]), ReplicaSettings(1, 0, 8, 64, 1.8), replace(PROFILE, request=0.0))
     assert alone.first[0] == pytest.approx(0.012 + 64 * 0.001 + 0.012 + 36 * 0.001)
     beside = served(
         arriving([(0.0, BASE, 1, 100), (0.025, BASE, 100, 1)]), settings(stretch=1.8), replace(PROFILE, request=0.0)
     )
-    assert beside.first[1] == pytest.approx(0.013 + 2 * 0.010 + 7 * 0.014 + 100 * 0.001)
+    assert beside.first[1] == pytest.approx(0.013 + 2 * 0.010 + 13 * 0.014 + 100 * 0.001)
 
 
 def test_a_load_waits_for_the_step_in_flight_and_its_request_for_one_more() -> None:
