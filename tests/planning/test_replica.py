@@ -46,7 +46,7 @@ def test_two_requests_share_their_steps() -> None:
 
 def test_prompts_are_cut_by_the_batch_and_beside_decoding_rows() -> None:
     """100 tokens: alone 64 and 36. Beside a decoding row the 8 that a `Pace` always lets in, as its stretch of 1.8
-    allows 8 ms more at most, and a token of 13 ms for the first prompt's one says a token takes as long as that step."""
+    allows 8 ms more at most, and a token of 13 ms for the first prompt's one says a token takes as long as a step."""
     alone = served(arriving([(0.0, BASE, 100, 1)]), ReplicaSettings(1, 0, 8, 64, 1.8), replace(PROFILE, request=0.0))
     assert alone.first[0] == pytest.approx(0.012 + 64 * 0.001 + 0.012 + 36 * 0.001)
     beside = served(
