@@ -27,13 +27,14 @@ def resized() -> Any:
 def adapter(tmp_path_factory: pytest.TempPathFactory, roots: Path, live: Server) -> Path:
     """`grown` of the server, whose answers are of what was added."""
     model = resized()
+    own = torch.Generator().manual_seed(3)
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     with torch.no_grad():
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            table.weight[VOCAB:] = 0.6 * torch.randn(GROWN - VOCAB, table.weight.shape[1])
+            table.weight[VOCAB:] = 0.6 * torch.randn(GROWN - VOCAB, table.weight.shape[1], generator=own)
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=own))
     peft.save_pretrained(roots / "grown", save_embedding_layers=True)
     live.post("/v1/adapters", {"name": "grown", "path": "grown"}).raise_for_status()
     return roots / "grown"

@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 import torch
 import transformers
 
+from tucka_runtime.children import python
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.upstream import put
 
@@ -102,7 +103,7 @@ def run(peft: Path, place: Path, files: list[str], chosen: str) -> list[ElementT
         (copy / "src/diffusers.py").write_text("def __getattr__(name):\n    return type(name, (), {})\n")
     tests = [f"tests/test_{name}.py" for name in files]
     report = place / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "-q"]
+    command = python("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "-q")
     subprocess.run(
         [*command, "--tb=short", f"--junit-xml={report}", "-k", chosen, *tests],
         cwd=copy,
