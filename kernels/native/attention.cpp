@@ -409,7 +409,8 @@ struct Attend {
       at::vec::transpose_mxn<float>(lines + n * words, words, to + n * words, kPanel, std::min(kPanel, some - n), words);
   }
 
-  // Values as panels, (D / kPanel, kKeys / 2, kPanel) words, each of two keys side by side.
+  // Values as panels, (D / kPanel, kKeys / 2, kPanel) words, each of two keys side by side. Meanwhile the next keys are
+  // asked for, of which `known` - kKeys are there.
   void pair_values(const T* v, const T* k, const int64_t* offsets, int64_t some, int64_t known, float* to) const {
     const auto load = [](const T* from) {
       return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));

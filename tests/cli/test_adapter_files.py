@@ -84,7 +84,7 @@ def test_a_wrong_fold_is_found(
     fold = verify.fold
 
     def wrong(*args, **options):
-        folded = fold(*args, **options)
+        folded = yield from fold(*args, **options)
         if what == "affine":
             return dataclasses.replace(folded, affine={at: 1.001 * own for at, own in folded.affine.items()})
         return dataclasses.replace(folded, factors={at: (u, 1.001 * e) for at, (u, e) in folded.factors.items()})

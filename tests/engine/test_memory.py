@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from tests.support.driving import ask, build, prompt, run, save_lora, save_model, save_tucka
 from tucka_runtime import machine
 from tucka_runtime.adapters.format import Adapter, LoRAModule, LoRASpec, TuckAModule, read_adapter
-from tucka_runtime.engine.adapters.fold import folded_bytes, locate
+from tucka_runtime.engine.adapters.fold import locate
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.launched import Launched
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.errors import AdapterCapacityError

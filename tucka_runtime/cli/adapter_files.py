@@ -29,8 +29,10 @@ from tucka_runtime.adapters.files import (
 from tucka_runtime.adapters.format import Adapter, read_adapter, write_adapter
 from tucka_runtime.adapters.manifest import PREFIX, adapted_path
 from tucka_runtime.adapters.safefile import read_header, read_tensors
-from tucka_runtime.engine.adapters.fold import fold, folded_bytes, locate
+from tucka_runtime.engine.adapters.fold import fold, locate
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.adapters.verify import KEY, LIMITS, verify
+from tucka_runtime.engine.turns import whole
 from tucka_runtime.errors import AdapterError, ConfigError, InvalidAdapterError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.ops import Ops
@@ -120,7 +122,7 @@ def export_adapter(folder: Path, target: Path, model: Path, route: str) -> int:
         raise ConfigError(f"The adapter is a {_kind(adapter.config)}. Only TuckA adapters have routes to be under.")
     pinned = parse_route(route, adapter.config)
     weights, _ = load_weights(model, arch, "float32", CPU, linear)
-    folded = fold(KEY, adapter, arch, weights, dispatch.backend("reference"), torch.float32, pinned)
+    folded = whole(fold(KEY, adapter, arch, weights, dispatch.backend("reference"), torch.float32, pinned))
     where = locate(arch)
     tensors: dict[str, Tensor] = dict(adapter.saved)
     for path in adapter.modules:

@@ -17,8 +17,10 @@ from tucka_runtime.adapters.joint import diagonalise, relative_errors
 from tucka_runtime.bases import command_base
 from tucka_runtime.cli.adapter_files import CPU, factors_dtype, open_base, parse_route
 from tucka_runtime.durable import write_file
-from tucka_runtime.engine.adapters.fold import fold, folded_bytes, locate
+from tucka_runtime.engine.adapters.fold import fold, locate
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.adapters.verify import KEY
+from tucka_runtime.engine.turns import whole
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.reference.linear import linear
@@ -143,7 +145,7 @@ def changes(member: BankMember, base: BankBase) -> Changes:
         return {path: (m.b * m.scale, m.a) for path, m in lora.items()}
     assert base.weights is not None
     ops = dispatch.backend("reference")
-    folded = fold(KEY, member.adapter, base.arch, base.weights, ops, torch.float32, member.route)
+    folded = whole(fold(KEY, member.adapter, base.arch, base.weights, ops, torch.float32, member.route))
     where = locate(base.arch)
     pairs = {path: folded.factors[where[path]] for path in member.adapter.modules}
     return {path: (e.T, u) for path, (u, e) in pairs.items()}

@@ -19,8 +19,9 @@ from tucka_runtime.channel_messages import AdapterPart
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine.adapters.active import ActiveSet
 from tucka_runtime.engine.adapters.combine import Weighted, combine
-from tucka_runtime.engine.adapters.fold import folded_bytes, folding
+from tucka_runtime.engine.adapters.fold import fold
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.adapters.segment import RouteSum
 from tucka_runtime.engine.adapters.store import AdapterStore
 from tucka_runtime.engine.batch import Batch, BatchBuilder, Chosen, own_vocab_size, row_order
@@ -121,8 +122,8 @@ class ModelRunner:
         safe in another thread. Raises InvalidAdapterError, or AdapterCapacityError if there is no memory for it."""
         weights, dtype = self.model.weights, self.factor_dtype
         needed = folded_bytes(adapter, self.arch, self.dtype, dtype, pinned)
-        work = folding(key, adapter, self.arch, weights, self.ops, dtype, pinned)
-        return self.memory.make(lambda: whole(work) if self.on_gpu else turns.run(work), *needed)
+        work = fold(key, adapter, self.arch, weights, self.ops, dtype, pinned)
+        return self.memory.make(lambda: self._done(work, turns), *needed)
 
     def combine(self, key: AdapterKey, parts: Rows[tuple[Adapter, AdapterPart]], turns: Turns) -> FoldedAdapter:
         """Several adapters as one in the serving form, likewise. Raises InvalidRequestError where they cannot be, and
@@ -134,11 +135,14 @@ class ModelRunner:
         def work() -> Work[FoldedAdapter]:
             own = []
             for adapter, part in parts:
-                folded = yield from folding(key, adapter, self.arch, weights, self.ops, dtype, part.pinned)
+                folded = yield from fold(key, adapter, self.arch, weights, self.ops, dtype, part.pinned)
                 own.append(Weighted(folded, part.weight, part.member))
             return combine(key, own, self.factor_dtype)
 
-        return self.memory.make(lambda: whole(work()) if self.on_gpu else turns.run(work()), kept, kept + passing)
+        return self.memory.make(lambda: self._done(work(), turns), kept, kept + passing)
+
+    def _done(self, work: Work[FoldedAdapter], turns: Turns) -> FoldedAdapter:
+        return whole(work) if self.on_gpu else turns.run(work)
 
     def warm_up(self) -> None:
         """Captures the graphs that a server without adapters needs."""

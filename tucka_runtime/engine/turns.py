@@ -89,7 +89,7 @@ class Turns:
             return
         except StopIteration as end:
             self._outcome.set_result(end.value)
-        except BaseException as error:
+        except Exception as error:
             self._outcome.set_exception(error)
         self._work, self._outcome = None, Future()
         self._changed.notify()

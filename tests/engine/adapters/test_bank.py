@@ -20,7 +20,7 @@ from tests.support.driving import (
     save_tucka,
 )
 from tucka_runtime.adapters.format import read_adapter
-from tucka_runtime.engine.adapters.fold import folded_bytes
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import AdapterKey, RouteScope
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.driving import GREEDY, Recorder, ask, build, prompt, relative, run, save_model, save_tucka
 from tucka_runtime.adapters.format import read_adapter
-from tucka_runtime.engine.adapters.fold import folded_bytes
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.messages import AdapterKey, RouteScope
 

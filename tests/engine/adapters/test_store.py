@@ -16,6 +16,7 @@ from tucka_runtime.engine.adapters.host_cache import moved
 from tucka_runtime.engine.adapters.slots import SlotTable
 from tucka_runtime.engine.adapters.store import ACTIVE_SETS, AdapterStore
 from tucka_runtime.engine.engine import Engine
+from tucka_runtime.engine.turns import whole
 from tucka_runtime.errors import (
     AdapterCapacityError,
     AdapterConflictError,
@@ -42,7 +43,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def folded(engine: Engine, folder: Path, key: AdapterKey = KEY, pinned: Route | None = None) -> FoldedAdapter:
     runner = engine.runner
     adapter = read_adapter(folder, engine.layout)
-    return fold(key, adapter, runner.arch, runner.model.weights, runner.ops, runner.dtype, pinned)
+    return whole(fold(key, adapter, runner.arch, runner.model.weights, runner.ops, runner.dtype, pinned))
 
 
 def test_an_evicted_adapter_is_another_ones_room_and_comes_back_the_same(
@@ -358,4 +359,4 @@ def test_values_that_overflow_when_folded_are_refused(family: tuple[Any, Engine,
     for module in adapter.modules.values():
         module.b.fill_(size)
     with pytest.raises(InvalidAdapterError, match="overflow"):
-        fold(KEY, adapter, engine.runner.arch, engine.runner.model.weights, engine.runner.ops, dtype)
+        whole(fold(KEY, adapter, engine.runner.arch, engine.runner.model.weights, engine.runner.ops, dtype))

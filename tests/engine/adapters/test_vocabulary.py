@@ -16,7 +16,7 @@ from tests.engine.adapters.test_lora import save_peft
 from tests.support.driving import GREEDY, VOCAB, Answer, ask, build, prompt, relative, run, save_model, save_tucka
 from tucka_runtime.adapters.format import read_adapter
 from tucka_runtime.channel_messages import AdapterPart
-from tucka_runtime.engine.adapters.fold import folded_bytes
+from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.errors import BaseModelMismatchError, InvalidRequestError
 from tucka_runtime.messages import AdapterKey, Route, RouteScope, SamplingParams, TokenLogprob
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tucka_runtime.adapters.format import Adapter, BankModule, BankSpec, LoRAModule, LoRASpec, TuckAModule, TuckASpec
 from tucka_runtime.config import ROUTE_SCOPES
+from tucka_runtime.engine.adapters.base_linears import BaseLinears
 from tucka_runtime.engine.adapters.folded import BankCores, FoldedAdapter, FoldedRouter, FoldedTable, TuckACores, Where
-from tucka_runtime.engine.turns import Work, whole
+from tucka_runtime.engine.turns import Work
 from tucka_runtime.errors import InvalidAdapterError
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterInfo, AdapterKey, Route, RouteScope
@@ -42,19 +43,6 @@ def fold(
     ops: Ops,
     dtype: torch.dtype,
     pinned: Route | None = None,
-) -> FoldedAdapter:
-    """What comes of `folding`, at once."""
-    return whole(folding(key, adapter, arch, weights, ops, dtype, pinned))
-
-
-def folding(
-    key: AdapterKey,
-    adapter: Adapter,
-    arch: Architecture,
-    weights: Weights,
-    ops: Ops,
-    dtype: torch.dtype,
-    pinned: Route | None = None,
 ) -> Work[FoldedAdapter]:
     """The serving form of an adapter, its factors in `dtype`, on the weights' device. Everything is computed in fp32, a
     piece of the work about a linear's.
@@ -65,7 +53,7 @@ def folding(
     device = weights.embed.device
     where = locate(arch)
     own = {where[path]: module for path, module in adapter.modules.items() if path in where}  # the others: `_tables`
-    base = _BaseLinears(arch, weights)
+    base = BaseLinears(arch, weights)
     tucka = {at: module for at, module in own.items() if isinstance(module, TuckAModule)}
     lora = {at: module for at, module in own.items() if isinstance(module, LoRAModule)}
     banked = {at: module for at, module in own.items() if isinstance(module, BankModule)}
@@ -135,7 +123,7 @@ def _tucka_factors(
     modules: Mapping[Where, TuckAModule],
     cores: Mapping[Where, Tensor] | None,
     alpha: float,
-    base: "_BaseLinears",
+    base: BaseLinears,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Work[dict[Where, tuple[Tensor, Tensor]]]:
@@ -191,55 +179,7 @@ def _numbers(where: list[Where], arch: Architecture, device: torch.device) -> Te
     return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
-def folded_bytes(
-    adapter: Adapter, arch: Architecture, base: torch.dtype, dtype: torch.dtype, pinned: Route | None
-) -> tuple[int, int]:
-    """The bytes that `fold` will keep (FoldedAdapter.num_bytes; less where the file has the base's own tables), and the
-    most that it takes beside them for a moment: a site's weights, of type `base`, as a copy and a linear's of it in
-    fp32, the check of the largest tensor, or two copies in fp32 of what one call works on."""
-    where, kept, passing, largest = locate(arch), 0, 0, 0
-    widest = batched = 0
-    routed = adapter.ec is not None and pinned is None
-    vocab = adapter.vocab_size or arch.vocab
-    for path, module in adapter.modules.items():
-        if path in where:
-            at = where[path]
-            site = arch.sites[at.site]
-            d_in, width = site.d_in, site.widths[at.target]
-            copied = d_in * sum(site.widths) * base.itemsize
-        else:
-            d_in, width = (vocab, arch.hidden) if path == arch.embed else (arch.hidden, vocab)
-            copied = vocab * arch.hidden * base.itemsize
-        if isinstance(module, BankModule):
-            r, core = module.u.shape[0], module.core.numel() * dtype.itemsize
-            kept += 8 + core
-            passing += core  # until they are stacked
-        elif isinstance(module, LoRAModule):
-            r = module.a.shape[0]
-            kept += 8 * width if module.changes_base else 0
-            if module.magnitude is not None:  # the base's own and its sum with the change
-                passing = max(passing, copied + 2 * d_in * width * 4)
-        else:
-            r = module.u.shape[1]
-            passing = max(passing, copied + d_in * width * 4)
-            # Each linear's number is int64, its parts are fp32.
-            kept += 8 + 4 * (module.g.numel() + module.c.numel()) if routed else 0
-        kept += r * (d_in + width) * dtype.itemsize
-        largest = max(largest, r * max(d_in, width) * dtype.itemsize)
-        widest, batched = max(widest, 4 * r * (d_in + width)), batched + 4 * r * (d_in + width)
-    for ids, values in adapter.tokens.values():
-        kept += ids.nbytes + values.numel() * base.itemsize
-    for value in adapter.saved.values():
-        kept += value.numel() * base.itemsize
-        largest = max(largest, value.numel() * base.itemsize)
-    if routed and adapter.ec is not None and adapter.router is not None:
-        kept += adapter.ec.numel() * 4
-        if _has_table(where[adapter.router], arch):
-            kept += vocab * adapter.ec.shape[0] * 4
-    return kept, max(passing, 2 * largest, 2 * max(widest, min(batched, BATCH_BYTES)))
-
-
-def _has_table(at: Where, arch: Architecture) -> bool:
+def has_table(at: Where, arch: Architecture) -> bool:
     """Whether the router's input is a function of the token alone."""
     return not (at.layer or at.site != QKV or arch.positions)
 
@@ -277,55 +217,6 @@ def describe(
         members=tuple(bank.members) if bank else (),
         vocab_size=adapter.vocab_size,
     )
-
-
-class _BaseLinears:
-    """The base's own linears, of which adapters ask site by site: a site's weights are unpacked once."""
-
-    def __init__(self, arch: Architecture, weights: Weights):
-        self.arch = arch
-        self.weights = weights
-        self._unpacked: tuple[tuple[int, int], Tensor] | None = None
-
-    def _columns(self, at: Where) -> slice:
-        site = self.arch.sites[at.site]
-        return slice(site.columns[at.target], site.columns[at.target + 1])
-
-    def width(self, at: Where) -> int:
-        """d_out."""
-        return self.arch.sites[at.site].widths[at.target]
-
-    def by_site(self, where: Iterable[Where]) -> list[list[Where]]:
-        """The linears site by site."""
-        sites: dict[tuple[int, int], list[Where]] = {}
-        for at in where:
-            sites.setdefault((at.layer, at.site), []).append(at)
-        return list(sites.values())
-
-    def products(self, site: list[Where], rows: list[Tensor]) -> list[Tensor]:
-        """x Wᵀ (r, d_out) fp32 of rows x (r, d_in) fp32 of each of a site's linears."""
-        linear = self.weights.layers[site[0].layer].linears[site[0].site]
-        columns = [self._columns(at) for at in site]
-        if linear.bias is None and self.weights.embed.dtype == torch.float32:
-            # As it is packed: a copy would push the weights that steps read out of the cache.
-            parts = linear(torch.cat(rows)).split([len(x) for x in rows])
-            return [part[:, own] for part, own in zip(parts, columns, strict=True)]
-        weight = linear.dense()
-        return [x @ weight[own].float().T for x, own in zip(rows, columns, strict=True)]
-
-    def weight(self, at: Where) -> Tensor:
-        """(d_out, d_in) fp32."""
-        site = at.layer, at.site
-        if self._unpacked is None or self._unpacked[0] != site:
-            self._unpacked = site, self.weights.layers[at.layer].linears[at.site].dense()
-        return self._unpacked[1][self._columns(at)].float()
-
-    def bias(self, at: Where) -> Tensor:
-        """(d_out,) fp32, zero where the base has none."""
-        columns, bias = self._columns(at), self.weights.layers[at.layer].linears[at.site].bias
-        if bias is None:
-            return torch.zeros(columns.stop - columns.start, device=self.weights.embed.device)
-        return bias[columns].float()
 
 
 def _lora(module: LoRAModule, weight: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -406,7 +297,7 @@ def _table(
     at: Where, ec: Tensor, saved: dict[str, Tensor], arch: Architecture, weights: Weights, ops: Ops
 ) -> Work[Tensor | None]:
     """The router's logits of every token where its input is a function of the token alone, else None."""
-    if not _has_table(at, arch):
+    if not has_table(at, arch):
         return None
     embed = saved.get(f"{arch.embed}.weight", weights.embed)
     norm_path = arch.path(0, arch.input_norm)

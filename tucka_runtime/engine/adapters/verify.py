@@ -17,6 +17,7 @@ from tucka_runtime.engine.adapters.delta import AdapterDelta, Settled
 from tucka_runtime.engine.adapters.fold import fold, locate
 from tucka_runtime.engine.adapters.folded import FoldedAdapter, FoldedTable
 from tucka_runtime.engine.adapters.segment import Segment
+from tucka_runtime.engine.turns import whole
 from tucka_runtime.kernels.ops import Ops
 from tucka_runtime.messages import AdapterKey, Route
 from tucka_runtime.models.architecture import Architecture
@@ -45,7 +46,7 @@ def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dty
     routes of random inputs.
     `dtype` is the factors' type. Raises InvalidAdapterError as `fold` does."""
     device, kind = weights.embed.device, weights.embed.dtype
-    folded = fold(KEY, adapter, arch, weights, ops, dtype)
+    folded = whole(fold(KEY, adapter, arch, weights, ops, dtype))
     active = ActiveSet.stack([folded], arch, dtype, device)
     random = torch.Generator().manual_seed(0)
     where, worst = locate(arch), dict.fromkeys(adapter.modules, 0.0)
