@@ -80,10 +80,12 @@ class Fairness:
         rng = random.Random(f"{self.settings.seed}/quiet")
         mine: list[Record] = []
         asked: list[asyncio.Task[Record]] = []
-        await asyncio.sleep(SETTLE * self.seconds)
-        while self.client.clock() < self.seconds:
+        due = SETTLE * self.seconds
+        while due < self.seconds:
+            await asyncio.sleep(due - self.client.clock())  # what is late is asked at once: the loop is open
             asked.append(asyncio.create_task(self.ask(self.quiet, mine)))
-            await asyncio.sleep(rng.expovariate(self.quiet_rate))
+            due += rng.expovariate(self.quiet_rate)
+        await asyncio.sleep(self.seconds - self.client.clock())
         end = self.client.clock()
         for worker in workers:
             worker.cancel()

@@ -48,7 +48,8 @@ class PeerCase:
 
 
 def cases(at_once: int, prompt: int, new: int, long: bool) -> list[PeerCase]:
-    """In the order in which they are asked. `new` bounds the answers at a long context too, where the context does."""
+    """In the order in which they are asked. Where `long`, twice as many at once are asked too, and long prompts. `new`
+    bounds the answers at a long context too, where the context does."""
     waves = at_once * WAVES
     first = f"first token, prompt {LONG:,}"
     short = [
@@ -59,8 +60,11 @@ def cases(at_once: int, prompt: int, new: int, long: bool) -> list[PeerCase]:
     ]
     if not long:
         return short
+    twice = 2 * at_once
     return [
         *short,
+        PeerCase(f"base, {twice} at once", None, prompt, new, twice, 2 * waves),
+        PeerCase(f"8 adapters on q, v, {twice} at once", "qv", prompt, new, twice, 2 * waves),
         PeerCase(first, None, LONG, 1, 1, at_once, "median_ttft_ms"),
         PeerCase(f"base, context {LONG:,}", None, LONG, min(new, 128), at_once, at_once, again=first),
     ]

@@ -133,20 +133,21 @@ class Comparison:
                     log = self.folder / f"{model}-openvino.log"
                     child = contenders.Child(stack.enter_context(running(line, folder, log, spoken=True)))
                     self.result["versions"][OPENVINO] |= {"precision": child.about["precision"]}
-                    child.speed(*shape)  # warms up
+                    child.speeds(*shape)  # warms up
                 except PeerError as error:
                     self.leave_out(OPENVINO, error.message)
             for number in range(1, self.args.rounds + 1):
-                speeds = contenders.bench(model, *shape)
+                round_ = {OURS: contenders.bench(model, *shape)}
                 if child is not None and self.runs(OPENVINO):
                     try:
-                        speeds[OPENVINO] = child.speed(*shape)
+                        round_[OPENVINO] = child.speeds(*shape)
                     except PeerError as error:
                         self.leave_out(OPENVINO, f"{model}, {error.message}")
-                shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
-                self.say(f"{model}: round {number}/{self.args.rounds}: alone, tok/s: {shown}")
-                for name, speed in speeds.items():
-                    found["alone"].setdefault(name, []).append(speed)
+                for who, speeds in round_.items():
+                    shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
+                    self.say(f"{model}: round {number}/{self.args.rounds}: {who} alone, tok/s: {shown}")
+                    for name, speed in speeds.items():
+                        found["alone"].setdefault(name, {}).setdefault(who, []).append(speed)
 
     @contextlib.contextmanager
     def started(self, name: str, line: StartLine, folder: Path, health: str) -> Iterator[PeerServer]:

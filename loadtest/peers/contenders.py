@@ -16,6 +16,9 @@ OURS, VLLM, VLLM_LORA = "TuckA", "vLLM", "vLLM with LoRA"
 OPENVINO = "OpenVINO GenAI"
 CONTEXT, SEQUENCES, KV_TOKENS = 2048, 64, 32768
 KINDS = ("qv", "all")
+COUNTS = {1: "1 adapter", ADAPTERS: f"{ADAPTERS} adapters"}
+"""Of adapters, and what the engine's bench calls them."""
+BASE = "base only"
 TARGETS = {"qv": "q_proj,v_proj", "all": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}
 RANDOM = {"small": (8, 512), "mid": (16, 1024)}
 """Layers and width of the random models."""
@@ -100,17 +103,22 @@ def versions(interpreter: Path, packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def adapted(kind: str, count: int) -> str:
+    """What the case of an engine alone is called in the result."""
+    return f"{kind}, {count}"
+
+
 def bench(name: str, at_once: int, prompt: int, new: int) -> dict[str, float]:
     """Our engine alone and the floors: tokens per second by case, of one round after one that warms up."""
     layers, hidden = RANDOM[name]
     found: dict[str, float] = {}
     for kind in KINDS:
-        words = ["-m", "tucka_runtime.bench", "--json", "--rounds", "1", "--adapters", str(ADAPTERS)]
+        words = ["-m", "tucka_runtime.bench", "--json", "--rounds", "1", "--adapters", f"1,{ADAPTERS}"]
         words += ["--layers", str(layers), "--hidden", str(hidden), "--targets", TARGETS[kind]]
         words += ["--concurrency", str(at_once), "--prompt", str(prompt), "--new", str(new)]
         speeds: dict[str, float] = json.loads(output(*python(*words)))["tokens_per_second"]
-        adapted = speeds.pop(f"{ADAPTERS} adapters")
-        found = speeds | found | {kind: adapted}
+        own = {adapted(kind, count): speeds.pop(name) for count, name in COUNTS.items()}
+        found = speeds | found | own
     return found
 
 
@@ -135,12 +143,22 @@ class Child:
         self.group = group
         self.about: dict[str, Any] = self._read()
 
-    def speed(self, at_once: int, prompt: int, new: int) -> float:
-        """Tokens per second of so many answers at once."""
+    def speeds(self, at_once: int, prompt: int, new: int) -> dict[str, float]:
+        """As `bench`, of LoRAs: tokens per second by case."""
+        found = {BASE: self.speed(at_once, prompt, new)}
+        for kind in KINDS:
+            for count in COUNTS:
+                names = [f"lora-{kind}-{i}" for i in range(count)]
+                found[adapted(kind, count)] = self.speed(at_once, prompt, new, names)
+        return found
+
+    def speed(self, at_once: int, prompt: int, new: int, adapters: Sequence[str] = ()) -> float:
+        """Tokens per second of so many answers at once; of several adapters one after another."""
         stdin = self.group.process.stdin
         assert stdin is not None
         try:
-            stdin.write(json.dumps({"sequences": at_once, "prompt": prompt, "new": new}) + "\n")
+            asked = {"sequences": at_once, "prompt": prompt, "new": new, "adapters": list(adapters)}
+            stdin.write(json.dumps(asked) + "\n")
             stdin.flush()
         except OSError:
             raise PeerError(f"it ended: {self.group.last_words()}") from None

@@ -12,6 +12,8 @@ from tucka_runtime.loadtest.fairness import Fairness, Phase
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.settings import Settings
 
+QUIET = 16  # arrivals of seed 0 at 20 a second, in what is left of 0.8 s when the others have settled
+
 
 def test_a_server_without_a_queue_is_fair(fake: Callable[..., str]) -> None:
     url = fake(adapters=dict.fromkeys("abcq", ""))
@@ -21,7 +23,8 @@ def test_a_server_without_a_queue_is_fair(fake: Callable[..., str]) -> None:
     assert result["ratio"] and result["jain_equals"] > 0.9
     assert set(result["phases"]["flood"]["tokens"]) == {"a", "q"}
     assert set(result["phases"]["even"]["tokens"]) == {"a", "b", "c", "q"}
-    assert all(phase["quiet_requests"] > 3 and not phase["failures"] for phase in result["phases"].values())
+    assert [phase["failures"] for phase in result["phases"].values()] == [{}, {}]
+    assert {phase["quiet_requests"] for phase in result["phases"].values()} == {QUIET}, "however late they were sent"
     assert "flood / even" in fairness.render(result)
 
 

@@ -39,7 +39,7 @@ def test_eight_adapters_by_turns_with_as_many_at_once_as_asked(fake, tmp_path):
 
 def test_a_first_token_is_of_requests_one_at_a_time(fake, tmp_path):
     first = next(case for case in cases(8, 64, 128, long=False) if case.name.startswith("first token"))
-    assert ask(fake(ttft=0.03), first, 0, tmp_path) == pytest.approx(30, abs=12)
+    assert 200 <= ask(fake(ttft=0.2), first, 0, tmp_path) < 400
 
 
 def test_a_long_context_has_the_prompts_of_the_first_tokens_before_it_and_nothing_else_has(fake, tmp_path):
@@ -162,6 +162,7 @@ def test_an_engine_in_its_own_process_is_spoken_with(tmp_path):
         engine = Child(group)
         assert engine.about == {"precision": "bf16"}
         assert engine.speed(8, 64, 16) == 64
+        assert engine.speeds(8, 64, 16) == {"base only": 64, "qv, 1": 64, "qv, 8": 64, "all, 1": 64, "all, 8": 64}
         with pytest.raises(PeerError, match="400 tokens where 480"):
             engine.speed(8, 64, 60)
         with pytest.raises(PeerError, match="out of memory"):
@@ -229,11 +230,13 @@ def result() -> dict[str, Any]:
                     "first token, prompt 1,800": {OURS: [800.0]},
                 },
                 "alone": {
-                    "base only": [1500.0, 1600.0, 1700.0],
-                    "qv": [1440.0],
-                    "all": [1280.0],
-                    table.PACKED: [2000.0],
-                    table.FLOOR: [1000.0],
+                    contenders.BASE: {OURS: [1500.0, 1600.0, 1700.0]},
+                    "qv, 1": {OURS: [1500.0]},
+                    "qv, 8": {OURS: [1440.0], OPENVINO: [720.0]},
+                    "all, 1": {OURS: [1400.0]},
+                    "all, 8": {OURS: [1280.0]},
+                    table.PACKED: {OURS: [2000.0]},
+                    table.FLOOR: {OURS: [1000.0]},
                 },
             }
         },
@@ -245,8 +248,9 @@ def test_the_table_has_medians_their_spread_and_ratios():
     assert "| small | base, tok/s | 1,000 [90.0–1,200] | 500 [400–600] | **2.00** |" in text
     assert "| small | first token, prompt 1,800, ms | 800 | not run | – |" in text
     assert "| small | base | 1,600 [1,500–1,700] | not run | – |  | 2,000 | **0.80** | 1,000 |" in text
-    assert "| small | 8 adapters on q, v | 1,440 |  |  | **0.90** |  |  |  |" in text
-    assert "| small | 8 adapters on all seven | 1,280 |  |  | **0.80** |  |  |  |" in text
+    assert "| small | 8 adapters on q, v | 1,440 | 720 | **2.00** | **0.90** |  |  |  |" in text
+    assert "| small | 8 adapters on all seven | 1,280 | not run | – | **0.80** |  |  |  |"
+    assert "| small | 1 adapter on q, v | 1,500 | not run | – | **0.94** |  |  |  |" in text
     assert "OpenVINO GenAI was not run: --openvino was not given." in text
     assert text.index("python -m tucka") < text.index("python -m vllm lora")
     rows = [line for line in text.splitlines() if line.startswith("|")]
