@@ -193,7 +193,7 @@ async def _frames(answer: Answer, submit: Submit, http: HTTPRequest) -> AsyncGen
     try:
         async with (
             aclosing(_written(answer, submit)) as frames,
-            aclosing(with_silences(frames, heartbeat)) as heard,
+            aclosing(with_silences(frames, heartbeat) if heartbeat else frames) as heard,
         ):
             async for frame in heard:
                 begun = True

@@ -46,11 +46,7 @@ class BodyWriter(Protocol):
 
 
 async def with_silences(items: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T | None, None]:
-    """The items as they come, and None whenever none has come for so many seconds; 0: never."""
-    if not seconds:
-        async for item in items:
-            yield item
-        return
+    """The items as they come, and None whenever none has come for so many seconds."""
     while True:
         coming = asyncio.ensure_future(anext(items))
         try:
