@@ -31,9 +31,16 @@ class TuckAModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         # Set before Module.__init__ runs: injection needs it, and it holds no tensors.
         object.__setattr__(self, "routers", {})
+        object.__setattr__(self, "_whole", False)  # a forward of the whole model is under way
+        encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        object.__setattr__(self, "_encodes", encodes)
         super().__init__(model, *args, **kwargs)
         model.register_forward_pre_hook(self.begin_forward, with_kwargs=True)
-        model.register_forward_hook(self.end_forward)
+        model.register_forward_hook(self.end_forward, always_call=True)
+        if self._encodes:
+            encoder = model.get_encoder()  # type: ignore[operator]
+            encoder.register_forward_pre_hook(self.begin_encoder, with_kwargs=True)
+            encoder.register_forward_hook(self.end_encoder)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: TuckAConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
@@ -106,7 +113,17 @@ class TuckAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the wrapped model: padding and labels decide which tokens count in the route."""
+        """Forward pre-hook of the wrapped model: padding and labels decide which tokens count in the route. Where an
+        encoder ran before, as in `generate`, its last route is the one."""
+        self._whole = True
+        self._begin(args, kwargs)
+
+    def begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same of an encoder, where it is called by itself."""
+        if not self._whole:
+            self._begin(args, kwargs)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
             mask = args[1]
@@ -119,19 +136,30 @@ class TuckAModel(BaseTuner):
         if isinstance(mask, Tensor) and mask.ndim == 2 and length is not None:
             counts = mask[:, -length:].bool()  # with a cache the mask covers earlier tokens too
         prompt = None
-        if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
+        # An encoder's tokens are all prompt: labels are the decoder's.
+        if not self._encodes and isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
             prompt = (labels != -100).cumsum(1) == 0
         records, positions = None, kwargs.get("position_ids")
         if mask is None and cache is None and isinstance(positions, Tensor) and positions.ndim == 2:
             given = labels if prompt is not None else None
             if packed := packed_records(positions, given):
                 records, counts, prompt = packed
+        encoded = next(_tensors(kwargs.get("encoder_outputs")), None)
         for router in self.routers.values():
-            router.begin(counts, prompt, decoding, records)
+            router.begin(counts, prompt, decoding, records, None if encoded is None else len(encoded))
+
+    def end_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """`end_forward` of an encoder that was called by itself."""
+        if not self._whole:
+            self._end(output)
 
     def end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: when this forward is differentiated, other forwards may have come after it (a loss of two
         forwards, a reference model). Gradient checkpointing then runs layers again, and they need its routes."""
+        self._whole = False
+        self._end(output)
+
+    def _end(self, output: Any) -> None:
         forwards = [(router, router.current) for router in self.routers.values()]
         for router, _ in forwards:
             router.end()

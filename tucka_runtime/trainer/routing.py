@@ -121,9 +121,22 @@ class TrainingRouter:
         """The last route that was computed."""
         return self.current.route
 
-    def begin(self, mask: Tensor | None, prompt: Tensor | None, decoding: bool, records: Tensor | None = None) -> None:
-        """A forward of the whole model starts; the arguments are Forward's."""
-        self.current = Forward(mask, prompt, decoding, self.bias, self.route, once=True, records=records)
+    def begin(
+        self,
+        mask: Tensor | None,
+        prompt: Tensor | None,
+        decoding: bool,
+        records: Tensor | None = None,
+        encoded: int | None = None,
+    ) -> None:
+        """A forward of the whole model starts; the arguments are Forward's. `encoded`: the rows of what an encoder made
+        before, if one did. Its route is this forward's, and a row's that of all its beams."""
+        route = self.route
+        if encoded and route is not None and len(route.group) not in (1, encoded):
+            beams = encoded // len(route.group)
+            route = TrainingRoute(route.group.repeat_interleave(beams, 0), route.weights.repeat_interleave(beams, 0))
+        fresh = encoded is not None and route is not None
+        self.current = Forward(mask, prompt, decoding, self.bias, route, once=True, fresh=fresh, records=records)
 
     def end(self) -> None:
         """The forward is over. Parts of the model that are called by themselves route at every call."""
