@@ -12,7 +12,9 @@ from tokenizers import AddedToken
 
 from tests.support import GOLDEN
 from tests.support.tokenizer_families import FAMILIES, SPECIALS, make
-from tucka_runtime.tokenizer import Detokenizer, Tokenizer, render_chat, unshielded
+from tucka_runtime.chat_rendering import render_chat
+from tucka_runtime.detokenizer import Detokenizer
+from tucka_runtime.tokenizer import Tokenizer, unshielded
 from tucka_runtime.trainer.data import encode
 
 families = st.sampled_from(sorted(FAMILIES))

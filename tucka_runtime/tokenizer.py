@@ -1,14 +1,10 @@
 """Text to token ids and back, from the files of a base model's folder.
 
-Detokenisation is incremental: a `Detokenizer` takes one id at a time and returns the text that is final, so that no
-half of a UTF-8 character ever leaves it, at constant cost per token.
-
 Special tokens are what a model is controlled with: they begin and end texts and turns. What people write in messages is
 text and never becomes one: `shield` marks where a message spells one before the chat template sees it, and `encode`
 makes plain text of what is marked, while those that the template itself writes stay what they are.
 """
 
-import codecs
 import json
 import re
 import secrets
@@ -18,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tucka_runtime.base_files import end_tokens, without_marks
+from tucka_runtime.chat_rendering import render_chat
 from tucka_runtime.errors import ModelLoadError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -343,58 +340,6 @@ class _Whole(dict[int, str | None]):
 def unshielded(text: str) -> str:
     """A text without the marks of `Tokenizer.shield`."""
     return text.replace(_MARK, "")
-
-
-def render_chat(
-    template: str,
-    special_tokens: Mapping[str, str],
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    variables: Mapping[str, Any] | None = None,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-) -> str:
-    """The prompt that a chat template, in transformers' sandbox, makes of a conversation."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    conversations: Any = [list(messages)]
-    known: dict[str, Any] = {**special_tokens, **(variables or {})}
-    rendered = render_jinja_template(
-        conversations,
-        tools=None if tools is None else list(map(dict, tools)),
-        chat_template=template,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        **known,
-    )
-    return rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
-
-
-class Detokenizer:
-    """One sequence's ids to text. Every token is a known run of bytes; a UTF-8 character leaves when it is whole.
-    `shown` are special tokens that are not skipped."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: Collection[int] = ()):
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_tokens_but(shown) if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.pending = False
-        """True while a character waits for its last bytes."""
-
-    def push(self, token_id: int) -> str:
-        """The text that became final with this token; may be empty."""
-        if token_id in self._skipped:
-            return ""
-        if not self.pending and (whole := self._tokenizer.whole[token_id]) is not None:
-            return whole
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-        self.pending = bool(self._decoder.getstate()[0])
-        return text
-
-    def flush(self) -> str:
-        """What is left when no token follows: the replacement character for an unfinished one."""
-        self.pending = False
-        return self._decoder.decode(b"", final=True)
 
 
 def _byte_alphabet() -> dict[str, int]:

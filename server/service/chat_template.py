@@ -205,7 +205,7 @@ def _child_main() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401 (takes a second, before the first rendering is timed)
     from jinja2 import TemplateError
 
-    from tucka_runtime.tokenizer import render_chat
+    from tucka_runtime.chat_rendering import render_chat
 
     setting = _read_frame()
     with open("/proc/self/statm") as file:

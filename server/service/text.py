@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from tucka_runtime.detokenizer import Detokenizer
 from tucka_runtime.messages import Finish, FinishReason, SamplingParams, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.stops import StopStrings, StopTable
-from tucka_runtime.tokenizer import Detokenizer, Tokenizer
+from tucka_runtime.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):

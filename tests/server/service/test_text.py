@@ -4,10 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.stop_strings import first_stop
+from tucka_runtime.detokenizer import Detokenizer
 from tucka_runtime.messages import Finish, FinishReason, SequenceOutput, TokenLogprob
 from tucka_runtime.server.service.stops import stop_table
 from tucka_runtime.server.service.text import SequenceText, TextDelta
-from tucka_runtime.tokenizer import Detokenizer, Tokenizer
+from tucka_runtime.tokenizer import Tokenizer
 
 EOS = 2
 byte_tokens = st.sampled_from([3 + byte for byte in b"aab" + "é🌶".encode()]) | st.integers(0, 319)
