@@ -23,8 +23,10 @@ from tucka_runtime.errors import ConfigError
 from tucka_runtime.progress import AnswerProgress
 from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.batch_file import AnswerFile, Item, answer, read_items
-from tucka_runtime.server.serve import STOP_ENGINE_SECONDS, Parts, check_settings, loop_factory
+from tucka_runtime.server.event_loop import loop_factory
+from tucka_runtime.server.parts import STOP_ENGINE_SECONDS, Parts
 from tucka_runtime.server.service.service import Service
+from tucka_runtime.server.settings_check import check_settings
 
 log = logging.getLogger("tucka_runtime.server")
 

@@ -43,7 +43,7 @@ RULES = {
     "server.metrics": f"{SHARED} server.http server.metrics",
     "server.service": f"{SHARED} engine.client adapters server.http server.metrics server.service",
     "server.api": f"{SHARED} adapters.files server.http server.metrics server.service server.api",
-    "server.ray": f"{SHARED} affinity server.api.app server.http server.serve server.ray",
+    "server.ray": f"{SHARED} affinity server.api.app server.http server.parts server.settings_check server.ray",
     "server": f"{SHARED} engine.client adapters.registry adapters.remote server",
     "trainer": f"{SHARED} models adapters trainer",
     "loadtest.peers": "errors client children loadtest",

@@ -18,7 +18,7 @@ from tucka_runtime.server.http.server import bind, check_open
 from tucka_runtime.server.ray.fleet import Fleet, check_shared
 from tucka_runtime.server.ray.ingress import Ingress
 from tucka_runtime.server.ray.replica import Replica
-from tucka_runtime.server.serve import check_settings
+from tucka_runtime.server.settings_check import check_settings
 
 log = logging.getLogger("tucka_runtime.server")
 

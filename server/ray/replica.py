@@ -14,8 +14,9 @@ from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import EngineDeadError
 from tucka_runtime.logs import set_up_logging
 from tucka_runtime.server.api.app import create_app
+from tucka_runtime.server.parts import STOP_ENGINE_SECONDS, Parts
 from tucka_runtime.server.ray.relay import Forwarded, answered
-from tucka_runtime.server.serve import STOP_ENGINE_SECONDS, Parts, check_settings
+from tucka_runtime.server.settings_check import check_settings
 
 REPLICA_HEADER = b"x-tucka-replica"
 """Of every answer: which replica gave it."""

@@ -17,8 +17,9 @@ from tests.support import GOLDEN
 from tests.support.servers import start_command
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.server import serve
+from tucka_runtime.server import parts, serve
 from tucka_runtime.server.http.server import bind
+from tucka_runtime.server.settings_check import check_settings
 
 BASE = str(GOLDEN / "bases" / "llama-tiny")
 ONE = str(GOLDEN / "llama-qv-r8k3t3" / "adapter")
@@ -164,7 +165,7 @@ def test_what_is_wrong_at_first_sight_starts_no_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, model: str, settings: dict, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delattr(serve, "EngineClient")
+    monkeypatch.delattr(parts, "EngineClient")
     assert serve.serve(EngineConfig(model=model), ServerConfig(port=0, **settings)) == 1
     assert said in caplog.text
 
@@ -172,7 +173,7 @@ def test_what_is_wrong_at_first_sight_starts_no_engine(
 def test_weights_that_this_user_may_not_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda file, mode: not str(file).endswith(".safetensors"))  # root may read all
     with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .* chmod"):
-        serve.check_settings(EngineConfig(model=BASE), ServerConfig())
+        check_settings(EngineConfig(model=BASE), ServerConfig())
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -8,7 +8,7 @@ from tests.support import GOLDEN
 from tucka_runtime.bases import with_base
 from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.server.serve import check_settings
+from tucka_runtime.server.settings_check import check_settings
 
 COMMIT = "c" * 40
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tucka_runtime.server.serve import keep_compiled
+from tucka_runtime.server.parts import keep_compiled
 
 
 def test_compiled_kernels_are_kept_below_the_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
