@@ -12,7 +12,7 @@ from tucka_runtime.loadtest.peers.contenders import (
     VLLM,
     VLLM_LORA,
     adapted,
-)  # fmt: skip
+)
 
 FLOOR, PACKED = "bare matrix products", "packed matrix products"
 LINEARS = {"qv": "q, v", "all": "all seven"}
@@ -69,10 +69,8 @@ def alone(result: dict[str, Any]) -> str:
         for kind, on in LINEARS.items():
             for count in COUNTS:
                 ours, theirs = figures[adapted(kind, count)]
-                name = f"{count} adapter{'s' if count > 1 else ''} on {on}"
-                rows.append(
-                    [model, name, spread(ours), spread(theirs), ratio(ours, theirs), ratio(ours, base), *[""] * 3]
-                )
+                beside = [ratio(ours, theirs), ratio(ours, base), "", "", ""]
+                rows.append([model, f"{COUNTS[count]} on {on}", spread(ours), spread(theirs), *beside])
     if not rows:
         return ""
     note = (

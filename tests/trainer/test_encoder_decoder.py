@@ -96,3 +96,12 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model(input_ids=IDS, attention_mask=MASK)
     assert generated(model, IDS, MASK) == want
+
+
+def test_what_another_batch_was_encoded_to_has_no_route():
+    model = adapted(t5, "request")
+    with torch.no_grad():
+        encoded = model.get_encoder()(input_ids=IDS[[0, 0, 1]])
+        model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS)  # two rows since then
+        with pytest.raises(RuntimeError, match="before adapter 'default' was routed"):
+            model(encoder_outputs=encoded, decoder_input_ids=IDS[[0, 0, 1]])

@@ -130,12 +130,13 @@ class TrainingRouter:
         encoded: int | None = None,
     ) -> None:
         """A forward of the whole model starts; the arguments are Forward's. `encoded`: the rows of what an encoder made
-        before, if one did. Its route is this forward's, and a row's that of all its beams."""
+        before, if one did. Its route is this forward's, and a row's that of all its beams; where the rows do not come
+        out even they are not those that were routed, and there is none."""
         route = self.route
-        if encoded and route is not None and len(route.group) not in (1, encoded):
+        fresh = encoded is not None and route is not None and encoded % len(route.group) == 0
+        if fresh and encoded and route is not None and len(route.group) not in (1, encoded):
             beams = encoded // len(route.group)
             route = TrainingRoute(route.group.repeat_interleave(beams, 0), route.weights.repeat_interleave(beams, 0))
-        fresh = encoded is not None and route is not None
         self.current = Forward(mask, prompt, decoding, self.bias, route, once=True, fresh=fresh, records=records)
 
     def end(self) -> None:
