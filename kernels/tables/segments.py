@@ -84,7 +84,7 @@ class DeltaSite:
         """
         n = len(columns) - 1
         ranks = tuple(tuple(0 if w is None else w.shape[0] for w in row) for row in u)
-        u_all, e_all = torch.empty(0, device=device), tuple[Tensor | None, ...]()
+        u_all, e_all = torch.empty(0, dtype=dtype, device=device), tuple[Tensor | None, ...]()
         if pool:
             rows = [row[j] for j in range(n) for row in u]
             zero = torch.zeros(1, d_in, dtype=dtype, device=device)

@@ -14,6 +14,11 @@ import torch
 from tucka_runtime.kernels.dispatch import backend
 from tucka_runtime.kernels.ops import Ops
 
+# torch notes down which functions take a default device when one is first called with such a device: were that after
+# `poisoned` has put others in their places, the real ones would make tensors on the CPU for the rest of the process.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def _use(device: str) -> Iterator[None]:
     torch.set_default_device(device)

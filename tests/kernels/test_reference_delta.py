@@ -199,3 +199,13 @@ def test_negative_slots_are_not_written() -> None:
     expand_qkv_rope_kv(torch.randn(19, 32), None, None, None, None, 1e-5, caches[0], caches[1], slots)
     for cache in caches:
         assert (cache[[0, 1, 3]] == 7).all() and not (cache[2] == 7).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_that_are_not_stacked_are_multiplied_in_their_type(dtype: torch.dtype) -> None:
+    """As on a GPU, where the reference is what the fused kernels are held to."""
+    case = delta_cases.mix("half-base", dtype=dtype)
+    own = case.site
+    site = DeltaSite.build(own.u, own.e, own.columns, own.d_in, dtype, torch.device("cpu"), pool=False)
+    case = dataclasses.replace(case, site=site, plan=SitePlan.build(case.plan.segments, site))
+    delta_cases.check_delta(case, delta_cases.LIMITS[dtype], shrink_core, expand)
