@@ -223,6 +223,7 @@ def arguments(module: str, about: str | None, rounds: int) -> argparse.ArgumentP
 def main() -> int:
     parser = arguments("bench", __doc__, rounds=7)
     parser.add_argument("--llama-3-8b", action="store_true", help="that shape instead of --layers and --hidden")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="this base instead of a random one")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--kernels", default="auto", choices=KERNELS)
     parser.add_argument("--adapters", default="1,8", help="numbers of adapters, a case for each")
@@ -277,9 +278,9 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace, scratch: Path, counts: list[int], dtype: torch.dtype) -> dict[str, list[Took]]:
-    model, n = scratch / "model", args.concurrency
-    shape = LLAMA_3_8B if args.llama_3_8b else small(args.layers, args.hidden)
-    make_model(model, shape, dtype)
+    model, n = args.model or scratch / "model", args.concurrency
+    if args.model is None:
+        make_model(model, LLAMA_3_8B if args.llama_3_8b else small(args.layers, args.hidden), dtype)
     length = args.prompt + args.new + 16
     llm = LLM(
         model,

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import torch
 from triton.runtime.errors import OutOfResources
 
-from tucka_runtime.kernels.bench import chain, check, compiled, fewer_bits, host, latency_model, model
+from tucka_runtime.kernels.bench import chain, check, compiled, fewer_bits, host, model
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.bench.timing import Timed, measure, table
 from tucka_runtime.kernels.dispatch import choose
@@ -41,9 +41,7 @@ columns:
   ×gather-bmm   our time over torch's: factors gathered per row, then batched products (up to 256 rows)
   ×torch        our time over torch's own op
   ×without delta, ×no adapter   what adapters cost over the same kernels, or the whole step, without them
-  ×combined     a step whose cores are made first over one whose shrinks combine them on the fly
   ×one stream   a step whose shrinks run beside the base's products over one where they do not
-  ×as captured  a step whose norms are chosen for its batch over what the engine's graphs hold for any
 
 Rows are shared evenly among the adapters. An op is timed only if its tests pass on this device.
 """
@@ -93,7 +91,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", action="store_true", help="print the model of bytes and launches, time nothing")
     parser.add_argument("--compile", action="store_true", help="print what the compiler makes of all, time nothing")
     parser.add_argument("--host", action="store_true", help="print what a layer's launches cost the host")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of a large copy, for --model (4.3)")
+    parser.add_argument(
+        "--bandwidth", type=float, default=3.0, help="TB/s of a large copy, for --model (3.0, an H100's)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -167,10 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = model.Machine(copy=args.bandwidth * 1e12)
         if args.json:
             lines = [asdict(line) for line in model.lines(LLAMA3_8B, machine)]
-            waits = [asdict(line) for line in latency_model.lines(LLAMA3_8B, machine)]
-            print(json.dumps({"model": lines, "waits": waits, "fewer bits": fewer_bits.errors()}, indent=1))
+            print(json.dumps({"model": lines, "fewer bits": fewer_bits.errors()}, indent=1))
         else:
-            print(model.table(LLAMA3_8B, machine) + "\n\n" + latency_model.table(LLAMA3_8B, machine))
+            print(model.table(LLAMA3_8B, machine))
             print(fewer_bits.table())
         return 0
     if args.host:

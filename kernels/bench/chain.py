@@ -2,10 +2,8 @@
 
 What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
 weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product. Cores are made at the
-step's beginning from routes that are known; `combined` is the same step whose shrinks make them out of their slices,
-`one stream` the one whose shrinks run before the products and not beside them, `qkv in line` and the like the one where
-that is so at one site. `as captured` is what the graphs of an
-engine hold: they are captured without knowing any batch, so whatever the tiles are, norms have launches of their own.
+step's beginning from routes that are known; `one stream` is the same step whose shrinks run before the products and not
+beside them, `qkv in line` and the like the one where that is so at one site.
 """
 
 from collections.abc import Callable, Collection
@@ -22,20 +20,16 @@ from tucka_runtime.kernels.bench.shapes import Measurement, SiteBatch, batch, bl
 from tucka_runtime.kernels.bench.timing import Call, Case, Timed, measure
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
-from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
-from tucka_runtime.kernels.tables.segments import SitePlan
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights (d_out, d_in) by site, caches, and what adapters there are at each site, their cores as slices too."""
+    """Weights (d_out, d_in) by site, caches, and what adapters there are at each site."""
 
     weights: dict[str, Tensor]
     caches: tuple[Tensor, Tensor]
     deltas: dict[str, SiteBatch]
-    captured: dict[str, SitePlan]
-    """The plans of `deltas` as a graph's bucket has them: nothing is known of the batch on the host."""
-    slices: dict[str, Slices]
 
 
 class Chain:
@@ -53,8 +47,6 @@ class Chain:
             Layer(
                 {site: randn(sum(widths), d_in) for site, (d_in, widths) in shape.sites.items()},
                 (randn(slots, shape.kv_heads, shape.head), randn(slots, shape.kv_heads, shape.head)),
-                {},
-                {},
                 {},
             )
             for _ in range(shape.layers)
@@ -77,7 +69,6 @@ class Chain:
             return
         used, linears = min(rows, adapters), sum(len(widths) for _, widths in self.sweep.shape.sites.values())
         self.cores = torch.zeros(used, linears * len(self.layers), rank, rank, dtype=dtype, device=device)
-        self.slices = Slices.empty(used, linears * len(self.layers), P, device)
         slots, first = [], 0
         for layer in self.layers:
             for site, (d_in, widths) in self.sweep.shape.sites.items():
@@ -87,8 +78,6 @@ class Chain:
                     on = tuple(j in chosen for j in range(len(widths)))
                     own = batch(rows, adapters, rank, d_in, widths, dtype, device, on)
                     layer.deltas[site] = replace(own, cores=self.cores[:, first:end])
-                    layer.captured[site] = replace(own.plan, segments=replace(own.plan.segments, spans=()))
-                    layer.slices[site] = self.slices.of(first, end)
                     slots += [first + j for j in chosen]
                 first = end
         at = torch.tensor(slots, device=device)
@@ -98,21 +87,16 @@ class Chain:
         known = [(i % K, [0.5] * T) for i in range(used)]
         self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 
-    def step(self, combined: bool = False, captured: bool = False, in_line: Collection[str] = ()) -> Tensor:
+    def step(self, in_line: Collection[str] = ()) -> Tensor:
         """The highest logit's id of every row. Shrinks run before the products of the sites that are `in_line`."""
-        return linear(self.hidden(combined, captured, in_line), self.head).argmax(-1)
+        return linear(self.hidden(in_line), self.head).argmax(-1)
 
-    def hidden(self, combined: bool = False, captured: bool = False, in_line: Collection[str] = ()) -> Tensor:
+    def hidden(self, in_line: Collection[str] = ()) -> Tensor:
         """The normalised hidden states (T, d) that those are of."""
         ops, shape = self.sweep.ops, self.sweep.shape
-        if combined:
-            from tucka_runtime.kernels.fused.core import slices as combine
-        self.combined, self.captured, self.in_line = combined, captured, in_line
+        self.in_line = in_line
         if self.routes is not None:
-            if combined:
-                combine(self.routes, self.slices)
-            else:
-                ops.core(self.routes, self.cores)
+            ops.core(self.routes, self.cores)
         x, y = self.x, ops.norm(self.x, self.ones, None, 1e-5)
         for layer in self.layers:
             qkv, delta = self._linear(layer, "qkv", y)
@@ -133,22 +117,14 @@ class Chain:
         if b is None:
             return linear(x, layer.weights[site]), None
         if side is None or site in self.in_line:
-            return linear(x, layer.weights[site]), self._shrink(layer, site, x, b)
+            return linear(x, layer.weights[site]), self.sweep.ops.shrink_core(x, b.site, b.cores, b.plan)
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            low_rank = self._shrink(layer, site, x, b)
+            low_rank = self.sweep.ops.shrink_core(x, b.site, b.cores, b.plan)
         y = linear(x, layer.weights[site])
         main.wait_stream(side)
         return y, low_rank
-
-    def _shrink(self, layer: Layer, site: str, x: Tensor, b: SiteBatch) -> LowRank:
-        plan = layer.captured[site] if self.captured else b.plan
-        if self.combined:
-            from tucka_runtime.kernels.fused.shrink_core import run
-
-            return run(x, b.site, layer.slices[site], plan)
-        return self.sweep.ops.shrink_core(x, b.site, b.cores, plan)
 
 
 def results(sweep: Measurement, rows: int, context: int, say: Callable[[str], None]) -> list[Timed]:
@@ -171,8 +147,6 @@ def results(sweep: Measurement, rows: int, context: int, say: Callable[[str], No
         }
         calls: dict[str, Call] = {"own": chain.step}
         if targets and sweep.ops.name == "fused":
-            calls["combined"] = partial(chain.step, combined=True)
-            calls["as captured"] = partial(chain.step, captured=True)
             calls["one stream"] = partial(chain.step, in_line=shape.sites)
             calls |= {f"{site} in line": partial(chain.step, in_line=(site,)) for site in model.TARGETS[targets]}
         result = measure(_case(label, moved, calls), sweep.device)

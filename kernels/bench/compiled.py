@@ -24,11 +24,11 @@ from triton.runtime.jit import JITFunction
 
 from tucka_runtime.kernels.bench import ptx
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, batch, blocks
-from tucka_runtime.kernels.fused import core, expand_residual, launch, norm, shrink_core
+from tucka_runtime.kernels.fused import launch, norm
 from tucka_runtime.kernels.fused.backend import OPS
 from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.blocks import int8_cache
-from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
+from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,6 @@ def _calls() -> list[tuple[str, Any]]:
         h = case.y.new_empty(rows, 3, 16)
         at_qkv, at_mlp, at_out = (LowRank(h, c.site, c.plan) for c in (case, mlp, out))
         add("shrink_core", lambda c=case: ops.shrink_core(c.x, c.site, c.cores, c.plan))
-        slices = Slices.empty(adapters, 3, 2, torch.device("cpu"))
-        add(
-            "shrink_core, combined",
-            lambda c=case, m=slices: shrink_core.run(c.x, c.site, m, c.plan),
-        )
         add("expand", lambda c=case, d=at_qkv: ops.expand(c.y, d))
         for n in (None, norms):
             add(
@@ -182,12 +177,6 @@ def _calls() -> list[tuple[str, Any]]:
             add(
                 "expand_residual, rank 8",
                 lambda c=out, d=narrow[2], x=x, w=weight: ops.expand_residual(c.y, d, x, w, None, 1e-5),
-            )
-        if label in ("decode", "graph"):
-            # What a batch of fuller tiles takes.
-            add(
-                "expand_residual, two",
-                lambda c=out, d=at_out, x=x, w=weight: expand_residual.run(c.y, d, x, w, None, 1e-5, False, 64),
             )
         if in_graph:
             # Where an adapter of the batch changes the base's products too.
@@ -224,7 +213,6 @@ def _calls() -> list[tuple[str, Any]]:
         add("route_hidden", lambda x=x: ops.route_hidden(x, torch.empty(8, shape.d), 2))
     cores = torch.empty(1, 64, 16, 16).bfloat16()
     calls.append(("core", lambda: ops.core(_routes(None), cores)))
-    calls.append(("slices", lambda: core.slices(_routes(None), Slices.empty(1, 64, 2, torch.device("cpu")))))
     return calls
 
 

@@ -2,20 +2,15 @@
 
 A decoding step is bound by bytes: weights once, every context's keys and values once, factors of every active adapter
 once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, its
-launches that nothing hides, and the norms that one program does while the others have ended.
+launches that nothing hides.
 """
 
 from dataclasses import dataclass
 
-import torch
-
-from tucka_runtime.kernels.bench.shapes import Shape, spread
-from tucka_runtime.kernels.fused.expand_residual import one_launch
-from tucka_runtime.kernels.tables.segments import SMALL_TILE, Segments
+from tucka_runtime.kernels.bench.shapes import Shape
 
 NORMED = ("o", "down")
-"""Sites whose sum is normalised. Without a delta that is one launch; with one the norm is a second, or a tile's last
-program does it."""
+"""Sites whose sum is normalised: without a delta in one launch, with one in two."""
 BASE_LAUNCHES = 9
 """Launches of a layer without adapters: four GEMMs, qkv's pass, attention, SwiGLU, two sums with norm."""
 
@@ -23,24 +18,19 @@ BASE_LAUNCHES = 9
 @dataclass(frozen=True)
 class Machine:
     """bytes/s of a large copy, the share of it that kernels are asked to reach, flop/s of large bf16 products, seconds
-    that a launch in a graph costs where nothing hides it, bytes/s that one program alone moves through L2, seconds of
-    a read that others wait for on a busy device, seconds of a fork in a graph with its join. All assumptions until a
-    device has been asked: `machine` of docs/measurements/first-run/where.py asks for all but `efficiency`, which its
-    `counters` tell, and `program`, which its sweep of expand_residual does."""
+    that a launch in a graph costs where nothing hides it. All but the share are an H100's, as `machine` and `step` of
+    docs/measurements/first-run/where.py found them."""
 
-    copy: float = 4.3e12
+    copy: float = 3.0e12
     efficiency: float = 0.75
-    products: float = 7.5e14
+    products: float = 7.8e14
     launch: float = 1.0e-6
-    program: float = 1.0e11
-    latency: float = 0.6e-6
-    fork: float = 1.0e-6
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Microseconds and shares of one target. `at_floor` counts bytes at the copy's rate and no launch, `expected` every
-    launch and the norms that programs do alone, `overlapped` only what no side stream can hide: all but the shrinks."""
+    launch, `overlapped` only what no side stream can hide: all but the shrinks."""
 
     what: str
     target: float
@@ -84,13 +74,8 @@ def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: in
     base = (weights(shape) + kv(shape, 64, 1024)) / machine.copy
     moved = factors(shape, targets, adapters, rank)
     norms = shape.layers * sum(s in NORMED for s in TARGETS[targets])
-    segments = Segments.build(spread(64, adapters), 64, adapters, torch.device("cpu"))
-    if one_launch(segments, 2 * shape.d):
-        # A program reads the rows of a tile twice and as many bytes of the norm's weights, and writes as many.
-        added, exposed = 0, norms * 4 * min(-(-64 // adapters), SMALL_TILE) * 2 * shape.d / machine.program
-    else:
-        added, exposed = norms, norms * machine.launch
-    shrinks = shape.layers * len(TARGETS[targets]) * (1 + (rank > 32))
+    exposed = norms * machine.launch
+    shrinks = shape.layers * len(TARGETS[targets]) * 2
     floor = moved / machine.copy
     expected = floor / machine.efficiency + shrinks * machine.launch + exposed
     name = {"qv": "q, v", "all": "all seven"}[targets]
@@ -99,7 +84,7 @@ def decode(shape: Shape, machine: Machine, targets: str, adapters: int, rank: in
         target,
         base * 1e6,
         moved,
-        shrinks + added,
+        shrinks + norms,
         floor / base,
         expected / base,
         (floor / machine.efficiency + exposed) / base,
@@ -150,8 +135,7 @@ def table(shape: Shape, machine: Machine) -> str:
     """The targets as lines of text."""
     out = [
         f"{shape.name}: copy {machine.copy / 1e12:.1f} TB/s, kernels at {machine.efficiency:.2f} of it, products "
-        f"{machine.products / 1e12:.0f} TFLOP/s, launch {machine.launch * 1e6:.1f} us, one program "
-        f"{machine.program / 1e9:.0f} GB/s: assumptions, not measurements",
+        f"{machine.products / 1e12:.0f} TFLOP/s, launch {machine.launch * 1e6:.1f} us",
         f"{'what':44}{'base us':>9}{'delta MB':>10}{'launches':>10}{'floor':>8}{'expected':>10}{'overlapped':>12}"
         f"{'target':>8}",
     ]

@@ -57,10 +57,8 @@ def variants(sweep: Measurement) -> Iterator[Case]:
 
     for rows, adapters, rank in sweep.deltas:
         for block_k, span, chunks, warps in product((64, 128, 256), (256, 512, 1024, 4096), (1, 4), (2, 4)):
-            for one_launch in (False, True) if chunks == 1 else (False,):
-                if block_k <= span:
-                    how = Config(block_k, span, chunks, one_launch, warps, 3)
-                    yield _variant(sweep, rows, adapters, rank, how)
+            if block_k <= span:
+                yield _variant(sweep, rows, adapters, rank, Config(block_k, span, chunks, warps, 3))
 
 
 def _variant(sweep: Measurement, rows: int, adapters: int, rank: int, how: "Config") -> Case:

@@ -6,7 +6,7 @@ Sequences of one row and sequences of several take a kernel each, over the same 
 import torch
 from torch import Tensor
 
-from tucka_runtime.kernels.fused.attention_decode import SPLIT, decode, decode_block
+from tucka_runtime.kernels.fused.attention_decode import cut, decode
 from tucka_runtime.kernels.fused.attention_prompt import prefill, prompt_blocks
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 
@@ -17,6 +17,7 @@ def attention(
     """ops.Attention."""
     out = torch.empty_like(q)
     d, size = q.shape[2], q.element_size()
-    decode(q, k_cache, v_cache, out, metadata, scale, window, SPLIT, decode_block(d, size))
+    how = cut(len(metadata.singles), k_cache.shape[1], d, size, k_cache.dtype == torch.int8)
+    decode(q, k_cache, v_cache, out, metadata, scale, window, how)
     prefill(q, k_cache, v_cache, out, metadata, scale, window, *prompt_blocks(d, size))
     return out

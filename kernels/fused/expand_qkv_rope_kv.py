@@ -90,7 +90,7 @@ def expand_qkv_rope_kv(
         HAS_DELTA=low_rank is not None,
         HAS_ROPE=has_rope,
         HAS_NORM=head_norms is not None,
-        num_warps=4,  # unmeasured
+        num_warps=4,
         **options,
     )
     return q

@@ -32,7 +32,7 @@ from tucka_runtime.kernels.ops import LowRank
 from tucka_runtime.kernels.tables.segments import SMALL_TILE
 
 BLOCK_N = 64
-"""Columns of gate and of up per program, 4 KB of E per chunk; see expand.BLOCK_N. Unmeasured."""
+"""Columns of gate and of up per program, 4 KB of E per chunk; see expand.BLOCK_N."""
 
 
 def expand_swiglu(gate_up: Tensor, low_rank: LowRank | None) -> Tensor:

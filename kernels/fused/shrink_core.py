@@ -1,13 +1,13 @@
 """Shrink: x to each row's own adapter's rank, and through its core: h = (x Uᵀ) M. Contract: ops.ShrinkCore.
 
 Grid (tiles, chunk blocks, splits of d_in). A program multiplies a tile of rows with 16 or 64 rank rows over its span of
-d_in and stores the product in fp32; the last program of a tile and target (one launch), or a second launch, adds up the
-spans in their order and multiplies with the core. No float atomics: repeats agree bit for bit.
+d_in and stores the product in fp32; a second launch adds up the spans in their order and multiplies with the core. No
+float atomics: repeats agree bit for bit. That the last program of a tile did it instead, in one launch, was tried on an
+H100: programs that stay for it keep the base's product, which runs beside, from its SMs, and a step took 1 to 3%
+longer.
 
 Chunks of rank rows are numbered rank first, target second: chunk c is target c mod n, ranks 16·(c div n) and up. So the
 targets of a small rank lie in one block, x is read once for them, and blocks above an adapter's rank end at once.
-
-Cores come made (`core.core`), or as the slices that they are linear in (`core.slices`) and are combined here.
 """
 
 import math
@@ -20,15 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tucka_runtime.kernels.fused.launch import launch
-from tucka_runtime.kernels.fused.tiles import CHUNK, arrive, cdiv, counters, dot, load_tile
+from tucka_runtime.kernels.fused.tiles import CHUNK, cdiv, dot, load_tile
 from tucka_runtime.kernels.ops import LowRank
-from tucka_runtime.kernels.tables.routes import Slices
 from tucka_runtime.kernels.tables.segments import SMALL_BATCH, DeltaSite, SitePlan, power_of_2
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the product is cut. No constant here has been chosen by a device yet: the bench is what shall."""
+    """How the product is cut."""
 
     block_k: int
     """Columns of x per step."""
@@ -36,8 +35,6 @@ class Config:
     """Columns of x per program; sums of spans are added in order."""
     chunks: int
     """Chunks of 16 rank rows per program."""
-    one_launch: bool
-    """The last program of a tile and target finishes it; needs chunks = 1."""
     warps: int
     stages: int
 
@@ -47,29 +44,25 @@ AHEAD = tl.constexpr(4)
 
 
 @lru_cache(4096)
-def config(num_rows: int, d_in: int, rank: int, combine: bool = False) -> Config:
+def config(num_rows: int, d_in: int, rank: int) -> Config:
     """Chooses by shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the
-    batch. `combine`: cores are combined on the fly, which takes registers, so that steps are shorter."""
+    batch."""
     if num_rows <= SMALL_BATCH:
-        # 512 columns: 16 KB of U a program, so 32 adapters of r 16 at q and v of d 4096 make 512 programs, four per SM.
-        # Over r 32 the sums of a tile are too long a tail for one program (128 KB at r 128), hence the second launch.
-        return Config(block_k=128 if combine else 256, span=512, chunks=1, one_launch=rank <= 32, warps=4, stages=3)
+        # On an H100 spans of 512 make a step of 64 rows of 32 adapters 1% longer, those of 2048 one of few rows 1 to
+        # 4%.
+        return Config(block_k=256, span=1024, chunks=1, warps=4, stages=3)
     # Prompts: 64 rank rows share one read of x; spans shrink while tiles are too few for 132 SMs.
     span = 512 if num_rows <= 1024 else 1024 if num_rows <= 4096 else max(CHUNK, power_of_2(d_in))
-    return Config(block_k=64, span=span, chunks=4, one_launch=False, warps=4, stages=3)
+    return Config(block_k=64, span=span, chunks=4, warps=4, stages=3)
 
 
 def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> LowRank:
     """ops.ShrinkCore."""
-    return run(x, site, cores, plan)
+    return run(x, site, cores, plan, config(x.shape[0], x.shape[1], plan.max_rank))
 
 
-def run(
-    x: Tensor, site: DeltaSite, cores: Tensor | Slices | None, plan: SitePlan, how: Config | None = None
-) -> LowRank:
-    """`shrink_core` in a given configuration, and with cores that are combined on the fly, for the bench."""
-    combine = isinstance(cores, Slices)
-    how = how or config(x.shape[0], x.shape[1], plan.max_rank, combine)
+def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: Config) -> LowRank:
+    """`shrink_core` in a given configuration, for tests and the bench."""
     num_rows, d_in = x.shape
     if x.dtype != site.dtype or d_in != site.d_in:
         raise ValueError(f"x is {x.dtype} of width {d_in}, the factors are {site.dtype} of width {site.d_in}")
@@ -80,12 +73,32 @@ def run(
         return LowRank(h, site, plan)
     rank_chunks, splits = cdiv(rank, CHUNK), cdiv(d_in, how.span)
     part = x.new_empty(splits, num_rows, n, rank_chunks * CHUNK, dtype=torch.float32)
-    made: tuple[object, ...] = (x, x, 0, 0, 0, 0)  # never read: no rank is as small as 0
-    if isinstance(cores, Slices):
-        made = (cores.address, cores.weight, *cores.address.stride(), cores.weight.shape[2], 0)
-    elif cores is not None:
-        made = (cores, x, *cores.stride()[:3], cores.shape[-1])
-    shared = (
+    launch(
+        _shrink,
+        (num_tiles, cdiv(n * rank_chunks, how.chunks), splits),
+        x,
+        site.u_ptr,
+        part,
+        site.rank,
+        segments.tiles,
+        num_rows,
+        n,
+        rank_chunks * CHUNK,
+        d_in,
+        x.stride(0),
+        SPAN=how.span,
+        CHUNKS=how.chunks,
+        BLOCK_M=segments.tile_rows,
+        BLOCK_K=how.block_k,
+        ALIGN=math.gcd(16, d_in * x.element_size()),
+        num_warps=how.warps,
+        num_stages=how.stages,
+    )
+    # Never read where there is none: no rank is as small as 0.
+    made: tuple[object, ...] = (x, 0, 0, 0, 0) if cores is None else (cores, *cores.stride()[:3], cores.shape[-1])
+    launch(
+        _finish,
+        (num_tiles, n, rank_chunks),
         part,
         h,
         *made,
@@ -97,53 +110,22 @@ def run(
         rank,
         rank_chunks * CHUNK,
         splits,
-    )
-    blocks = cdiv(n * rank_chunks, how.chunks)
-    launch(
-        _shrink,
-        (num_tiles, blocks, splits),
-        x,
-        site.u_ptr,
-        counters("shrink_core", num_tiles * n, x.device),
-        *shared,
-        d_in,
-        x.stride(0),
-        SPAN=how.span,
-        CHUNKS=how.chunks,
         BLOCK_M=segments.tile_rows,
-        BLOCK_K=how.block_k,
-        ALIGN=math.gcd(16, d_in * x.element_size()),
-        ONE_LAUNCH=how.one_launch,
-        COMBINE=combine,
-        num_warps=how.warps,
-        num_stages=how.stages,
+        num_warps=4,
     )
-    if not how.one_launch:
-        launch(_finish, (num_tiles, n, rank_chunks), *shared, BLOCK_M=segments.tile_rows, COMBINE=combine, num_warps=4)
     return LowRank(h, site, plan)
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _shrink(
     x,
     u_ptr,
-    counter,
     part,
-    h,
-    cores,
-    core_weights,
-    core_s,
-    core_n,
-    core_r,
-    core_size,
     rank,
     tiles,
-    row_cores,
     num_rows,
     n,
-    width_h,
     width_part,
-    splits,
     d_in,
     x_stride,
     SPAN: tl.constexpr,
@@ -151,8 +133,6 @@ def _shrink(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr,
-    COMBINE: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(2)
     first, end, core, adapter = load_tile(tiles, tile)
@@ -185,19 +165,6 @@ def _shrink(
     # Whole chunks, with zeros beyond the rank: whoever adds them up reads them 16 bytes at a time.
     mask = inside[:, None] if CHUNKS == 1 else inside[:, None] & (i < width_part)[None, :]
     tl.store(at, acc, mask=mask)
-    if ONE_LAUNCH:
-        own = tl.program_id(1) % n
-        r = tl.load(rank + adapter * n + own)
-        if arrive(counter + tile * n + own, (r + 15) // 16 * splits):
-            # Read once more: what is kept until here takes registers that the product needs.
-            first, end, core, adapter = load_tile(tiles, tile)
-            rows = first + tl.arange(0, BLOCK_M)
-            r = tl.load(rank + adapter * n + own)
-            for out in range(0, r, 16):
-                _mix(
-                    part, h, cores, core_weights, core_s, core_n, core_r, core_size, core, row_cores, rows, end, own, r,
-                    out, num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
-                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])
@@ -205,7 +172,6 @@ def _finish(
     part,
     h,
     cores,
-    core_weights,
     core_s,
     core_n,
     core_r,
@@ -219,60 +185,23 @@ def _finish(
     width_part,
     splits,
     BLOCK_M: tl.constexpr,
-    COMBINE: tl.constexpr,
-):
-    """The second launch: grid (tiles, targets, chunks of h)."""
-    first, end, core, adapter = load_tile(tiles, tl.program_id(0))
-    if (core < 0) | (first >= end):
-        return
-    target, out = tl.program_id(1), tl.program_id(2) * 16
-    r = tl.load(rank + adapter * n + target)
-    if out < r:
-        rows = first + tl.arange(0, BLOCK_M)
-        _mix(
-            part, h, cores, core_weights, core_s, core_n, core_r, core_size, core, row_cores, rows, end, target, r, out,
-            num_rows, n, width_h, width_part, splits, BLOCK_M, COMBINE,
-        )  # fmt: skip
-
-
-@triton.jit
-def _mix(
-    part,
-    h,
-    cores,
-    core_weights,
-    core_s,
-    core_n,
-    core_r,
-    core_size,
-    core,
-    row_cores,
-    rows,
-    end,
-    target,
-    r,
-    out,
-    num_rows,
-    n,
-    width_h,
-    width_part,
-    splits,
-    BLOCK_M: tl.constexpr,
-    COMBINE: tl.constexpr,
 ):
     """h[rows, target, out : out + 16] from the sums over the spans, through each row's core where the rank has one.
 
-    `core` is the first row's; where a tile's rows have several, all are multiplied with each, and a row takes its own:
-    what another's core makes of it, be it NaN, is not kept.
+    A tile's core is the first row's; where its rows have several, all are multiplied with each, and a row takes its
+    own: what another's core makes of it, be it NaN, is not kept.
     """
-    column = out + tl.arange(0, 16)
+    first, end, core, adapter = load_tile(tiles, tl.program_id(0))
+    target, out = tl.program_id(1), tl.program_id(2) * 16
+    if (core < 0) | (first >= end):
+        return
+    r = tl.load(rank + adapter * n + target)
+    if out >= r:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
     inside = rows < end
-    if COMBINE:
-        # An adapter's rows have all a core or none.
-        has_core = tl.load(cores + core.to(tl.int64) * core_s + target * core_n) != 0
-    else:
-        has_core = r <= core_size
-    if has_core:
+    column = out + tl.arange(0, 16)
+    if r <= core_size:
         own = tl.load(row_cores + rows, mask=inside, other=-1)
         acc = tl.zeros((BLOCK_M, 16), tl.float32)
         for c in range(0, r, 16):
@@ -281,9 +210,7 @@ def _mix(
             total = total.to(h.dtype.element_ty)
             mixed, now, begin = acc, core, tl.min(rows)
             while begin < end:
-                m = _load_core(
-                    cores, core_weights, now, core_s, core_n, core_r, core_size, h, target, r, c, out, COMBINE
-                )
+                m = _load_core(cores, now, core_s, core_n, core_r, core_size, target, r, c, out)
                 mixed = tl.where((own == now)[:, None], dot(total, m, acc), mixed)
                 begin = tl.min(tl.where(inside & (rows > begin) & (own != now), rows, end))
                 now = tl.max(tl.where(rows == begin, own, -1))
@@ -295,32 +222,15 @@ def _mix(
 
 
 @triton.jit
-def _load_core(
-    cores, core_weights, core, core_s, core_n, core_r, core_size, like, target, r, c, out, COMBINE: tl.constexpr
-):  # fmt: skip
-    """(16, 16) of a core from row c and column `out` on, in the type of `like`, zeros beyond the rank.
-
-    Made, it lies in cores at its number and target, its rows core_r apart. To be combined, it is core_r slices of
-    (r, r) at the address that stands there, their weights core_r times as far on in core_weights.
-    """
-    at_core = core.to(tl.int64) * core_s + target * core_n
+def _load_core(cores, core, core_s, core_n, core_r, core_size, target, r, c, out):
+    """(16, 16) of a core from row c and column `out` on, zeros beyond the rank. It lies at its number and target, its
+    rows core_r apart."""
     i, column = c + tl.arange(0, 16), out + tl.arange(0, 16)
-    real = (i < r)[:, None] & (column < r)[None, :]
-    if COMBINE:
-        slices = tl.load(cores + at_core).to(tl.pointer_type(tl.float32))
-        m = tl.zeros((16, 16), tl.float32)
-        for j in range(core_r):
-            weight = tl.load(core_weights + at_core * core_r + j)
-            height = tl.where(weight == 0, 0, r)  # where there is no slice any more nothing is read
-            at = slices + (j * r + i[:, None]) * r + column[None, :]
-            m += weight * tl.load(at, mask=real & (i < height)[:, None], other=0.0)
-        m = m.to(like.dtype.element_ty)
-    else:
-        # Read as wide as cores lie, and chosen from: a mask of r would split the reads into single elements.
-        within = (i < core_size)[:, None] & (column < core_size)[None, :]
-        m = tl.load(cores + at_core + i[:, None] * core_r + column[None, :], mask=within, other=0.0)
-        m = tl.where(real, m, 0.0)
-    return m
+    core_at = cores + core.to(tl.int64) * core_s + target * core_n + i[:, None] * core_r + column[None, :]
+    # Read as wide as cores lie, and chosen from: a mask of r would split the reads into single elements.
+    within = (i < core_size)[:, None] & (column < core_size)[None, :]
+    m = tl.load(core_at, mask=within, other=0.0)
+    return tl.where((i < r)[:, None] & (column < r)[None, :], m, 0.0)
 
 
 @triton.jit
@@ -334,5 +244,5 @@ def _sum_spans(part, rows, inside, target, i, num_rows, n, width_part, splits, B
             row = (split * num_rows + rows).to(tl.int64)
             at = part + (row[:, None] * n + target) * width_part + i[None, :]
             there = tl.where(split < splits, inside, False)
-            total += tl.load(at, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            total += tl.load(at, mask=there[:, None], other=0.0)
     return total

@@ -124,25 +124,3 @@ class RoutePlan:
             device,
         )
         return RoutePlan(tuple(adapters), tuple(core_rows), tuple(ids), limits, table, groups, weights)
-
-
-@dataclass(frozen=True, eq=False)
-class Slices:
-    """Cores that are combined where they are used: core (c, m) = Σ_j weight[c, m, j] · S_j with S (p, r, r) fp32 at
-    address[c, m], the identity where that is 0.
-
-    address (C, N) int64; weight (C, N, P) fp32, 0 from an adapter's own p on.
-    """
-
-    address: Tensor
-    weight: Tensor
-
-    @staticmethod
-    def empty(num_cores: int, modules: int, p: int, device: torch.device) -> "Slices":
-        """Identities all."""
-        address = torch.zeros(num_cores, modules, dtype=torch.int64, device=device)
-        return Slices(address, torch.zeros(num_cores, modules, p, device=device))
-
-    def of(self, first: int, end: int) -> "Slices":
-        """The slices of the linears first..end: a site's."""
-        return Slices(self.address[:, first:end], self.weight[:, first:end])

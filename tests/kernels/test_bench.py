@@ -1,6 +1,5 @@
 """The bench itself: its command line, and that what it would time on a GPU runs."""
 
-import dataclasses
 import importlib
 import json
 from itertools import islice
@@ -9,10 +8,10 @@ import pytest
 import torch
 
 from tucka_runtime.kernels.bench import __main__ as bench
-from tucka_runtime.kernels.bench import chain, check, model
-from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement, batch
+from tucka_runtime.kernels.bench import chain, check, choices, model, timing
+from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.dispatch import backend
-from tucka_runtime.kernels.fused.expand_residual import one_launch
+from tucka_runtime.kernels.fused import attention, norm
 
 
 def sweep(name: str) -> Measurement:
@@ -43,19 +42,27 @@ def test_the_chain_is_the_same_step_fused() -> None:
         steps[-1].adapt("all", 1, 8)
     assert torch.equal(steps[0].step(), steps[1].step())
     adapted = steps[0].step()
-    assert torch.equal(adapted, steps[1].step(combined=True))
-    assert torch.equal(adapted, steps[1].step(captured=True))
-    for layer in steps[1].layers:
-        assert all(not plan.segments.spans and plan.segments.padded for plan in layer.captured.values())
+    assert torch.equal(adapted, steps[1].step())
     steps[0].adapt(None, 0, 0)
     assert adapted.shape == steps[0].step().shape
 
 
-def test_graphs_norm_by_a_launch_of_its_own_what_tiles_would_by_their_last_programs() -> None:
-    """What the chain has as captured, at 64 rows of 32 adapters: the host that captures knows of no tile."""
-    own = batch(64, 32, 16, 64, (64,), torch.float32, torch.device("cpu")).plan.segments
-    row = 2 * LLAMA3_8B.d
-    assert one_launch(own, row) and not one_launch(dataclasses.replace(own, spans=()), row)
+@pytest.mark.interpreted
+def test_other_constants_make_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind is timed, is gone afterwards, and what does not fit is left out."""
+    monkeypatch.setattr(timing, "REPEATS", 1)
+    real = choices.alternatives
+
+    def few(what: Measurement, d_in: int) -> dict[str, tuple[choices.Put, ...]]:
+        found = real(what, d_in)
+        kept = {name.split(":")[0]: name for name in found}.values()
+        return {name: found[name] for name in kept} | {"broken": (choices.Put(attention, "cut", None),)}
+
+    monkeypatch.setattr(choices, "alternatives", few)
+    before, said = (attention.cut, norm.launch), []
+    found = choices.results(sweep("fused"), 1, 4, 1, said.append)
+    assert set(found) == {"as built", *few(sweep("fused"), 64), "as built, again"} - {"broken"}
+    assert any(line.startswith("broken: TypeError") for line in said) and (attention.cut, norm.launch) == before
 
 
 @pytest.mark.interpreted
@@ -88,4 +95,4 @@ def test_the_model_counts_what_the_shape_has(capsys: pytest.CaptureFixture[str])
     assert model.kv(LLAMA3_8B, 64, 1024) == 64 * 1024 * 32 * 2 * 8 * 128 * 2
     assert model.factors(LLAMA3_8B, "qv", 1, 16) == 32 * 16 * (2 * 4096 + 4096 + 1024) * 2
     assert bench.main(["--model"]) == 0
-    assert "not measurements" in capsys.readouterr().out
+    assert "Llama-3-8B: copy 3.0 TB/s" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tucka_runtime.kernels.bench import latency_model, ptx
+from tucka_runtime.kernels.bench import ptx
 
 EXPANDS = ("_expand", "_qkv", "_swiglu", "_add")
 
@@ -52,9 +52,8 @@ def test_h_is_read_as_wide_as_a_thread_has_of_it(report: list[dict[str, object]]
 def test_slices_of_cores_are_read_in_16_bytes(report: list[dict[str, object]]) -> None:
     """The kernel has both ways: 16 bytes where the rank is a multiple of 4, 8 entries of 4 bytes where it is not."""
     assert accesses(report, "_core", "slices") == [{"4": 8, "16": 2}]
-    for kernel in ("_shrink", "_finish"):
-        for widths in accesses(report, kernel, "cores"):
-            assert min(map(int, widths)) >= 4
+    for widths in accesses(report, "_finish", "core_at"):
+        assert min(map(int, widths)) >= 4
 
 
 def test_parts_of_a_context_are_read_eight_at_once(report: list[dict[str, object]]) -> None:
@@ -69,9 +68,7 @@ def test_parts_of_a_context_are_read_eight_at_once(report: list[dict[str, object
         # E of one half; E of the other. The tile's row was read two turns ahead, the rank and the address one.
         ("expand_swiglu (graph)", 2),
         ("expand_qkv_rope_kv (graph)", 2),
-        # E; the counter; and the loops of a tile's last program, which normalises.
-        ("expand_residual (graph)", 6),
-        ("expand_residual, two (graph)", 1),
+        ("expand_residual (graph)", 1),
     ],
 )
 def test_reads_of_a_tile_overlap(report: list[dict[str, object]], op: str, most: int) -> None:
@@ -80,26 +77,12 @@ def test_reads_of_a_tile_overlap(report: list[dict[str, object]], op: str, most:
     assert waits and waits[0] == most
 
 
-def test_the_model_has_the_compilers_waits(report: list[dict[str, object]]) -> None:
-    """The first kernel of each op, as the model of a step's waits takes it (kernels/bench/latency_model.py)."""
-    first = {str(entry["op"]): entry for entry in reversed(report)}
-    for site, op in (("qkv", "expand_qkv_rope_kv"), ("gate_up", "expand_swiglu"), ("o", "expand_residual")):
-        entry, waits = first[f"{op} (graph)"], latency_model.EXPANDS[site]
-        assert isinstance(entry["grid"], list)
-        assert (entry["path"], entry["grid"][0]) == (waits.path, waits.tiles)
-        if site == "o":
-            # The compiler's turn has a tile's last program in it, of which there is one in 64.
-            entry = first["expand_residual, two (graph)"]
-        assert entry["latencies"] == waits.turn
-    assert first["shrink_core (graph)"]["path"] == latency_model.SHRINK_PATH
-
-
 @pytest.mark.parametrize(
     "op", ["expand_swiglu (graph)", "expand_qkv_rope_kv (graph)", "expand_residual (graph)", "attention (decode)"]
 )
 def test_programs_that_take_turns_are_all_resident(report: list[dict[str, object]], op: str) -> None:
     """At 64 rows: most of the device is used, and none starts when the others end. They were 1.18 to 1.6 waves."""
-    waves = [entry["waves"] for entry in report if entry["op"] == op]
+    waves = [entry["waves"] for entry in report if entry["op"] == op and entry["kernel"] != "_norm"]
     assert waves
     for value in waves:
         assert isinstance(value, float) and 0.8 < value <= 1
@@ -112,11 +95,11 @@ def test_programs_that_take_turns_are_all_resident(report: list[dict[str, object
         ("expand_residual (graph)", 64),
         ("expand_qkv_rope_kv (graph)", 96),
         ("shrink_core (graph)", 72),
-        ("attention (decode)", 168),
+        ("attention (decode)", 208),
     ],
 )
 def test_registers_leave_room_for_programs(report: list[dict[str, object]], op: str, most: int) -> None:
-    """Eight programs of 128 threads on an SM at 64 registers, seven at 72, five at 96, three at 168."""
+    """Eight programs of 128 threads on an SM at 64 registers, seven at 72, five at 96, two at 208."""
     found = [entry["registers"] for entry in report if entry["op"] == op]
     assert found
     for registers in found:

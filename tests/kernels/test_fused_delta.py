@@ -6,34 +6,30 @@ import pytest
 import torch
 
 from tests.support import delta_cases
-from tests.support.delta_cases import LIMITS, check_delta, parts, retiled, surrounded
+from tests.support.delta_cases import check_delta, parts, retiled, surrounded
 from tucka_runtime.kernels.fused import (
-    core,
     expand,
     expand_residual,
     expand_swiglu,
     shrink_core,
 )
 from tucka_runtime.kernels.ops import LowRank
-from tucka_runtime.kernels.reference import core as core_ref
 from tucka_runtime.kernels.reference import expand_swiglu as swiglu_ref
-from tucka_runtime.kernels.tables.routes import CoreParts, RoutePlan, Slices
 from tucka_runtime.kernels.tables.segments import Segments
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize("name", ["half-base", "absent-targets", "odd-ranks"])
-def test_sums_over_many_spans(name: str, one_launch: bool) -> None:
-    how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=one_launch, warps=4, stages=3)
+def test_sums_over_many_spans(name: str) -> None:
+    how = shrink_core.Config(block_k=16, span=32, chunks=1, warps=4, stages=3)
     case = delta_cases.mix(name, d_in=77)
     check_delta(case, 1e-5, lambda *args: shrink_core.run(*args, how), expand.expand)
 
 
 SHIPPED = {
-    (how.block_k, how.span, how.chunks, how.one_launch): how
+    (how.block_k, how.span, how.chunks): how
     for rows in (1, 257, 1025, 5000)
     for d_in in (64, 4096)
     for rank in (8, 64)
@@ -65,7 +61,7 @@ def test_every_expand_block_with_nan_around_its_rows(block_n: int, tile_rows: in
 
 @pytest.mark.usefixtures("device")
 def test_repeats_agree_bit_for_bit() -> None:
-    how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=True, warps=4, stages=3)
+    how = shrink_core.Config(block_k=16, span=32, chunks=1, warps=4, stages=3)
     case = delta_cases.mix("half-base", d_in=77)
     runs = [shrink_core.run(case.x, case.site, case.cores, case.plan, how).h[case.adapted()] for _ in range(3)]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
@@ -80,10 +76,9 @@ def test_segments_of_one_adapter_share_tiles() -> None:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("one_launch", [True, False])
-def test_rows_of_several_cores_in_a_tile_have_the_bits_of_tiles_apart(one_launch: bool) -> None:
+def test_rows_of_several_cores_in_a_tile_have_the_bits_of_tiles_apart() -> None:
     """The NaN of one member's core included, which stays its own."""
-    how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=one_launch, warps=4, stages=3)
+    how = shrink_core.Config(block_k=16, span=32, chunks=1, warps=4, stages=3)
     case = delta_cases.mix("members-of-a-bank", d_in=390)  # 13 spans: they are added eight at a time
     assert case.cores is not None
     case.cores[1] = torch.nan
@@ -114,36 +109,6 @@ def test_tiles_cover_every_row_once(rows: int) -> None:
     assert seen == list(range(rows))
 
 
-@pytest.mark.parametrize("one_launch", [True, False])
-@pytest.mark.parametrize("p", [1, 3])
-def test_cores_combined_by_the_shrink(one_launch: bool, p: int, dtype: torch.dtype) -> None:
-    """Segments of other adapters (their p as well) in another order, a LoRA among them, and the same h either way."""
-    table = [[8, 8], [6, 6], [24, 24], [20, 20]]
-    case = delta_cases.make(table, (2, ((1, 2), (3, 0), (18, 1), (2, 3), (1, 0))), d_in=77, core_size=24, dtype=dtype)
-    routes = [(2, 24, p), (0, 8, 2), (1, 6, p), None, (0, 8, 2)]  # group, rank, p; None: the LoRA
-    device = torch.get_default_device()
-    own = [s for s, route in enumerate(routes) if route]
-    adapters = [
-        CoreParts(torch.randn(2, 3, p) / 3, torch.randn(2, 4, p, r, r) / r**0.5, torch.tensor([1, 2]), None)
-        for _, r, p in filter(None, routes)
-    ]
-    known = [(group, torch.rand(3).tolist()) for group, _, _ in filter(None, routes)]
-    plan = RoutePlan.build(adapters, own, [None] * len(own), known, device)
-    cores = torch.full((len(routes), 4, 24, 24), torch.nan, dtype=dtype)  # of which the site has numbers 1 and 2
-    cores[3] = torch.eye(24)
-    core_ref.core(plan, cores)
-    slices = Slices.empty(len(routes), 4, max(p, 2), device)
-    core.slices(plan, slices)
-    how = shrink_core.Config(block_k=16, span=32, chunks=1, one_launch=one_launch, warps=4, stages=3)
-    case = dataclasses.replace(case, cores=cores[:, 1:3])
-    check_delta(
-        case,
-        LIMITS[dtype],
-        lambda x, site, _, plan: shrink_core.run(x, site, slices.of(1, 3), plan, how),
-        expand.expand,
-    )
-
-
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("block_n", [32, 128])
 def test_other_blocks_of_what_is_fused(block_n: int) -> None:
@@ -157,13 +122,3 @@ def test_other_blocks_of_what_is_fused(block_n: int) -> None:
     assert low_rank is not None
     got = expand_residual.add(y, low_rank, residual, block_n)
     assert delta_cases.relative(got, residual.double() + exact[0]) <= 1e-5
-
-
-@pytest.mark.usefixtures("device")
-def test_one_launch_and_two_agree_bit_for_bit() -> None:
-    case = delta_cases.mix("absent-targets", d_in=77)
-    first, second = (
-        shrink_core.run(case.x, case.site, case.cores, case.plan, how).h[case.adapted()]
-        for how in (shrink_core.Config(16, 32, 1, one, 4, 3) for one in (True, False))
-    )
-    assert torch.equal(first, second)

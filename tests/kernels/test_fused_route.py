@@ -26,7 +26,7 @@ def test_decode_over_many_splits(split: int, fan: int, window: int | None, monke
     q, outs = torch.randn(total, 4, 8), []
     for _ in range(2):
         outs.append(torch.full_like(q, math.nan))
-        attention_decode.decode(q, k, v, outs[-1], plan, 0.3, window, split, 16, 6)
+        attention_decode.decode(q, k, v, outs[-1], plan, 0.3, window, attention_decode.Cut(split, 16, 5), 6)
     want = attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3, window)
     assert relative(outs[0], want) <= 1e-5
     assert torch.equal(outs[0], outs[1])
@@ -41,7 +41,7 @@ def test_parts_start_at_multiples_of_16_bytes_for_any_heads(monkeypatch: pytest.
         plan, slots_of, total = shuffled([(1, length) for length in lengths], 16)
         k, v = caches(slots_of, 16, 3, 8, torch.float32)
         q = torch.randn(total, 3, 8)
-        attention_decode.decode(q, k, v, torch.empty_like(q), plan, 0.3, None, 64, 16)
+        attention_decode.decode(q, k, v, torch.empty_like(q), plan, 0.3, None, attention_decode.Cut(64, 16, 5))
     tensors = [value for value in seen if isinstance(value, torch.Tensor)]
     assert tensors
     assert not any(value.data_ptr() % 16 for value in tensors)
@@ -49,7 +49,8 @@ def test_parts_start_at_multiples_of_16_bytes_for_any_heads(monkeypatch: pytest.
 
 @pytest.mark.usefixtures("device")
 def test_a_context_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SPLIT", 32)
+    """Where contexts are cut the same way: a graph is always for as many sequences."""
+    monkeypatch.setattr(attention, "cut", lambda *_: attention_decode.Cut(32, 16, 5))
     check_contexts_alone(attention.attention)
 
 
@@ -61,7 +62,7 @@ def test_every_prefill_block(block_m: int, block_n: int) -> None:
     q = torch.randn(total, 3, 8)
     out = torch.full_like(q, math.nan)
     attention_prompt.prefill(q, k, v, out, plan, 0.3, None, block_m, block_n)
-    attention_decode.decode(q, k, v, out, plan, 0.3, None, 64, block_n, 64)
+    attention_decode.decode(q, k, v, out, plan, 0.3, None, attention_decode.Cut(64, block_n, 5), 64)
     assert relative(out, attention_ref.attention(q.double(), k.double(), v.double(), plan, 0.3)) <= 1e-5
 
 

@@ -151,8 +151,8 @@ def step(
     found = {"q": q, "attended": attended, "out": expand.expand(qkv.y.clone(), low_rank)}
     for name, (normed, total) in {
         "base": expand_residual.expand_residual(out.y, None, residual, weight, None, 1e-5),
-        "one launch": expand_residual.run(out.y, inner, residual, weight, None, 1e-5, True, 64),
-        "two launches": expand_residual.run(out.y, inner, residual, weight, weight, 1e-5, False, 64),
+        "adapted": expand_residual.expand_residual(out.y, inner, residual, weight, None, 1e-5),
+        "centred": expand_residual.expand_residual(out.y, inner, residual, weight, weight, 1e-5),
     }.items():
         found |= {f"{name} normed": normed, f"{name} total": total}
     return found

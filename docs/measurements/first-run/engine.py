@@ -112,8 +112,10 @@ class EngineRun:
         return round(sorted(times)[len(times) // 2] * 1e3, 2)
 
     def quiet(self) -> Figures:
-        """Greedy tokens of one request alone, and among others, while adapters are folded and graphs captured."""
-        alone = self._answer(["a0"])
+        """Greedy tokens of a batch while nothing else happens, and while adapters are folded and graphs captured; and
+        of its first request alone, whose products the device may add up in another order."""
+        names = ["a0", None, "a1", "a0"]
+        alone, before = self._answer(["a0"]), self._answer(names)
         folder, engine, errors = self.folder / "adapter", self.llm.engine, []
         other = self.folder / "other"
         make_adapter(other, engine.layout, ["q_proj", "o_proj"], 32, seed=1)
@@ -128,22 +130,25 @@ class EngineRun:
 
         thread = threading.Thread(target=fold)
         thread.start()
+        beside = self._answer(names)
         while thread.is_alive():
             engine.rehearsal.prepare()
         thread.join()
         if errors:
             raise errors[0]
-        beside = self._answer(["a0", None, "a1", "a0"])
-        same = sum(a == b for a, b in zip(alone, beside, strict=True))
-        return {"tokens": len(alone), "the same": same}
+        same, company = (sum(a == b for a, b in zip(own, beside, strict=True)) for own in (before, alone))
+        return {"tokens": len(alone), "the same as quiet": same, "as alone": company}
 
     def full(self) -> Figures:
-        """Adapters are loaded until one is refused; the engine goes on and says the same."""
+        """Adapters are loaded until one is refused; the engine goes on and says the same. All but the memory of a few
+        is taken first: to load hundreds would take minutes."""
         engine, before, count = self.llm.engine, self._answer(["a0"]), 0
-        if self.small:
-            memory = engine.runner.memory
-            # Two more stay, beside what a third would take: it is folded from three copies.
-            memory.room = memory.taken + 5 * engine.adapters.serving()[0].num_bytes
+        memory, each = engine.runner.memory, engine.adapters.serving()[0].num_bytes
+        # Two more stay at least, beside what a third would take: it is folded from three copies.
+        left = memory.taken + (5 if self.small else 20) * each
+        rest = 0 if self.small else (memory.room or left) - left
+        memory.room = left
+        taken = torch.empty(max(0, rest), dtype=torch.uint8, device="cpu" if self.small else "cuda")
         reason = ""
         while not reason and count < 10_000:
             try:
@@ -155,7 +160,7 @@ class EngineRun:
             raise RuntimeError(f"{count} adapters were loaded until {reason!r}, or the answer is another one then")
         engine.rehearsal.prepare()
         engine.check_integrity()
-        return {"loaded": count, "refused": reason}
+        return {"taken MB": len(taken) // 10**6, "loaded": count, "refused": reason}
 
     def _answer(self, names: list[str | None]) -> list[int]:
         sampling = SamplingParams(max_tokens=self.new, temperature=0, ignore_eos=True)

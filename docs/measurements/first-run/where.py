@@ -18,7 +18,7 @@ import triton.language as tl
 from report import Figures, Report
 from torch.profiler import ProfilerActivity, profile
 
-from tucka_runtime.kernels.bench import chain, timing
+from tucka_runtime.kernels.bench import chain, choices, timing
 from tucka_runtime.kernels.bench.__main__ import SWEPT
 from tucka_runtime.kernels.bench.shapes import LLAMA3_8B, TINY, Measurement
 from tucka_runtime.kernels.bench.timing import timed
@@ -61,10 +61,10 @@ def wait(report: Report) -> float:
 def machine(report: Report) -> Figures:
     """What the model of kernels/README.md assumes: rates of a copy and of products, a launch, a fork with its join, a
     read's wait."""
-    size = 1 << (12 if report.small else 30)
+    size = 1 << (12 if report.small else 32)
     a, b = (torch.empty(size, dtype=torch.uint8, device=report.device) for _ in "ab")
     side_length = 16 if report.small else 8192
-    square = torch.zeros(side_length, side_length, device=report.device, dtype=torch.bfloat16)
+    square = torch.randn(side_length, side_length, device=report.device).to(torch.bfloat16)  # zeros are a tenth faster
     small, count = torch.zeros(16, device=report.device), 2 if report.small else 400
     side = None if report.small else torch.cuda.Stream()
 
@@ -99,10 +99,10 @@ def step(report: Report) -> Figures:
     return {" ".join(str(v) for v in r.shape.values()): {k: round(v) for k, v in r.micros.items()} for r in found}
 
 
-def trace(report: Report) -> Figures:
-    """Microseconds of each kernel in a step of 32 adapters, launched one by one."""
+def trace(report: Report, adapters: int) -> Figures:
+    """Microseconds of each kernel in a step of so many adapters as a graph holds it, launched one by one."""
     own = chain.Chain(what(report), 2 if report.small else 64, 20 if report.small else 1024)
-    own.adapt("all", 2 if report.small else 32, 16)
+    own.adapt("all" if adapters else None, min(adapters, 2) if report.small else adapters, 16)
     own.step()
     activity, column = ProfilerActivity.CUDA, "self_device_time_total"
     if report.small:
@@ -110,7 +110,17 @@ def trace(report: Report) -> Figures:
     with profile(activities=[activity]) as profiled:
         own.step()
     micros = sorted(((getattr(row, column), row.key[:40]) for row in profiled.key_averages()), reverse=True)
-    return {key: round(own, 1) for own, key in micros[:20]}
+    return {key: round(own, 1) for own, key in micros[:20] if own}
+
+
+def chosen(report: Report, rows: int, adapters: int) -> Figures:
+    """A step's microseconds with other constants: what is under "as built" by more than that differs from itself says
+    what the constant shall be."""
+    if report.small:
+        rows = adapters = 1
+    context = 20 if report.small else 1024
+    found = choices.results(what(report), rows, context, adapters, lambda text: print(text, file=sys.stderr))
+    return {name: round(own, 1) for name, own in sorted(found.items(), key=lambda item: item[1])}
 
 
 def counters() -> Figures:
@@ -148,7 +158,10 @@ if __name__ == "__main__":
             timing.REPEATS = 1
         report.section("machine", lambda: machine(report))
         report.section("step", lambda: step(report))
-        report.section("trace", lambda: trace(report))
+        for count in (0, 1, 32):
+            report.section(f"trace {count}", lambda count=count: trace(report, count))
+        for rows, count in ((64, 32), (32, 8), (16, 8), (4, 4), (1, 1)):
+            report.section(f"choices {rows} {count}", lambda rows=rows, count=count: chosen(report, rows, count))
         report.section("counters", counters)
         for name in SWEPT:
             report.section(f"sweep {name}", sweep(report, name))
