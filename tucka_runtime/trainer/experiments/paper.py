@@ -1,7 +1,7 @@
 """The paper's claims at our scale, printed and drawn: `python -m tucka_runtime.trainer.experiments.paper CLAIM`.
 
 a  trainable parameters by formula, against LoRA, and their growth with the number of experts
-b  expert load and centroids under Kaiming and data-aware initialisation
+b  expert load and centroids under Kaiming and data-aware initialisation: three seeds
 c  accuracy against trainable parameters for TuckA and LoRA: three budgets, three seeds
 d  accuracy over rank and number of experts
 routes  what becomes of accuracy when serving routes another way than training did
@@ -11,6 +11,7 @@ All but a train on the embedded base with the trainer's own loop.
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -85,27 +86,42 @@ def claim_b(images: Path, steps: int) -> None:
     from tucka_runtime.trainer.routing import centroid_spread
 
     plt = _pyplot()
-    kinds = ("kaiming", "data")
-    fig, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    kinds, seeds, k = ("kaiming", "data"), (0, 1, 2), 4
+    fig, axes = plt.subplots(len(kinds), 3, figsize=(14, 8), constrained_layout=True)
     print(f"Expert load over {steps} steps on the task `formats`, one route a batch (a batch holds one sub-task)\n")
-    print(f"{'centroids':<12}{'share of each group':<32}{'groups used':>12}{'centroid spread':>17}{'held out':>10}")
-    for column, kind in enumerate(kinds):
-        settings = AdapterSettings(r=8, k=4, t=2, p=2, alpha=64, centroids=kind)
-        run = train("formats", settings, steps, seed=0, route="batch")
-        counts = run.router.counts
-        shares = " ".join(f"{float(c) / float(counts.sum()):.3f}" for c in counts)
-        spread = centroid_spread(centroids(run.model, "default"))
-        print(f"{kind:<12}{shares:<32}{int((counts > 0).sum()):>12}{spread:>17.3f}{run.exact:>10.3f}")
-        width = max(1, steps // 25)
-        load = [[sum(row[g] for row in run.load[i : i + width]) for g in range(4)] for i in range(0, steps, width)]
-        axes[0][column].stackplot(
-            range(0, steps, width), [[row[g] / max(1, sum(row)) for row in load] for g in range(4)],
-            labels=[f"group {g}" for g in range(4)],
-        )  # fmt: skip
-        axes[0][column].set(title=f"expert load, {kind}", xlabel="step", ylim=(0, 1))
-        axes[0][column].legend(loc="lower right")
-        _draw_centroids(axes[1][column], run, kind)
+    print(
+        f"{'centroids':<12}{'seed':>4}  {'shares, largest first':<26}{'groups used':>12}{'spread':>9}{'held out':>10}"
+    )
+    for row, kind in zip(axes, kinds, strict=True):
+        settings = AdapterSettings(r=8, k=k, t=2, p=2, alpha=64, centroids=kind)
+        runs = [train("formats", settings, steps, seed, route="batch") for seed in seeds]
+        shares = [sorted((float(c / run.router.counts.sum()) for c in run.router.counts), reverse=True) for run in runs]
+        for seed, run, own in zip(seeds, runs, shares, strict=True):
+            each = " ".join(f"{share:.3f}" for share in own)
+            used, spread = int((run.router.counts > 0).sum()), centroid_spread(centroids(run.model, "default"))
+            print(f"{kind:<12}{seed:>4}  {each:<26}{used:>12}{spread:>9.3f}{run.exact:>10.3f}", flush=True)
+        means, ends = zip(*map(_mean_and_deviation, zip(*shares, strict=True)), strict=True)
+        exact = _mean_and_deviation([run.exact for run in runs])
+        print(f"{kind:<12} all  largest {means[0]:.3f} ± {ends[0]:.3f}, held out {exact[0]:.3f} ± {exact[1]:.3f}")
+        _draw_load(row[0], runs[0].load, steps, f"expert load, {kind}, seed 0")
+        row[1].bar(range(1, k + 1), means, yerr=ends, capsize=4)
+        row[1].set(title=f"shares of {len(seeds)} seeds, {kind}", xlabel="group, largest first", ylim=(0, 1))
+        _draw_centroids(row[2], runs[0], f"{kind}, seed 0")
     _save(fig, images / "paper-b.png")
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values)
+
+
+def _draw_load(ax: Any, load: list[list[int]], steps: int, title: str) -> None:
+    """The groups' shares over the steps, of a twenty-fifth of them together."""
+    width, k = max(1, steps // 25), len(load[0])
+    counts = [[sum(row[g] for row in load[i : i + width]) for g in range(k)] for i in range(0, steps, width)]
+    shares = [[row[g] / max(1, sum(row)) for row in counts] for g in range(k)]
+    ax.stackplot(range(0, steps, width), shares, labels=[f"group {g}" for g in range(k)])
+    ax.set(title=title, xlabel="step", ylim=(0, 1))
+    ax.legend(loc="lower right")
 
 
 def _draw_centroids(ax: Any, run: Any, title: str) -> None:
