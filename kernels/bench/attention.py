@@ -46,7 +46,7 @@ def _case(sweep: Measurement, rows: int, context: int, decoding: bool) -> Case:
 
 
 def variants(sweep: Measurement) -> Iterator[Case]:
-    """Splits of a context, blocks and programs, on a GPU alone: what the files of `fused` should say."""
+    """Splits of a context, steps and stages, on a GPU alone: what the files of `fused` should say."""
     for rows in sweep.rows:
         for context in sweep.contexts:
             for how in product((256, 512, 1024), (32, 64, 128), (3, 4, 5)):

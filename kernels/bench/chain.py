@@ -2,7 +2,7 @@
 
 What a delta costs is this over the same step without adapters; what the step costs is this over the floor, the bytes of
 weights, keys and values at a copy's rate. Shrinks run on a side stream beside the base's product. Cores are made at the
-step's beginning from routes that are known; `one stream` is the same step whose shrinks run before the products and not
+step's beginning from routes that are known; `one stream` is the same step whose shrinks run behind the products and not
 beside them, `qkv in line` and the like the one where that is so at one site.
 """
 
@@ -88,7 +88,7 @@ class Chain:
         self.routes = RoutePlan.build(routed, range(used), [None] * used, known, device)
 
     def step(self, in_line: Collection[str] = ()) -> Tensor:
-        """The highest logit's id of every row. Shrinks run before the products of the sites that are `in_line`."""
+        """The highest logit's id of every row. Shrinks run behind the products of the sites that are `in_line`."""
         return linear(self.hidden(in_line), self.head).argmax(-1)
 
     def hidden(self, in_line: Collection[str] = ()) -> Tensor:

@@ -6,7 +6,7 @@ weights and caches of their own, and not by its kernel's own time.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -47,48 +47,46 @@ class Put:
             setattr(self.module, self.name, before)
 
 
-def options(module: Any, kernel: str, **own: int) -> Put:
-    """Launches of one kernel with other warps, stages or constants."""
+def warps(module: Any, kernel: str, count: int) -> Put:
+    """Launches of one kernel of a module by programs of so many warps."""
 
     def start(function: Any, grid: Any, *args: Any, **given: Any) -> None:
-        launch.launch(function, grid, *args, **(given | own if function.fn.__name__ == kernel else given))
+        own = {"num_warps": count} if function.fn.__name__ == kernel else {}
+        launch.launch(function, grid, *args, **(given | own))
 
     return Put(module, "launch", start)
 
 
-def alternatives(what: Measurement, d_in: int) -> dict[str, tuple[Put, ...]]:
+def alternatives(what: Measurement) -> dict[str, Put]:
     """By what is other than it is built."""
-    found: dict[str, tuple[Put, ...]] = {}
-    built = shrink_core.config(max(what.rows), d_in, max(what.ranks))
-    for block_k, span, warps in product((128, 256), (512, 1024, 2048), (2, 4)):
-        how = replace(built, block_k=block_k, span=span, warps=warps)
-        found[f"shrink: {span} by {block_k}, {warps} warps"] = (Put(shrink_core, "config", lambda *_, how=how: how),)
+    found: dict[str, Put] = {}
+    built = shrink_core.config(max(what.rows), what.shape.d)
+    for block_k, span, count in product((128, 256), (512, 1024, 2048), (2, 4)):
+        how = replace(built, block_k=block_k, span=span, warps=count)
+        found[f"shrink: {span} by {block_k}, {count} warps"] = Put(shrink_core, "config", lambda *_, how=how: how)
     for module, kernel in ((expand_residual, "_add"), (expand_swiglu, "_swiglu")):
         for block in (32, 128):
-            found[f"{kernel}: {block} columns"] = (Put(module, "BLOCK_N", block),)
+            found[f"{kernel}: {block} columns"] = Put(module, "BLOCK_N", block)
     for module, kernel in ((expand_residual, "_add"), (expand_swiglu, "_swiglu"), (expand_qkv_rope_kv, "_qkv")):
-        for warps in (1, 2, 8):
-            found[f"{kernel}: {warps} warps"] = (options(module, kernel, num_warps=warps),)
+        for count in (1, 2, 8):
+            found[f"{kernel}: {count} warps"] = warps(module, kernel, count)
     for split, (step, stages) in product((256, 512, 1024), ((32, 8), (64, 3), (64, 5), (128, 3), (128, 4))):
         own = attention_decode.Cut(split, step, stages)
-        found[f"decode: {split} by {step}, {stages} stages"] = (Put(attention, "cut", lambda *_, own=own: own),)
-    for warps in (2, 16):
-        found[f"norm: {warps} warps"] = (options(norm, "_norm", num_warps=warps),)
+        found[f"decode: {split} by {step}, {stages} stages"] = Put(attention, "cut", lambda *_, own=own: own)
+    for count in (2, 16):
+        found[f"norm: {count} warps"] = warps(norm, "_norm", count)
     return found
 
 
 def results(what: Measurement, rows: int, context: int, adapters: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Microseconds of a step, as built (twice: first and last) and with each alternative. One that does not fit the
-    device's registers or shared memory has none."""
+    """Microseconds of a step, as built (first and last) and with each alternative. One that raises, as what does not
+    fit a device's registers or shared memory does, has none: its error is said."""
     own = replace(what, shape=replace(what.shape, layers=min(LAYERS, what.shape.layers)), rows=(rows,))
     chain = Chain(own, rows, context)
-    chain.adapt("all" if adapters else None, adapters, max(what.ranks))
+    chain.adapt("all", adapters, max(what.ranks))
     found: dict[str, float] = {}
-    plain: dict[str, tuple[Put, ...]] = {"as built": ()}
-    for name, changes in (plain | alternatives(own, what.shape.d) | {"as built, again": ()}).items():
-        with ExitStack() as stack:
-            for change in changes:
-                stack.enter_context(change.applied())
+    for name, change in {"as built": None, **alternatives(own), "as built, again": None}.items():
+        with change.applied() if change else nullcontext():
             try:
                 found[name] = timed([chain.step], what.device)
             except Exception as error:  # a border: an alternative that cannot run is not one

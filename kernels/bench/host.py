@@ -6,7 +6,7 @@ bound by this where it comes to more than what the device works meanwhile.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -78,11 +78,6 @@ def _layer(prompt: int, adapted: bool) -> Callable[[], None]:
     """The launches of one layer, of 64 decoding rows and so many of a prompt; without one as graphs are captured."""
     shape, rows, dtype, cpu = TINY, 64 + prompt, torch.bfloat16, torch.device("cpu")
     sites = {name: batch(rows, 8, 16, d, widths, dtype, cpu) for name, (d, widths) in shape.sites.items()}
-    if not prompt:  # nothing is known of a graph's batch on the host
-        sites = {
-            name: replace(b, plan=replace(b.plan, segments=replace(b.plan.segments, spans=())))
-            for name, b in sites.items()
-        }
     spans = [(i, 1, 100) for i in range(64)] + ([(64, prompt, prompt)] if prompt else [])
     table: list[list[int]] = [list(range(16))] * len(spans)
     metadata = AttentionMetadata.build(spans, table, 16, cpu)

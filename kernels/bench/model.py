@@ -1,8 +1,8 @@
 """What the targets leave room for, from bytes and launches alone: no device is asked.
 
 A decoding step is bound by bytes: weights once, every context's keys and values once, factors of every active adapter
-once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, its
-launches that nothing hides.
+once. A prompt is bound by products. What a delta adds is its bytes over what a copy reaches times `efficiency`, and
+its launches that nothing hides.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,6 @@ from tucka_runtime.kernels.bench.shapes import Shape
 
 NORMED = ("o", "down")
 """Sites whose sum is normalised: without a delta in one launch, with one in two."""
-BASE_LAUNCHES = 9
-"""Launches of a layer without adapters: four GEMMs, qkv's pass, attention, SwiGLU, two sums with norm."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def prompt(shape: Shape, machine: Machine, rows: int, rank: int, target: float) 
 
 
 def lines(shape: Shape, machine: Machine) -> list[Estimate]:
-    """The issue's targets."""
+    """Every target."""
     return [
         decode(shape, machine, "qv", 32, 16, 0.04),
         decode(shape, machine, "all", 1, 16, 0.05),

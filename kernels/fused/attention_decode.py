@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tucka_runtime.kernels.fused.attend import attend, scales_of, shared_args
 from tucka_runtime.kernels.fused.launch import launch
-from tucka_runtime.kernels.fused.tiles import arrive, cdiv, counters
+from tucka_runtime.kernels.fused.tiles import cdiv
 from tucka_runtime.kernels.tables.blocks import AttentionMetadata
 from tucka_runtime.kernels.tables.segments import power_of_2
 
@@ -29,11 +29,14 @@ class Cut(NamedTuple):
 
 
 def cut(count: int, kv_heads: int, d: int, size: int, int8: bool) -> Cut:
-    """For `count` sequences, heads of d elements of `size` bytes, or kept as `int8`. Long splits read at a better rate,
-    short ones make enough programs of few sequences: on an H100, 8 KV heads of D 128 in bf16 and contexts of 1024,
-    splits of 512 or 256 make a step of 64 sequences 2 or 6% longer than those of 1024, which make one of four or one 4%
-    longer than those of 256. Steps of 128 keys are up to 1% better than 64; of int8 they would spill, since what is
-    multiplied is wider."""
+    """For `count` sequences, so many KV heads of d elements, queries of `size` bytes each, keys of as many or `int8`.
+
+    Long splits read at a better rate, short ones make enough programs of few sequences and heads. On an H100, 8 KV
+    heads of D 128 in bf16 and contexts of 1024, splits of 512 and 256 make a step of 64 sequences 3 and 7% longer than
+    those of 1024, which make one of one or four sequences 4 to 5% longer than those of 256, all in steps of 128 keys
+    and 4 stages. Steps of 64 and 5 stages are up to 1.3% longer or 0.7% shorter; of int8 those of 128 would spill,
+    since what is multiplied is wider.
+    """
     step = (128 if d * size <= 256 else 64 if d * size <= 512 else 32) >> int8
     programs = count * kv_heads
     return Cut(1024 if programs >= 256 else 512 if programs >= 64 else 256, step, 4)
@@ -47,6 +50,32 @@ AHEAD = tl.constexpr(8)
 """Parts that are read at once while they are merged: one by one, each would wait for the one before."""
 
 
+_counters: dict[torch.device, list[Tensor]] = {}
+
+
+def counters(size: int, device: torch.device) -> Tensor:
+    """Zeros that `arrive` counts in and leaves at zero. One buffer for each device, so launches must not overlap each
+    other on several streams. Outgrown buffers are kept: captured graphs hold their addresses."""
+    kept = _counters.setdefault(device, [])
+    if not kept or kept[-1].numel() < size:
+        kept.append(torch.zeros(max(1024, power_of_2(size)), dtype=torch.int32, device=device))
+    return kept[-1]
+
+
+@triton.jit
+def arrive(counter, expected):
+    """Whether this program is the last of `expected` to come here; the counter is 0 again then.
+
+    The barrier puts every thread's stores before the one thread's add, whose release and acquire order them before the
+    last program's loads. Those must go past the L1 cache (".cg").
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -58,7 +87,8 @@ def decode(
     how: Cut,
     most: int | None = None,
 ) -> None:
-    """The sequences of one row, `metadata.singles`, by at most so many programs (as are resident at once)."""
+    """The sequences of one row, `metadata.singles`, by as many programs as are resident at once, or by `most`: for
+    tests, so that some have several splits."""
     count, (heads, d), kv_heads = metadata.singles.shape[0], q.shape[1:], k_cache.shape[1]
     if not count:
         return
@@ -75,7 +105,7 @@ def decode(
         part,
         part_best,
         part_total,
-        counters("attention", count * kv_heads * (cdiv(splits, FAN) + 1), q.device),
+        counters(count * kv_heads * (cdiv(splits, FAN) + 1), q.device),
         metadata.singles,
         count,
         splits,

@@ -1,6 +1,7 @@
 """Expand: the delta back to the output, y_j += h_j E_j for every target j of a site. Contract: ops.Expand.
 
-Grid (tiles, blocks of columns, targets); programs of base tiles end at once. `add` is the same product with a residual.
+Grid (tiles, blocks of columns, targets); programs of base tiles end at once. `expand_residual.add` is the same product
+with a residual.
 """
 
 from itertools import pairwise
@@ -27,7 +28,7 @@ from tucka_runtime.kernels.ops import LowRank
 
 BLOCK_N = 64
 """Columns per program: 2 KB of E per chunk and 64 programs for d 4096, so that few tiles fill the SMs too. On an
-H100 sums and SwiGLUs of 32, 64 and 128 columns make steps that differ by less than 1%, as do 1 to 8 warps. 128 is not
+H100 sums and SwiGLUs of 32, 64 and 128 columns, or of 1 to 8 warps, make steps that differ by 1% at most. 128 is not
 shipped: on sm_90 a peer's expand of that width computes NaN (a code generation fault)."""
 
 

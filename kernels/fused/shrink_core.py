@@ -44,21 +44,19 @@ AHEAD = tl.constexpr(4)
 
 
 @lru_cache(4096)
-def config(num_rows: int, d_in: int, rank: int) -> Config:
-    """Chooses by shape alone, and for decoding by d_in alone: a row's sum does not depend on who else is in the
-    batch."""
+def config(num_rows: int, d_in: int) -> Config:
+    """Chooses by shape alone, and for decoding one for all: a row's sum does not depend on who else is in the batch."""
     if num_rows <= SMALL_BATCH:
-        # On an H100 spans of 512 make a step of 64 rows of 32 adapters 1% longer, those of 2048 one of few rows 1 to
-        # 4%.
+        # On an H100 spans of 512 make a step of 64 rows of 32 adapters 1% longer, those of 2048 one of 4 to 32 rows.
         return Config(block_k=256, span=1024, chunks=1, warps=4, stages=3)
-    # Prompts: 64 rank rows share one read of x; spans shrink while tiles are too few for 132 SMs.
+    # Prompts: 64 rank rows share one read of x; spans shrink while tiles are too few for 132 SMs. Unmeasured.
     span = 512 if num_rows <= 1024 else 1024 if num_rows <= 4096 else max(CHUNK, power_of_2(d_in))
     return Config(block_k=64, span=span, chunks=4, warps=4, stages=3)
 
 
 def shrink_core(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan) -> LowRank:
     """ops.ShrinkCore."""
-    return run(x, site, cores, plan, config(x.shape[0], x.shape[1], plan.max_rank))
+    return run(x, site, cores, plan, config(x.shape[0], x.shape[1]))
 
 
 def run(x: Tensor, site: DeltaSite, cores: Tensor | None, plan: SitePlan, how: Config) -> LowRank:

@@ -1,4 +1,4 @@
-"""What the fused kernels share: tiles of rows, factors behind pointer tables, products, the last of many programs.
+"""What the fused kernels share: tiles of rows, factors behind pointer tables, products.
 
 What a batch decides (how many rows, tiles, parts) is in `do_not_specialize`: Triton compiles another kernel, in a
 second or more, wherever an argument is 1 or stops being a multiple of 16.
@@ -11,10 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tucka_runtime.kernels.fused.launch import Grid
 from tucka_runtime.kernels.ops import LowRank
@@ -74,20 +72,6 @@ def next_tile(tiles, index, num_tiles, PADDED: tl.constexpr):
 def dot(a, b, acc):
     """acc + a @ b in fp32. fp32 operands are multiplied as such: TF32 would be off by 3e-4."""
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def arrive(counter, expected):
-    """Whether this program is the last of `expected` to come here; the counter is 0 again then.
-
-    The barrier puts every thread's stores before the one thread's add, whose release and acquire order them before the
-    last program's loads. Those must go past the L1 cache (".cg").
-    """
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit
@@ -230,16 +214,3 @@ NO_DELTA: dict[str, int] = {
     "PADDED": False,
 }
 """The constants of such a kernel where no row has an adapter."""
-
-
-_counters: dict[tuple[str, torch.device], list[Tensor]] = {}
-
-
-def counters(name: str, size: int, device: torch.device) -> Tensor:
-    """Zeros that `arrive` counts in and leaves at zero. One buffer per kernel and device, so launches of one kernel
-    must not overlap each other on several streams. Outgrown buffers are kept: captured graphs hold their addresses.
-    """
-    kept = _counters.setdefault((name, device), [])
-    if not kept or kept[-1].numel() < size:
-        kept.append(torch.zeros(max(1024, power_of_2(size)), dtype=torch.int32, device=device))
-    return kept[-1]

@@ -53,15 +53,15 @@ def test_other_constants_make_the_same_step(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(timing, "REPEATS", 1)
     real = choices.alternatives
 
-    def few(what: Measurement, d_in: int) -> dict[str, tuple[choices.Put, ...]]:
-        found = real(what, d_in)
+    def few(what: Measurement) -> dict[str, choices.Put]:
+        found = real(what)
         kept = {name.split(":")[0]: name for name in found}.values()
-        return {name: found[name] for name in kept} | {"broken": (choices.Put(attention, "cut", None),)}
+        return {name: found[name] for name in kept} | {"broken": choices.Put(attention, "cut", None)}
 
     monkeypatch.setattr(choices, "alternatives", few)
     before, said = (attention.cut, norm.launch), []
     found = choices.results(sweep("fused"), 1, 4, 1, said.append)
-    assert set(found) == {"as built", *few(sweep("fused"), 64), "as built, again"} - {"broken"}
+    assert set(found) == {"as built", *few(sweep("fused")), "as built, again"} - {"broken"}
     assert any(line.startswith("broken: TypeError") for line in said) and (attention.cut, norm.launch) == before
 
 

@@ -16,8 +16,8 @@ from tucka_runtime.kernels.tables.blocks import TILE, AttentionMetadata
 from tucka_runtime.kernels.tables.segments import LARGE_TILE, SMALL_BATCH, SMALL_TILE
 
 MOST_ROWS = 512
-"""Rows at most. On an H100 a step of 64 + 448 rows of a Llama-3-8B takes 17.1 ms by a graph and 22.3 launched, one of
-64 + 32 rows 8.6 and 21.8 (`mixed` of docs/measurements/first-run/engine.py): they would meet at some 700 rows."""
+"""Rows at most. On an H100 a step of 32 + 448 rows of a Llama-3-8B takes 17.1 ms by a graph and 22.3 launched, one of
+32 + 32 rows 8.6 and 21.8 (`mixed` of docs/measurements/first-run/engine.py)."""
 
 MOST_PROMPTS = 16
 """Sequences of several rows at most. Attention has programs for as many, most of which find nothing to do."""

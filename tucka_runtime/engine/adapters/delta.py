@@ -33,7 +33,7 @@ from tucka_runtime.models.architecture import DOWN, OUT, QKV, UP
 
 FORKED = frozenset({QKV, OUT, UP, DOWN})
 """Sites whose shrinks run beside the base's product and not before it: on an H100 a step of a Llama-3-8B is 2 to 3%
-longer with any one of them before it, 9% with all (`step` of docs/measurements/first-run/where.py)."""
+longer where those of any one site run behind it, 9% where all do (`step` of docs/measurements/first-run/where.py)."""
 
 
 @dataclass(eq=False)
