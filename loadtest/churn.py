@@ -141,6 +141,8 @@ class Churn:
             adapter.loaded = True
             self.settle(adapter)
             self.announce(adapter)
+        elif adapter.loaded:  # it could not be unloaded before: the server has what it had
+            adapter.generation -= 1
 
     async def swap(self, adapter: ChurnedAdapter) -> None:
         """The next path under the same name, which stays there. What is sent from now on is compared to no answer but

@@ -74,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
             print(compare.render(report.read(args.a), report.read(args.b), (args.a, args.b)))
             return 0
         if args.action == "report":
-            write_page(report.read(args.result), args.page)
+            write_page(report.read(args.result, sweeps=True), args.page)
             return 0
         if args.action == "conform":
             return conform.run(args)
         test = settings.from_args(args)
-        if args.action == "fairness":
-            return run_fairness(test, args)
         for path in (test.json, test.html):
             if path and not Path(path).resolve().parent.is_dir():
                 raise ConfigError(f"{path} cannot be written: its folder does not exist")
+        if args.action == "fairness":
+            return run_fairness(test, args)
         outcome = asyncio.run(run_sweep(test, args) if args.action == "sweep" else run_once(test))
     except TuckaError as error:
         print(f"tucka loadtest: {error.message}", file=sys.stderr)
@@ -146,6 +146,8 @@ def run_fairness(test: Settings, args: argparse.Namespace) -> int:
 
     if args.quiet_rate <= 0:
         raise ConfigError("--quiet-rate must be positive")
+    if test.html:
+        raise ConfigError("fairness makes no page: give --json, not --html")
     outcome = asyncio.run(fairness.Fairness(test, args.quiet_rate).execute())
     if test.json:
         report.write(outcome, test.json)

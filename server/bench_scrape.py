@@ -30,7 +30,7 @@ from tucka_runtime.messages import (
 )
 from tucka_runtime.server.api.app import create_app
 from tucka_runtime.server.http.server import HTTPServer, bind
-from tucka_runtime.server.metrics.metrics import Metrics
+from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
 from tucka_runtime.server.service.service import Service
 
 REPEATS = 50
@@ -100,9 +100,9 @@ class Scraped:
     def __init__(self, metrics: Metrics):
         self.metrics = metrics
         info = EngineInfo("llama", 320, 256, (2,), "float32", "cpu", 4096, "none", 2048, "reference", 2, 64, "float32")
-        engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None)
+        engine: Any = SimpleNamespace(ready=True, restarts=0, info=info, pid=None, silence=0.0, waiting={})
         self.info = info
-        names: Any = SimpleNamespace(ready=True)
+        names: Any = SimpleNamespace(ready=True, lost=0, tiers=AdapterTiers())
         service = Service(
             ServerConfig(),
             "base",

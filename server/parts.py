@@ -91,7 +91,7 @@ async def _start(
     more = config.adapter_versions, others, own_defaults
     adapters = AdapterNames(engine, registry, name, metrics, sources, *more)
     service = Service(config, name, engine, tokenizer, template, adapters, metrics, traces, audit)
-    service.resolver = Resolver(adapters, config.adapter_resolve)
+    service.resolver = Resolver(adapters, config.adapter_resolve, audit)
     engine.on_step, engine.on_idle = metrics.on_step, metrics.on_idle
     engine.on_restart = adapters.reload
     await adapters.restore(started.fingerprint)

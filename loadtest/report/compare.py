@@ -6,7 +6,6 @@ from typing import Any
 from tucka_runtime.loadtest.report.table import columns, number
 
 HIGHER = ("request_throughput", "request_goodput", "output_throughput", "total_token_throughput", "score", "good_share")
-ORDER = (*HIGHER, "mean_", "median_", "p")
 
 
 def comparable(result: dict[str, Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 from tucka_runtime.loadtest.report import svg, sweep_page
 from tucka_runtime.loadtest.report.markup import card, document, keys, table
 from tucka_runtime.loadtest.report.metrics import LATENCIES
+from tucka_runtime.loadtest.report.report import is_sweep
 from tucka_runtime.loadtest.report.table import number
 
 TITLES = {
@@ -20,7 +21,7 @@ MOST_BARS = 24
 
 def render(result: dict[str, Any]) -> str:
     """The page of a run's result, of a sweep's outcome, or (figures only) of vLLM's JSON."""
-    if str(result.get("format", "")).startswith("tucka-loadtest-sweep"):
+    if is_sweep(result):
         return document("Load test: sweep", sweep_page.body(result))
     return document("Load test", run_body(result))
 
@@ -120,7 +121,7 @@ def figures(result: dict[str, Any]) -> str:
             [n, number(r["ratio"]), f"{number(r['low'])} to {number(r['high'])}", str(r["pairs"])]
             for n, r in ratio.items()
         ]
-        html += "<h2>ChurnedAdapter ÷ base</h2>" + table(["figure", "ratio", "95%", "pairs"], rows)
+        html += "<h2>Adapter ÷ base</h2>" + table(["figure", "ratio", "95%", "pairs"], rows)
     return html
 
 

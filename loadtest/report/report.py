@@ -180,12 +180,17 @@ def write(result: dict[str, Any], path: str) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def read(path: str) -> dict[str, Any]:
-    """A result of ours, or the JSON that `vllm bench serve --save-result` wrote."""
+def is_sweep(result: dict[str, Any]) -> bool:
+    return str(result.get("format", "")).startswith("tucka-loadtest-sweep")
+
+
+def read(path: str, sweeps: bool = False) -> dict[str, Any]:
+    """A result of ours, of a sweep too where those are taken, or the JSON that `vllm bench serve --save-result` wrote.
+    Raises ConfigError."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable JSON file: {type(error).__name__}") from None
-    if not isinstance(result, dict) or "request_throughput" not in result:
+    if not isinstance(result, dict) or not ((sweeps and is_sweep(result)) or "request_throughput" in result):
         raise ConfigError(f"{path} is not the result of a load test")
     return result

@@ -156,7 +156,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return error_response(MethodNotAllowedError("This path does not take this method."), dict(error.headers or {}))
+        # Starlette names the methods of the first route alone, of which a path has one for each method.
+        routes = [route for route in request.app.router.routes if isinstance(route, Route)]
+        own = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        allowed = sorted({method for route in own for method in route.methods or ()})
+        return error_response(
+            MethodNotAllowedError("This path does not take this method."), {"Allow": ", ".join(allowed)}
+        )
     return error_response(NotFoundError("There is nothing at this path."))
 
 

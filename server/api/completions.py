@@ -43,7 +43,7 @@ async def open_completion(context: Context, body: CompletionBody) -> Opened[Answ
     scored = num_prompt_logprobs(body, context)
     if scored is None and body.echo:
         scored = logprobs
-    sampling = sampling_params(body, context, max_tokens, logprobs, scored, grammar)
+    sampling = await sampling_params(body, context, max_tokens, logprobs, scored, grammar)
     if sampling.stop:
         context.defaults.text_tokenizer("stop")
     request = context.request(body, ids, sampling, n)

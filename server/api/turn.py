@@ -95,7 +95,7 @@ async def ask(context: Context, turn: ChatTurn) -> Asked:
     thinks = turn.thoughts and defaults.thinks
     if grammar is not None and defaults.thinks:
         grammar = grammars.after_thought(grammar, begun, OPEN, CLOSE)
-    sampling = sampling_params(body, context, max_tokens, turn.logprobs, turn.prompt_logprobs, grammar)
+    sampling = await sampling_params(body, context, max_tokens, turn.logprobs, turn.prompt_logprobs, grammar)
     parser = _parser(defaults, conversation.tools, begun if thinks else None)
     return Asked(context.request(body, [ids], sampling, turn.n), parser, lambda: unshielded(prompt))
 

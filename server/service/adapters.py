@@ -20,6 +20,7 @@ from tucka_runtime.messages import Route
 from tucka_runtime.names import Alias, check_name, split_version
 from tucka_runtime.server.http.access import Sees, everything
 from tucka_runtime.server.service import audit
+from tucka_runtime.server.service.coming import Tier
 from tucka_runtime.server.service.copies import lost
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.restored import RestoredNames
@@ -265,6 +266,8 @@ class AdapterNames(RestoredNames):
             self.residency.forget(entry.key)
             if old is None:
                 self._metrics.adapter_unloaded(name)
+            elif self.residency.tier(old.key) is Tier.RESIDENT:
+                self._metrics.adapter_arrived(old.info)  # the name's row said the new one's for a moment
             raise
         old = self._loaded.get(name)
         adapter = self._stand(entry, info)

@@ -65,6 +65,18 @@ def note_digests(before: str | None, after: str | None) -> None:
         change.before, change.after = before, after
 
 
+@asynccontextmanager
+async def changing(audit: "AuditLog | None", action: str, name: str, by: str) -> AsyncIterator[None]:
+    """What the server itself does to a name because of a setting, `by` which it is. What fails has no line, for it is
+    tried again and again. Raises StorageError where a line cannot be written."""
+    if audit is None:
+        yield
+        return
+    async with audit.change(action, None, None, refusals=False, by=by):
+        note(action, name)
+        yield
+
+
 class AuditLog:
     """The file, only ever appended to. Raises ConfigError where it cannot be opened."""
 

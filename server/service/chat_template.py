@@ -155,8 +155,11 @@ class ChatTemplate:
         self.renderer = renderer or Renderer()
         self._owner = owner
 
-    async def render(self, messages: list[dict[str, Any]], rendering: Rendering = _PLAIN) -> str:
-        """The prompt that asks for the assistant's next turn. Raises InvalidRequestError, TuckaError."""
+    async def render(
+        self, messages: list[dict[str, Any]], rendering: Rendering = _PLAIN, param: str = "messages"
+    ) -> str:
+        """The prompt that asks for the assistant's next turn; `param` is the field that the messages came in. Raises
+        InvalidRequestError, TuckaError."""
         template = self.with_tools if rendering.tools else self._template
         try:
             answer = await self.renderer.render(template, self._special_tokens, messages, rendering)
@@ -164,14 +167,14 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"The {self._owner}'s chat template did not render these messages within {RENDER_SECONDS} s of "
                 "processor time. Shorten the conversation, or render it yourself and use /v1/completions.",
-                "messages",
+                param,
             ) from None
         if "text" in answer:
             return str(answer["text"])
         # The template's own words are fine to show; what it may have built from the messages is not.
         reason = answer["error"]
         said = f': "{reason}"' if reason and len(reason) < 200 and reason in template else ""
-        raise InvalidRequestError(f"The {self._owner}'s chat template refused these messages{said}.", "messages")
+        raise InvalidRequestError(f"The {self._owner}'s chat template refused these messages{said}.", param)
 
     async def warm_up(self) -> None:
         """Starts the renderer and has it compile the template, so that no request waits for it: it takes a second or

@@ -8,18 +8,18 @@ what neither names. Both are looked at every POLL_SECONDS: events of a file syst
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from tucka_runtime.adapters.files import CONFIG_NAME, served_files
-from tucka_runtime.errors import ConfigError, InvalidRequestError, TuckaError
+from tucka_runtime.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TuckaError
 from tucka_runtime.names import check_name
 from tucka_runtime.server.service.adapters import AdapterNames
-from tucka_runtime.server.service.audit import AuditLog, note
+from tucka_runtime.server.service.audit import AuditLog, changing
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.sources import Found
 
@@ -127,8 +127,8 @@ class Declared:
             self._say(f"--adapter-watch {folder} cannot be read: {error.strerror}; adapters stay as they are")
             return
         for name in self._loaded.keys() - present.keys():
-            await self._unload(name, WATCH)
-            del self._loaded[name]
+            if await self._unload(name, WATCH):
+                del self._loaded[name]
         for name, signature in present.items():
             settled = first or self._seen.get(name) == signature
             if settled and self._loaded.get(name) != signature and self._tries.may(name, signature):
@@ -163,26 +163,21 @@ class Declared:
         return self._applied.get(name) == (source, adapter.key.generation) or adapter.entry.source == source
 
     async def _load(self, name: str, found: AbstractAsyncContextManager[Found], by: str) -> LoadedAdapter:
-        async with self._changing("load", name, by):
+        async with changing(self._audit, "load", name, by):
             adapter, _ = await self._adapters.load_from(name, found, True, None, durable=by == FILE)
         return adapter
 
-    async def _unload(self, name: str, by: str) -> None:
-        """It may be gone, or the base."""
+    async def _unload(self, name: str, by: str) -> bool:
+        """Whether the name stands for nothing any more: it may have been gone, or be the base."""
         try:
-            async with self._changing("unload", name, by):
+            async with changing(self._audit, "unload", name, by):
                 await self._adapters.unload(name)
+        except ModelNotFoundError:
+            return True
         except TuckaError as error:
             self._say(f"declared adapter {name} is not unloaded: {error.message}")
-
-    @asynccontextmanager
-    async def _changing(self, action: str, name: str, by: str) -> AsyncIterator[None]:
-        if self._audit is None:
-            yield
-            return
-        async with self._audit.change(action, None, None, refusals=False, by=by):
-            note(action, name)
-            yield
+            return False
+        return True
 
     def _say(self, what: str) -> None:
         """Once, until something else is said."""

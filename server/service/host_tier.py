@@ -24,9 +24,6 @@ class HostTier:
         """The bytes of one that is here."""
         return self._bytes[key]
 
-    def __len__(self) -> int:
-        return len(self._bytes)
-
     def put(self, key: AdapterKey, size: int, used: bool = True) -> None:
         """One more. It leaves last, or, where it was never `used`, first."""
         self._bytes[key] = size

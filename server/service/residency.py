@@ -105,7 +105,8 @@ class Residency:
         """Ends a hold, once."""
         if (coming := hold.coming) is not None:
             coming.holds.discard(hold)
-            if not coming.holds and hold.key in self._queue:  # nobody waits for it any more
+            # Nobody waits for it any more; where it has failed, another of its key may be waited for since.
+            if not coming.holds and self._coming.get(hold.key) is coming and hold.key in self._queue:
                 self._queue.remove(hold.key)
                 del self._coming[hold.key]
         else:
@@ -129,14 +130,15 @@ class Residency:
             raise AdapterCapacityError("All adapter slots are in use, so that none can be kept. Try again later.")
         if seated:
             self._loading.add(key)
+        if keep:  # before anything is waited for: another that is to be kept counts it
+            self._kept.add(key)
         try:
             info = await self._load(load, seated)
         except BaseException:
             self._loading.discard(key)
+            self._kept.discard(key)
             self._assign()
             raise
-        if keep:
-            self._kept.add(key)
         if key in self._loading:
             self._arrive(key, info)
         elif not seated:
@@ -270,7 +272,10 @@ class Residency:
         except TuckaError as error:
             coming.error = error
             if key in self._loading and cached is not None:
-                self.host.put(key, cached)
+                if key in self._forgotten:
+                    self._unload(key)
+                else:
+                    self.host.put(key, cached)
         else:
             if key in self._loading:  # else the engine has died since
                 self._metrics.adapter_brought("load" if cached is None else "activate", time.monotonic() - begin)

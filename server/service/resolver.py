@@ -15,7 +15,9 @@ from contextlib import nullcontext
 from tucka_runtime.adapters.remote import NoSuchAdapterError
 from tucka_runtime.errors import AdapterCapacityError, AdapterError, OverloadedError, SourceError, TuckaError
 from tucka_runtime.server.service.adapters import AdapterNames
+from tucka_runtime.server.service.audit import AuditLog, changing
 
+BY = "--adapter-resolve"
 FORGET_SECONDS = 30.0  # until what was not found is looked for again
 MAX_KNOWN = 10_000  # names without an adapter that are remembered, the latest
 MAX_LOOKUPS = 64  # at once
@@ -24,10 +26,11 @@ _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za
 
 
 class Resolver:
-    """Loads names from the sources called `marked`. The registry forgets them at a restart: the source has them."""
+    """Loads names from the sources called `marked`, each with its line in the audit log. The registry forgets them at a
+    restart: the source has them."""
 
-    def __init__(self, adapters: AdapterNames, marked: Sequence[str]):
-        self._adapters = adapters
+    def __init__(self, adapters: AdapterNames, marked: Sequence[str], audit: AuditLog | None):
+        self._adapters, self._audit = adapters, audit
         self._marked = marked
         self._running: dict[str, asyncio.Task[None]] = {}
         self._failed: OrderedDict[str, tuple[float, TuckaError | None]] = OrderedDict()
@@ -58,7 +61,8 @@ class Resolver:
         for source in self._marked:
             try:
                 async with self._adapters.sources.found(f"{source}:{name}") as found:
-                    await self._adapters.load_from(name, nullcontext(found), False, None, durable=False)
+                    async with changing(self._audit, "load", name, BY):
+                        await self._adapters.load_from(name, nullcontext(found), False, None, durable=False)
                     return
             except NoSuchAdapterError:
                 continue

@@ -212,4 +212,4 @@ class Service:
             tools, variables = tokenizer.shield(rendering.tools), tokenizer.shield(rendering.variables)
             return tokenizer.shield(messages), replace(rendering, tools=tools, variables=variables)
 
-        return await template.render(*await asyncio.to_thread(shielded))
+        return await template.render(*await asyncio.to_thread(shielded), param)

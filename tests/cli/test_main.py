@@ -82,3 +82,12 @@ def test_the_scrape_benchs_help() -> None:
     command = [sys.executable, "-m", "tucka_runtime.server.bench_scrape", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "adapters in use" in done.stdout
+
+
+def test_the_scrape_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from tucka_runtime.server import bench_scrape
+
+    monkeypatch.setattr(bench_scrape, "REPEATS", 2)
+    monkeypatch.setattr(sys, "argv", ["bench_scrape", "3"])
+    bench_scrape.main()
+    assert capsys.readouterr().out.count("HTTP") == 4

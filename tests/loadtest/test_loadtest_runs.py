@@ -14,7 +14,7 @@ import pytest
 
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.loadtest import cli, saturation, sweep
-from tucka_runtime.loadtest.churn import ChurnedAdapter, adapters
+from tucka_runtime.loadtest.churn import Churn, ChurnedAdapter, adapters
 from tucka_runtime.loadtest.client import ModelCard, ServerError
 from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.report import compare, page, report, table
@@ -483,3 +483,26 @@ def test_the_sweep_command(fake, tmp_path, capsys):
     assert "knee:" in shown
     assert 5 < json.loads((tmp_path / "s.json").read_text())["knee"] < 40
     check_page(html.read_text())
+    assert cli.main(["report", str(tmp_path / "s.json"), str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == html.read_text()
+    assert cli.main(["compare", str(tmp_path / "s.json"), str(tmp_path / "s.json")]) == 1
+
+
+@pytest.mark.parametrize("flags", [("--html", "page.html"), ("--json", "nowhere/f.json")])
+def test_what_fairness_cannot_write_is_said_before_it_runs(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--url", "http://127.0.0.1:9", "fairness", *flags]) == 1
+    assert ("makes no page" if flags[0] == "--html" else "folder does not exist") in capsys.readouterr().err
+
+
+def test_a_load_that_fails_behind_an_unload_that_failed_is_not_counted():
+    """The server has the path that it had: the next canary is held to that."""
+    churn = Churn.__new__(Churn)
+    adapter = ChurnedAdapter("a", ("/one", "/two"))
+
+    async def refused(action, what, adapter, inplace=False):
+        return False
+
+    churn.tell = refused
+    asyncio.run(churn.load(adapter, "reload"))
+    assert (adapter.generation, adapter.path) == (0, "/one")

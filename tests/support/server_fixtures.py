@@ -126,7 +126,7 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
             metrics,  # type: ignore[arg-type]
             audit=AuditLog(config.audit_log) if config.audit_log else None,
         )
-        service.resolver = Resolver(adapters, config.adapter_resolve)
+        service.resolver = Resolver(adapters, config.adapter_resolve, service.audit)
         listener = bind(config.host, config.port)
         server = HTTPServer(create_app(service), config, listener)
         server.config.timeout_graceful_shutdown = 1

@@ -16,6 +16,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.servers import Server
 from tucka_runtime.adapters.registry import AdapterRegistry
 from tucka_runtime.adapters.sources import resolve_source
+from tucka_runtime.errors import StorageError
 from tucka_runtime.server.metrics.metrics import Metrics
 from tucka_runtime.server.service import sources as service_sources
 from tucka_runtime.server.service.adapters import AdapterNames
@@ -210,3 +211,20 @@ def test_prompts_never_wait_for_adapters(start_fake, monkeypatch: pytest.MonkeyP
         for load in loads:
             load.join()
     assert [answer.status_code for answer in answers] == [201] * 40
+
+
+def test_what_is_told_of_a_name_is_what_it_stands_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new content was in its slot when its entry could not be saved."""
+
+    async def full(*_: object) -> None:
+        raise StorageError("No space left on device.")
+
+    def told() -> list[str]:
+        lines = server.get("/metrics").text.splitlines()
+        return [line for line in lines if line.startswith(("tucka_adapter_info{", "tucka_adapter_resident_bytes{"))]
+
+    assert server.service is not None and (before := told())
+    monkeypatch.setattr(server.service.adapters._copies, "save", full)
+    body = {"name": "a", "path": TWO, "load_inplace": True}
+    assert server.post("/v1/adapters", body).json()["error"]["code"] == "storage_unavailable"
+    assert told() == before

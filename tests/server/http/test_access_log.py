@@ -72,3 +72,10 @@ def test_an_answers_id_is_in_its_line_and_the_engines(start_fake, caplog) -> Non
     assert line["id"] == answer.json()["id"] == server.engine.requests[0].id
     assert line["request_id"] == answer.headers["x-request-id"] != line["id"]
     assert line["decode_seconds"] is not None
+
+
+def test_a_path_says_all_methods_that_it_takes(start_fake) -> None:
+    server: Server = start_fake()
+    for path, methods in (("/v1/adapters", "GET, HEAD, POST"), ("/v1/adapters/team/law", "DELETE, GET, HEAD, PUT")):
+        answer = httpx.patch(server.url + path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import GOLDEN
 from tests.support.servers import Server
-from tucka_runtime.errors import AdapterCapacityError, ConfigError
+from tucka_runtime.errors import AdapterCapacityError, ConfigError, EngineDeadError
 from tucka_runtime.server.service.declared import Declared, Tries, read_declaration
 
 ONE = GOLDEN / "llama-qv-r8k3t3" / "adapter"
@@ -179,3 +179,19 @@ def test_a_broken_file_changes_nothing(told: Kept, tmp_path: Path, caplog: pytes
     file.unlink()
     assert told.look() == ["law", "team/tax"]
     assert caplog.text.count("goes on to hold") == 2
+
+
+def test_what_could_not_be_unloaded_is_tried_again(
+    watched: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appear(tmp_path / "watched", "law", ONE)
+    assert watched.look(first=True) == ["law"]
+    shutil.rmtree(tmp_path / "watched" / "law")
+
+    async def down(name: str) -> None:
+        raise EngineDeadError("The engine is restarting.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watched.adapters, "unload", down)
+        assert watched.look(2) == ["law"]
+    assert watched.look() == []

@@ -317,3 +317,52 @@ async def test_a_new_engine_has_nothing_and_old_holds_end_quietly() -> None:
         await slots.residency.ready(hold)
     slots.residency.leave(hold)
     await slots.use("a", "b")
+
+
+@run
+async def test_one_who_leaves_a_failed_load_late_takes_nobodys_place() -> None:
+    """A request may hold it while it is tokenised: until then others may have sent for the adapter again."""
+    slots = Slots(slots=1)
+    slots.engine.refusals.append(AdapterCapacityError("memory", missing=10**9))
+    first = slots.want("a")
+    await asyncio.sleep(0.01)
+    b, second = await slots.held("b"), slots.want("a")
+    slots.residency.leave(first)
+    assert slots.residency.awaited_names == {"a"}
+    slots.residency.leave(b)
+    await slots.residency.ready(second)
+    assert slots.tiers("a", "b") == ["resident", "host"]
+
+
+@run
+async def test_two_that_are_loaded_at_once_leave_one_slot_too() -> None:
+    slots = Slots()
+    slots.engine.gate.clear()
+    load = slots.engine.load
+    both = [slots.residency.admit(AdapterKey(name, 1), load(name), keep=True) for name in "ab"]
+    tasks = [asyncio.ensure_future(each) for each in both]
+    await asyncio.sleep(0)
+    slots.engine.gate.set()
+    kept, refused = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(kept, AdapterInfo) and isinstance(refused, AdapterCapacityError)
+    slots.engine.refusals.append(StorageError("full"))
+    slots.residency.keep(AdapterKey("a", 1), False)
+    with pytest.raises(StorageError):
+        await slots.residency.admit(AdapterKey("b", 1), load("b"), keep=True)
+    await slots.use("c", "d", "b")
+    assert not slots.residency.kept(AdapterKey("b", 1)), "what failed is not kept"
+
+
+@run
+async def test_a_cached_one_that_is_unloaded_while_it_fails_to_load_is_gone() -> None:
+    slots = Slots(slots=1)
+    await slots.use("a", "b")
+    slots.engine.gate.clear()
+    slots.engine.refusals.append(AdapterCapacityError("memory", missing=10**9))
+    hold = slots.want("a")
+    await asyncio.sleep(0)
+    slots.residency.leave(hold)
+    slots.residency.forget(AdapterKey("a", 1))
+    slots.engine.gate.set()
+    await asyncio.sleep(0.01)
+    assert slots.tiers("a") == ["registered"] and slots.engine.told[-1] == "unload a"

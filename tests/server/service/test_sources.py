@@ -3,6 +3,7 @@ folder; and models that are looked up in them."""
 
 import base64
 import hashlib
+import json
 import shutil
 import socket
 import threading
@@ -271,6 +272,16 @@ def test_a_folder(start_fake: Callable[..., Server], tmp_path: Path) -> None:
     load(server, "disk:law", 201)
     load(server, "disk:out", 400, "invalid_adapter")
     assert (complete(server, "law"), complete(server, "out"), complete(server, "tax")) == (200, 404, 404)
+
+
+def test_a_name_that_is_found_has_its_line_in_the_audit_log(start_fake: Callable[..., Server], tmp_path: Path) -> None:
+    shutil.copytree(ONE, tmp_path / "shared" / "law")
+    sources = {"adapter_source": (f"disk=file://{tmp_path}/shared",), "adapter_resolve": ("disk",)}
+    server = start_fake(adapter_root=(), audit_log=str(tmp_path / "audit"), **sources)
+    assert (complete(server, "law"), complete(server, "tax")) == (200, 404)
+    (line,) = map(json.loads, (tmp_path / "audit").read_text().splitlines())
+    assert line["digest_after"] == server.get("/v1/models/law").json()["tucka"]["digest"]
+    assert (line["action"], line["adapter"], line["by"]) == ("load", "law", "--adapter-resolve")
 
 
 @pytest.mark.parametrize(
