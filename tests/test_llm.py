@@ -185,3 +185,15 @@ def test_thousands_of_prompts_each_with_its_adapter(llm: LLM, capsys: pytest.Cap
         assert outputs[i].outputs[0].token_ids == alone.outputs[0].token_ids
     said = capsys.readouterr().err
     assert f"{count}/{count}" in said and "tok/s" in said
+
+
+def test_what_raises_leaves_nothing_in_the_engine(llm: LLM) -> None:
+    """Else the others would hold their adapters, and be computed beside the next call's."""
+    with pytest.raises(InvalidRequestError, match="token ids outside"):
+        llm.generate([prompt(4), (10**9,)], SHORT, adapter=["routed", None])
+    assert not llm.engine.requests and not llm.engine.busy
+
+
+def test_a_prompt_that_fills_the_context_is_scored(llm: LLM) -> None:
+    (output,) = llm.generate(prompt(128), replace(GREEDY, max_tokens=0, prompt_logprobs=0))
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 128

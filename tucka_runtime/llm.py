@@ -164,27 +164,36 @@ class LLM:
             self._request(ids, own, parts, route, n) for ids, own, parts in zip(prompts, params, chosen, strict=True)
         ]
         running = {request.id: _Running(request, self.tokenizer) for request in made}
-        for request in made:
-            self.engine.add(request)
-        with AnswerProgress(count * n, progress) as bar:
-            while self.engine.busy:
-                for out in self.engine.step()[0]:
-                    if (own := running.get(out.request_id)) is None:
-                        continue
-                    if own.ended(out.index):  # by a stop string, in the same step
-                        continue
-                    ended = own.take(out)
-                    if ended:
-                        self.engine.abort(out.request_id, out.index)
-                    bar.note(len(out.token_ids), ended or out.finish is not None)
+        try:
+            for request in made:
+                self.engine.add(request)
+            with AnswerProgress(count * n, progress) as bar:
+                self._step(running, bar)
+        except BaseException:  # the others would hold their adapters, and be computed beside the next call's
+            for request in made:
+                self.engine.abort(request.id)
+            raise
         return [running[request.id].output for request in made]
+
+    def _step(self, running: dict[str, "_Running"], bar: AnswerProgress) -> None:
+        """Until the engine has nothing left. Raises what ended an answer."""
+        while self.engine.busy:
+            for out in self.engine.step()[0]:
+                if (own := running.get(out.request_id)) is None:
+                    continue
+                if own.ended(out.index):  # by a stop string, in the same step
+                    continue
+                ended = own.take(out)
+                if ended:
+                    self.engine.abort(out.request_id, out.index)
+                bar.note(len(out.token_ids), ended or out.finish is not None)
 
     def _request(
         self, ids: tuple[int, ...], sampling: SamplingParams, parts: Parts, route: RouteScope | str | None, n: int
     ) -> Request:
         key, member = self._named.served(parts)
         limit = self.engine.info.max_model_len
-        if len(ids) >= limit:
+        if len(ids) + min(sampling.max_tokens, 1) > limit:
             raise ContextLengthError.too_long(limit, f"{len(ids)} tokens and no room for an answer", "prompt")
         most = min(sampling.max_tokens, limit - len(ids))
         return Request(

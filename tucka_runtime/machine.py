@@ -74,17 +74,17 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def resident(root: Path = Path("/")) -> Resident:
+def resident() -> Resident:
     """As the kernel counts them, by pages."""
-    rows = (line.split() for line in _lines(root / "proc/self/status") if line.startswith(("VmRSS:", "VmHWM:")))
+    rows = (line.split() for line in _lines(Path("/proc/self/status")) if line.startswith(("VmRSS:", "VmHWM:")))
     found = {row[0]: int(row[1]) * 1024 for row in rows}
     return Resident(found.get("VmRSS:", 0), found.get("VmHWM:", 0))
 
 
-def forget_peak(root: Path = Path("/")) -> None:
+def forget_peak() -> None:
     """Lets `Resident.most` begin anew. Where a container forbids it, it stays the most since the process began."""
     with contextlib.suppress(OSError):
-        (root / "proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def cores(root: Path = Path("/")) -> Cores:

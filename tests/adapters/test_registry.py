@@ -742,3 +742,28 @@ def test_any_path_stays_below_the_roots(text, absolute):
     except InvalidAdapterError:
         return
     assert folder.is_relative_to(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [(b'\xef\xbb\xbf{"steps": 3}', {"steps": 3}), (b"[1]", None), (b'{"steps": [%d]}' % 2**70, None), (b"{", None)],
+)
+def test_training_is_told_as_it_is_read(registry, source, base, text, told):
+    """By one rule, on a card and by the engine. What no message can carry is not told, and no reason not to load."""
+    (source / "training.json").write_bytes(text)
+    assert read_adapter(source, base).training == told
+    assert registry.training(registry.ingest(source).blob) == told
+
+
+def test_a_copy_that_could_not_be_looked_at_is_let_go(registry, source, monkeypatch):
+    stored = registry.ingest(source)
+    registry.release(stored)
+
+    def full(*_):
+        raise StorageError("Too many open files.")
+
+    monkeypatch.setattr(registry._blobs, "_intact", full)
+    for take in (registry._blobs.copy, registry._blobs.find):
+        with pytest.raises(StorageError):
+            take(source)
+        assert not registry._blobs._held

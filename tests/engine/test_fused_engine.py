@@ -1,6 +1,7 @@
 """The whole engine on the fused kernels, on a tiny model in fp32: on a GPU, or where there is none in Triton's
 interpreter, which runs what a GPU would."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -280,3 +281,16 @@ def test_a_replay_is_the_same_launches_bit_for_bit(tmp_path, monkeypatch, kind):
     assert replays > 20
     shapes = [shape for shape in engine.runner.graphs.buckets if not shape.prompts]
     assert len(shapes) <= 8, "graphs are per size of batch, not per membership"
+
+
+def test_what_was_unloaded_is_not_kept_for_the_next_batch(tmp_path):
+    """Its bytes stay booked as long as anything knows it: on a GPU as long as it takes memory."""
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    engine: Engine = build(tmp_path / "model", kernels="fused", device=DEVICE, max_num_seqs=2)
+    engine.overlap = True
+    engine.load_adapter(PLAIN, save_lora(tmp_path / "plain", engine.layout, targets=("q_proj",), r=4))
+    run(engine, ask(prompt(3), adapter=PLAIN))
+    assert engine.runner.memory.taken
+    engine.unload_adapter(PLAIN)
+    gc.collect()
+    assert not engine.runner.memory.taken

@@ -1,11 +1,13 @@
 """The memory for adapters: exact bytes, what a step needs is kept from them, and an engine with none left serves."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.support.banks import save_bank
 from tests.support.driving import ask, build, prompt, run, save_lora, save_model, save_tucka
 from tucka_runtime import machine
 from tucka_runtime.adapters.format import Adapter, LoRAModule, LoRASpec, TuckAModule, read_adapter
@@ -13,6 +15,7 @@ from tucka_runtime.engine.adapters.fold import locate
 from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.launched import Launched
 from tucka_runtime.engine.memory import AdapterMemory
+from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.errors import AdapterCapacityError
 from tucka_runtime.machine import Memory
 from tucka_runtime.messages import AdapterKey, Route
@@ -126,3 +129,35 @@ def test_a_device_that_is_full_prepares_nothing_and_serves(tmp_path: Path, monke
     engine.load_adapter(key(1), folder)
     assert engine.rehearsal.prepare()
     assert not engine.rehearsal.prepare()
+
+
+def test_a_bank_is_prepared_by_one_of_its_members(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    engine = build(tmp_path / "model")
+    engine.overlap = True
+    engine.load_adapter(key(0), save_bank(tmp_path / "bank", engine.layout, "full"))
+    assert engine.rehearsal.prepare() and not engine.rehearsal.prepare()
+
+
+@pytest.mark.parametrize(("length", "most"), [(128, 512), (2, 64), (1, 16)])
+def test_the_longest_step_is_as_long_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, most: int
+) -> None:
+    """Where a context is shorter than a step may be, several prompts fill it, as far as there is room for them."""
+    save_model(tmp_path / "model")
+    engine = build(
+        tmp_path / "model",
+        max_model_len=length,
+        max_num_batched_tokens=most,
+        kv_cache_tokens=4096,
+        max_num_seqs=min(64, most),
+    )
+    launch, rows = engine.runner.launch, list[int]()
+
+    def counted(chunks: Sequence[ScheduledChunk]) -> Launched:
+        rows.append(sum(chunk.count for chunk in chunks))
+        return launch(chunks)
+
+    monkeypatch.setattr(engine.runner, "launch", counted)
+    engine.rehearsal.time_longest_step()
+    assert max(rows) == most and not engine.busy

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from tests.support.driving import GREEDY, Answer, ask, build, prompt, run, save_
 from tests.support.processes import PATIENCE, check_ends_with_parent
 from tucka_runtime import channel
 from tucka_runtime.channel import PROTOCOL
+from tucka_runtime.channel_messages import UnloadAdapter
 from tucka_runtime.config import EngineConfig
 from tucka_runtime.engine import child as engine_child
 from tucka_runtime.engine import client as engine_client
+from tucka_runtime.engine import process
 from tucka_runtime.engine.client import EngineClient
 from tucka_runtime.engine.output_stream import OutputStream
 from tucka_runtime.errors import (
@@ -604,3 +607,52 @@ def test_a_process_that_cannot_be_started_is_tried_again(
 
     assert len(loop.run(main())) == SHORT.max_tokens
     assert len(refused) == 1
+
+
+def test_an_engine_whose_adapters_do_not_come_back_is_not_left_beside_the_next(
+    client: Watched, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever it was that failed: the disk, say, or a fault of ours."""
+    monkeypatch.setattr(engine_client, "FIRST_RESTART_DELAY", 0.01)
+    pids: list[int | None] = []
+
+    async def main() -> None:
+        async def bring_back() -> None:
+            pids.append(client.pid)
+            if len(pids) < 3:
+                raise (OSError("the disk"), ValueError("a fault"))[len(pids) - 1]
+
+        client.on_restart = bring_back
+        assert client.pid is not None
+        client.noticed.clear()
+        os.kill(client.pid, signal.SIGKILL)
+        await client.noticed.wait()
+        assert client._restart is not None
+        await client._restart
+        assert client.ready and client.pid == pids[2] and len(set(pids)) == 3
+
+    loop.run(patiently(main()))
+    for pid in pids[:2]:
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_thread_that_dies_ends_the_process() -> None:
+    """It would go on to say that it lives, while nobody loads adapters or reads what it is told."""
+
+    class Broken:
+        def activate_adapter(self, key: AdapterKey) -> None:
+            raise SystemError
+
+        class host:  # noqa: N801
+            @staticmethod
+            def drop(key: AdapterKey) -> None:
+                raise MemoryError
+
+    inbox: process._Inbox = queue.SimpleQueue()
+    loads: process._Loads = queue.SimpleQueue()
+    loads.put(UnloadAdapter(TUCKA))
+    process._load(Broken(), loads, inbox)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError):
+        process._handle(Broken(), None, inbox.get_nowait())  # type: ignore[arg-type]

@@ -106,3 +106,31 @@ def test_an_error_is_raised_where_the_work_was_asked_for(clock: Clock, stepping:
     assert outcome.exception(WAIT) is error
     turns.open()
     assert turns.run(work(clock, [])) == "made", "the next work is not touched by it"
+
+
+def test_a_step_waits_for_one_piece_of_work_that_was_under_way() -> None:
+    """The thread does all of it at once while there are no steps: not when one has begun meanwhile."""
+    turns, begun, go_on = Turns(), threading.Event(), threading.Event()
+    done = 0
+
+    def own() -> Work[str]:
+        nonlocal done
+        for _ in range(PIECES):
+            done += 1
+            begun.set()
+            assert go_on.wait(WAIT)
+            yield
+        return "made"
+
+    _, outcome = started(turns, own())
+    assert begun.wait(WAIT)
+    turns.open()  # an engine that was idle and goes on to be
+    stepping = threading.Thread(target=turns.between, args=(0.0,))
+    stepping.start()
+    while not turns._stepping:
+        pass
+    go_on.set()
+    stepping.join(WAIT)
+    assert not stepping.is_alive() and done < PIECES
+    turns.open()
+    assert outcome.result(WAIT) == "made"

@@ -77,7 +77,7 @@ class Blobs:
                 with self._placing:
                     if not self._intact(stored):
                         self._place(partial, stored.folder)
-            except OSError:
+            except BaseException:
                 self.release(stored)
                 raise
         finally:
@@ -88,10 +88,13 @@ class Blobs:
         """The whole copy of what `source` has, if it is here: nothing is written. Stays until `release`."""
         stored = self._stored(*_take(source, None, defaults))
         self._hold(stored)
-        if self._intact(stored):
-            return stored
-        self.release(stored)
-        return None
+        intact = False
+        try:
+            intact = self._intact(stored)
+        finally:
+            if not intact:
+                self.release(stored)
+        return stored if intact else None
 
     def release(self, stored: StoredAdapter) -> None:
         """Once for every `copy` and `find`: from now on `collect` and `discard` may delete it."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedIOBase
@@ -176,6 +177,25 @@ def read_defaults(folder_fd: int) -> dict[str, bytearray]:
         with open_file(folder_fd, name, limit) as (file, size):
             found[name] = read_exactly(file, size, name)
     return found
+
+
+def parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
+    """The object that a training.json has; None where there is none, or nothing that could be told of: it is about the
+    adapter, and no reason not to serve it."""
+    try:
+        training = strict_json(data.removeprefix(BOM_UTF8)) if data else None
+    except ValueError:
+        return None
+    return training if isinstance(training, dict) and _fits(training) else None
+
+
+def _fits(value: Any) -> bool:
+    """Whether all whole numbers in it have 64 bits at most, as messages between processes do."""
+    if isinstance(value, dict):
+        return all(map(_fits, value.values()))
+    if isinstance(value, list):
+        return all(map(_fits, value))
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
 
 
 def strict_json(data: bytes | bytearray) -> Any:

@@ -7,7 +7,6 @@ weight is read, and every weight before it is used. Equations and keys: docs/arc
 import json
 import logging
 import math
-from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +31,10 @@ from tucka_runtime.adapters.files import (
     blob_name,
     open_file,
     open_folder,
+    parse_training,
     read_config,
     read_training,
     start_digest,
-    strict_json,
     weights_blob,
 )
 from tucka_runtime.adapters.manifest import (
@@ -175,7 +174,7 @@ def read_adapter(
         config_bytes = read_config(folder_fd)
         config = parse_config(config_bytes)
         training_bytes = read_training(folder_fd)
-        training = _parse_training(training_bytes)
+        training = parse_training(training_bytes)
         if training and training.get("base_fingerprint") not in (None, base.fingerprint):
             raise BaseModelMismatchError(
                 "the adapter was trained on other base weights: the fingerprint in its training.json differs from "
@@ -294,14 +293,6 @@ def _model_name(path: str) -> str:
     if len(parts) > 2 and parts[-2] == "snapshots":
         return parts[-3].rpartition("--")[2]
     return parts[-1] if parts else ""
-
-
-def _parse_training(data: bytes | bytearray | None) -> dict[str, Any] | None:
-    try:
-        training = strict_json(data.removeprefix(BOM_UTF8)) if data else None
-    except ValueError:
-        return None
-    return training if isinstance(training, dict) else None
 
 
 def _check_finite(numbers: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:

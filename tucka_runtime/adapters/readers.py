@@ -134,7 +134,10 @@ class HubReader:
         return RemoteFile(file.stat().st_size, name, {"sha256": name} if _SHA256.fullmatch(name) else {})
 
     def read(self, path: str, file: RemoteFile, start: int) -> Iterator[bytes]:
-        with self._cached(path).open("rb") as data:
+        cached = self._cached(path)
+        if cached.name != file.version:
+            raise ChangedError
+        with cached.open("rb") as data:
             data.seek(start)
             while piece := data.read(PIECE_BYTES):
                 yield piece

@@ -30,9 +30,9 @@ from tucka_runtime.adapters.files import (
     WEIGHTS_NAME,
     defaults_digest,
     open_folder,
+    parse_training,
     read_defaults,
     read_training,
-    strict_json,
     weights_blob,
 )
 from tucka_runtime.adapters.journal import TABLE, Journal
@@ -140,13 +140,13 @@ class AdapterRegistry:
         """Whether the content is there, as far as can be seen without reading it."""
         return all((self.folder(blob) / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
 
-    def training(self, blob: str) -> Any:
+    def training(self, blob: str) -> dict[str, Any] | None:
         """What the copy's training.json has; None where there is none, or none that can be read."""
         try:
             with open_folder(self.folder(blob)) as folder_fd:
                 data = read_training(folder_fd)
-            return None if data is None else strict_json(data)
-        except (InvalidAdapterError, StorageError, ValueError):
+            return parse_training(data)
+        except (InvalidAdapterError, StorageError):
             return None
 
     def defaults(self, blob: str) -> AdapterDefaults:

@@ -231,8 +231,10 @@ class EngineClient:
                 if self.on_restart is not None:
                     await self.on_restart()
                 self._open()
-            except (TuckaError, OSError) as error:
-                logger.error("the engine did not come back: %s", error)
+            except Exception as error:  # the task's border: without it the server would never be ready again
+                if self._child is not None:  # it came back, and what has to be in it did not
+                    self._child.kill()
+                logger.error("the engine did not come back: %s", error, exc_info=not isinstance(error, TuckaError))
                 delay = min(2 * delay, LONGEST_RESTART_DELAY)
                 continue
             logger.info("the engine is back")

@@ -6,6 +6,7 @@ prompts that are scored, averaged or only routed; drafts; adapters that replace 
 being routed inside the model; rotary positions that stretch with the text.
 """
 
+import weakref
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Rows
 
@@ -84,8 +85,8 @@ class CudaGraphs:
         """By size of batch."""
         self.missed: dict[GraphShape, None] = {}
         """What batches wanted, in this order, and were served by a bucket of more."""
-        self._known: tuple[ActiveSet | None, Needs] = None, Needs()
-        """The last active set, and what it needs."""
+        self._known: tuple[weakref.ref[ActiveSet], Needs] | None = None
+        """The last active set, and what it needs. Weak, so that its adapters do not stay in memory for its sake."""
 
     def find(self, chunks: Rows[ScheduledChunk], active: ActiveSet | None) -> Bucket | None:
         """The bucket that runs this step: of just its shape, else the smallest of those that can. None where no graph
@@ -139,10 +140,15 @@ class CudaGraphs:
     def _shape(self, count: int, active: ActiveSet | None, prompts: bool = False) -> GraphShape:
         """Which sites have adapters, of the four of a layer, and how large those are makes another bucket: a site
         without costs nothing, and one large adapter does not make the batches of small ones slower."""
-        if active is not self._known[0]:
-            self._known = active, Needs.of(active.folded.values() if active else ())
+        if active is None:
+            needs = Needs()
+        elif (known := self._known) is not None and known[0]() is active:
+            needs = known[1]
+        else:
+            needs = Needs.of(active.folded.values())
+            self._known = weakref.ref(active), needs
         size = next(s for s in (self.prompt_sizes if prompts else self.sizes) if s >= count)
-        return GraphShape(size, *self._known[1], prompts)
+        return GraphShape(size, *needs, prompts)
 
     def _add(self, shape: GraphShape) -> Bucket:
         self.buckets[shape] = (PromptBucket if shape.prompts else Bucket)(self.shared, shape)

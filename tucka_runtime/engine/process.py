@@ -72,7 +72,14 @@ class _Closed:
     """From the reading thread to the step loop: the parent is gone."""
 
 
-_Message = ToEngine | _Prepared | AdapterLoaded | AdapterRefused | _Closed
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """From another thread to the step loop: it has ended, by a fault."""
+
+    error: Exception
+
+
+_Message = ToEngine | _Prepared | AdapterLoaded | AdapterRefused | _Closed | _Failed
 _Inbox = queue.SimpleQueue[_Message]
 """All that the step loop learns from others, in order. Nobody else works on the engine, and after the start nobody else
 writes to the channel: the loader's answers come here too, to be sent on."""
@@ -190,7 +197,7 @@ def _idle(engine: "Engine", channel: "Channel", inbox: _Inbox) -> _Message:
 def _handle(
     engine: "Engine",
     channel: "Channel",
-    message: Submit | Abort | _Prepared | AdapterLoaded | AdapterRefused | _Closed,
+    message: Submit | Abort | _Prepared | AdapterLoaded | AdapterRefused | _Closed | _Failed,
 ) -> None:
     match message:
         case Submit(request):
@@ -212,6 +219,8 @@ def _handle(
             channel.send(message)
         case _Closed():
             raise EOFError
+        case _Failed(error):
+            raise error
 
 
 def _read(channel: "Channel", inbox: _Inbox) -> None:
@@ -221,11 +230,20 @@ def _read(channel: "Channel", inbox: _Inbox) -> None:
             inbox.put(channel.receive())
     except (EOFError, OSError):
         inbox.put(_Closed())
+    except Exception as error:  # the thread's border: a process that reads nothing any more has to end
+        inbox.put(_Failed(error))
 
 
 def _load(engine: "Engine", loads: _Loads, inbox: _Inbox) -> None:
     """The thread that reads and folds adapters, so that the step loop only ever adds finished ones. It folds in turns
     with the steps. The host cache is its own."""
+    try:
+        _load_each(engine, loads, inbox)
+    except Exception as error:  # the thread's border: loads would wait for ever
+        inbox.put(_Failed(error))
+
+
+def _load_each(engine: "Engine", loads: _Loads, inbox: _Inbox) -> None:
     while True:
         match task := loads.get():
             case LoadAdapter() | CombineAdapters():

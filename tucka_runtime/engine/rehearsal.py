@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NEW = 2
+"""Tokens of an answer: a prompt's, and one that is decoded."""
+
 REHEARSED = "warm-up"
 """Id of the requests that only compile and time."""
 
@@ -60,32 +63,41 @@ class Rehearsal:
             return True
         for folded in serving:
             if folded.shape not in self.known:
-                self._run_prompts(folded.key)
+                self._run_prompts(folded)
                 self.known.add(folded.shape)
                 return True
         return False
 
     def time_longest_step(self) -> float:
-        """Runs a prompt that fills a step, so that no request pays for what is made at its first use. Returns the
-        seconds that its longest step took. The memory that it took is kept from adapters (memory.AdapterMemory)."""
-        with self.engine.runner.memory.measuring():
-            seconds = self._run_prompt(self.engine.scheduler.max_tokens, None, None)
-        self.engine.blocks.forget_all()
+        """Runs prompts that fill a step, so that no request pays for what is made at its first use. Returns the seconds
+        that the longest step took. The memory that it took is kept from adapters (memory.AdapterMemory)."""
+        engine, most = self.engine, self.engine.scheduler.max_tokens
+        length = self._fitting(most)
+        room = engine.runner.num_blocks // -(-(length + NEW) // engine.runner.block_size)
+        count = max(1, min(-(-most // length), engine.config.max_num_seqs, room))
+        with engine.runner.memory.measuring():
+            seconds = self._run([(i % engine.info.vocab_size,) * length for i in range(count)], None, None)
+        engine.blocks.forget_all()
         return seconds
 
-    def _run_prompts(self, adapter: AdapterKey | None) -> None:
+    def _run_prompts(self, adapter: FoldedAdapter | None) -> None:
         """Runs prompts of lengths that between them take every kernel that prompts take. They are scored, which no
         graph does: what runs without one has kernels of its own."""
         for length in (32, SMALL_BATCH + 1, self.engine.scheduler.max_tokens):
-            self._run_prompt(length, adapter, 0)
+            self._run([(0,) * self._fitting(length)], adapter, 0)
 
-    def _run_prompt(self, length: int, adapter: AdapterKey | None, scored: int | None) -> float:
-        """Runs a prompt, cut to the context, and two tokens; `scored` as in SamplingParams.prompt_logprobs. Returns the
-        seconds of the longest step."""
+    def _fitting(self, length: int) -> int:
+        """A prompt's length, cut so that NEW tokens have room behind it in the context, where that has so many."""
+        return min(length, max(1, self.engine.info.max_model_len - NEW))
+
+    def _run(self, prompts: Rows[tuple[int, ...]], adapter: FoldedAdapter | None, scored: int | None) -> float:
+        """Runs prompts of one length, and NEW tokens of each; `scored` as in SamplingParams.prompt_logprobs, a bank by
+        its first member. Returns the seconds of the longest step."""
         engine = self.engine
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, seed=0, ignore_eos=True, prompt_logprobs=scored)
-        length = min(length, engine.info.max_model_len - sampling.max_tokens)
-        engine.add(Request(REHEARSED, ((0,) * length,), sampling, adapter=adapter))
+        new = min(NEW, engine.info.max_model_len - len(prompts[0]))
+        sampling = SamplingParams(max_tokens=new, temperature=1.0, seed=0, ignore_eos=True, prompt_logprobs=scored)
+        key, member = (None, None) if adapter is None else (adapter.key, None if adapter.bank is None else 0)
+        engine.add(Request(REHEARSED, tuple(prompts), sampling, adapter=key, member=member))
         seconds = 0.0
         while engine.busy:
             _, stats = engine.step()

@@ -63,8 +63,8 @@ class Turns:
     def between(self, seconds: float, waiting: int = 0) -> None:
         """After a step that took so many seconds, if another may follow: does what is due of the work, behind which so
         much more is `waiting`."""
+        self._stepping = True  # before the lock, which work under way has until it sees this behind its next piece
         with self._changed:
-            self._stepping = True
             if self._work is None:
                 self._due = 0.0
                 return
@@ -77,6 +77,8 @@ class Turns:
 
     def open(self) -> None:
         """No step follows for now."""
+        if not self._stepping:  # nor did one before: the work may be under way, and has the lock
+            return
         with self._changed:
             self._stepping = False
             self._changed.notify()

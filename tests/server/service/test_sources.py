@@ -19,7 +19,7 @@ from tests.support.file_host import FileHost, file_host
 from tests.support.servers import Server
 from tucka_runtime.adapters import remote
 from tucka_runtime.adapters.readers import HubReader, StoreReader, token_variable
-from tucka_runtime.adapters.remote import NoSuchAdapterError, Source, fetch
+from tucka_runtime.adapters.remote import ChangedError, NoSuchAdapterError, Source, fetch
 from tucka_runtime.errors import ConfigError, InvalidAdapterError, SourceError
 from tucka_runtime.server.service import resolver
 
@@ -292,3 +292,17 @@ def test_sources_that_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as error:
         Source.parse(text)
     assert "pw" not in error.value.message
+
+
+def test_a_file_of_the_hub_that_is_another_version_by_now_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the other readers: what was looked at and what is read are one file, or it is looked at again."""
+    files = [tmp_path / name for name in ("a" * 40, "b" * 40)]
+    for file in files:
+        file.write_bytes(b"{}")
+    reader, cached = HubReader(Source.parse("hub=hf:org")), iter(files)
+    monkeypatch.setattr(reader, "_cached", lambda path: next(cached))
+    seen = reader.look("law/adapter_config.json")
+    with pytest.raises(ChangedError):
+        list(reader.read("law/adapter_config.json", seen, 0))

@@ -17,8 +17,8 @@ from tucka_runtime.messages import BaseLayout
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60
-READ_SECONDS = 60.0
-"""For all of a load but the weights' bytes: most of what an adapter may take for itself, two regular expressions that
+READ_SECONDS = 100.0
+"""For all of a load but the weights' bytes: most of what an adapter may take for itself, four regular expressions that
 are matched for 20 s each."""
 LEAST_BYTES = 4 * 2**20
 """Of weights in a second: a disk that gives less does not answer."""
