@@ -11,7 +11,7 @@ T = TypeVar("T")
 Work = Generator[None, None, T]
 """Work in pieces: it yields after each, and returns what came of it."""
 
-SHARE = 0.05
+SHARE = 0.04
 """Of the steps' time, what work may take: gaps between tokens grow by that much. Each work that waits behind it adds as
 much, and so does each PATIENCE that it has lasted, so that neither a queue nor a large adapter takes for ever."""
 PATIENCE = 1.0
