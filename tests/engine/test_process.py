@@ -645,7 +645,7 @@ def test_a_thread_that_dies_ends_the_process() -> None:
         def activate_adapter(self, key: AdapterKey) -> None:
             raise SystemError
 
-        class host:  # noqa: N801
+        class host:
             @staticmethod
             def drop(key: AdapterKey) -> None:
                 raise MemoryError
