@@ -7,6 +7,7 @@ when a kernel is slow, and a check that all of them compile. `--compile` prints 
 import math
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,6 +207,9 @@ def _calls() -> list[tuple[str, Any]]:
             )
         add("norm", lambda x=x, w=weight: ops.norm(x, w, w, 1e-5))
         add("attention", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1))
+        for d in (64, 128, 256) if label == "decode" else ():
+            wide, kept = torch.empty(rows, shape.heads, d), torch.empty(64, shape.kv_heads, d)
+            add("attention, fp32", lambda q=wide, k=kept, p=plan: ops.attention(q, k, k, p, 0.1))
         add("attention, window", lambda q=q, k=cache, p=plan: ops.attention(q, k, k, p, 0.1, 512))
         add("sample", lambda x=logits, c=column, w=whole: ops.sample(x, c, w, w))
         add("filter", lambda x=logits, c=column, w=whole: ops.filter_logits(x, w, c, c))
@@ -228,11 +232,11 @@ def _read(op: str, kernel: Any, grid: launch.Grid, waves: float) -> Compiled:
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of local memory, from the tool that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(triton.knobs.cache.dir) / "usage.cubin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cubin)
-    text = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
-    path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (-1, -1)
 

