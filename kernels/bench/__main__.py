@@ -24,7 +24,7 @@ Times every kernel at a Llama-3-8B's shape and says how near to the limit it is.
   python -m tucka_runtime.kernels.bench --op shrink_core      one op; --op may be repeated; `--op chain`: whole steps
   python -m tucka_runtime.kernels.bench --rows 64 --adapters 32 --ranks 16
   python -m tucka_runtime.kernels.bench --quick               small shapes; on a CPU: the reference kernels
-  python -m tucka_runtime.kernels.bench --sweep --rows 64     constants: every configuration of ops that have any
+  python -m tucka_runtime.kernels.bench --sweep --prompts 2048   constants: every configuration of prompts
   python -m tucka_runtime.kernels.bench --json > bench.json   for docs/measurements/
   python -m tucka_runtime.kernels.bench --model               bytes and launches against the targets; no device needed
   python -m tucka_runtime.kernels.bench --compile             registers, spills, widths of accesses; no device needed
@@ -60,8 +60,8 @@ OPS = (
 )
 """The files beside this one that time something."""
 
-SWEPT = ("shrink_core", "expand", "expand_residual", "attention")
-"""Ops with configurations to choose from."""
+SWEPT = ("shrink_core", "expand", "attention")
+"""Ops with configurations of prompts to choose from; those of decoding are chosen by whole steps (choices.py)."""
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -46,30 +46,11 @@ def _case(sweep: Measurement, rows: int, context: int, decoding: bool) -> Case:
 
 
 def variants(sweep: Measurement) -> Iterator[Case]:
-    """Splits of a context, steps and stages, on a GPU alone: what the files of `fused` should say."""
-    for rows in sweep.rows:
-        for context in sweep.contexts:
-            for how in product((256, 512, 1024), (32, 64, 128), (3, 4, 5)):
-                yield _decode_variant(sweep, rows, context, *how)
+    """Blocks of a prompt, on a GPU alone: what `fused.attention_prompt.prompt_blocks` should say."""
     for rows in sweep.prompts:
         for block_m, block_n in product((64, 128), (32, 64, 128)):
             yield _prompt_variant(sweep, rows, block_m, block_n, None)
         yield _prompt_variant(sweep, rows, 128, 32, 128)
-
-
-def _decode_variant(sweep: Measurement, rows: int, context: int, *how: int) -> Case:
-    from tucka_runtime.kernels.fused.attention_decode import Cut, decode
-
-    own = Cut(*how)
-
-    case = _case(sweep, rows, context, decoding=True)
-
-    def make(seed: int) -> dict[str, Call]:
-        q, k, v, plan = _tensors(sweep, rows, context, True, seed)
-        out, scale = torch.empty_like(q), sweep.shape.head**-0.5
-        return {"own": lambda: decode(q, k, v, out, plan, scale, None, own)}
-
-    return Case(case.op, {**case.shape, **own._asdict()}, case.moved, make)
 
 
 def _prompt_variant(sweep: Measurement, rows: int, block_m: int, block_n: int, registers: int | None) -> Case:

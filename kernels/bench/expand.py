@@ -1,6 +1,7 @@
 """Expand alone, as it stands where nothing can be fused with it; beside it torch's gather-bmm."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -42,10 +43,10 @@ def _case(
 
 
 def variants(sweep: Measurement) -> Iterator[Case]:
-    """Widths of a block, on a GPU alone: what `fused.expand.BLOCK_N` should be."""
-    for rows, adapters, rank in sweep.deltas:
+    """Widths of a block for prompts, on a GPU alone: what `fused.expand.BLOCK_N` should be."""
+    for rows, rank in product(sweep.prompts, sweep.ranks):
         for block_n in (32, 64, 128, 256):
-            yield _variant(sweep, rows, adapters, rank, block_n)
+            yield _variant(sweep, rows, 1, rank, block_n)
 
 
 def _variant(sweep: Measurement, rows: int, adapters: int, rank: int, block_n: int) -> Case:

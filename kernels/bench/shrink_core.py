@@ -52,13 +52,13 @@ def gather_bmm(b: SiteBatch) -> Call:
 
 
 def variants(sweep: Measurement) -> Iterator[Case]:
-    """Every configuration worth asking, on a GPU alone: what `fused.shrink_core.config` should say."""
+    """Every configuration of a prompt's worth asking, on a GPU alone: what `fused.shrink_core.config` should say."""
     from tucka_runtime.kernels.fused.shrink_core import Config
 
-    for rows, adapters, rank in sweep.deltas:
+    for rows, rank in product(sweep.prompts, sweep.ranks):
         for block_k, span, chunks, warps in product((64, 128, 256), (256, 512, 1024, 4096), (1, 4), (2, 4)):
             if block_k <= span:
-                yield _variant(sweep, rows, adapters, rank, Config(block_k, span, chunks, warps, 3))
+                yield _variant(sweep, rows, 1, rank, Config(block_k, span, chunks, warps, 3))
 
 
 def _variant(sweep: Measurement, rows: int, adapters: int, rank: int, how: "Config") -> Case:

@@ -27,7 +27,7 @@ from tucka_runtime.kernels.dispatch import backend
 KERNELS = ("_shrink", "_qkv", "_swiglu", "_add", "_decode")
 COUNTED = """--op shrink_core --op expand_swiglu --op expand_residual --op expand_qkv_rope_kv --op attention
     --rows 64 --adapters 32 --ranks 16 --prompts 64 --contexts 1024 --skip-tests""".split()
-SWEEP = """--sweep --rows 64 --adapters 32 --ranks 16 --prompts 2048 --contexts 1024 --skip-tests --json --op""".split()
+SWEEP = "--sweep --ranks 16 --prompts 2048 --skip-tests --json --op".split()
 """Arguments of the kernels' bench, whose last is the op."""
 
 
@@ -137,7 +137,7 @@ def counters() -> Figures:
 
 
 def sweep(report: Report, op: str) -> Callable[[], Figures]:
-    """Every configuration of an op at 64 rows: the best decides the constant that says "unmeasured"."""
+    """Every configuration of an op for a prompt of 2048 rows: the best decides the constant that says "unmeasured"."""
 
     def run() -> Figures:
         if report.small:
