@@ -6,7 +6,8 @@
 Same base, same token ids, rank, alpha, layers, batch size, AdamW, warm-up and cosine; fp32. Every run is a process of
 its own with the same threads, and the ways take turns, so that a busy machine is unfair to nobody. Tokens are those of
 prompts and completions, never padding; the clock runs over the steps alone. TRL's packing fills rows of --max-length by
-its own best fit and so takes more records a step: its loss is not comparable step by step.
+its own best fit and so takes more records a step: its loss is not comparable step by step. Ours has the same batches
+packed or not, and so the same loss.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def _tucka(args: argparse.Namespace, examples: list[Any]) -> tuple[int, float, l
     base_model.prepare(base, packed, False)
     model = attach(base, AdapterSettings(method="lora", r=args.r, alpha=2 * args.r), 0)
     config = LoopConfig(
-        steps=args.steps, batch_size=args.batch_size, lr=args.lr, packing=packed, group_by_length=packed
+        steps=args.steps, batch_size=args.batch_size, lr=args.lr, packing=packed
     )  # fmt: skip
     loop = Loop(model, examples, [], config, pad=0, device=cpu)
     tokens = 0
