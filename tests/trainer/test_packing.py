@@ -9,8 +9,8 @@ from tests.support.training import make_workplace, small_base, train
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import base_model
 from tucka_runtime.trainer.adapter import AdapterSettings, attach, router_of
+from tucka_runtime.trainer.answers import answered, completion_loss
 from tucka_runtime.trainer.data import collate, encode, epoch, pack
-from tucka_runtime.trainer.evaluate import completion_loss
 from tucka_runtime.trainer.experiments.base import build_tokenizer
 from tucka_runtime.trainer.loop import Loop, LoopConfig
 from tucka_runtime.trainer.model import set_route_scope
@@ -53,7 +53,7 @@ def test_packed_records_have_the_loss_route_and_gradients_of_padded_ones(scope):
             set_route_scope(model, scope, prefix_tokens=5)
         ids, second, labels = (pack if packed else collate)(examples(), 0)
         told = {"position_ids" if packed else "attention_mask": second}
-        logits = model(input_ids=ids, labels=labels, use_cache=False, **told).logits
+        logits = answered(model, {"input_ids": ids, "labels": labels, **told})
         loss = completion_loss(logits, labels)[0]
         loss.backward()
         router = router_of(model)

@@ -27,6 +27,7 @@ from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAM
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.model import routers
+from tucka_runtime.trainer.up_projection import UpProjection
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ def attach(base: Any, settings: AdapterSettings, seed: int) -> Any:
         with warnings.catch_warnings():
             # PEFT asks transformers for a property by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return peft.get_peft_model(base, settings.peft_config())
+            model = peft.get_peft_model(base, settings.peft_config())
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    UpProjection.replace_in(model)
+    return model
 
 
 def router_of(model: Any) -> Any:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tucka_runtime.trainer.answers import answered, completion_loss, exact, learnt
 from tucka_runtime.trainer.data import Example, collate, pack
 from tucka_runtime.trainer.decode import predictions
 
@@ -121,7 +122,7 @@ class Completions:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def count(self, batch: dict[str, Tensor]) -> int:
-        return int((batch["labels"][:, 1:] != -100).sum())
+        return len(learnt(batch["labels"]))
 
     def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return answered(model, batch)
@@ -144,19 +145,6 @@ class Completions:
         return predictions(model, held, tokenizer, pad, together)
 
 
-def answered(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits of a language model, without the cache with which transformers would not keep packed records apart."""
-    logits: Tensor = model(**batch, use_cache=False).logits
-    return logits
-
-
-def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the completion tokens and their number; logits (B, S, V), labels (B, S)."""
-    target = labels[:, 1:].reshape(-1)
-    loss = nn.functional.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), target, reduction="sum")
-    return loss, int((target != -100).sum())
-
-
 def evaluate(
     model: Any, examples: list[Example], pad: int, device: torch.device, batch_size: int = 64, router: Any = None
 ) -> Evaluation:
@@ -168,10 +156,9 @@ def evaluate(
         for i in range(0, len(order), batch_size):
             batch = order[i : i + batch_size]
             ids, mask, labels = (x.to(device) for x in collate(batch, pad))
-            logits = model(input_ids=ids, attention_mask=mask, labels=labels).logits
+            logits = answered(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
             loss, count = completion_loss(logits, labels)
             total, tokens = total + float(loss), tokens + count
-            hit = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
-            tally.judge(batch, hit.all(dim=1).tolist())
+            tally.judge(batch, exact(logits, labels).tolist())
             tally.routed(batch, router, len(batch))
     return Evaluation(total / max(tokens, 1), tally.share, tally.by_task, tally.groups)

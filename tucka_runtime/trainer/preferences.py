@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tucka_runtime.trainer.answers import answer_logps, answered
 from tucka_runtime.trainer.data import collate
 from tucka_runtime.trainer.decode import predictions
-from tucka_runtime.trainer.evaluate import Tally, answered, measuring
+from tucka_runtime.trainer.evaluate import Tally, measuring
 from tucka_runtime.trainer.pairs import Pair
 
 TOGETHER = 32  # pairs in a batch of the evaluation
@@ -99,19 +100,11 @@ class Preferences:
 
     def _rewards(self, model: Any, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards of the chosen and of the rejected answers."""
-        told = {name: tensor for name, tensor in batch.items() if name != "labels"}
         training = model.training
         # A base with dropout of its own is no reference while it draws.
         with torch.no_grad(), model.eval().disable_adapter():
-            reference = answered(model, told)
+            reference = answered(model, batch)
         model.train(training)
         gained = answer_logps(logits, batch["labels"]) - answer_logps(reference, batch["labels"])
         chosen, rejected = (self._beta * gained).chunk(2)
         return chosen, rejected
-
-
-def answer_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities (B,) of the rows' learnt tokens, summed; logits (B, S, V), labels (B, S)."""
-    target = labels[:, 1:]
-    each = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
-    return -each.view(target.shape).sum(dim=1)

@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.trainer.answers import asked, logits_at
 from tucka_runtime.trainer.layer import TuckALinear, grouped_delta
 from tucka_runtime.trainer.routing import TrainingRoute
 
@@ -218,7 +219,8 @@ class Carrier:
             self.model(input_ids=torch.tensor([[1, 2, 3]] * 2, device=self.model.device), use_cache=False)
 
     def forward(self, batches: Sequence[tuple[Member, dict[str, Tensor]]], pad: int) -> list[Tensor]:
-        """Logits (B, S, V) of each member's batch, in the order given. All batches are packed, or none is."""
+        """Logits of the learnt tokens (N, V) of each member's batch, in the order given. All batches are packed, or
+        none is."""
         order = sorted(range(len(batches)), key=lambda i: repr(_likeness(*batches[i])))
         width = max(batch["input_ids"].shape[1] for _, batch in batches)
         seats, at = [], 0
@@ -239,10 +241,11 @@ class Carrier:
             for name in batches[0][1]
             if name in fills
         }
-        logits = self.model(**joint, use_cache=False).logits
+        where = [_wide(asked(batches[i][1]["labels"]), width, False) for i in order]
+        logits = logits_at(self.model, torch.cat(where), lambda: self.model(**joint, use_cache=False).logits)
         found: list[Any] = [None] * len(batches)
-        for i, seat in zip(order, seats, strict=True):
-            found[i] = logits[seat.rows, : seat.width]
+        own = logits.split([int(each.sum()) for each in where])
+        for i, seat, found[i] in zip(order, seats, own, strict=True):
             seat.member.end(found[i])
         return found
 
