@@ -187,12 +187,13 @@ class AdapterDelta:
                 at = adapter.routed.router.at
                 delta.sums.setdefault((at.layer, at.site), []).append(part)
         if not active.in_deltas:
-            for own in (*sums, *segments):
-                delta._replace(active.folded[own.adapter], own.first, own.end)
+            spans = [(s.adapter, s.first, s.end) for s in sums] + [(s.adapter, s.first, s.end) for s in segments]
+            for key, first, end in spans:
+                delta._replace(active.folded[key], first, end)
         if segments:
             rows = core_rows(segments, active)
-            spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-            delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
+            indexed = [(s.first, s.end, active.index[s.adapter]) for s in segments]
+            delta.segments, delta.plans = active.layout(indexed, rows, num_rows, device)
             begin = time.monotonic()
             if settled.route_again(delta, segments, ids):
                 delta.route_seconds = time.monotonic() - begin
