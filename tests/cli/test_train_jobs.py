@@ -110,7 +110,7 @@ def test_jobs_go_on_where_they_were_stopped(
     assert "3 steps of 8, 2 of them done" in said
     assert_as_alone(workplace, "routed")
     assert train(workplace, "--jobs", "jobs.yaml", "--resume", "--lr", "1", given=()) == 2
-    assert "job routed: out/routed holds an earlier training" in capsys.readouterr().err
+    assert "job routed: out/routed holds what a training would replace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_jobs_go_on_where_they_were_stopped(
         (with_job("a", r=513), "job a: The server would refuse such an adapter: `r`"),
         (with_job("a", target_modules="query"), "job a: --target-modules: this base has no linear layer query"),
         (with_job("a", data="none.jsonl"), "job a: The data file none.jsonl does not exist"),
-        (with_job("a", data="bad.jsonl"), "job a: 1 bad records"),
+        (with_job("a", data="bad.jsonl"), "job a: 1 bad records in bad.jsonl"),
         (with_job("a", rank=2), "job a names what is no flag of tucka train: rank. There are model, data"),
         (with_job("a", out="out/lora"), "job a: its out is that of job lora"),
         (with_job("a", num_threads=2), "num_threads must be the same for all jobs"),

@@ -1,6 +1,7 @@
 """`tucka eval`: what counts as right, and that a folder and a server of the same adapters score the same."""
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def test_scores_are_those_that_training_measured(
     command = (tmp_path / "held.jsonl", "--model", workplace / "base", "--adapter", *named, "--max-tokens", 8)
     assert evaluate(*command, "--route", "request", "batch", "--out", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / "held.jsonl").read_bytes()).hexdigest()
+    assert report["data"] == {"file": "held.jsonl", "sha256": sha256}
     assert [(row["model"], row["route"]) for row in report["rows"]] == [
         ("base", None), ("tucka", "request"), ("tucka", "batch"), ("lora", None),
     ]  # fmt: skip
@@ -121,7 +124,7 @@ def test_f1_is_squads() -> None:
 
 def test_wrong_answers_are_kept_with_what_was_asked(tmp_path: Path) -> None:
     (tmp_path / "d").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    wanted, _ = questions(tmp_path / "d", 4)
+    wanted, _, _ = questions(tmp_path / "d", 4)
     answers = [Reply("b", False), Reply(" b\n", False), Reply("c", False), Reply("b", True)]
     row = score(wanted, answers, "m", None)
     assert (row.exact_match, row.cut) == (0.75, 1) and row.error == pytest.approx(0.2165, abs=1e-4)

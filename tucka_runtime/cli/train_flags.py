@@ -78,7 +78,7 @@ FLAGS = (
     Flag("balance", 0.0, "step of the load-balancing bias; 0 is off", metavar="GAMMA"),
     Flag("route_batch", "mixed", "which tokens share a route", choices=("batch", "per-sample", "prefix", "mixed")),
     Flag("route_prefix_tokens", ROUTE_PREFIX_TOKENS, "tokens of a prompt that route it, with --route-batch prefix"),
-    Flag("epochs", 3.0, "passes over the data"),
+    Flag("epochs", 3.0, "passes over the data, in each of which every record is learnt"),
     Flag("steps", None, "optimiser steps", "what --epochs makes", int),
     Flag("batch_size", 32, "records in a batch"),
     Flag("packing", False, "put several records of a batch into a row, each kept to itself: less padding", "one a row"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from tucka_runtime.evals.asking import Reply
 from tucka_runtime.evals.questions import Question, final
+from tucka_runtime.terminal import aligned
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 MOST_TASKS = 6  # columns of sub-tasks in the table
@@ -64,12 +65,6 @@ def table(rows: Sequence[Score]) -> str:
         own = [f"{row.by_task[task]:.3f}" for task in tasks]
         lines.append([row.model, row.route or "-", str(row.records), exact, f"{row.f1:.3f}", *own])
     return aligned(lines)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def wrong(questions: Sequence[Question], answers: Sequence[Reply], row: Score) -> list[dict[str, Any]]:

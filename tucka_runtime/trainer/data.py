@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from tucka_runtime.tokenizer import Tokenizer
-from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, read
+from tucka_runtime.trainer.records import DataError, DataFile, TrainingRecord, normalise
 from tucka_runtime.trainer.turns import Talk, piecewise
 
 SHOWN = 10  # bad lines listed in one error
@@ -125,18 +124,18 @@ def _example(prompt: list[int], completion: list[int], task: str, max_length: in
 
 
 def encode_all(
-    name: str, found: Iterable[tuple[str, Any]], encode: Callable[[Any], tuple[list[T], frozenset[str]]], strict: bool,
+    file: DataFile, encode: Callable[[Any], tuple[list[T], frozenset[str]]], strict: bool,
     tell: Callable[[str], None] | None,
 ) -> list[T]:  # fmt: skip
-    """(where, record or its JSON text) pairs of the file `name` to what is learnt. `encode` makes it of a record and
-    gives the keys that it ignored, of which `tell` is told.
+    """A file's rows to what is learnt. `encode` makes it of a record and gives the keys that it ignored, of which
+    `tell` is told.
 
     Raises DataError listing every bad record's reason; with `strict` a key that would be ignored is one.
     """
     examples: list[T] = []
     bad: list[str] = []
     ignored: set[str] = set()
-    for where, line in found:
+    for where, line in file.rows:
         try:
             made, unused = encode(json.loads(line) if isinstance(line, str) else line)
             if strict and unused:
@@ -153,9 +152,9 @@ def encode_all(
             bad.append(f"{where}: the base's chat template refuses it: {error}")
     if bad:
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{len(bad)} bad records; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more)
+        raise DataError(f"{len(bad)} bad records in {file.name}; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more)
     if ignored and tell:
-        tell(f"{name}: ignored keys: {_names(ignored)}")
+        tell(f"{file.name}: ignored keys: {_names(ignored)}")
     return examples
 
 
@@ -164,16 +163,16 @@ def _names(keys: Iterable[str]) -> str:
 
 
 def load(
-    path: Path, tokenizer: Tokenizer, max_length: int, learn: str = "all", strict: bool = False,
+    file: DataFile, tokenizer: Tokenizer, max_length: int, learn: str = "all", strict: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> list[Example]:  # fmt: skip
-    """Examples of a file; `tell` is told of keys that were ignored. Raises DataError as `read` and `encode_all` do."""
+    """Examples of a file; `tell` is told of keys that were ignored. Raises DataError as `encode_all` does."""
 
     def encoded(record: Any) -> tuple[list[Example], frozenset[str]]:
         known = normalise(record)
         return encode_turns(known, tokenizer, max_length, learn), known.ignored
 
-    return encode_all(path.name, read(path), encoded, strict, tell)
+    return encode_all(file, encoded, strict, tell)
 
 
 def split(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:

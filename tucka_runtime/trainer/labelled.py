@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.chat_records import check_whole
 from tucka_runtime.trainer.data import encode_all
-from tucka_runtime.trainer.records import normalise, read
+from tucka_runtime.trainer.records import DataFile, normalise
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,14 @@ def encode_labelled(record: Any, tokenizer: Tokenizer, max_length: int) -> tuple
 
 
 def load(
-    path: Path, tokenizer: Tokenizer, max_length: int, strict: bool = False, tell: Callable[[str], None] | None = None
+    file: DataFile,
+    tokenizer: Tokenizer,
+    max_length: int,
+    strict: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Labelled]:
     """Labelled texts of a file, as `data.load` has its examples."""
-    return encode_all(
-        path.name, read(path), lambda record: encode_labelled(record, tokenizer, max_length), strict, tell
-    )
+    return encode_all(file, lambda record: encode_labelled(record, tokenizer, max_length), strict, tell)
 
 
 def labels_of(texts: Iterable[Labelled]) -> tuple[str, ...]:

@@ -86,6 +86,11 @@ def longest_record(asked: int | None, config: Any) -> int:
     return asked or min(LONGEST, context)
 
 
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the one in which it would be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def check_disk(folder: Path, parameters: int, checkpoints: bool, beside: int = 0) -> None:
     """Raises ConfigError where what a run writes would not fit, or the adapter is larger than the server takes.
 
@@ -99,8 +104,7 @@ def check_disk(folder: Path, parameters: int, checkpoints: bool, beside: int = 0
             "Lower --r, or name fewer --target-modules."
         )
     needed = (4 * beside + weights) * (9 if checkpoints else 1) + 2**20
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         less = ", or write no checkpoints (--checkpoint-every 0)" if checkpoints else ""
         raise ConfigError(

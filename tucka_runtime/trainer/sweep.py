@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tucka_runtime.adapters.files import TRAINING_NAME
+from tucka_runtime.terminal import aligned
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def table(rows: Sequence[Outcome]) -> str:
         figures += [_figure(getattr(row, name), 3) for name in shares]
         said = f"failed: {row.failed.splitlines()[0]}" if row.failed else "best" if row is first else ""
         lines.append([row.name, str(row.steps or "-"), *figures, said])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def _figure(value: float | None, digits: int) -> str:
