@@ -124,6 +124,19 @@ def test_no_prompt_is_on_both_sides():
     assert split(examples, 0.0, 1)[1] == []
 
 
+def test_texts_are_held_out_one_by_one():
+    """Their first token, which nobody is asked for, is common to many or to all."""
+    texts = [encode({"text": f"text {i % 20}"}, TOKENIZER, 64) for i in range(40)]
+    train, held = split(texts, 0.2, seed=1)
+    assert (len(train), len(held)) == (32, 8) and not set(train) & set(held)
+
+
+@pytest.mark.parametrize(("prompts", "fraction"), [(2, 0.75), (10, 0.96)])
+def test_something_is_left_to_train_on(prompts, fraction):
+    train, held = split([encode(chat(f"p{i}", "a"), TOKENIZER, 64) for i in range(prompts)], fraction, seed=0)
+    assert (len(train), len(held)) == (1, prompts - 1)
+
+
 def test_batches_depend_on_seed_and_epoch_alone():
     examples = [encode({**chat(f"p{i}", "a"), "task": "ab"[i % 2]}, TOKENIZER, 64) for i in range(22)]
     again = epoch(examples, 4, seed=5, number=2, by_task=True)
@@ -197,6 +210,12 @@ def test_forms_of_other_tools_are_conversations(record, same):
 def test_plain_text_is_learnt_but_for_its_first_token():
     (text,) = [encode({"text": "abc"}, TOKENIZER, 64)]
     assert TOKENIZER.decode(list(text.ids), False) == "abc<|end|>" and text.start == 1
+
+
+@pytest.mark.parametrize("record", [{"prompt": "a", "completion": "bc"}, {"text": "abc"}])
+def test_an_end_that_is_there_is_not_put_twice(record):
+    spelled = {key: text + ("" if key == "prompt" else "<|end|>") for key, text in record.items()}
+    assert encode(spelled, TOKENIZER, 64) == encode(record, TOKENIZER, 64)
 
 
 def test_every_turn_is_learnt_with_the_prompt_that_asks_for_it(tmp_path):
