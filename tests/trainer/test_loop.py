@@ -133,6 +133,17 @@ def test_early_stop_keeps_the_best_weights():
     assert loop.evaluate().loss == pytest.approx(history.best, rel=1e-5)
 
 
+def test_a_route_of_a_batch_is_measured_as_it_was_trained():
+    """Of one sub-task alone: each has the figures and the group that it has without the other."""
+    loop = make(LoopConfig(steps=2, batch_size=8, route_batch="batch"))
+    loop.run()
+    both = loop.evaluate()
+    apart = {task: [e for e in loop.held if e.task == task] for task in "ab"}
+    alone = {task: evaluate(loop.model, held, 0, CPU, router=loop.router) for task, held in apart.items()}
+    assert both.groups == {task: own.groups[task] for task, own in alone.items()}
+    assert both.loss == pytest.approx(sum(own.loss for own in alone.values()) / 2, rel=1e-6)
+
+
 def test_learning_rate_warms_up_and_falls():
     config = LoopConfig(steps=100, lr=1.0, warmup=0.1)
     rates = [learning_rate(config, s) for s in range(100)]

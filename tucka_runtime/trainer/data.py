@@ -129,9 +129,14 @@ def _example(prompt: list[int], completion: list[int], task: str, max_length: in
     ids = [*prompt, *completion]
     if not prompt:
         raise ValueError("the prompt has no tokens")
+    check_length(ids, max_length)
+    return Example(tuple(ids), len(prompt), task)
+
+
+def check_length(ids: list[int], max_length: int) -> None:
+    """Raises ValueError where a record is too long."""
     if len(ids) > max_length:
         raise ValueError(f"{len(ids)} tokens are more than the limit of {max_length}; shorten it or raise --max-length")
-    return Example(tuple(ids), len(prompt), task)
 
 
 def encode_all(

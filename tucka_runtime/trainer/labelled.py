@@ -6,7 +6,7 @@ from typing import Any
 
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.chat_records import check_whole
-from tucka_runtime.trainer.data import encode_all
+from tucka_runtime.trainer.data import check_length, encode_all
 from tucka_runtime.trainer.records import DataFile, normalise
 
 
@@ -39,11 +39,10 @@ def encode_labelled(record: Any, tokenizer: Tokenizer, max_length: int) -> tuple
         raise ValueError("'label' must be a non-empty string or an integer")
     check_whole(label)
     known = normalise({"text": rest.pop("text", ""), "task": rest.pop("task", "all")})
-    ids = tokenizer.encode(known.text, add_special_tokens=True)
+    ids = tokenizer.encode_whole(known.text)
     if not ids:
         raise ValueError("the text has no tokens")
-    if len(ids) > max_length:
-        raise ValueError(f"{len(ids)} tokens are more than the limit of {max_length}; shorten it or raise --max-length")
+    check_length(ids, max_length)
     return [Labelled(tuple(ids), label, known.task)], frozenset(rest)
 
 
@@ -61,4 +60,5 @@ def load(
 def labels_of(texts: Iterable[Labelled]) -> tuple[str, ...]:
     """The labels in the order of the head's outputs: numbers by size, else names by the alphabet."""
     found = {text.label for text in texts}
-    return tuple(sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found))
+    by_size = all(label.isdecimal() for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if by_size else 0, label)))
