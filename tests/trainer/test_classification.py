@@ -17,6 +17,8 @@ from transformers import (
     DebertaV2Config,
     DebertaV2Model,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from tests.support.training import make_workplace, train
@@ -155,6 +157,36 @@ def test_numbers_are_labels_in_their_order() -> None:
     assert [unused for _, unused in found] == [{"score"}] * 2
     assert labels_of(text for texts, _ in found for text in texts) == ("9", "10")
     assert labels_of(Labelled((1,), label, "all") for label in ("1", "01", "0")) == ("0", "01", "1")
+
+
+def test_a_base_that_tells_other_labels_apart_is_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoModelForSequenceClassification.from_pretrained(workplace / "bert", num_labels=2).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((workplace / "bert" / file).read_bytes())
+    flags = ("--objective", "classify", "--steps", "1", "--out", str(tmp_path / "out"))
+    assert train(workplace, *flags, "--model", str(tmp_path)) == 2
+    assert "a classifier of 2 labels already, and the texts have 3" in capsys.readouterr().err
+
+
+def test_robertas_positions_begin_behind_padding_s(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RobertaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((workplace / "bert" / file).read_bytes())
+    flags = ("--objective", "classify", "--steps", "1", "--model", str(tmp_path), "--out", str(tmp_path / "out"))
+    for length, status in ((32, 0), (33, 2)):
+        lines = [{"text": label * length, "label": label} for label in "ab" for _ in range(2)]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        data = ("--data", str(tmp_path / "data.jsonl"), "--eval-fraction", "0")
+        assert train(workplace, *flags, *data, "--overwrite") == status
+    assert "33 tokens are more than the limit of 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

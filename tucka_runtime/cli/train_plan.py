@@ -114,6 +114,7 @@ class Base:
     name: str
     device: Any
     config: Any
+    context: int | None
     sizes: dict[str, tuple[int, int]]
     fingerprint: str
     tokenizer: Any
@@ -172,7 +173,8 @@ def open_base(args: argparse.Namespace) -> Base:
     folder, name = _found(args.model, args.dtype)
     device, skeleton = choose_device(args.device), load_skeleton(folder, classify)
     sizes = preflight.linears(skeleton)
-    return Base(folder, name, device, skeleton.config, sizes, fingerprint(folder), load_tokenizer(folder, classify))
+    context, tokenizer = preflight.context_of(skeleton), load_tokenizer(folder, classify)
+    return Base(folder, name, device, skeleton.config, context, sizes, fingerprint(folder), tokenizer)
 
 
 def check_settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig, Publication | None]":
@@ -199,7 +201,7 @@ def plan(
 
     settings, config, publication = checked
     targets = preflight.check_targets(settings, base.sizes)
-    longest = preflight.longest_record(args.max_length, base.config)
+    longest = preflight.longest_record(args.max_length, base.context)
     train, sha256 = base.records(args.data, longest, args)
     if args.eval_data:
         held, _ = base.records(args.eval_data, longest, args)
@@ -209,7 +211,7 @@ def plan(
     per_epoch = len(data.epoch(train, args.batch_size, args.seed, 0, by_task)) / args.accumulate
     # Rounded up, for no record to be left out of the last pass, but for what the product is off by in floating point.
     steps = args.steps or math.ceil(args.epochs * per_epoch - 1e-9)
-    labels = preflight.check_labels(train, held) if args.objective == "classify" else ()
+    labels = preflight.check_labels(train, held, base.config) if args.objective == "classify" else ()
     config = replace(
         config, labels=labels, steps=steps, eval_every=args.eval_every or tenth(steps),
         checkpoint_every=tenth(steps) if args.checkpoint_every is None else args.checkpoint_every,

@@ -13,6 +13,7 @@ from typing import Any
 from tucka_runtime.evals.asking import Reply
 from tucka_runtime.evals.questions import Question, final
 from tucka_runtime.terminal import aligned
+from tucka_runtime.trainer.plot import plain
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 MOST_TASKS = 6  # columns of sub-tasks in the table
@@ -96,7 +97,7 @@ def _picture(rows: Sequence[Score], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axis = plt.subplots(figsize=(8, 1 + 0.5 * len(rows)), constrained_layout=True)
-    names = [row.model + (f" ({row.route})" if row.route else "") for row in rows]
+    names = [plain(row.model) + (f" ({row.route})" if row.route else "") for row in rows]
     bars = axis.barh(names, [row.exact_match for row in rows], xerr=[row.error for row in rows], capsize=3)
     axis.bar_label(bars, fmt="%.3f", padding=4)
     axis.set(xlabel=f"exact match of {rows[0].records} records, with its standard error", xlim=(0, 1.1))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tucka_runtime.adapters.files import TRAINING_NAME
 from tucka_runtime.terminal import aligned
+from tucka_runtime.trainer.plot import plain
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _picture(rows: Sequence[Outcome], path: Path) -> None:
 
     size = (11, 1 + 0.4 * len(rows))
     fig, (exact, loss) = plt.subplots(1, 2, figsize=size, sharey=True, constrained_layout=True)
-    names = [row.name + (" (failed)" if row.failed else "") for row in rows]
+    names = [plain(row.name) + (" (failed)" if row.failed else "") for row in rows]
     exact.bar_label(exact.barh(names, [row.right or 0.0 for row in rows]), fmt="%.3f", padding=4)
     pairs = any(row.accuracy is not None for row in rows)
     exact.set(xlabel="accuracy of pairs, held out" if pairs else "exact match, held out", xlim=(0, 1.15))
