@@ -266,7 +266,7 @@ def build(planned: Plan, model: Any, beside: int = 0) -> "Loop":
     seed_all(args.seed)
     return Loop(
         adapted, planned.train, planned.held, config, pad=pad,
-        device=planned.base.device, router=router_of(adapted), folder=args.out,
+        device=planned.base.device, router=router_of(adapted), folder=args.out, base=planned.base.fingerprint,
     )  # fmt: skip
 
 
