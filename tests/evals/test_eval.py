@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").rename(folder / "tucka")
     assert train(folder, "--steps", "8", "--lr", "1e-2", "--method", "lora") == 0
     (folder / "out").rename(folder / "lora")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def strict_base(workplace: Path) -> Path:
+    """A base whose chat template knows no system message."""
+    folder = workplace / "strict"
+    shutil.copytree(workplace / "base", folder)
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -115,6 +132,32 @@ def test_what_does_not_go_together_is_said(
     (tmp_path / "d").write_text('{"prompt": "a", "completion": "b"}\n')
     assert evaluate(tmp_path / "d", *flags) == 2
     assert words in capsys.readouterr().err
+
+
+TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": [{"role": "system", "content": "s"}, *TALK["messages"]]}, "line 2: the base's chat template"),
+        ({"prompt": "x" * 5000, "completion": "y"}, "line 2: the prompt's 5000 tokens leave no room"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(
+    strict_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "d").write_text(f"{json.dumps(TALK)}\n{json.dumps(record)}\n")
+    assert evaluate(tmp_path / "d", "--model", strict_base, "--max-tokens", 4) == 2
+    assert f"tucka eval: d, {words}" in capsys.readouterr().err
+
+
+def test_of_a_conversation_the_last_prompt_alone_is_needed(strict_base: Path, tmp_path: Path) -> None:
+    """What its earlier turns would be learnt as is not asked: here the template has no place for a thought."""
+    first, said = TALK["messages"]
+    record = {"messages": [first, said | {"reasoning_content": "hm"}, *TALK["messages"]]}
+    (tmp_path / "d").write_text(json.dumps(record) + "\n")
+    assert evaluate(tmp_path / "d", "--model", strict_base, "--max-tokens", 4) == 0
 
 
 def test_f1_is_squads() -> None:
