@@ -88,10 +88,10 @@ FLAGS = (
     Flag("lr", 2e-3, "highest learning rate"),
     Flag("warmup", 0.05, "share of the steps in which the learning rate rises"),
     Flag("weight_decay", 0.0, "AdamW's weight decay"),
-    Flag("eval_every", None, "steps between evaluations", "ten in all", int, metavar="STEPS"),
+    Flag("eval_every", None, "steps between evaluations", "ten at most", int, metavar="STEPS"),
     Flag("patience", 0, "stop after so many evaluations without a better loss; 0 is never", metavar="EVALS"),
     Flag(
-        "checkpoint_every", None, "write what --resume needs every so many steps; 0 is never", "ten in all", int,
+        "checkpoint_every", None, "write what --resume needs every so many steps; 0 is never", "ten at most", int,
         metavar="STEPS",
     ),
     Flag("resume", False, "continue from the checkpoint in --out", "off", of_run=False),
