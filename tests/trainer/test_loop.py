@@ -84,7 +84,7 @@ def test_resume_with_other_settings_is_refused(tmp_path):
     [
         ("dtype", lambda loop: loop.model.base_model.bfloat16()),
         ("data", lambda loop: setattr(loop, "train", examples(12))),
-        ("held", lambda loop: setattr(loop, "held", examples(6))),
+        ("held_out", lambda loop: setattr(loop, "held", examples(6))),
         ("base", lambda loop: setattr(loop, "base", "another")),
         ("adapter", lambda loop: setattr(loop.model.peft_config["default"], "alpha", 8)),
     ],
@@ -105,7 +105,7 @@ def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path, m
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     adapter = json.loads(state["config"]["adapter"])
     del state["config"]["route_prefix_tokens"], adapter["exclude_modules"]
-    del state["config"]["base"], state["config"]["held"]  # nothing is known of these
+    del state["config"]["base"], state["config"]["held_out"]  # nothing is known of these
     state["config"]["adapter"] = json.dumps(adapter, sort_keys=True)
     torch.save(state, tmp_path / "checkpoint.pt")
     make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1), method=method).resume(tmp_path)

@@ -290,7 +290,7 @@ class Loop:
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
             "adapter": settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
-            "data": _digest(self.train), "held": _digest(self.held), "base": self.base,
+            "data": _digest(self.train), "held_out": _digest(self.held), "base": self.base,
         }  # fmt: skip
 
     def _as_saved(self, saved: dict[str, Any], name: str) -> Any:
@@ -300,7 +300,7 @@ class Loop:
             config = self.model.peft_config["default"]
             text = settled(type(config)())
             return json.dumps(json.loads(text) | json.loads(saved[name]), sort_keys=True)
-        if name in ("base", "held"):
+        if name in ("base", "held_out"):
             return saved.get(name, self._settings[name])
         return saved.get(name, getattr(LoopConfig(steps=1), name, None))
 
