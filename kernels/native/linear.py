@@ -40,9 +40,9 @@ class PanelLinear:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """ops.MakeLinear. These products are faster than oneDNN's: with AVX2, in bf16 where the CPU multiplies it, and in fp32
-    with AVX512 for up to 8 rows, while more take up to a tenth longer. Where oneDNN has no products of a type, they are
-    many times faster than torch's (docs/measurements/cpu-linear-2026-11-26.md, cpu-linear-2026-11-27.md)."""
+    """ops.MakeLinear. These products are faster than oneDNN's with AVX2, in bf16 where the CPU multiplies it, and in
+    fp32 with AVX512 for up to 8 rows, while more take up to a tenth longer. Where oneDNN has no products of a type,
+    they are many times faster than torch's (docs/measurements/cpu-linear-2026-11-26.md, cpu-linear-2026-11-27.md)."""
     known = {"AVX2": True, "AVX512": weight.dtype == torch.float32, "AVX512_BF16": True}
     if weight.dim() == 2 and (known.get(library.load() or "", False) or not packable(weight)):
         return PanelLinear(weight, bias)

@@ -12,6 +12,7 @@ packed or not, and so the same loss.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -42,14 +43,15 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which of them (default: all)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # what a child process runs
     args = parser.parse_args()
     if args.way:
         print(json.dumps(_run(args)))
         return 0
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in args.ways}
     for _ in range(args.rounds):
-        for way in WAYS:
+        for way in args.ways:
             command = python("-m", __spec__.name, *sys.argv[1:], "--way", way)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -57,7 +59,7 @@ def main() -> int:
                 return 1
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{'way':<14} {'tok/s':>8} {'of TRL':>7} {'loss, first':>12} {'loss, last':>11}")
-    floor = statistics.median(run["speed"] for run in found["trl"])
+    floor = statistics.median(run["speed"] for run in found["trl"]) if "trl" in found else math.nan
     for way, runs in found.items():
         speed = statistics.median(run["speed"] for run in runs)
         print(f"{way:<14} {speed:8.0f} {speed / floor:6.2f}x {runs[0]['first']:12.4f} {runs[0]['last']:11.4f}")
