@@ -120,8 +120,8 @@ def test_an_export_is_what_is_served_pinned(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "route", ["", "group", "group=", "group=2", "group=-1", "group=x", "pinned", "[]", "{}", '{"group": 0}',
-              '{"group": 0, "weights": [0.5, 2]}', '{"group": true, "weights": [0, 1]}'],
+    "route", ["", "group", "group=", "group=2", "group=" + "1" * 5000, "group=-1", "group=x", "pinned", "[]", "{}",
+              '{"group": 0}', '{"group": 0, "weights": [0.5, 2]}', '{"group": true, "weights": [0, 1]}'],
 )  # fmt: skip
 def test_routes_that_are_none(route: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["adapters", "export", str(ADAPTER), str(tmp_path / "out"), "--model", str(BASE), "--route", route]

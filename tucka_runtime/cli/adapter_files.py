@@ -145,7 +145,7 @@ def parse_route(text: str, config: TuckASpec) -> Route:
         f'{{"group": 0, "weights": [0.5, 0.6]}} with {config.t} weights from 0 to 1.'
     )
     name, _, number = text.partition("=")
-    if name == "group" and number.isascii() and number.isdecimal() and int(number) < config.k:
+    if name == "group" and number.isascii() and number.isdecimal() and float(number) < config.k:
         return Route(int(number), (NEUTRAL,) * config.t)
     try:
         table = strict_json(text.encode())
