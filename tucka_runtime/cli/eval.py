@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     except TuckaError as error:
         print(f"tucka eval: {error.message}", file=sys.stderr)
     except OSError as error:
-        print(f"tucka eval: {error.filename} cannot be written: {error.strerror}.", file=sys.stderr)
+        print(f"tucka eval: {error.filename}: {error.strerror}.", file=sys.stderr)
     return 2
 
 
