@@ -107,6 +107,7 @@ def test_an_export_is_what_is_served_pinned(kind: str, tmp_path: Path) -> None:
     command = ["adapters", "export", str(folder), str(out), "--model", str(base), "--route", route, "--to", "lora"]
     assert main(command) == 0
     assert main(command) == 1, "what is there is not written over"
+    assert json.loads((out / "training.json").read_text()) == {"base_fingerprint": engine.layout.fingerprint}
     engine.load_adapter(KEY, folder, Route(1, (0.9, 0.25)))
     recorder = Recorder(engine)
     ids = prompt(21)

@@ -131,7 +131,7 @@ def export_adapter(folder: Path, target: Path, model: Path, route: str) -> int:
     same = {f.name for f in fields(LoRASpec)} & {f.name for f in fields(TuckASpec)}
     kept: dict[str, Any] = {name: getattr(adapter.config, name) for name in same}
     config = LoRASpec(**kept, lora_alpha=adapter.config.r, fan_in_fan_out=arch.transposed)
-    digest = write_adapter(target, config, tensors)
+    digest = write_adapter(target, config, tensors, {"base_fingerprint": layout.fingerprint})
     print(f"a LoRA of rank {config.r} on {len(adapter.modules)} modules, digest {digest[:12]}: group {pinned.group}, "
           f"weights {', '.join(f'{w:g}' for w in pinned.weights)}")  # fmt: skip
     return 0
