@@ -22,13 +22,11 @@ def hub_folder(model: str, download: bool) -> tuple[Path, str] | None:
     if found is None or os.path.exists(found[0]):
         return None
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(found[1])
+        return _folder(found[1], found[2], download), found[1]
     except HFValidationError:
         return None
-    return _folder(found[1], found[2], download), found[1]
 
 
 def _folder(repository: str, revision: str | None, download: bool) -> Path:
