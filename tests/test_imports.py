@@ -17,7 +17,7 @@ PACKAGES = {OURS: ROOT / OURS} | {f"{OURS}.{name}": ROOT / name for name in ("ke
 SHARED = (
     "errors config messages channel_messages channel logs grammars schemas schema_objects schema_values base_files "
     "base_hub base_gguf bases durable tokenizer detokenizer chat_rendering added_tokens client extras embedded "
-    "machine children progress conversations names"
+    "machine children progress terminal conversations names"
 )
 """What both processes may know."""
 

@@ -111,6 +111,11 @@ class Tokenizer:
             ids = self._prefix + ids
         return ids
 
+    def encode_whole(self, text: str) -> list[int]:
+        """The ids of a text that nothing follows, with what the tokenizer puts before and behind it."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        return ids
+
     def num_start(self, ids: list[int]) -> int:
         """How many of these ids are what the tokenizer puts before every text."""
         return len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0

@@ -37,7 +37,7 @@ class Arena {
   }
 
  private:
-  static constexpr size_t kLine = 64, kHuge = 2 << 20, kRegion = 32 << 20;
+  static constexpr size_t kHuge = 2 << 20, kRegion = 32 << 20;
 
   static constexpr size_t up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 

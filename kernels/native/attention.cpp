@@ -9,8 +9,8 @@ namespace tucka {
 
 // Keys of one step of the online softmax.
 constexpr int64_t kKeys = 64;
-// Keys, or values, that are asked for ahead; 4 and 16 are as fast.
-constexpr int64_t kKeysAhead = 8;
+// Keys, or values, that are asked for ahead at most, however short they are.
+constexpr int64_t kMostAhead = 32;
 // Values of one head that are added up before the next head's.
 constexpr int64_t kValues = 8;
 // Keys of one item of work of a decoding sequence. A split is the same whatever else is in the batch.
@@ -122,7 +122,7 @@ inline void score(const Q* q, const C* const* keys, int64_t d, float scale, floa
 // Asks for a head (D,) of a cache.
 template <class C>
 inline void ask(const C* head, int64_t d) {
-  for (int64_t i = 0; i < d; i += 64 / sizeof(C)) __builtin_prefetch(head + i);
+  for (int64_t i = 0; i < d; i += kLine / sizeof(C)) prefetch(head + i);
 }
 
 // Multiplies the scores (m, kKeys) of `count` tokens with the scales of their keys, or the weights with those of their
@@ -143,24 +143,30 @@ inline void scale_scores(const Context<C>& context, const C* cache, const int64_
 
 // The queries (heads · group, D) of the KV heads from `head` on over the keys first..end of a context. Tokens come
 // before heads, so that the caches are read in their own order, the one in which the hardware fetches lines ahead. What
-// it does not see in time is asked for here, between the products: a core waits for some 24 lines at once and no more, so
-// that many that are asked for together hold up whatever comes behind them.
+// it does not see in time is asked for here, between the products, a few lines at a time.
 template <class Q, class C>
 void attend(const Context<C>& context, const Q* q, float scale, int64_t group, int64_t head, int64_t heads,
             int64_t first, int64_t end, Softmax softmax, float* scores) {
   const int64_t d = context.d, m = heads * group;
   const C *k = context.k + head * d, *v = context.v + head * d;
-  int64_t offsets[kKeys + kKeysAhead];
+  const int64_t ahead = std::clamp<int64_t>(kAhead / (heads * d * sizeof(C)), 1, kMostAhead);
+  int64_t offsets[kKeys + kMostAhead];
   softmax.clear(m);
   for (int64_t i = first; i < end; i += kKeys) {
-    const int64_t count = std::min(kKeys, end - i), known = std::min(kKeys + kKeysAhead, end - i);
+    const int64_t count = std::min(kKeys, end - i), known = std::min(kKeys + ahead, end - i);
     context.find(i, known, offsets);
-    const auto later = [&](int64_t n) { return offsets[std::min(n + kKeysAhead, known - 1)]; };
+    // What is read `ahead` tokens behind token n of the keys, which the values follow, and behind one of the values.
+    const auto after_key = [&](int64_t n) {
+      return n + ahead < count ? k + offsets[n + ahead] : v + offsets[std::min(n + ahead, 2 * count - 1) - count];
+    };
+    const auto after_value = [&](int64_t n) {
+      return n + ahead < count ? v + offsets[n + ahead] : k + offsets[std::min(n + ahead, known - 1)];
+    };
     for (int64_t n = 0; n < count; n += 4) {
       const C* keys[4];
       for (int64_t j = 0; j < 4; j++) keys[j] = k + offsets[std::min(n + j, count - 1)];
       for (int64_t h = 0; h < heads; h++) {
-        for (int64_t j = 0; j < 4; j++) ask(k + later(n + j) + h * d, d);
+        for (int64_t j = 0; j < 4; j++) ask(after_key(std::min(n + j, count - 1)) + h * d, d);
         int64_t at = h * group;
         for (; at + 2 <= (h + 1) * group; at += 2) score<2>(q + at * d, keys, d, scale, scores + at * kKeys + n);
         if (at < (h + 1) * group) score<1>(q + at * d, keys, d, scale, scores + at * kKeys + n);
@@ -172,7 +178,7 @@ void attend(const Context<C>& context, const Q* q, float scale, int64_t group, i
     scale_scores(context, context.v, offsets, head, group, m, count, scores);
     for (int64_t n = 0; n < count; n += kValues)
       for (int64_t h = 0; h < heads; h++) {
-        for (int64_t j = 0; j < kValues; j++) ask(v + later(n + j) + h * d, d);
+        for (int64_t j = 0; j < kValues; j++) ask(after_value(std::min(n + j, count - 1)) + h * d, d);
         add_product(softmax.sums + h * group * d, d, scores + h * group * kKeys + n, kKeys,
                     Rows<C>{v + h * d, offsets + n}, group, std::min(kValues, count - n), d);
       }
@@ -306,6 +312,10 @@ struct Attend {
     });
   }
 
+  // The first of the keys that a query at a position and those behind it see, and of kKeys that are taken at once: keys are
+  // parted alike however a prompt is cut.
+  int64_t first_keys(int64_t position) const { return std::max<int64_t>(0, position - window + 1) / kKeys * kKeys; }
+
   // Sets the scores (kKeys,) of a query at a position to -infinity where it does not see the key, of `some` from `key` on.
   void hide(float* scores, int64_t at, int64_t key, int64_t some) const {
     for (int64_t n = std::max<int64_t>(0, at + 1 - key); n < some; n++) scores[n] = -kInfinity;
@@ -330,7 +340,7 @@ struct Attend {
     int64_t offsets[kKeys];
     const Rows<C> keys{own.k + head * d, offsets}, values{own.v + head * d, offsets};
     const int64_t last = position + rows;
-    for (int64_t i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
+    for (int64_t i = first_keys(position); i < last; i += kKeys) {
       const int64_t some = std::min(kKeys, last - i);
       own.find(i, some, offsets);
       for (int64_t n = 0; n < some; n++) to_float(keys[n], lines + n * d, d);
@@ -373,7 +383,7 @@ struct Attend {
     softmax.clear(m);
     int64_t offsets[2 * kKeys];
     const Vec factor(scale);
-    for (int64_t last = position + rows, i = std::max<int64_t>(0, position - window + 1); i < last; i += kKeys) {
+    for (int64_t last = position + rows, i = first_keys(position); i < last; i += kKeys) {
       const int64_t some = std::min(kKeys, last - i), pairs = (some + 1) / 2, known = std::min(2 * kKeys, last - i);
       own.find(i, known, offsets);
       turn_keys(own.k + head * d, own.v + head * d, offsets, some, lines, keys);

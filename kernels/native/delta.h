@@ -45,6 +45,32 @@ inline int64_t columns(int64_t width, int64_t num_runs, int64_t unit) {
   return std::max<int64_t>((units + parts - 1) / parts, 1) * unit;
 }
 
+// An item of work: the columns first..first + count of a run's rows.
+struct Piece {
+  Run run;
+  int64_t first, count;
+};
+
+// A batch's rows, `width` columns of each, in pieces whose columns are multiples of `unit`.
+struct Pieces {
+  std::vector<Run> own;
+  int64_t width, most, parts;
+
+  Pieces(const std::optional<Tensor>& tiles, int64_t num_rows, int64_t columns_in, int64_t unit)
+      : own(runs(tiles, num_rows, kRows)), width(columns_in), most(columns(width, own.size(), unit)),
+        parts((width + most - 1) / most) {}
+
+  int64_t count() const { return own.size() * parts; }
+
+  Piece operator[](int64_t item) const {
+    const int64_t first = item % parts * most;
+    return {own[item / parts], first, std::min(most, width - first)};
+  }
+
+  // The one that the thread which has this item is likely to take next.
+  Piece after(int64_t item) const { return (*this)[std::min(item + at::get_num_threads(), count() - 1)]; }
+};
+
 // h (T, n, R) fp32, and where a site's E, and what scales the base's product, lie (ops.LowRank).
 struct Delta {
   std::optional<Tensor> h_, e_ptr_, affine_ptr_, rank_, borders_;
@@ -83,19 +109,31 @@ struct Delta {
     }
   }
 
-  // Adds the columns first..first + count of the delta of a run's rows to out (rows, count) fp32. T: the factors' type.
+  // E of an adapter's target j, from a column of the site on; null if that is not the target's, or there is none.
   template <class T>
-  void add(float* out, int64_t stride, const Run& run, int64_t first, int64_t count) const {
+  const T* factor(int64_t adapter, int64_t j, int64_t column) const {
+    const bool own = column >= borders[j] && column < borders[j + 1];
+    if (adapter < 0 || !own || rank[adapter * n + j] == 0) return nullptr;
+    return reinterpret_cast<const T*>(e_ptr[adapter * n + j]) + (column - borders[j]);
+  }
+
+  // Adds the delta of a piece to out (rows, count) fp32; meanwhile what the piece behind it reads is asked for. Columns are
+  // `offset` behind the pieces' own. T: the factors' type.
+  template <class T>
+  void add(float* out, int64_t stride, const Piece& piece, const Piece& after, int64_t offset) const {
+    const Run& run = piece.run;
     if (h == nullptr || run.adapter < 0) return;
+    const int64_t first = offset + piece.first;
     for (int64_t j = 0; j < n; j++) {
       const int64_t begin = std::max<int64_t>(borders[j], first);
-      const int64_t end = std::min<int64_t>(borders[j + 1], first + count);
-      const int64_t at = run.adapter * n + j, depth = rank[at];
-      if (begin >= end || depth == 0) continue;
-      const int64_t row = borders[j + 1] - borders[j];
-      const T* e = reinterpret_cast<const T*>(e_ptr[at]) + (begin - borders[j]);
-      stream_product(out + (begin - first), stride, h + (run.first * n + j) * width, n * width, e, row,
-                     run.end - run.first, depth, end - begin);
+      const int64_t end = std::min<int64_t>(borders[j + 1], first + piece.count);
+      if (begin >= end) continue;
+      const T* e = factor<T>(run.adapter, j, begin);
+      if (e == nullptr) continue;
+      const T* next = factor<T>(after.run.adapter, j, begin + after.first - piece.first);
+      stream_product(out + (begin - first), stride, h + (run.first * n + j) * width, n * width, e,
+                     borders[j + 1] - borders[j], run.end - run.first, rank[run.adapter * n + j], end - begin,
+                     next == nullptr ? e : next);
     }
   }
 
@@ -103,14 +141,16 @@ struct Delta {
   int64_t work() const { return 1 + width; }
 };
 
-// Leaves in out (rows, count) fp32 the columns first..first + count of y's rows, scaled, and their delta.
+// Leaves in out (rows, count) fp32 a piece of y's rows, scaled, and its delta; columns are `offset` behind the pieces' own.
 template <class T>
-inline void summed(const Delta& delta, const T* y, int64_t y_stride, float* out, int64_t stride, const Run& run,
-                   int64_t first, int64_t count) {
+inline void summed(const Delta& delta, const T* y, int64_t y_stride, float* out, int64_t stride, const Piece& piece,
+                   const Piece& after, int64_t offset = 0) {
+  const Run& run = piece.run;
+  const int64_t first = offset + piece.first;
   for (int64_t r = run.first; r < run.end; r++)
-    to_float(y + r * y_stride + first, out + (r - run.first) * stride, count);
-  delta.scale(out, stride, run, first, count);
-  delta.add<T>(out, stride, run, first, count);
+    to_float(y + r * y_stride + first, out + (r - run.first) * stride, piece.count);
+  delta.scale(out, stride, run, first, piece.count);
+  delta.add<T>(out, stride, piece, after, offset);
 }
 
 }  // namespace tucka

@@ -43,8 +43,8 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
   const Delta delta(h, e_ptr, affine_ptr, rank, borders);
   for (int64_t j = 1; j < delta.n; j++)
     TORCH_CHECK_VALUE(delta.borders[j] % d == 0, "a head lies in two targets");
-  const std::vector<Run> own = runs(tiles, qkv.size(0), kRows);
-  const int64_t most = columns(all * d, own.size(), d), parts = (all * d + most - 1) / most;
+  const Pieces pieces(tiles, qkv.size(0), all * d, d);
+  const int64_t most = pieces.most;
   Tensor q = at::empty({qkv.size(0), heads, d}, qkv.options());
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   by_type(qkv, [&](auto type) {
@@ -54,11 +54,11 @@ Tensor expand_qkv_rope_kv(const Tensor& qkv, const std::optional<Tensor>& cos, c
     const HeadNorm<T> norms[2] = {HeadNorm<T>(q_norm), HeadNorm<T>(k_norm)};
     T* q_to = q.data_ptr<T>();
     void* caches[2] = {k_cache.data_ptr(), v_cache.data_ptr()};
-    deal(own.size() * parts, kRows * most * (4 + delta.work()), [&](int64_t item) {
-      const Run& run = own[item / parts];
-      const int64_t first = item % parts * most, count = std::min(most, all * d - first);
+    deal(pieces.count(), kRows * most * (4 + delta.work()), [&](int64_t item) {
+      const Piece piece = pieces[item];
+      const auto& [run, first, count] = piece;
       float* sums = scratch(kRows * most);
-      summed(delta, rows, qkv.stride(0), sums, most, run, first, count);
+      summed(delta, rows, qkv.stride(0), sums, most, piece, pieces.after(item));
       for (int64_t r = run.first; r < run.end; r++)
         for (int64_t head = first / d; head < (first + count) / d; head++) {
           float* x = sums + (r - run.first) * most + head * d - first;

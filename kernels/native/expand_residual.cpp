@@ -11,21 +11,22 @@ std::tuple<Tensor, Tensor> expand_residual(const Tensor& y, const Tensor& residu
                                            const std::optional<Tensor>& affine_ptr, const std::optional<Tensor>& rank,
                                            const std::optional<Tensor>& borders, const std::optional<Tensor>& tiles) {
   check_type(residual, y);
-  check_type(weight, y);
+  check_norm(weight, bias, y);
   TORCH_CHECK_VALUE(y.stride(1) == 1 && residual.stride(1) == 1, "rows must be contiguous");
   const Delta delta(h, e_ptr, affine_ptr, rank, borders);
-  const std::vector<Run> own = runs(tiles, y.size(0), kRows);
   const int64_t d = y.size(1);
+  const Pieces pieces(tiles, y.size(0), d, d);  // whole rows
   Tensor total = at::empty({y.size(0), d}, y.options()), out = at::empty({y.size(0), d}, y.options());
   by_type(y, [&](auto type) {
     using T = decltype(type);
     const T *from = y.const_data_ptr<T>(), *before = residual.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
     const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
     T *sum_to = total.data_ptr<T>(), *norm_to = out.data_ptr<T>();
-    deal(own.size(), kRows * d * delta.work(), [&](int64_t item) {
-      const Run& run = own[item];
+    deal(pieces.count(), kRows * d * delta.work(), [&](int64_t item) {
+      const Piece piece = pieces[item];
+      const Run& run = piece.run;
       float* sums = scratch(kRows * d);
-      summed(delta, from, y.stride(0), sums, d, run, 0, d);
+      summed(delta, from, y.stride(0), sums, d, piece, pieces.after(item));
       for (int64_t r = run.first; r < run.end; r++) {
         const float* row = sums + (r - run.first) * d;
         const T* old = before + r * residual.stride(0);

@@ -40,10 +40,10 @@ class PanelLinear:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """ops.MakeLinear. With AVX2 these products are faster than oneDNN's, in bf16 also where the CPU multiplies it, and
-    where it has no products of a type, many times faster than torch's (docs/measurements/cpu-linear-2026-11-26.md).
-    In fp32 with AVX512 oneDNN's are as fast for a few rows and faster for more."""
-    faster = {"AVX2": True, "AVX512_BF16": weight.dtype == torch.bfloat16}.get(library.load() or "", False)
-    if weight.dim() == 2 and (faster or not packable(weight)):
+    """ops.MakeLinear. These products are faster than oneDNN's: with AVX2, in bf16 where the CPU multiplies it, and in fp32
+    with AVX512 for up to 8 rows, while more take up to a tenth longer. Where oneDNN has no products of a type, they are
+    many times faster than torch's (docs/measurements/cpu-linear-2026-11-26.md, cpu-linear-2026-11-27.md)."""
+    known = {"AVX2": True, "AVX512": weight.dtype == torch.float32, "AVX512_BF16": True}
+    if weight.dim() == 2 and (known.get(library.load() or "", False) or not packable(weight)):
         return PanelLinear(weight, bias)
     return torch_linear(weight, bias)

@@ -5,7 +5,7 @@
 namespace tucka {
 
 Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
-  check_type(weight, x);
+  check_norm(weight, bias, x);
   const Tensor in = x.contiguous();
   Tensor out = at::empty_like(in);
   const int64_t d = x.size(-1), rows = d == 0 ? 0 : x.numel() / d;

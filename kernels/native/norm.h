@@ -1,9 +1,18 @@
-// One row's norm.
+// Norms of rows.
 #pragma once
 
 #include "vectors.h"
 
 namespace tucka {
+
+inline void check_norm(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& x) {
+  for (const Tensor* w : {&weight, bias ? &*bias : nullptr})
+    if (w != nullptr) {
+      check_type(*w, x);
+      TORCH_CHECK_VALUE(w->is_contiguous() && w->numel() == x.size(-1), "a norm's weights must be contiguous, one for each ",
+                        "number of a row");
+    }
+}
 
 // RMSNorm of x (d,), or LayerNorm where there is a bias, into out, which may be x itself.
 template <class X, class T, class Y>

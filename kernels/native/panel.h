@@ -34,8 +34,8 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 12;
 #endif
 
-// Bytes of a panel that are asked for ahead: the hardware itself does not look beyond a page.
-constexpr int64_t kAhead = 2048;
+// Bytes of a panel that are asked for ahead, into the L1 cache: the hardware itself does not look beyond a page.
+constexpr int64_t kPanelAhead = 4096;
 
 // One input of a panel's columns.
 template <class T>
@@ -61,8 +61,8 @@ void add_tile(const float* x, const T* w, int64_t depth, bool first, float* sums
 #if defined(__AVX512BF16__)
   if constexpr (kInputs<T> > 1) {
     for (int64_t k = 0; k < depth; k++, x += S ? 1 : R, w += kPanel * kInputs<T>) {
-      __builtin_prefetch(w + kAhead / sizeof(T));
-      __builtin_prefetch(w + kAhead / sizeof(T) + kPanel);
+      __builtin_prefetch(w + kPanelAhead / sizeof(T));
+      __builtin_prefetch(w + kPanelAhead / sizeof(T) + kPanel);
       const auto y = (__m512bh)_mm512_loadu_si512(w), z = (__m512bh)_mm512_loadu_si512(w + kPanel);
       each<R>([&](auto r) {
         const auto value = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(x[S ? r * S : r]));
@@ -74,7 +74,7 @@ void add_tile(const float* x, const T* w, int64_t depth, bool first, float* sums
   }
 #endif
   for (int64_t k = 0; k < depth; k++, x += S ? 1 : R, w += kPanel) {
-    __builtin_prefetch(w + kAhead / sizeof(T));
+    __builtin_prefetch(w + kPanelAhead / sizeof(T));
     const Pair y = load_panel(w);
     each<R>([&](auto r) {
       const Vec value(x[S ? r * S : r]);

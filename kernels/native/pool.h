@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -32,7 +33,10 @@ class Pool {
       for (int64_t i = 0; i < items; i++) f(i);
       return;
     }
-    while (count_ < threads - 1) std::thread(&Pool::work, this, count_++).detach();
+    try {
+      for (; count_ < threads - 1; count_++) std::thread(&Pool::work, this, count_).detach();
+    } catch (const std::system_error&) {  // no more threads are to be had: those who are there take all items
+    }
     loop_ = [](const void* own, int64_t i) { (*static_cast<const F*>(own))(i); };
     f_ = &f;
     items_ = items;

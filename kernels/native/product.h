@@ -73,17 +73,16 @@ inline void add_product(float* c, int64_t c_stride, const float* a, int64_t a_st
 // Rows of B that are added at once where B comes from memory, one behind the other.
 constexpr int kStreams = 4;
 
-// R rows of C += K rows of b. What is asked for ahead are the K rows behind them, for the hardware does not see that rows
-// which it has read for a kilobyte go on elsewhere.
+// R rows of C += K rows of b. Meanwhile K others, from `next` on, are asked for.
 template <int R, int K, class T>
 inline void add_streams(float* c, int64_t c_stride, const float* a, int64_t a_stride, const T* b, int64_t stride,
-                        int64_t width) {
+                        int64_t width, const T* next) {
   Vec x[R][K];
   each<R>([&](auto r) { each<K>([&](auto k) { x[r][k] = Vec(a[r * a_stride + k]); }); });
   steps(width, [&](int64_t i, int64_t count) {
     Vec low[K], high[K];
     each<K>([&](auto k) {
-      __builtin_prefetch(b + (K + k) * stride + i);
+      prefetch(next + k * stride + i);
       const Pair row = load_step(b + k * stride + i, count);
       low[k] = row.a;
       high[k] = row.b;
@@ -101,24 +100,25 @@ inline void add_streams(float* c, int64_t c_stride, const float* a, int64_t a_st
 
 template <int R, class T>
 inline void stream_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride, const T* b, int64_t stride,
-                        int64_t depth, int64_t width) {
+                        int64_t depth, int64_t width, const T* next) {
   int64_t k = 0;
   for (; k + kStreams <= depth; k += kStreams)
-    add_streams<R, kStreams>(c, c_stride, a + k, a_stride, b + k * stride, stride, width);
-  for (; k < depth; k++) add_streams<R, 1>(c, c_stride, a + k, a_stride, b + k * stride, stride, width);
+    add_streams<R, kStreams>(c, c_stride, a + k, a_stride, b + k * stride, stride, width, next + k * stride);
+  for (; k < depth; k++)
+    add_streams<R, 1>(c, c_stride, a + k, a_stride, b + k * stride, stride, width, next + k * stride);
 }
 
 // The same sums as add_product's, to the bit, where B comes from memory: it is read in its order, and c, which stays in
-// the L1 cache, again and again.
+// the L1 cache, again and again. Meanwhile `next` is asked for, which is as large.
 template <class T>
 inline void stream_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const T* b, int64_t stride,
-                           int64_t rows, int64_t depth, int64_t width) {
+                           int64_t rows, int64_t depth, int64_t width, const T* next) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4)
-    stream_rows<4>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width);
+    stream_rows<4>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width, next);
   for (; r + 2 <= rows; r += 2)
-    stream_rows<2>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width);
-  if (r < rows) stream_rows<1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width);
+    stream_rows<2>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width, next);
+  if (r < rows) stream_rows<1>(c + r * c_stride, c_stride, a + r * a_stride, a_stride, b, stride, depth, width, next);
 }
 
 }  // namespace tucka

@@ -11,16 +11,16 @@ constexpr int kRanks = 4;
 // little, few enough that a batch of one adapter still is work for many threads. Unmeasured.
 constexpr int64_t kShrinkRows = 16;
 
-// out[r][k] = x_r · u_k for R rows and K rank rows, all d long; what is asked for ahead are the K rank rows behind them.
+// out[r][k] = x_r · u_k for R rows and K rank rows, all d long. Meanwhile K others, from `next` on, are asked for.
 template <int R, int K, class T>
-inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out, int64_t out_stride) {
+inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out, int64_t out_stride, const T* next) {
   Vec sums[R][kRanks];
   each<R>([&](auto r) { each<kRanks>([&](auto k) { sums[r][k] = Vec(0.f); }); });
   steps(d, [&](int64_t i, int64_t count) {
     decltype(load_factor(x, count)) rows[R];
     each<R>([&](auto r) { rows[r] = load_factor(x + r * x_stride + i, count); });
     each<K>([&](auto k) {
-      __builtin_prefetch(u + (K + k) * d + i);
+      prefetch(next + k * d + i);
       const auto w = load_factor(u + k * d + i, count);
       each<R>([&](auto r) { sums[r][k] = add_products(sums[r][k], rows[r], w); });
     });
@@ -32,13 +32,14 @@ inline void dots(const T* x, int64_t x_stride, const T* u, int64_t d, float* out
   });
 }
 
-// t (rows, rank) = x uᵀ.
+// t (rows, rank) = x uᵀ. Meanwhile another factor is asked for, `next`.
 template <class T>
-void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank, int64_t d, float* t) {
+void shrink(const T* x, int64_t x_stride, const T* u, int64_t rows, int64_t rank, int64_t d, float* t, const T* next) {
   const auto some = [&]<int K>(std::integral_constant<int, K>, int64_t k) {
+    const T *own = u + k * d, *later = next + k * d;
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) dots<2, K>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
-    if (r < rows) dots<1, K>(x + r * x_stride, x_stride, u + k * d, d, t + r * rank + k, rank);
+    for (; r + 2 <= rows; r += 2) dots<2, K>(x + r * x_stride, x_stride, own, d, t + r * rank + k, rank, later);
+    if (r < rows) dots<1, K>(x + r * x_stride, x_stride, own, d, t + r * rank + k, rank, later);
   };
   int64_t k = 0;
   for (; k + kRanks <= rank; k += kRanks) some(std::integral_constant<int, kRanks>(), k);
@@ -70,13 +71,21 @@ Tensor shrink_core(const Tensor& x, const Tensor& u_ptr, const Tensor& ranks, co
   by_type(x, [&](auto type) {
     using T = decltype(type);
     const T* rows = x.const_data_ptr<T>();
-    deal(own.size() * n, d * width, [&](int64_t item) {
-      const Run& run = own[item / n];
-      const int64_t j = item % n, count = run.end - run.first, at = run.adapter * n + j;
-      if (run.adapter < 0 || rank[at] == 0) return;
-      const int64_t r = rank[at];
+    std::vector<std::pair<Run, int64_t>> items;  // rows, and a target that their adapter has
+    for (const Run& run : own)
+      for (int64_t j = 0; run.adapter >= 0 && j < n; j++)
+        if (rank[run.adapter * n + j]) items.emplace_back(run, j);
+    const int64_t last = items.size() - 1;
+    const auto factor = [&](int64_t item) {
+      return reinterpret_cast<const T*>(address[items[item].first.adapter * n + items[item].second]);
+    };
+    deal(items.size(), d * width, [&](int64_t item) {
+      const auto& [run, j] = items[item];
+      const int64_t count = run.end - run.first, r = rank[run.adapter * n + j];
       float* t = scratch(count * r);
-      shrink(rows + run.first * x.stride(0), x.stride(0), reinterpret_cast<const T*>(address[at]), count, r, d, t);
+      // The factor behind the one that is asked for is likely to be another thread's.
+      const T* next = factor(std::min(item + at::get_num_threads(), last));
+      shrink(rows + run.first * x.stride(0), x.stride(0), factor(item), count, r, d, t, next);
       float* out = to + (run.first * n + j) * width;
       if (core_size < r) {
         for (int64_t i = 0; i < count; i++) std::memcpy(out + i * n * width, t + i * r, r * sizeof(float));

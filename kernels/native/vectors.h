@@ -105,6 +105,14 @@ inline void store_pair(T* p, Pair x, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
+// Bytes that are asked for ahead of what is read of memory. They go into the L2 cache, which waits for more lines at once
+// than the L1 cache does: keys and values come with 21 GB/s to one thread, where 4,096 bytes ahead, into the L1 cache, make
+// it 9; with 6,144 it is as fast, with 4,096 and 16,384 an eighth slower (EPYC with AVX512-BF16).
+constexpr int64_t kAhead = 8192, kLine = 64;
+
+// Asks for the line of an address.
+inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
 // f(0) to f(N - 1), each number a type of its own: what arrays are indexed with is a constant from the start, so that GCC
 // keeps them in registers. It leaves an array of Pairs, or one that a loop indexes, in memory: half as fast.
 template <int N, class F>

@@ -96,6 +96,7 @@ def test_jobs_go_on_where_they_were_stopped(
             os.kill(os.getpid(), signal.SIGINT)
 
     jobs = with_job("late", method="lora", seed=3, patience=0)
+    jobs["defaults"] = jobs["defaults"] | {"overwrite": True}  # how it begins, and not how it goes on
     with monkeypatch.context() as patch:
         patch.setattr(JobsProgress, "turn", press)
         assert run(workplace, jobs) == 130
@@ -110,7 +111,7 @@ def test_jobs_go_on_where_they_were_stopped(
     assert "3 steps of 8, 2 of them done" in said
     assert_as_alone(workplace, "routed")
     assert train(workplace, "--jobs", "jobs.yaml", "--resume", "--lr", "1", given=()) == 2
-    assert "job routed: out/routed holds an earlier training" in capsys.readouterr().err
+    assert "job routed: out/routed holds what a training would replace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,11 @@ def test_jobs_go_on_where_they_were_stopped(
         (with_job("a", r=513), "job a: The server would refuse such an adapter: `r`"),
         (with_job("a", target_modules="query"), "job a: --target-modules: this base has no linear layer query"),
         (with_job("a", data="none.jsonl"), "job a: The data file none.jsonl does not exist"),
-        (with_job("a", data="bad.jsonl"), "job a: 1 bad records"),
+        (with_job("a", data="bad.jsonl"), "job a: 1 bad records in bad.jsonl"),
         (with_job("a", rank=2), "job a names what is no flag of tucka train: rank. There are model, data"),
         (with_job("a", out="out/lora"), "job a: its out is that of job lora"),
         (with_job("a", num_threads=2), "num_threads must be the same for all jobs"),
+        (with_job("a", load_in="4bit"), "load_in must be the same for all jobs"),
         (with_job("a", report_to=["wandb"]), "job a: --report-to wandb"),
         (with_job("../a"), "a job's name has letters"),
         (JOBS | {"job": {}}, "`defaults` and `jobs` at its top, not job"),
@@ -167,6 +169,7 @@ def test_a_sweep_ends_with_a_table_and_names_the_best(workplace: Path, capsys: p
     [
         (("--sweep", "rank=1,2"), "--sweep rank: not a setting that can be swept. These can: eval_fraction"),
         (("--sweep", "r=1,1"), "with different values"),
+        (("--sweep", "load_in=4bit,8bit"), "--sweep load_in: not a setting that can be swept"),
         (("--sweep", "r=1,a"), "r in the configuration file must be a int"),
         (("--sweep", "r=1,2", "--jobs", "jobs.yaml"), "without --sweep"),
     ],

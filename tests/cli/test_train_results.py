@@ -9,11 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.support.training import make_workplace, train
 from tucka_runtime.cli import train as cli
+from tucka_runtime.trainer import routers
 
 
 @pytest.fixture
@@ -88,6 +91,40 @@ def test_predictions_are_what_exact_match_counts(workplace: Path, flags: tuple[s
     assert all((row["said"] == row["expected"]) == row["right"] for row in rows)
     assert sum(row["right"] for row in rows) / len(rows) == training["eval"]["exact_match"] > 0
     assert rows[0]["prompt"].endswith(":")
+
+
+def test_predictions_end_with_the_context_and_leave_texts_out(workplace: Path) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 300, "n_positions": 40, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    GPT2LMHeadModel(GPT2Config(**size, **no_dropout, eos_token_id=2)).save_pretrained(workplace / "base")
+    lines = [{"prompt": "ask " * 3, "completion": "y" * 25}, {"text": "a text"}]
+    (workplace / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--steps", "1", "--method", "lora", "--eval-data", str(workplace / "held.jsonl"))
+    assert train(workplace, *flags, "--max-length", "40") == 0
+    (row,) = (workplace / "out/predictions.jsonl").read_text().splitlines()
+    assert json.loads(row)["expected"] == "y" * 25
+
+
+@pytest.mark.parametrize("classify", [False, True], ids=["texts", "classifier"])
+def test_the_card_s_lines_route_as_was_measured(workplace: Path, classify: bool) -> None:
+    if classify:
+        lines = [{"text": f"text {i}", "label": i % 2} for i in range(24)]
+        (workplace / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--objective", "classify") if classify else ()
+    assert train(workplace, "--steps", "1", "--route-batch", "prefix", "--route-prefix-tokens", "16", *flags) == 0
+    code = (workplace / "out/README.md").read_text().split("```")[1].removeprefix("python\n")
+    names: dict[str, Any] = {}
+    exec(code.replace('"BASE"', repr(str(workplace / "base"))).replace('"FOLDER"', repr(str(workplace / "out"))), names)
+    router = routers(names["model"])["default"]
+    assert (router.scope, router.prefix_tokens, names["model"].training) == ("prefix", 16, False)
+
+
+def test_names_with_dollar_signs_are_no_formulas(workplace: Path) -> None:
+    lines = [{"prompt": f"p{i}", "completion": "a", "task": "$x_{ and $"} for i in range(6)]
+    (workplace / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train(workplace, "--steps", "1", "--eval-fraction", "0.5") == 0
+    assert (workplace / "out/training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_likely_not_meant_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

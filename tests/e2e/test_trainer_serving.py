@@ -23,6 +23,7 @@ from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import set_route_scope
 from tucka_runtime.trainer.data import Example, load
 from tucka_runtime.trainer.experiments.base import build_model, build_tokenizer, save_base
+from tucka_runtime.trainer.records import read
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -56,7 +57,7 @@ class Place:
         return answer.json()["choices"][0]
 
     def held(self) -> list[Example]:
-        return load(self.folder / "held.jsonl", Tokenizer(TOKENIZER), 64)
+        return load(read(self.folder / "held.jsonl"), Tokenizer(TOKENIZER), 64)
 
 
 @pytest.fixture(scope="module")

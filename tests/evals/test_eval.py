@@ -1,7 +1,9 @@
 """`tucka eval`: what counts as right, and that a folder and a server of the same adapters score the same."""
 
 import argparse
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def strict_base(workplace: Path) -> Path:
+    """A base whose chat template knows no system message."""
+    folder = workplace / "strict"
+    shutil.copytree(workplace / "base", folder)
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def test_scores_are_those_that_training_measured(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +60,8 @@ def test_scores_are_those_that_training_measured(
     command = (tmp_path / "held.jsonl", "--model", workplace / "base", "--adapter", *named, "--max-tokens", 8)
     assert evaluate(*command, "--route", "request", "batch", "--out", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / "held.jsonl").read_bytes()).hexdigest()
+    assert report["data"] == {"file": "held.jsonl", "sha256": sha256}
     assert [(row["model"], row["route"]) for row in report["rows"]] == [
         ("base", None), ("tucka", "request"), ("tucka", "batch"), ("lora", None),
     ]  # fmt: skip
@@ -114,6 +134,32 @@ def test_what_does_not_go_together_is_said(
     assert words in capsys.readouterr().err
 
 
+TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": [{"role": "system", "content": "s"}, *TALK["messages"]]}, "line 2: the base's chat template"),
+        ({"prompt": "x" * 5000, "completion": "y"}, "line 2: the prompt's 5000 tokens leave no room"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(
+    strict_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "d").write_text(f"{json.dumps(TALK)}\n{json.dumps(record)}\n")
+    assert evaluate(tmp_path / "d", "--model", strict_base, "--max-tokens", 4) == 2
+    assert f"tucka eval: d, {words}" in capsys.readouterr().err
+
+
+def test_of_a_conversation_the_last_prompt_alone_is_needed(strict_base: Path, tmp_path: Path) -> None:
+    """What its earlier turns would be learnt as is not asked: here the template has no place for a thought."""
+    first, said = TALK["messages"]
+    record = {"messages": [first, said | {"reasoning_content": "hm"}, *TALK["messages"]]}
+    (tmp_path / "d").write_text(json.dumps(record) + "\n")
+    assert evaluate(tmp_path / "d", "--model", strict_base, "--max-tokens", 4) == 0
+
+
 def test_f1_is_squads() -> None:
     assert f1("The cat sat.", "a cat sat down") == pytest.approx(0.8)
     assert f1("", "the") == 1.0 and f1("x", "") == 0.0
@@ -121,7 +167,7 @@ def test_f1_is_squads() -> None:
 
 def test_wrong_answers_are_kept_with_what_was_asked(tmp_path: Path) -> None:
     (tmp_path / "d").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    wanted, _ = questions(tmp_path / "d", 4)
+    wanted, _, _ = questions(tmp_path / "d", 4)
     answers = [Reply("b", False), Reply(" b\n", False), Reply("c", False), Reply("b", True)]
     row = score(wanted, answers, "m", None)
     assert (row.exact_match, row.cut) == (0.75, 1) and row.error == pytest.approx(0.2165, abs=1e-4)

@@ -3,6 +3,8 @@ runtime, random numbers."""
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 from tests.support import delta_cases
-from tests.support.route_cases import caches, shuffled
+from tests.support.route_cases import caches, routed, shuffled
 from tucka_runtime.kernels import dispatch
 from tucka_runtime.kernels.native import library
 from tucka_runtime.kernels.native.linear import PanelLinear
 from tucka_runtime.kernels.reference import sample as sample_ref
+from tucka_runtime.kernels.tables.blocks import AttentionMetadata
+from tucka_runtime.kernels.tables.routes import RoutePlan
 
 native = pytest.mark.native
 
@@ -70,6 +74,71 @@ def test_attention_has_the_same_bits_on_any_number_of_threads() -> None:
         want = reference.attention(q.double(), k.double(), v.double(), plan, 0.1, window)
         got = ops.attention(q, k, v, plan, 0.1, window)
         assert max(delta_cases.relative(mine, true) for mine, true in zip(got, want, strict=True)) <= 5e-3
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_has_the_same_bits_however_it_is_cut(dtype: torch.dtype) -> None:
+    """Under a window too, which begins at another key for each row."""
+    ops = dispatch.backend("native")
+    length, blocks = 300, 19
+    k, v = caches([list(range(length))], 16, 2, 64, dtype)
+    q = torch.randn(length, 4, 64).to(dtype)
+
+    def part(begin: int, end: int, window: int | None) -> Tensor:
+        cpu = torch.device("cpu")
+        plan = AttentionMetadata.build([(0, end - begin, end)], [list(range(blocks))], 16, cpu)
+        return ops.attention(q[begin:end].contiguous(), k, v, plan, 0.125, window)
+
+    for window in (None, 100):
+        whole = part(0, length, window)
+        for cut in (37, 64, 100, 161):
+            assert torch.equal(torch.cat([part(0, cut, window), part(cut, length, window)]), whole), (window, cut)
+
+
+@native
+def test_a_long_prompts_route_is_exact() -> None:
+    """One token 100,000 times: its logits' mean is what they are."""
+    ids, adapter = torch.zeros(100_000, dtype=torch.int64), routed(4, 3, 50)
+    plan = RoutePlan.build([adapter], [0], [ids], [None], torch.device("cpu"))
+    dispatch.backend("native").route_ids(plan)
+    group, weights = dispatch.backend("reference").select(adapter.table[:1], 3)
+    assert torch.equal(plan.groups, group)
+    torch.testing.assert_close(plan.weights, weights, rtol=0, atol=1e-6)
+
+
+@native
+def test_threads_that_cannot_be_made_are_done_without() -> None:
+    """And are made once they can be: a loop under a limit of memory, and one after it."""
+    script = """if True:
+        import os, re, resource, torch
+        from pathlib import Path
+        from tucka_runtime.kernels import dispatch
+        torch.set_num_threads(3)
+        x, weight = torch.randn(4096, 256), torch.ones(256)
+        norm = dispatch.backend("native").norm
+        want = dispatch.backend("reference").norm(x, weight, None, 1e-6)
+        before = len(os.listdir("/proc/self/task"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, (size + 6 * 2**20, hard))
+        limited = norm(x, weight, None, 1e-6)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        assert len(os.listdir("/proc/self/task")) == before, "the limit limits nothing"
+        for each in (limited, norm(x, weight, None, 1e-6)):
+            torch.testing.assert_close(each, want)
+        assert len(os.listdir("/proc/self/task")) == before + 2
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@native
+def test_weights_of_a_norm_that_lie_apart_are_refused() -> None:
+    norm, x = dispatch.backend("native").norm, torch.randn(2, 4)
+    for weight in (torch.ones(8)[::2], torch.ones(3)):
+        with pytest.raises(ValueError, match="a norm's weights"):
+            norm(x, weight, None, 1e-6)
 
 
 @native

@@ -6,16 +6,28 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DebertaV2Config, DebertaV2Model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from tests.support.training import make_workplace, train
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer import set_route_scope
+from tucka_runtime.trainer.base_model import load_tokenizer
 from tucka_runtime.trainer.classification import f1
 from tucka_runtime.trainer.experiments.base import build_tokenizer
-from tucka_runtime.trainer.labelled import encode_labelled, labels_of
+from tucka_runtime.trainer.labelled import Labelled, encode_labelled, labels_of
 
 LABELS = ("billing", "account", "other")
 
@@ -126,10 +138,55 @@ def test_bad_records_have_their_reason(record: Any, reason: str) -> None:
         encode_labelled(record, Tokenizer(build_tokenizer()), 9)
 
 
+def test_a_text_has_the_tokens_that_the_card_s_lines_give_it(tmp_path: Path) -> None:
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "##s"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path)
+    BertConfig().save_pretrained(tmp_path)
+    ((text,), _) = encode_labelled({"text": "hello worlds", "label": "a"}, load_tokenizer(tmp_path, True), 99)
+    assert list(text.ids) == AutoTokenizer.from_pretrained(tmp_path)("hello worlds").input_ids == [2, 4, 5, 6, 3]
+
+
 def test_numbers_are_labels_in_their_order() -> None:
     found = [encode_labelled({"text": "t", "label": n, "score": 0}, Tokenizer(build_tokenizer()), 9) for n in (10, 9)]
     assert [unused for _, unused in found] == [{"score"}] * 2
     assert labels_of(text for texts, _ in found for text in texts) == ("9", "10")
+    assert labels_of(Labelled((1,), label, "all") for label in ("1", "01", "0")) == ("0", "01", "1")
+
+
+def test_a_base_that_tells_other_labels_apart_is_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoModelForSequenceClassification.from_pretrained(workplace / "bert", num_labels=2).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((workplace / "bert" / file).read_bytes())
+    flags = ("--objective", "classify", "--steps", "1", "--out", str(tmp_path / "out"))
+    assert train(workplace, *flags, "--model", str(tmp_path)) == 2
+    assert "a classifier of 2 labels already, and the texts have 3" in capsys.readouterr().err
+
+
+def test_robertas_positions_begin_behind_padding_s(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RobertaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((workplace / "bert" / file).read_bytes())
+    flags = ("--objective", "classify", "--steps", "1", "--model", str(tmp_path), "--out", str(tmp_path / "out"))
+    for length, status in ((32, 0), (33, 2)):
+        lines = [{"text": label * length, "label": label} for label in "ab" for _ in range(2)]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        data = ("--data", str(tmp_path / "data.jsonl"), "--eval-fraction", "0")
+        assert train(workplace, *flags, *data, "--overwrite") == status
+    assert "33 tokens are more than the limit of 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

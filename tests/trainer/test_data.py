@@ -2,17 +2,26 @@
 
 import gzip
 import json
+import struct
 import sys
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tucka_runtime.tokenizer import Tokenizer
-from tucka_runtime.trainer.data import DataError, collate, encode, epoch, load, split, tasks
+from tucka_runtime.trainer import data
+from tucka_runtime.trainer.data import DataError, collate, encode, epoch, split, tasks
 from tucka_runtime.trainer.experiments.base import END, build_tokenizer
 from tucka_runtime.trainer.experiments.tasks import TASKS, held_out
+from tucka_runtime.trainer.records import read
 
 TOKENIZER = Tokenizer(build_tokenizer())
+
+
+def load(path, *rest, **more):
+    return data.load(read(path), *rest, **more)
 
 
 def chat(prompt, answer):
@@ -84,7 +93,7 @@ def test_bad_records_name_line_and_reason(tmp_path, record, reason):
 
 
 def test_every_bad_line_is_counted(tmp_path):
-    with pytest.raises(DataError, match=r"(?s)12 bad records.*line 10: .*and 2 more"):
+    with pytest.raises(DataError, match=r"(?s)12 bad records in d;.*line 10: .*and 2 more"):
         load(write(tmp_path / "d", *["{"] * 12), TOKENIZER, 64)
 
 
@@ -92,7 +101,7 @@ def test_empty_or_binary_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="no records"):
         load(write(tmp_path / "d", ""), TOKENIZER, 64)
     (tmp_path / "d").write_bytes(b'{"prompt": "a", "completion": "b"}\n\xff\n')
-    with pytest.raises(DataError, match="line 2: not UTF-8"):
+    with pytest.raises(DataError, match="/d, line 2: not UTF-8"):
         load(tmp_path / "d", TOKENIZER, 64)
     with pytest.raises(DataError, match="cannot be read"):
         load(tmp_path / "missing", TOKENIZER, 64)
@@ -113,6 +122,19 @@ def test_no_prompt_is_on_both_sides():
     assert len({e.ids[: e.start] for e in held}) == 4
     assert not {e.ids[: e.start] for e in train} & {e.ids[: e.start] for e in held}
     assert split(examples, 0.0, 1)[1] == []
+
+
+def test_texts_are_held_out_one_by_one():
+    """Their first token, which nobody is asked for, is common to many or to all."""
+    texts = [encode({"text": f"text {i % 20}"}, TOKENIZER, 64) for i in range(40)]
+    train, held = split(texts, 0.2, seed=1)
+    assert (len(train), len(held)) == (32, 8) and not set(train) & set(held)
+
+
+@pytest.mark.parametrize(("prompts", "fraction"), [(2, 0.75), (10, 0.96)])
+def test_something_is_left_to_train_on(prompts, fraction):
+    train, held = split([encode(chat(f"p{i}", "a"), TOKENIZER, 64) for i in range(prompts)], fraction, seed=0)
+    assert (len(train), len(held)) == (1, prompts - 1)
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
@@ -177,6 +199,7 @@ def test_broken_gzip_and_parquet_without_pyarrow_are_said(tmp_path, monkeypatch)
         ),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, chat("x", "y")),
         ({"instruction": "x", "input": "", "output": "y"}, chat("x", "y")),
+        ({"prompt": "x", "completion": "y", "instruction": "i7"}, {"prompt": "x", "completion": "y"}),
         ({"instruction": "x", "input": "z", "output": "y"}, chat("x\n\nz", "y")),
     ],
 )
@@ -187,6 +210,12 @@ def test_forms_of_other_tools_are_conversations(record, same):
 def test_plain_text_is_learnt_but_for_its_first_token():
     (text,) = [encode({"text": "abc"}, TOKENIZER, 64)]
     assert TOKENIZER.decode(list(text.ids), False) == "abc<|end|>" and text.start == 1
+
+
+@pytest.mark.parametrize("record", [{"prompt": "a", "completion": "bc"}, {"text": "abc"}])
+def test_an_end_that_is_there_is_not_put_twice(record):
+    spelled = {key: text + ("" if key == "prompt" else "<|end|>") for key, text in record.items()}
+    assert encode(spelled, TOKENIZER, 64) == encode(record, TOKENIZER, 64)
 
 
 def test_every_turn_is_learnt_with_the_prompt_that_asks_for_it(tmp_path):
@@ -229,6 +258,15 @@ def test_tables_are_read_without_the_columns_of_other_rows(tmp_path):
     for folder, words in ((tmp_path, "holds no dataset"), (tmp_path / "none", "has no split train. Name one: .*test")):
         with pytest.raises(DataError, match=words):
             load(folder, TOKENIZER, 64)
+    (tmp_path / "d.gz").write_bytes(gzip.compress((tmp_path / "d.parquet").read_bytes()))
+    assert load(tmp_path / "d.gz", TOKENIZER, 64) == lines
+
+
+def test_a_table_whose_text_is_not_utf8_is_refused(tmp_path):
+    half = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(struct.pack("2i", 0, 1)), pyarrow.py_buffer(b"\xff"))
+    parquet.write_table(pyarrow.table({"prompt": half, "completion": ["b"]}), tmp_path / "d")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        load(tmp_path / "d", TOKENIZER, 64)
 
 
 def test_further_keys_are_named_once_and_refused_when_strict(tmp_path):

@@ -84,6 +84,8 @@ def test_resume_with_other_settings_is_refused(tmp_path):
     [
         ("dtype", lambda loop: loop.model.base_model.bfloat16()),
         ("data", lambda loop: setattr(loop, "train", examples(12))),
+        ("held_out", lambda loop: setattr(loop, "held", examples(6))),
+        ("base", lambda loop: setattr(loop, "base", "another")),
         ("adapter", lambda loop: setattr(loop.model.peft_config["default"], "alpha", 8)),
     ],
 )
@@ -103,6 +105,7 @@ def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path, m
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     adapter = json.loads(state["config"]["adapter"])
     del state["config"]["route_prefix_tokens"], adapter["exclude_modules"]
+    del state["config"]["base"], state["config"]["held_out"]  # nothing is known of these
     state["config"]["adapter"] = json.dumps(adapter, sort_keys=True)
     torch.save(state, tmp_path / "checkpoint.pt")
     make(LoopConfig(steps=2, batch_size=8, checkpoint_every=1), method=method).resume(tmp_path)
@@ -113,6 +116,16 @@ def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path, m
     other.model.peft_config["default"].exclude_modules = "head"
     with pytest.raises(ConfigError, match=r"other settings \(adapter\)"):
         other.resume(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", [1], {"model": {}}], ids=str)
+def test_a_file_that_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
+    if isinstance(content, bytes):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="is no checkpoint of a training"):
+        make(LoopConfig(steps=2, batch_size=8)).resume(tmp_path)
 
 
 def test_accumulation_equals_a_larger_batch():
@@ -133,6 +146,17 @@ def test_early_stop_keeps_the_best_weights():
     assert loop.evaluate().loss == pytest.approx(history.best, rel=1e-5)
 
 
+def test_a_route_of_a_batch_is_measured_as_it_was_trained():
+    """Of one sub-task alone: each has the figures and the group that it has without the other."""
+    loop = make(LoopConfig(steps=2, batch_size=8, route_batch="batch"))
+    loop.run()
+    both = loop.evaluate()
+    apart = {task: [e for e in loop.held if e.task == task] for task in "ab"}
+    alone = {task: evaluate(loop.model, held, 0, CPU, router=loop.router) for task, held in apart.items()}
+    assert both.groups == {task: own.groups[task] for task, own in alone.items()}
+    assert both.loss == pytest.approx(sum(own.loss for own in alone.values()) / 2, rel=1e-6)
+
+
 def test_learning_rate_warms_up_and_falls():
     config = LoopConfig(steps=100, lr=1.0, warmup=0.1)
     rates = [learning_rate(config, s) for s in range(100)]
@@ -140,11 +164,16 @@ def test_learning_rate_warms_up_and_falls():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"steps": 0}, {"steps": 1, "lr": 0}, {"steps": 1, "patience": 2}, {"steps": 1, "route_prefix_tokens": 0}]
-)
+    "fields",
+    [
+        {"steps": 0}, {"lr": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"patience": 2}, {"patience": -1},
+        {"route_prefix_tokens": 0}, {"weight_decay": -1}, {"weight_decay": float("nan")}, {"checkpoint_every": -1},
+        {"seed": -1}, {"seed": 2**32}, {"objective": "dpo", "beta": float("inf")},
+    ],
+)  # fmt: skip
 def test_bad_loop_settings_are_refused(fields):
     with pytest.raises(ConfigError):
-        LoopConfig(**fields)
+        LoopConfig(**{"steps": 1} | fields)
 
 
 def test_teacher_forcing_agrees_with_decoding():

@@ -17,6 +17,7 @@ from tucka_runtime.trainer.experiments.base import build_tokenizer
 from tucka_runtime.trainer.jobs import Job, Together
 from tucka_runtime.trainer.loop import Loop, LoopConfig
 from tucka_runtime.trainer.pairs import Pair, encode_pair, load
+from tucka_runtime.trainer.records import read
 from tucka_runtime.trainer.shared import clone
 
 TOKENIZER = Tokenizer(build_tokenizer())
@@ -191,7 +192,7 @@ def test_texts_are_those_of_sft(tmp_path: Path) -> None:
     record = {"prompt": "q ", "chosen": "yes", "rejected": " no", "score": 1}
     (tmp_path / "d").write_text(json.dumps(record))
     told: list[str] = []
-    (pair,) = load(tmp_path / "d", TOKENIZER, 64, tell=told.append)
+    (pair,) = load(read(tmp_path / "d"), TOKENIZER, 64, tell=told.append)
     assert pair == Pair(*(encode({"prompt": "q ", "completion": said}, TOKENIZER, 64) for said in ("yes", " no")))
     assert told == ["d: ignored keys: score"]
 
@@ -211,7 +212,7 @@ def test_texts_are_those_of_sft(tmp_path: Path) -> None:
 def test_bad_pairs_name_line_and_reason(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
     (tmp_path / "d").write_text(json.dumps(record))
     with pytest.raises(DataError, match=f"line 1: .*{reason}"):
-        load(tmp_path / "d", TOKENIZER, 64)
+        load(read(tmp_path / "d"), TOKENIZER, 64)
 
 
 @pytest.mark.parametrize(

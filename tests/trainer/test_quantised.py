@@ -87,6 +87,20 @@ def test_an_evaluation_leaves_the_gradients_as_they_were(workplace: Path, load_i
         assert torch.equal(a, b)
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_jobs_in_one_pass_end_as_alone(workplace: Path, tmp_path: Path, load_in: str) -> None:
+    flags = ("--load-in", load_in, "--steps", "3", "--lr", "1e-2", "--num-threads", "1")
+    assert train(workplace, *flags, "--out", str(tmp_path), "--sweep", "method=lora,tucka") == 0
+    for method in ("lora", "tucka"):
+        assert train(workplace, *flags, "--out", str(tmp_path / method), "--method", method) == 0
+        together, alone = (
+            json.loads((tmp_path / name / "training.json").read_text()) for name in (f"method-{method}", method)
+        )
+        assert together["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+        assert together["eval"]["loss"] == pytest.approx(alone["eval"]["loss"], abs=1e-4)
+
+
 def test_without_bitsandbytes_it_is_said_how_to_get_it(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,6 @@
 """`tucka eval`: held-out records are asked of the base and its adapters, in a folder or of a running server."""
 
 import argparse
-import hashlib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from tucka_runtime.bases import command_base
 from tucka_runtime.client import KEY_VARIABLES
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.messages import RouteScope
+from tucka_runtime.terminal import say
 
 if TYPE_CHECKING:
     from tucka_runtime.evals.asking import Respondent
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except TuckaError as error:
-        print(f"tucka eval: {error.message}", file=sys.stderr)
+        say(f"tucka eval: {error.message}", sys.stderr)
     except OSError as error:
-        print(f"tucka eval: {error.filename}: {error.strerror}.", file=sys.stderr)
+        say(f"tucka eval: {error.filename}: {error.strerror}.", sys.stderr)
     return 2
 
 
@@ -85,25 +85,23 @@ def _run(args: argparse.Namespace) -> int:
     from tucka_runtime.evals.asking import plan
     from tucka_runtime.evals.questions import questions
 
-    wanted, left_out = questions(args.data, args.limit)
+    wanted, left_out, sha256 = questions(args.data, args.limit)
     if left_out:
-        print(f"left out: {left_out} records that no text answers (calls, plain texts)", file=sys.stderr)
+        say(f"left out: {left_out} records that no text answers (calls, plain texts)", sys.stderr)
     asked = _asked(args)
     rows, mistakes = [], []
     for model, route in plan(asked, args.route):
-        print(f"asking {model}{f' ({route})' if route else ''} ...", file=sys.stderr, flush=True)
+        say(f"asking {model}{f' ({route})' if route else ''} ...", sys.stderr)
         answers = asked.ask(wanted, model, route)
         rows.append(report.score(wanted, answers, model, route))
         mistakes += report.wrong(wanted, answers, rows[-1])
-    print(report.table(rows))
+    say(report.table(rows))
     if cut := [f"{row.cut} of {row.model}" for row in rows if row.cut]:
-        print(
-            f"warning: answers had not ended after --max-tokens {args.max_tokens}: {', '.join(cut)}.", file=sys.stderr
-        )
+        say(f"warning: answers had not ended after --max-tokens {args.max_tokens}: {', '.join(cut)}.", sys.stderr)
     if args.out:
-        data = {"file": args.data.name, "sha256": _digest(args.data)}
+        data = {"file": args.data.name, "sha256": sha256}
         report.write(args.out, rows, mistakes, _about(args, data=data, asked=args.url or asked.base))
-        print(f"written to {args.out}")
+        say(f"written to {args.out}")
     return 0
 
 
@@ -119,13 +117,13 @@ def _run_tasks(args: argparse.Namespace) -> int:
     asked.check()
     rows = []
     for model, route in plan(Server(args.url, args.api_key, args.adapter, args.max_tokens), args.route):
-        print(f"asking {model}{f' ({route})' if route else ''} ...", file=sys.stderr, flush=True)
+        say(f"asking {model}{f' ({route})' if route else ''} ...", sys.stderr)
         rows += asked.ask(model, route)
-    print(harness.table(rows))
+    say(harness.table(rows))
     if args.out:
         more = {"num_fewshot": args.num_fewshot, "limit": args.limit, "chat": args.apply_chat_template}
         harness.write(args.out, rows, _about(args, tasks=names, asked=args.url, **more))
-        print(f"written to {args.out}")
+        say(f"written to {args.out}")
     return 0
 
 
@@ -162,7 +160,3 @@ def _asked(args: argparse.Namespace) -> "Respondent":
         return Server(args.url, args.api_key, args.adapter, args.max_tokens)
     adapters = dict(name.split("=", 1) for name in args.adapter)
     return Folder(command_base(args.model), adapters, args.max_tokens, args.num_threads)
-
-
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

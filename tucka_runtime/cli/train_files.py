@@ -14,7 +14,7 @@ from tucka_runtime.cli.train_flags import FLAGS, Flag
 from tucka_runtime.errors import ConfigError, TuckaError
 
 KNOWN = {flag.name: flag for flag in FLAGS}
-COMMON = ("model", "dtype", "device", "num_threads", "gradient_checkpointing")
+COMMON = ("model", "dtype", "load_in", "device", "num_threads", "gradient_checkpointing")
 """What jobs that go through one base together have in common."""
 SWEPT = [
     f.name
@@ -65,6 +65,10 @@ def named(job: str) -> Iterator[None]:
 
 
 def _complete(given: argparse.Namespace, file: Mapping[str, Any]) -> argparse.Namespace:
+    """A file's `overwrite` says how it begins, and --resume how it goes on: what is given wins, and the reverse."""
+    for flag, other in (("resume", "overwrite"), ("overwrite", "resume")):
+        if getattr(given, flag, False):
+            file = {name: value for name, value in file.items() if name != other}
     return argparse.Namespace(**{f.name: getattr(given, f.name, file.get(f.name, f.default)) for f in FLAGS})
 
 

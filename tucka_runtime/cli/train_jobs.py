@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tucka_runtime.cli.train_end import source, stopping, write
+from tucka_runtime.cli.train_end import finish, stopping, write
 from tucka_runtime.cli.train_files import jobs_of, named
 from tucka_runtime.cli.train_flags import command, of_run
 from tucka_runtime.cli.train_plan import (
@@ -25,6 +23,7 @@ from tucka_runtime.cli.train_plan import (
     summary,
 )
 from tucka_runtime.errors import ConfigError
+from tucka_runtime.terminal import say
 
 if TYPE_CHECKING:
     from tucka_runtime.trainer.jobs import Job
@@ -42,7 +41,7 @@ def run_jobs(given: argparse.Namespace) -> int:
     finished = _each(jobs, lambda _, args: _look(args))
     todo = {name: args for name, args in jobs.items() if not finished[name]}
     for name in (name for name in jobs if finished[name]):
-        print(f"{name}: already written to {jobs[name].out}")
+        say(f"{name}: already written to {jobs[name].out}")
     failed: dict[str, str] = {}
     if todo and not _train(given, todo, failed):
         return 130
@@ -68,6 +67,7 @@ def _look(args: argparse.Namespace) -> bool:
     """Whether the job's adapter is there already, where a run is resumed: such a job is not trained again, and one of
     which there is no checkpoint begins anew. Raises ConfigError as the checks of a single training do."""
     from tucka_runtime.trainer.loop import CHECKPOINT
+    from tucka_runtime.trainer.records import digest
 
     check(args)
     if others := [name for name in args.report_to if name != "tensorboard"]:
@@ -87,7 +87,8 @@ def _look(args: argparse.Namespace) -> bool:
         try:
             training = json.loads((args.out / "training.json").read_text("utf-8"))
             same = training["flags"] == json.loads(json.dumps(of_run(args)))
-            if same and source(args.data).items() <= training["data"].items():
+            data = training["data"]
+            if same and (data["file"], data["sha256"]) == (args.data.name, digest(args.data)):
                 return True
         except (OSError, ValueError, KeyError, TypeError):
             pass  # no result of an earlier run: check_out says what else is there
@@ -131,19 +132,20 @@ def _start(plans: dict[str, Plan], base: Base, model: Any, progress: "JobsProgre
     from tucka_runtime.trainer import tracking
     from tucka_runtime.trainer.adapter import trainable_parameters
     from tucka_runtime.trainer.jobs import Job
+    from tucka_runtime.trainer.preflight import nearest_folder
     from tucka_runtime.trainer.progress import JobProgress, TrainingFigures
     from tucka_runtime.trainer.shared import clone
 
     on_disk: dict[int, int] = {}
 
     def start(name: str, args: argparse.Namespace) -> Job:
-        disk = _disk(args.out)
+        disk = nearest_folder(args.out).stat().st_dev
         loop = build(plans[name], clone(model), on_disk.get(disk, 0))
         on_disk[disk] = on_disk.get(disk, 0) + trainable_parameters(loop.model)
         if args.resume:
             loop.resume(args.out)
         behind = f", {loop.step} of them done" if loop.step else ""
-        print(f"{name}: {summary(loop, args.method)}{behind}")
+        say(f"{name}: {summary(loop, args.method)}{behind}")
         return Job(name, loop)
 
     jobs = _each({name: planned.args for name, planned in plans.items()}, start)
@@ -154,10 +156,6 @@ def _start(plans: dict[str, Plan], base: Base, model: Any, progress: "JobsProgre
         for text in plans[name].warnings:
             loop.progress.warn(text)
     return jobs
-
-
-def _disk(folder: Path) -> int:
-    return os.stat(next(path for path in (folder, *folder.absolute().parents) if path.exists())).st_dev
 
 
 def _end(job: "Job", planned: Plan, seconds: float, progress: "JobsProgress") -> None:
@@ -171,7 +169,8 @@ def _end(job: "Job", planned: Plan, seconds: float, progress: "JobsProgress") ->
     if said := collapsed(job.loop.history.load, job.loop.turn):
         planned.warnings.append(said)
         progress.say(f"warning: {job.name}: {said}")
-    write(planned, job.loop, seconds, lambda line: print(f"{job.name}: {line}", flush=True))
+    where = write(planned, job.loop, seconds)
+    finish(planned, job.loop, seconds, where, lambda line: say(f"{job.name}: {line}"))
 
 
 def _keep(given: argparse.Namespace, jobs: "list[Job]") -> None:
@@ -187,11 +186,11 @@ def _keep(given: argparse.Namespace, jobs: "list[Job]") -> None:
             with job.member.drawing():
                 where = keep(job.loop.save, out)
         except ConfigError as error:
-            print(f"{at} {error.message}")
+            say(f"{at} {error.message}")
             continue
         move = "" if where == out else f" Move {where / CHECKPOINT} into {out} first."
-        print(f"{at} the checkpoint is in {where}.{move}")
-    print(f"To go on:\n{command(given, resume=True, overwrite=False)}")
+        say(f"{at} the checkpoint is in {where}.{move}")
+    say(f"To go on:\n{command(given, resume=True, overwrite=False)}")
 
 
 def _report(given: argparse.Namespace, jobs: dict[str, argparse.Namespace], failed: dict[str, str]) -> None:
@@ -199,13 +198,13 @@ def _report(given: argparse.Namespace, jobs: dict[str, argparse.Namespace], fail
     from tucka_runtime.trainer import sweep
 
     rows = [sweep.row(name, args.out, failed.get(name)) for name, args in jobs.items()]
-    print(sweep.table(rows))
+    say(sweep.table(rows))
     if not given.sweep:
         return
     if (best := sweep.best(rows)) is not None:
         what = "accuracy" if best.exact_match is None else "exact match"
-        print(f"best by held-out {what}, then loss: {best.name}, in {jobs[best.name].out}")
+        say(f"best by held-out {what}, then loss: {best.name}, in {jobs[best.name].out}")
     try:
         sweep.write(next(iter(jobs.values())).out.parent, rows)
     except OSError as error:
-        print(f"warning: the sweep's report was not written: {error.strerror}.", file=sys.stderr)
+        say(f"warning: the sweep's report was not written: {error.strerror}.", sys.stderr)

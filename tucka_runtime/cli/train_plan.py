@@ -1,6 +1,7 @@
 """What `tucka train` does before the first step: it checks, reads the data, makes the adapter."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tucka_runtime.bases import command_base
+from tucka_runtime.bases import find_base
 from tucka_runtime.errors import ConfigError
 from tucka_runtime.extras import how_to_install, installed
+from tucka_runtime.terminal import say
 
 if TYPE_CHECKING:
     from tucka_runtime.trainer.adapter import AdapterSettings
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for what is wrong at first sight: libraries and the model take seconds to load."""
-    folder = base_folder(args)
+    folder, _ = _found(args.model, args.dtype)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} has no config.json: --model must be the folder of a Hugging Face model, its name there, or a "
@@ -42,6 +44,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--load-in quantises by bitsandbytes, which is not installed: {how_to_install('quant')}.")
     if not 0 <= args.eval_fraction < 1:
         raise ConfigError("--eval-fraction must be from 0 to below 1")
+    if not 0 < args.epochs < math.inf:
+        raise ConfigError("--epochs must be above 0")
     for name in ("num_threads", "steps", "eval_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
@@ -49,25 +53,22 @@ def check(args: argparse.Namespace) -> None:
 
 def check_out(out: Path, resume: bool, overwrite: bool) -> None:
     """Raises ConfigError where a training would undo, or continue, what is not meant."""
+    from tucka_runtime.trainer.card import CARD_NAME
     from tucka_runtime.trainer.loop import CHECKPOINT
+    from tucka_runtime.trainer.preflight import nearest_folder
 
     if resume and not (out / CHECKPOINT).is_file():
         raise ConfigError(f"--resume: there is no checkpoint in {out}. Start without it.")
-    found = [name for name in ("adapter_config.json", CHECKPOINT) if (out / name).exists()]
+    found = [name for name in ("adapter_config.json", CHECKPOINT, CARD_NAME) if (out / name).exists()]
     if found and not resume and not overwrite:
         go_on = ", or continue from its checkpoint with --resume" if CHECKPOINT in found else ""
         raise ConfigError(
-            f"{out} holds an earlier training ({', '.join(found)}). Give another --out, or replace it with "
+            f"{out} holds what a training would replace ({', '.join(found)}). Give another --out, or replace it with "
             f"--overwrite{go_on}."
         )
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    nearest = nearest_folder(out)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out} cannot be written: {nearest} is no folder, or not one this user may write to.")
-
-
-def base_folder(args: argparse.Namespace) -> Path:
-    """The folder of the base model, which is the embedded one where none is named. Raises ConfigError."""
-    return _found(args.model, args.dtype)
 
 
 def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
@@ -95,8 +96,12 @@ def _settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig]":
     return settings, config
 
 
-_found = cache(command_base)
-"""A GGUF file is looked through once for all checks of a command, and all of its jobs."""
+@cache
+def _found(model: Path | None, dtype: str) -> tuple[Path, str]:
+    """The folder and the name of the base model, which is the embedded one where none is named. A GGUF file is looked
+    through once for all checks of a command, and all of its jobs. Raises ConfigError."""
+    folder, name = find_base(model, dtype, say=lambda line: say(line, sys.stderr))
+    return folder, name or folder.absolute().name
 
 
 @dataclass
@@ -106,29 +111,33 @@ class Base:
     these are read."""
 
     folder: Path
+    name: str
     device: Any
     config: Any
+    context: int | None
     sizes: dict[str, tuple[int, int]]
     fingerprint: str
     tokenizer: Any
     head: tuple[str, ...] = ()
-    _records: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict)
+    _records: dict[tuple[Any, ...], tuple[list[Any], str]] = field(default_factory=dict)
     _scores: "dict[tuple[Any, ...], HeldOut | None]" = field(default_factory=dict)
 
-    def records(self, path: Path, longest: int, args: argparse.Namespace) -> list[Any]:
-        """The examples of a file, or its pairs, or its labelled texts. Raises DataError."""
+    def records(self, path: Path, longest: int, args: argparse.Namespace) -> tuple[list[Any], str]:
+        """The examples of a file, or its pairs, or its labelled texts; and its SHA-256. Raises DataError."""
         from tucka_runtime.trainer import data, labelled, pairs
+        from tucka_runtime.trainer.records import read
 
         key = (path, longest, args.objective, args.learn, args.strict)
         if key not in self._records:
-            tell = partial(print, file=sys.stderr)
+            file, tell = read(path), partial(say, stream=sys.stderr)
             if args.objective == "sft":
-                found: list[Any] = list(data.load(path, self.tokenizer, longest, args.learn, args.strict, tell))
+                found: list[Any] = list(data.load(file, self.tokenizer, longest, args.learn, args.strict, tell))
             else:
                 load = pairs.load if args.objective == "dpo" else labelled.load
-                found = list(load(path, self.tokenizer, longest, args.strict, tell))
-            self._records[key] = found
-        return list(self._records[key])
+                found = list(load(file, self.tokenizer, longest, args.strict, tell))
+            self._records[key] = found, file.sha256
+        found, sha256 = self._records[key]
+        return list(found), sha256
 
     def score(self, loop: "Loop") -> "HeldOut | None":
         """Held-out figures of the base alone; None where these say nothing."""
@@ -140,7 +149,8 @@ class Base:
 
 @dataclass
 class Plan:
-    """One training that has passed all checks which need no weights, and what is likely not meant by it."""
+    """One training that has passed all checks which need no weights, and what is likely not meant by it. `data` says
+    which records it is of, as training.json has it."""
 
     args: argparse.Namespace
     base: Base
@@ -148,6 +158,7 @@ class Plan:
     config: "LoopConfig"
     train: list[Any]
     held: list[Any]
+    data: dict[str, Any]
     publication: "Publication | None"
     warnings: list[str]
 
@@ -158,10 +169,12 @@ def open_base(args: argparse.Namespace) -> Base:
     from tucka_runtime.trainer import preflight
     from tucka_runtime.trainer.base_model import choose_device, load_skeleton, load_tokenizer
 
-    folder, classify = base_folder(args), args.objective == "classify"
+    classify = args.objective == "classify"
+    folder, name = _found(args.model, args.dtype)
     device, skeleton = choose_device(args.device), load_skeleton(folder, classify)
     sizes = preflight.linears(skeleton)
-    return Base(folder, device, skeleton.config, sizes, fingerprint(folder), load_tokenizer(folder, classify))
+    context, tokenizer = preflight.context_of(skeleton), load_tokenizer(folder, classify)
+    return Base(folder, name, device, skeleton.config, context, sizes, fingerprint(folder), tokenizer)
 
 
 def check_settings(args: argparse.Namespace) -> "tuple[AdapterSettings, LoopConfig, Publication | None]":
@@ -184,24 +197,28 @@ def plan(
 ) -> Plan:
     """Reads the data. Raises ConfigError or DataError."""
     from tucka_runtime.trainer import data, preflight
+    from tucka_runtime.trainer.progress import tenth
 
     settings, config, publication = checked
     targets = preflight.check_targets(settings, base.sizes)
-    longest = preflight.longest_record(args.max_length, base.config)
-    train = base.records(args.data, longest, args)
+    longest = preflight.longest_record(args.max_length, base.context)
+    train, sha256 = base.records(args.data, longest, args)
     if args.eval_data:
-        held = base.records(args.eval_data, longest, args)
+        held, _ = base.records(args.eval_data, longest, args)
     else:
         train, held = data.split(train, args.eval_fraction, args.seed)
-    steps = args.steps or max(1, round(args.epochs * len(train) / (args.batch_size * args.accumulate)))
-    tenth = max(1, steps // 10)
-    labels = preflight.check_labels(train, held) if args.objective == "classify" else ()
+    by_task = args.route_batch == "batch"
+    per_epoch = len(data.epoch(train, args.batch_size, args.seed, 0, by_task)) / args.accumulate
+    # Rounded up, for no record to be left out of the last pass, but for what the product is off by in floating point.
+    steps = args.steps or math.ceil(args.epochs * per_epoch - 1e-9)
+    labels = preflight.check_labels(train, held, base.config) if args.objective == "classify" else ()
     config = replace(
-        config, labels=labels, steps=steps, eval_every=args.eval_every or tenth,
-        checkpoint_every=tenth if args.checkpoint_every is None else args.checkpoint_every,
+        config, labels=labels, steps=steps, eval_every=args.eval_every or tenth(steps),
+        checkpoint_every=tenth(steps) if args.checkpoint_every is None else args.checkpoint_every,
     )  # fmt: skip
     warnings = preflight.warnings(settings, [base.sizes[name] for name in targets], len(train), len(held))
-    return Plan(args, base, settings, config, train, held, publication, warnings)
+    source = {"file": args.data.name, "sha256": sha256, "train": len(train), "held_out": len(held)}
+    return Plan(args, base, settings, config, train, held, source, publication, warnings)
 
 
 def load(
@@ -249,7 +266,7 @@ def build(planned: Plan, model: Any, beside: int = 0) -> "Loop":
     seed_all(args.seed)
     return Loop(
         adapted, planned.train, planned.held, config, pad=pad,
-        device=planned.base.device, router=router_of(adapted), folder=args.out,
+        device=planned.base.device, router=router_of(adapted), folder=args.out, base=planned.base.fingerprint,
     )  # fmt: skip
 
 

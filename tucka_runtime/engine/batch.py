@@ -127,7 +127,8 @@ class BatchBuilder:
         attention = next(left)
         self.chosen.fill_in(ids, [(first + c.count - 1, c.seq) for first, c in zip(first_rows, chunks, strict=True)])
         for s in segments:
-            s.ids = ids[s.first : s.end] if s.prompt is None else next(left)
+            if s.prompt is not None:
+                s.ids = next(left)
         return Batch(
             chunks=chunks,
             first_rows=first_rows,
@@ -137,7 +138,7 @@ class BatchBuilder:
             positions=positions,
             lengths=next(left, None),
             attention=attention,
-            delta=AdapterDelta.build(rows, segments, sums, active, self.ops, self.dtype, self.device, self.settled),
+            delta=AdapterDelta.build(ids, segments, sums, active, self.ops, self.dtype, self.device, self.settled),
         )
 
 

@@ -124,7 +124,7 @@ class Bucket:
         """Any segments, at the sites of `kinds`."""
         shared, rows, table, limits = self.shared, self.rows, self.shared.table, self.shape.limits
         sites = {at: site for at, site in table.sites(self.shape.affine).items() if at[1] in self.shape.kinds}
-        active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank)
+        active = ActiveSet({}, {}, table.capacity, sites, table.arch, limits.core_rank, limits.rank, True)
         on = self.fields.on_device
         segments = Segments.build((), rows, table.capacity, CPU, num_tiles=self._num_tiles())
         segments = replace(segments, tiles=on["tiles"], row_cores=on["row_cores"])

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from tucka_runtime.client import Client
 from tucka_runtime.conversations import Message
 from tucka_runtime.errors import ConfigError, TuckaError
 from tucka_runtime.evals.questions import Question
+from tucka_runtime.trainer.records import DataError
 from tucka_runtime.trainer.turns import Talk
 
 TOGETHER = 16  # requests to a server at once
@@ -63,10 +66,19 @@ class Folder:
         tokenizer = self._llm.tokenizer
         if tokenizer is None:
             raise ConfigError("The base's folder has no tokenizer: texts cannot be asked.")
-        if question.record.messages:
-            *_, (prompt, _, _) = Talk(question.record, tokenizer).turns()
-            return tokenizer.encode(prompt, False)
-        return tokenizer.encode(question.record.prompt, True)
+        try:
+            if question.record.messages:
+                ids = tokenizer.encode(Talk(question.record, tokenizer).last_prompt, False)
+            else:
+                ids = tokenizer.encode(question.record.prompt, True)
+        except (ValueError, TemplateError) as error:
+            raise DataError(f"{question.where}: the base's chat template refuses it: {error}") from error
+        context = self._llm.engine.info.max_model_len
+        if len(ids) >= context:
+            raise DataError(
+                f"{question.where}: the prompt's {len(ids)} tokens leave no room in a context of {context}."
+            )
+        return ids
 
 
 class Server:
@@ -87,7 +99,13 @@ class Server:
 
     def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         with ThreadPoolExecutor(TOGETHER) as pool:
-            return list(pool.map(lambda question: self._ask(question, model, route), questions))
+            return list(pool.map(lambda question: self._answer(question, model, route), questions))
+
+    def _answer(self, question: Question, model: str, route: str | None) -> Reply:
+        try:
+            return self._ask(question, model, route)
+        except TuckaError as error:
+            raise TuckaError(f"{question.where}: {error.message}") from error
 
     def _ask(self, question: Question, model: str, route: str | None) -> Reply:
         body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": self._max_tokens}

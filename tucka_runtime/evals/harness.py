@@ -14,8 +14,8 @@ from typing import Any
 
 from tucka_runtime.client import client_key, server_address
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.evals.report import aligned
 from tucka_runtime.extras import how_to_install, installed
+from tucka_runtime.terminal import aligned
 
 TOGETHER = 16  # requests to the server at once
 

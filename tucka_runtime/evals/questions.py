@@ -11,8 +11,9 @@ from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, 
 
 @dataclass(frozen=True)
 class Question:
-    """A record and what its last turn that is learnt says, without its thought."""
+    """A record, where it stands, and what its last turn that is learnt says, without its thought."""
 
+    where: str
     record: TrainingRecord
     expected: str
 
@@ -29,28 +30,29 @@ class Question:
         return list(self.record.messages[:last])
 
 
-def questions(path: Path, limit: int | None) -> tuple[list[Question], int]:
-    """The first `limit` questions of a file, and how many records before them ask nothing that a text answers: texts
-    without a prompt, and turns that call a function. Raises DataError."""
+def questions(path: Path, limit: int | None) -> tuple[list[Question], int, str]:
+    """The first `limit` questions of a file, how many records before them ask nothing that a text answers (texts
+    without a prompt, and turns that call a function), and the file's SHA-256. Raises DataError."""
+    file = read(path)
     found: list[Question] = []
     left_out = 0
-    for where, line in read(path):
+    for where, line in file.rows:
         try:
             record = normalise(json.loads(line) if isinstance(line, str) else line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{file.name}, {where}: {error}") from error
         answer: Any = {"content": record.completion}
         if record.messages:
             answer = [m for m, learnt in zip(record.messages, record.learnt, strict=True) if learnt][-1]
         if record.text or "tool_calls" in answer:
             left_out += 1
             continue
-        found.append(Question(record, final(answer["content"])))
+        found.append(Question(f"{file.name}, {where}", record, final(answer["content"])))
         if limit and len(found) == limit:
             break
     if not found:
         raise DataError(f"{path} asks nothing that a text answers: prompt/completion records or chats are expected.")
-    return found, left_out
+    return found, left_out, file.sha256
 
 
 def final(text: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tucka_runtime.evals.asking import Reply
 from tucka_runtime.evals.questions import Question, final
+from tucka_runtime.terminal import aligned
+from tucka_runtime.trainer.plot import plain
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 MOST_TASKS = 6  # columns of sub-tasks in the table
@@ -66,12 +68,6 @@ def table(rows: Sequence[Score]) -> str:
     return aligned(lines)
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def wrong(questions: Sequence[Question], answers: Sequence[Reply], row: Score) -> list[dict[str, Any]]:
     """The answers that are not what was expected, with what was asked."""
     return [
@@ -101,7 +97,7 @@ def _picture(rows: Sequence[Score], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axis = plt.subplots(figsize=(8, 1 + 0.5 * len(rows)), constrained_layout=True)
-    names = [row.model + (f" ({row.route})" if row.route else "") for row in rows]
+    names = [plain(row.model) + (f" ({row.route})" if row.route else "") for row in rows]
     bars = axis.barh(names, [row.exact_match for row in rows], xerr=[row.error for row in rows], capsize=3)
     axis.bar_label(bars, fmt="%.3f", padding=4)
     axis.set(xlabel=f"exact match of {rows[0].records} records, with its standard error", xlim=(0, 1.1))

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -61,6 +62,8 @@ class AdapterSettings:
             raise ConfigError("dropout, rslora and dora are LoRA's: use them with method lora")
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout must be from 0 to below 1")
+        if not math.isfinite(self.alpha) or not 0 <= self.balance < math.inf:
+            raise ConfigError("alpha must be a finite number, and balance one from 0")
         try:
             self.peft_config()
         except ValueError as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +27,9 @@ def learnt(labels: Tensor) -> Tensor:
 
 
 def answered(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits (N, V) of a PEFT model for a batch with labels, without the cache with which transformers would not keep
-    packed records apart."""
-    base = model.get_base_model()
+    """Logits (N, V) of a base, or of a PEFT model of it, for a batch with labels, without the cache with which
+    transformers would not keep packed records apart."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
     def keep_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"labels": None}

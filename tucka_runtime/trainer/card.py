@@ -42,7 +42,7 @@ def card(name: str, training: dict[str, Any]) -> str:
         f"# {name}",
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows),
         _measured(training),
-        _use_classifier(training) if loop["objective"] == "classify" else _use(name, tuck),
+        _use_classifier(training) if loop["objective"] == "classify" else _use(name, training),
     ]
     if training["warnings"]:
         parts.append("## Warnings\n\n" + "\n".join(f"- {warning}" for warning in training["warnings"]))
@@ -75,21 +75,32 @@ def _measured(training: dict[str, Any]) -> str:
     return f"## Measured\n\nOn {count} held-out examples, greedily:\n\n" + "\n".join(lines)
 
 
-def _use(name: str, tuck: bool) -> str:
-    imported = "import tucka_runtime.trainer  # teaches peft the method\n" if tuck else ""
+def _routing(training: dict[str, Any]) -> tuple[str, str]:
+    """The lines that a TuckA adapter needs with `peft`: before it is loaded, and behind that. A new model's route scope
+    is `batch`, so the one that was measured is set."""
+    if training["method"] != "tucka":
+        return "", ""
+    tokens = f", prefix_tokens={training['route_prefix_tokens']}" if "route_prefix_tokens" in training else ""
+    return (
+        "import tucka_runtime.trainer  # teaches peft the method\n",
+        f'tucka_runtime.trainer.set_route_scope(model, "{training["route"]}"{tokens})\n',
+    )
+
+
+def _use(name: str, training: dict[str, Any]) -> str:
+    imported, scope = _routing(training)
     return (
         f"## Use\n\n    tucka serve --model BASE --adapter {name}=FOLDER\n\n"
         f"or with `peft`:\n\n```python\nimport peft, transformers\n{imported}"
         'base = transformers.AutoModelForCausalLM.from_pretrained("BASE")\n'
-        'model = peft.PeftModel.from_pretrained(base, "FOLDER")\n```'
+        f'model = peft.PeftModel.from_pretrained(base, "FOLDER").eval()\n{scope}```'
     )
 
 
 def _use_classifier(training: dict[str, Any]) -> str:
-    """By `peft` alone. A new model's route scope is `batch`, so the one that was measured is set."""
-    tuck, labels = training["method"] == "tucka", list(training["loop"]["labels"])
-    imported = "import tucka_runtime.trainer  # teaches peft the method\n" if tuck else ""
-    scope = f'tucka_runtime.trainer.set_route_scope(model, "{training["route"]}")\n' if tuck else ""
+    """By `peft` alone."""
+    labels = list(training["loop"]["labels"])
+    imported, scope = _routing(training)
     return (
         "## Use\n\nA classifier, which is used with `peft`; servers of texts do not serve it:\n\n"
         f"```python\nimport peft, torch, transformers\n{imported}"

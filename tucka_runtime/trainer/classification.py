@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tucka_runtime.trainer.decode import SHOWN
-from tucka_runtime.trainer.evaluate import Tally, measuring
+from tucka_runtime.trainer.evaluate import Tally, batches, measuring
 from tucka_runtime.trainer.labelled import Labelled
 
 TOGETHER = 64  # texts in a batch of the evaluation
@@ -68,21 +68,21 @@ class Classification:
         self, model: Any, held: Sequence[Labelled], pad: int, device: torch.device, router: Any = None
     ) -> ClassEvaluation:
         """Evaluates under the route scope that is set."""
-        order = sorted(held, key=lambda text: (text.task, text.tokens))
         total = 0.0
+        asked: list[str] = []
         said: list[str] = []
         tally = Tally()
         with measuring(model, router):
-            for i in range(0, len(order), TOGETHER):
-                texts = order[i : i + TOGETHER]
+            for texts in batches(held, TOGETHER, router):
                 batch = {name: tensor.to(device) for name, tensor in self.collate(texts, pad).items()}
                 logits = self.logits(model, batch)
                 tally.routed(texts, router, len(texts))
                 total += self.loss(model, logits, batch).item()
-                said += self._names(logits)
-        asked = [text.label for text in order]
-        tally.judge(order, map(eq, said, asked))
-        return ClassEvaluation(total / len(order), tally.share, f1(asked, said), tally.by_task, tally.groups)
+                own, given = [text.label for text in texts], self._names(logits)
+                tally.judge(texts, map(eq, given, own))
+                asked += own
+                said += given
+        return ClassEvaluation(total / len(held), tally.share, f1(asked, said), tally.by_task, tally.groups)
 
     def evaluate_base(self, model: Any, held: Sequence[Labelled], pad: int, device: torch.device) -> None:
         """Nothing: the base has no head for these labels."""

@@ -8,9 +8,8 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from tucka_runtime.tokenizer import Tokenizer
-from tucka_runtime.trainer.records import DataError, TrainingRecord, normalise, read
+from tucka_runtime.trainer.records import DataError, DataFile, TrainingRecord, normalise
 from tucka_runtime.trainer.turns import Talk, piecewise
 
 SHOWN = 10  # bad lines listed in one error
@@ -46,8 +45,9 @@ T = TypeVar("T", bound=Learnt)
 class Example:
     """ids of prompt and completion (with the end token) and where the completion starts.
 
-    `opening` are the ids of the conversation's first prompt, where this is a later turn of it: else none. `gaps` are
-    the places (first, behind the last) between turns that one example holds together: they are not learnt.
+    `opening` are the ids of the conversation's first prompt, where this is a later turn of it, and of a plain text all
+    of its ids: else none. `gaps` are the places (first, behind the last) between turns that one example holds
+    together: they are not learnt.
     """
 
     ids: tuple[int, ...]
@@ -63,8 +63,13 @@ class Example:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """The prompt, or that of the conversation's first turn."""
+        """The prompt, or that of the conversation's first turn; a plain text, which has none, is its own."""
         return self.opening or self.ids[: self.start]
+
+    @property
+    def asks(self) -> bool:
+        """Whether its prompt asks for something: a plain text's first token does not."""
+        return self.opening != self.ids
 
     @property
     def tokens(self) -> int:
@@ -82,17 +87,17 @@ def encode(record: Any, tokenizer: Tokenizer, max_length: int) -> Example:
 def encode_turns(record: TrainingRecord, tokenizer: Tokenizer, max_length: int, learn: str) -> list[Example]:
     """An example for each turn of the assistant that is learnt: "all", or the "last". Each has the prompt that a
     request for that turn would have. By "generation" one example has all turns. Raises as `encode` does."""
-    end = tokenizer.ends[0]
     if record.text:
         ids = tokenizer.encode(record.text, add_special_tokens=True)
         prefix = len(tokenizer.encode("", add_special_tokens=True))
         # The first token is asked of nobody: it is the prompt where the tokenizer puts none before a text.
         start = max(prefix, 1)
-        return [_example(ids[:start], [*ids[start:], end], record.task, max_length)]
+        text = _example(ids[:start], _ended(ids[start:], tokenizer), record.task, max_length)
+        return [replace(text, opening=text.ids)]
     if not record.messages:
         ids = tokenizer.encode(record.prompt, True)
         said = tokenizer.encode_completion(record.prompt, record.completion, True)
-        return [_example(ids, [*said, end], record.task, max_length)]
+        return [_example(ids, _ended(said, tokenizer), record.task, max_length)]
     if learn == "generation":
         return [_whole(record, tokenizer, max_length)]
     found: list[Example] = []
@@ -102,6 +107,11 @@ def encode_turns(record: TrainingRecord, tokenizer: Tokenizer, max_length: int, 
         opening = found[0].ids[: found[0].start] if found else ()
         found.append(Example(example.ids, example.start, example.task, opening))
     return found
+
+
+def _ended(said: list[int], tokenizer: Tokenizer) -> list[int]:
+    """With the end token, which many data sets have spelled behind their texts already."""
+    return said if said and said[-1] in tokenizer.ends else [*said, tokenizer.ends[0]]
 
 
 def _whole(record: TrainingRecord, tokenizer: Tokenizer, max_length: int) -> Example:
@@ -119,24 +129,29 @@ def _example(prompt: list[int], completion: list[int], task: str, max_length: in
     ids = [*prompt, *completion]
     if not prompt:
         raise ValueError("the prompt has no tokens")
-    if len(ids) > max_length:
-        raise ValueError(f"{len(ids)} tokens are more than the limit of {max_length}; shorten it or raise --max-length")
+    check_length(ids, max_length)
     return Example(tuple(ids), len(prompt), task)
 
 
+def check_length(ids: list[int], max_length: int) -> None:
+    """Raises ValueError where a record is too long."""
+    if len(ids) > max_length:
+        raise ValueError(f"{len(ids)} tokens are more than the limit of {max_length}; shorten it or raise --max-length")
+
+
 def encode_all(
-    name: str, found: Iterable[tuple[str, Any]], encode: Callable[[Any], tuple[list[T], frozenset[str]]], strict: bool,
+    file: DataFile, encode: Callable[[Any], tuple[list[T], frozenset[str]]], strict: bool,
     tell: Callable[[str], None] | None,
 ) -> list[T]:  # fmt: skip
-    """(where, record or its JSON text) pairs of the file `name` to what is learnt. `encode` makes it of a record and
-    gives the keys that it ignored, of which `tell` is told.
+    """A file's rows to what is learnt. `encode` makes it of a record and gives the keys that it ignored, of which
+    `tell` is told.
 
     Raises DataError listing every bad record's reason; with `strict` a key that would be ignored is one.
     """
     examples: list[T] = []
     bad: list[str] = []
     ignored: set[str] = set()
-    for where, line in found:
+    for where, line in file.rows:
         try:
             made, unused = encode(json.loads(line) if isinstance(line, str) else line)
             if strict and unused:
@@ -153,9 +168,11 @@ def encode_all(
             bad.append(f"{where}: the base's chat template refuses it: {error}")
     if bad:
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{len(bad)} bad records; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more)
+        raise DataError(
+            f"{len(bad)} bad records in {file.name}; nothing was trained:\n" + "\n".join(bad[:SHOWN]) + more
+        )
     if ignored and tell:
-        tell(f"{name}: ignored keys: {_names(ignored)}")
+        tell(f"{file.name}: ignored keys: {_names(ignored)}")
     return examples
 
 
@@ -164,20 +181,21 @@ def _names(keys: Iterable[str]) -> str:
 
 
 def load(
-    path: Path, tokenizer: Tokenizer, max_length: int, learn: str = "all", strict: bool = False,
+    file: DataFile, tokenizer: Tokenizer, max_length: int, learn: str = "all", strict: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> list[Example]:  # fmt: skip
-    """Examples of a file; `tell` is told of keys that were ignored. Raises DataError as `read` and `encode_all` do."""
+    """Examples of a file; `tell` is told of keys that were ignored. Raises DataError as `encode_all` does."""
 
     def encoded(record: Any) -> tuple[list[Example], frozenset[str]]:
         known = normalise(record)
         return encode_turns(known, tokenizer, max_length, learn), known.ignored
 
-    return encode_all(path.name, read(path), encoded, strict, tell)
+    return encode_all(file, encoded, strict, tell)
 
 
 def split(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(training, evaluation): `fraction` of the distinct prompts, at least one where possible, is held out.
+    """(training, evaluation): `fraction` of the distinct prompts, at least one where possible and never all, is held
+    out.
 
     Equal prompts stay on one side, and so do a conversation's turns, so that evaluation never sees a trained prompt.
     """
@@ -186,7 +204,7 @@ def split(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[
         by_prompt[example.key].append(example)
     prompts = sorted(by_prompt)
     random.Random(seed).shuffle(prompts)
-    count = 0 if fraction == 0 or len(prompts) < 2 else max(1, round(fraction * len(prompts)))
+    count = 0 if fraction == 0 or len(prompts) < 2 else min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     held = prompts[:count]
     return ([e for p in prompts[count:] for e in by_prompt[p]], [e for p in sorted(held) for e in by_prompt[p]])
 

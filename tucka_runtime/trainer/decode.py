@@ -58,12 +58,15 @@ def predictions(model: Any, held: list[Example], tokenizer: Any, pad: int, toget
     """What the first SHOWN held-out prompts are answered, beside what is expected, as texts; `together` prompts are
     decoded at once. Set the route scope before."""
     model.eval()
-    held = held[:SHOWN]
+    held = [example for example in held if example.asks][:SHOWN]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = []
     for i in range(0, len(held), together):
         group = held[i : i + together]
-        longest = max(len(e.answer) + 1 for e in group)
-        said = decode_together(model, [list(e.ids[: e.start]) for e in group], tokenizer.ends, pad, 2 * longest)
+        limit = 2 * max(len(e.answer) + 1 for e in group)
+        if context is not None:
+            limit = min(limit, context - max(e.start for e in group))
+        said = decode_together(model, [list(e.ids[: e.start]) for e in group], tokenizer.ends, pad, limit)
         for example, answer in zip(group, said, strict=True):
             expected = list(example.answer)
             texts = [

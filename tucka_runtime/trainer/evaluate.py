@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,23 @@ class HasTask(Protocol):
 
     @property
     def task(self) -> str: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+T = TypeVar("T", bound=HasTask)
+
+
+def batches(held: Iterable[T], size: int, router: Any) -> Iterator[list[T]]:
+    """Records in batches of at most `size`, by sub-task and length. Where all of a batch share a route it holds one
+    sub-task, as in training."""
+    alone = router is not None and router.scope == "batch"
+    order = sorted(held, key=lambda record: (record.task, record.tokens))
+    for _, group in groupby(order, key=lambda record: record.task if alone else None):
+        own = list(group)
+        for i in range(0, len(own), size):
+            yield own[i : i + size]
 
 
 class Tally:
@@ -149,12 +167,10 @@ def evaluate(
     model: Any, examples: list[Example], pad: int, device: torch.device, batch_size: int = 64, router: Any = None
 ) -> Evaluation:
     """Evaluates under the route scope that is set; `router` (of the adapter) fills `groups`."""
-    order = sorted(examples, key=lambda e: (e.task, len(e.ids)))
     total, tokens = 0.0, 0
     tally = Tally()
     with measuring(model, router):
-        for i in range(0, len(order), batch_size):
-            batch = order[i : i + batch_size]
+        for batch in batches(examples, batch_size, router):
             ids, mask, labels = (x.to(device) for x in collate(batch, pad))
             logits = answered(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
             loss, count = completion_loss(logits, labels)

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.chat_records import check_whole
-from tucka_runtime.trainer.data import encode_all
-from tucka_runtime.trainer.records import normalise, read
+from tucka_runtime.trainer.data import check_length, encode_all
+from tucka_runtime.trainer.records import DataFile, normalise
 
 
 @dataclass(frozen=True)
@@ -40,24 +39,26 @@ def encode_labelled(record: Any, tokenizer: Tokenizer, max_length: int) -> tuple
         raise ValueError("'label' must be a non-empty string or an integer")
     check_whole(label)
     known = normalise({"text": rest.pop("text", ""), "task": rest.pop("task", "all")})
-    ids = tokenizer.encode(known.text, add_special_tokens=True)
+    ids = tokenizer.encode_whole(known.text)
     if not ids:
         raise ValueError("the text has no tokens")
-    if len(ids) > max_length:
-        raise ValueError(f"{len(ids)} tokens are more than the limit of {max_length}; shorten it or raise --max-length")
+    check_length(ids, max_length)
     return [Labelled(tuple(ids), label, known.task)], frozenset(rest)
 
 
 def load(
-    path: Path, tokenizer: Tokenizer, max_length: int, strict: bool = False, tell: Callable[[str], None] | None = None
+    file: DataFile,
+    tokenizer: Tokenizer,
+    max_length: int,
+    strict: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Labelled]:
     """Labelled texts of a file, as `data.load` has its examples."""
-    return encode_all(
-        path.name, read(path), lambda record: encode_labelled(record, tokenizer, max_length), strict, tell
-    )
+    return encode_all(file, lambda record: encode_labelled(record, tokenizer, max_length), strict, tell)
 
 
 def labels_of(texts: Iterable[Labelled]) -> tuple[str, ...]:
     """The labels in the order of the head's outputs: numbers by size, else names by the alphabet."""
     found = {text.label for text in texts}
-    return tuple(sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found))
+    by_size = all(label.isdecimal() for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if by_size else 0, label)))

@@ -4,10 +4,11 @@ import hashlib
 import io
 import json
 import math
+import pickle
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from tucka_runtime.trainer.classification import Classification
 from tucka_runtime.trainer.data import Example, epoch
 from tucka_runtime.trainer.evaluate import Completions, HeldOut
 from tucka_runtime.trainer.model import set_route_scope
+from tucka_runtime.trainer.objective import Objective
 from tucka_runtime.trainer.preferences import Preferences
 from tucka_runtime.trainer.progress import Progress, Step
 
@@ -63,7 +65,12 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulate", "route_prefix_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
-        if self.lr <= 0 or not 0 <= self.warmup < 1:
+        for name in ("weight_decay", "patience", "eval_every", "checkpoint_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError("seed must be from 0 to below 2 to the power of 32")
+        if not 0 < self.lr < math.inf or not 0 <= self.warmup < 1:
             raise ConfigError("lr must be above 0, and warmup a share of the steps from 0 to below 1")
         if self.route_batch not in ROUTES:
             raise ConfigError(f"route_batch must be one of {', '.join(ROUTES)}")
@@ -71,7 +78,7 @@ class LoopConfig:
             raise ConfigError("patience counts evaluations: set eval_every too")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}")
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ConfigError("beta must be above 0")
         if self.objective != "dpo" and self.beta != LoopConfig.beta:
             raise ConfigError("beta is DPO's: use it with objective dpo")
@@ -82,44 +89,6 @@ class LoopConfig:
     def served_scope(self) -> str:
         """The route scope that a server takes for what was trained so."""
         return ROUTES[self.route_batch][0]
-
-
-class Objective(Protocol):
-    """What is learnt: what a batch of records is to the model, the loss of what that says, and what is measured."""
-
-    records: str
-    """What the records are, in a word."""
-    loss_of: str
-    """What the loss is, in words."""
-    share_of: str
-    """What an evaluation's shares by sub-task are, in words."""
-
-    def collate(self, batch: Any, pad: int) -> dict[str, torch.Tensor]:
-        """The model's arguments."""
-        ...
-
-    def count(self, batch: dict[str, torch.Tensor]) -> int:
-        """How many of what the loss is a mean over the batch has."""
-        ...
-
-    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the model says of the batch."""
-        ...
-
-    def loss(self, model: Any, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed, not the mean."""
-        ...
-
-    def evaluate(self, model: Any, held: Any, pad: int, device: torch.device, router: Any = None) -> HeldOut: ...
-
-    def evaluate_base(self, model: Any, held: Any, pad: int, device: torch.device) -> HeldOut | None:
-        """The same of the base alone; None where that says nothing."""
-        ...
-
-    def predictions(self, model: Any, held: Any, tokenizer: Any, pad: int, together: int) -> list[dict[str, Any]]:
-        """What the first held-out records are answered, beside what is expected, `together` of them at once, under the
-        route scope that is set."""
-        ...
 
 
 def _objective(config: LoopConfig) -> Objective:
@@ -164,15 +133,23 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+def _digest(records: list[Any]) -> str:
+    gaps = "".join(repr(e.gaps) for e in records if isinstance(e, Example) and e.gaps)
+    return hashlib.sha256((repr(records) + gaps).encode()).hexdigest()
+
+
 class Loop:
-    """Trains the parameters that require gradients; `router` is the adapter's (None for LoRA)."""
+    """Trains the parameters that require gradients; `router` is the adapter's (None for LoRA), and `base` says which
+    base the model has, for a run that is continued."""
 
     def __init__(
         self, model: Any, train: list[Any], held: list[Any], config: LoopConfig, *, pad: int,
         device: torch.device, router: Any = None, folder: Path | None = None, progress: Progress | None = None,
+        base: str = "",
     ):  # fmt: skip
         self.model, self.train, self.held, self.config = model, train, held, config
         self.pad, self.device, self.router, self.folder, self.progress = pad, device, router, folder, progress
+        self.base = base
         self.parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.parameters], lr=config.lr, weight_decay=config.weight_decay
@@ -307,23 +284,24 @@ class Loop:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """What has to be the same for a run to be continued: settings, adapter, type of the base, data."""
+        """What has to be the same for a run to be continued: settings, adapter, the base and its type, data."""
         frozen = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if not p.requires_grad}
         numbers = asdict(self.config)
-        gaps = "".join(repr(e.gaps) for e in self.train if isinstance(e, Example) and e.gaps)
         del numbers["checkpoint_every"]  # changes nothing of what is computed
         return numbers | {
             "adapter": settled(self.model.peft_config["default"]), "dtype": sorted(frozen),
-            "data": hashlib.sha256((repr(self.train) + gaps).encode()).hexdigest(),
+            "data": _digest(self.train), "held_out": _digest(self.held), "base": self.base,
         }  # fmt: skip
 
     def _as_saved(self, saved: dict[str, Any], name: str) -> Any:
         """A setting of a checkpoint. What did not exist when that was written had the value that is now its default,
-        among the loop's settings and among the adapter's."""
+        among the loop's settings and among the adapter's; of the base and what is held out it is not known."""
         if name == "adapter":
             config = self.model.peft_config["default"]
             text = settled(type(config)())
             return json.dumps(json.loads(text) | json.loads(saved[name]), sort_keys=True)
+        if name in ("base", "held_out"):
+            return saved.get(name, self._settings[name])
         return saved.get(name, getattr(LoopConfig(steps=1), name, None))
 
     def save(self, folder: Path) -> None:
@@ -343,9 +321,17 @@ class Loop:
         write_file(folder, CHECKPOINT, buffer.getvalue())
 
     def resume(self, folder: Path) -> None:
-        """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ."""
-        state = torch.load(folder / CHECKPOINT, weights_only=True, map_location=self.device)
-        changed = [k for k, v in self._settings.items() if self._as_saved(state["config"], k) != v]
+        """Continue from a checkpoint of the same settings and data. Raises ConfigError when they differ, and for a file
+        that is no checkpoint."""
+        try:
+            state = torch.load(folder / CHECKPOINT, weights_only=True, map_location=self.device)
+            saved = state["config"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ConfigError(
+                f"{folder / CHECKPOINT} is no checkpoint of a training: start anew, with --overwrite instead of "
+                "--resume."
+            ) from error
+        changed = [k for k, v in self._settings.items() if self._as_saved(saved, k) != v]
         if changed:
             raise ConfigError(
                 f"The checkpoint was made with other settings ({', '.join(changed)}): it cannot continue bit for bit. "

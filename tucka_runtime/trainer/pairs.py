@@ -6,12 +6,11 @@ for prompts and ends as any other (`data`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.data import Example, encode_all, encode_turns
-from tucka_runtime.trainer.records import TrainingRecord, normalise, read
+from tucka_runtime.trainer.records import DataFile, TrainingRecord, normalise
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,14 @@ def encode_pair(record: Any, tokenizer: Tokenizer, max_length: int) -> tuple[lis
 
 
 def load(
-    path: Path, tokenizer: Tokenizer, max_length: int, strict: bool = False, tell: Callable[[str], None] | None = None
+    file: DataFile,
+    tokenizer: Tokenizer,
+    max_length: int,
+    strict: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Pair]:
     """Pairs of a file, as `data.load` has its examples."""
-    return encode_all(path.name, read(path), lambda record: encode_pair(record, tokenizer, max_length), strict, tell)
+    return encode_all(file, lambda record: encode_pair(record, tokenizer, max_length), strict, tell)
 
 
 def _unlearnt(message: Any) -> Any:

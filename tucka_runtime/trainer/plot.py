@@ -6,6 +6,11 @@ from typing import Any
 from tucka_runtime.trainer.evaluate import HeldOut
 
 
+def plain(text: str) -> str:
+    """A text as Matplotlib is to show it: what stands between two dollar signs is no formula."""
+    return text.replace("$", r"\$")
+
+
 def _smooth(values: list[float], width: int) -> list[float]:
     out, window = [], 0.0
     for i, value in enumerate(values):
@@ -23,7 +28,7 @@ def figure(history: Any, result: HeldOut | None, path: Path, title: str, loss_of
     import matplotlib.pyplot as plt
 
     fig, (loss, load, accuracy) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    fig.suptitle(title)
+    fig.suptitle(plain(title))
     steps = range(1, len(history.loss) + 1)
     loss.plot(steps, history.loss, color="0.8", label="each step")
     loss.plot(steps, _smooth(history.loss, max(1, len(history.loss) // 50)), label="smoothed")
@@ -45,7 +50,7 @@ def figure(history: Any, result: HeldOut | None, path: Path, title: str, loss_of
         load.text(0.5, 0.5, "no experts", ha="center")
         load.set_axis_off()
     if result is not None and result.by_task:
-        bars = accuracy.bar(list(result.by_task), list(result.by_task.values()))
+        bars = accuracy.bar(list(map(plain, result.by_task)), list(result.by_task.values()))
         accuracy.bar_label(bars, fmt="%.2f")
         accuracy.set(ylabel=f"{share_of}, held out", ylim=(0, 1.1))
         accuracy.tick_params(axis="x", rotation=30)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tucka_runtime.trainer.answers import answer_logps, answered
 from tucka_runtime.trainer.data import collate
 from tucka_runtime.trainer.decode import predictions
-from tucka_runtime.trainer.evaluate import Tally, measuring
+from tucka_runtime.trainer.evaluate import Tally, batches, measuring
 from tucka_runtime.trainer.pairs import Pair
 
 TOGETHER = 32  # pairs in a batch of the evaluation
@@ -72,19 +72,17 @@ class Preferences:
         self, model: Any, held: Sequence[Pair], pad: int, device: torch.device, router: Any = None
     ) -> PreferenceEvaluation:
         """Evaluates under the route scope that is set."""
-        order = sorted(held, key=lambda pair: (pair.task, pair.tokens))
         found: list[Tensor] = []
         tally = Tally()
         with measuring(model, router):
-            for i in range(0, len(order), TOGETHER):
-                pairs = order[i : i + TOGETHER]
+            for pairs in batches(held, TOGETHER, router):
                 batch = {name: tensor.to(device) for name, tensor in self.collate(pairs, pad).items()}
                 logits = answered(model, batch)
                 tally.routed(pairs, router, 2 * len(pairs))  # the chosen answers' rows come first
                 found.append(torch.stack(self._rewards(model, logits, batch)).cpu())
+                tally.judge(pairs, (found[-1][0] > found[-1][1]).tolist())
         chosen, rejected = torch.cat(found, dim=1)
         margins = chosen - rejected
-        tally.judge(order, (margins > 0).tolist())
         loss, margin = (x.mean().item() for x in (-nn.functional.logsigmoid(margins), margins))
         return PreferenceEvaluation(
             loss, tally.share, margin, chosen.mean().item(), rejected.mean().item(), tally.by_task, tally.groups

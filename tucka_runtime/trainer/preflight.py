@@ -60,9 +60,9 @@ def check_targets(settings: AdapterSettings, sizes: dict[str, tuple[int, int]]) 
     return sorted({name for names in reached.values() for name in names})
 
 
-def check_labels(train: Sequence[Labelled], held: Sequence[Labelled]) -> tuple[str, ...]:
-    """The labels of a classifier, in their order. Raises ConfigError where there is nothing to tell apart, or what is
-    held out has labels that no training text has."""
+def check_labels(train: Sequence[Labelled], held: Sequence[Labelled], config: Any) -> tuple[str, ...]:
+    """The labels of a classifier, in their order. Raises ConfigError where there is nothing to tell apart, what is held
+    out has labels that no training text has, or the base is a classifier of another number of labels already."""
     labels = labels_of([*train, *held])
     if len(labels) < 2:
         raise ConfigError(f"Every text is labelled {labels[0]!r}: a classifier needs texts of two labels or more.")
@@ -71,12 +71,27 @@ def check_labels(train: Sequence[Labelled], held: Sequence[Labelled]) -> tuple[s
             f"No text to train on is labelled {', '.join(map(repr, unseen))}, but texts held out are. Add some, or "
             "hold out others (--seed, --eval-data)."
         )
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if is_classifier and config.num_labels != len(labels):
+        raise ConfigError(
+            f"The base is a classifier of {config.num_labels} labels already, and the texts have {len(labels)}. Name "
+            "the model that it was made of as --model."
+        )
     return labels
 
 
-def longest_record(asked: int | None, config: Any) -> int:
+def context_of(model: Any) -> int | None:
+    """The longest text of a model in tokens; None where its configuration names none. RoBERTa and its like begin to
+    count positions behind that of padding."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and (padding := getattr(module, "padding_idx", None)) is not None:
+            context = module.num_embeddings - padding - 1
+    return context
+
+
+def longest_record(asked: int | None, context: int | None) -> int:
     """The limit of a record in tokens. Raises ConfigError where the base's context ends before."""
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if asked is not None and asked < 2:
         raise ConfigError("--max-length must be at least 2: a prompt and an end.")
     if context is None:
@@ -84,6 +99,11 @@ def longest_record(asked: int | None, config: Any) -> int:
     if asked is not None and asked > context:
         raise ConfigError(f"--max-length {asked} is more than the base's context of {context} tokens.")
     return asked or min(LONGEST, context)
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the one in which it would be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def check_disk(folder: Path, parameters: int, checkpoints: bool, beside: int = 0) -> None:
@@ -99,8 +119,7 @@ def check_disk(folder: Path, parameters: int, checkpoints: bool, beside: int = 0
             "Lower --r, or name fewer --target-modules."
         )
     needed = (4 * beside + weights) * (9 if checkpoints else 1) + 2**20
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         less = ", or write no checkpoints (--checkpoint-every 0)" if checkpoints else ""
         raise ConfigError(

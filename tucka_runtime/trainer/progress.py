@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tucka_runtime.terminal import say
 from tucka_runtime.trainer.evaluate import HeldOut, in_words
 from tucka_runtime.trainer.tracking import Tracker
 
@@ -61,6 +62,11 @@ def collapsed(loads: list[list[int]], turn: int) -> str | None:
     )
 
 
+def tenth(steps: int) -> int:
+    """After how many steps something is due that is done ten times in `steps`, or less often in few."""
+    return max(1, -(-steps // 10))
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
@@ -74,7 +80,7 @@ class TrainingFigures:
 
     def __init__(self, steps: int, turn: int, trackers: Sequence[Tracker] = ()):
         self._turn, self._trackers = turn, trackers
-        self._loads: deque[list[int]] = deque(maxlen=turn * max(1, -(-max(1, steps // 10) // turn)))
+        self._loads: deque[list[int]] = deque(maxlen=turn * -(-tenth(steps) // turn))
         self._started = time.monotonic()
         self.tokens = 0
 
@@ -122,8 +128,8 @@ class TrainingProgress:
         text = f"{said} {self._figures.tokens / seconds:.0f} tok/s"
         self._bar.update(1)
         self._bar.set_postfix_str(text, refresh=False)
-        tenth = step.number % max(1, self._steps // 10) == 0 or step.number == self._steps
-        if self._bar.disable and (tenth or now - self._said >= SECONDS_BETWEEN_LINES):
+        due = step.number % tenth(self._steps) == 0 or step.number == self._steps
+        if self._bar.disable and (due or now - self._said >= SECONDS_BETWEEN_LINES):
             self._said = now
             left = seconds / (step.number - self._done) * (self._steps - step.number)
             self._write(f"step {step.number}/{self._steps} {text} elapsed {clock(seconds)} left {clock(left)}")
@@ -141,7 +147,7 @@ class TrainingProgress:
 
     def _write(self, line: str) -> None:
         if self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
+            say(line, sys.stderr)
         else:
             self._bar.write(line, file=sys.stderr)
 
@@ -190,7 +196,7 @@ class JobsProgress:
         self._turns += 1
         now = time.monotonic()
         longest = max(job.steps - job.first for job in self.jobs)
-        if self._turns % max(1, longest // 10) and now - self._said < SECONDS_BETWEEN_LINES:
+        if self._turns % tenth(longest) and now - self._said < SECONDS_BETWEEN_LINES:
             return
         self._said = now
         seconds = max(now - self._started, 1e-9)
@@ -203,4 +209,4 @@ class JobsProgress:
 
     @staticmethod
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)

@@ -2,6 +2,7 @@
 into one of three forms."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from contextlib import suppress
@@ -37,29 +38,50 @@ class TrainingRecord:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def read(path: Path) -> list[tuple[str, Any]]:
-    """(where, record or its JSON text) of a file: gzipped or not, with a byte order mark or not, lines ending in either
-    way, blank ones skipped; or of a folder that `datasets` saved. Raises DataError for what cannot be read, and for no
-    records."""
+@dataclass(frozen=True)
+class DataFile:
+    """A file's rows, each with where it stands, as a record or as its JSON text; and the digest of what was read."""
+
+    name: str
+    sha256: str
+    rows: list[tuple[str, Any]]
+
+
+def read(path: Path) -> DataFile:
+    """A file: gzipped or not, with a byte order mark or not, lines ending in either way, blank ones skipped; or a
+    folder that `datasets` saved. It is read once, as a pipe can be. Raises DataError for what cannot be read, and for
+    no records."""
+    data = _bytes(path)
+    sha256 = hashlib.sha256(data).hexdigest()
     if path.is_dir():
-        found = _folder(path)
+        rows = _folder(path)
     else:
-        data = _bytes(path)
-        found = _parquet(path) if data.startswith(b"PAR1") else _lines(_text(data))
-    if not found:
+        data = _unpacked(path, data)
+        rows = _parquet(path, data) if data.startswith(b"PAR1") else _lines(_text(path, data))
+    if not rows:
         raise DataError(f"The data file {path} holds no records: one JSON object a line is expected.")
-    return found
+    return DataFile(path.name, sha256, rows)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 that `read` gives. Raises DataError."""
+    return hashlib.sha256(_bytes(path)).hexdigest()
 
 
 def _bytes(path: Path) -> bytes:
+    """What is in the file, or in the folder's files."""
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            return gzip.decompress(data)
-        return data
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        return b"".join(file.read_bytes() for file in files)
+    except OSError as error:
+        raise DataError(f"The data file {path} cannot be read: {error.strerror}.") from error
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    try:
+        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or "it is not whole gzip data"
-        raise DataError(f"The data file {path} cannot be read: {reason}.") from error
+        raise DataError(f"The data file {path} cannot be read: it is not whole gzip data.") from error
 
 
 def normalise(record: Any) -> TrainingRecord:
@@ -74,7 +96,7 @@ def normalise(record: Any) -> TrainingRecord:
     for key in ("messages", "conversations"):
         if key in record:
             return _conversation(record, key, record[key], task)
-    if "instruction" in record:
+    if "instruction" in record and "completion" not in record:
         return _alpaca(record, task)
     if "chosen" in record and "rejected" in record and "completion" not in record:
         raise ValueError("it is a preference pair (chosen and rejected), of which --objective dpo learns")
@@ -127,12 +149,12 @@ def _continued(record: dict[str, Any], task: str) -> TrainingRecord:
     return _conversation(rest | {"messages": ()}, "messages", before + record["completion"], task)
 
 
-def _text(data: bytes) -> str:
+def _text(path: Path, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"line {line}: not UTF-8. Save the file as UTF-8; nothing was trained.") from error
+        raise DataError(f"{path}, line {line}: not UTF-8. Save the file as UTF-8; nothing was trained.") from error
 
 
 def _lines(text: str) -> list[tuple[str, Any]]:
@@ -143,15 +165,15 @@ def _lines(text: str) -> list[tuple[str, Any]]:
     return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _parquet(path: Path) -> list[tuple[str, Any]]:
+def _parquet(path: Path, data: bytes) -> list[tuple[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(_needs(path, "Parquet", "pyarrow")) from error
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+        rows = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError for a text that is not UTF-8
         raise DataError(f"The data file {path} cannot be read as Parquet; nothing was trained.") from error
     return [(f"record {i}", _filled(row)) for i, row in enumerate(rows, 1)]
 

@@ -258,6 +258,6 @@ class TrainingRouter:
         return {"bias": self.bias.clone(), "last_group": self._last_group, **self.statistics()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bias = state["bias"].clone()
+        self.bias = state["bias"].cpu().clone()  # a checkpoint may have been read onto the device
         self.counts = torch.tensor(state["counts"])
         self.forwards, self.changes, self._last_group = state["forwards"], state["changes"], state["last_group"]

@@ -15,7 +15,7 @@ from itertools import chain, groupby
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tucka_runtime.errors import ConfigError
@@ -28,7 +28,9 @@ NAME = "default"  # of the adapter in each PEFT model
 
 def clone(base: nn.Module) -> Any:
     """The modules once more, on the same weights and buffers."""
-    return copy.deepcopy(base, {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())})
+    # The state is bitsandbytes' of an 8-bit linear: the first forward moves the weight into it.
+    states = (module.state for module in base.modules() if type(module).__name__ == "Linear8bitLt")
+    return copy.deepcopy(base, {id(own): own for own in chain(base.parameters(), base.buffers(), states)})
 
 
 class Member:
@@ -40,7 +42,7 @@ class Member:
         self.layers: dict[str, Any] = {
             name: module
             for name, module in model.base_model.model.named_modules()
-            if isinstance(module, TuckALinear | LoraLinear)
+            if isinstance(module, TuckALinear | LoraLayer)
         }
         shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
         self.shapes = (router is None, tuple(self.layers), shapes)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tucka_runtime.adapters.files import TRAINING_NAME
+from tucka_runtime.terminal import aligned
+from tucka_runtime.trainer.plot import plain
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ def table(rows: Sequence[Outcome]) -> str:
         figures += [_figure(getattr(row, name), 3) for name in shares]
         said = f"failed: {row.failed.splitlines()[0]}" if row.failed else "best" if row is first else ""
         lines.append([row.name, str(row.steps or "-"), *figures, said])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -80,7 +81,7 @@ def _picture(rows: Sequence[Outcome], path: Path) -> None:
 
     size = (11, 1 + 0.4 * len(rows))
     fig, (exact, loss) = plt.subplots(1, 2, figsize=size, sharey=True, constrained_layout=True)
-    names = [row.name + (" (failed)" if row.failed else "") for row in rows]
+    names = [plain(row.name) + (" (failed)" if row.failed else "") for row in rows]
     exact.bar_label(exact.barh(names, [row.right or 0.0 for row in rows]), fmt="%.3f", padding=4)
     pairs = any(row.accuracy is not None for row in rows)
     exact.set(xlabel="accuracy of pairs, held out" if pairs else "exact match, held out", xlim=(0, 1.15))

@@ -44,8 +44,16 @@ class Talk:
         `Tokenizer.shield`. Raises ValueError with the reason where one cannot be."""
         for i, learnt in enumerate(self._learnt):
             if learnt:
-                prompt = self._render(self._messages[:i], asks=True)
+                prompt = self._prompt(i)
                 yield prompt, *self._said(prompt, i)
+
+    @property
+    def last_prompt(self) -> str:
+        """The prompt of the last turn that is learnt. Raises what the template raises."""
+        return self._prompt(max(i for i, learnt in enumerate(self._learnt) if learnt))
+
+    def _prompt(self, i: int) -> str:
+        return self._render(self._messages[:i], asks=True)
 
     def marked(self) -> list[tuple[str, bool]]:
         """The whole conversation in pieces, and which of them are learnt: those that the template puts between

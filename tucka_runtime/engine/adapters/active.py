@@ -28,6 +28,8 @@ class ActiveSet:
     """Side of the largest core; 0 if none depends on a route or a member."""
     max_rank: int
     """The largest rank of all factors."""
+    in_deltas: bool
+    """Whether deltas are all that any of them brings."""
     layouts: dict[object, tuple[Segments, Plans]] = field(default_factory=dict)
     """The last layout, by what it was made of."""
 
@@ -79,4 +81,5 @@ def active_set(
         arch=arch,
         core_rank=max(a.core_rank for a in adapters),
         max_rank=max(a.max_rank for a in adapters),
+        in_deltas=all(a.in_deltas for a in adapters),
     )

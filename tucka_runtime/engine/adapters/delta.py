@@ -40,7 +40,8 @@ longer where those of any one site run behind it, 9% where all do (`step` of doc
 class Settled:
     """The cores of the last batch. One of the same adapters in the same rows takes their place and writes over what
     routes make of them; one of the same segments whose routes were all known before it takes them as they are, so that
-    what only decodes makes no core twice."""
+    what only decodes makes no core twice; one of the same segments that are routed by other tokens of theirs, as they
+    are that decode under a batch's route, also takes what says where these and their cores lie."""
 
     active: "ReferenceType[ActiveSet] | None" = None
     """Weak, so that the adapters of the last batch do not stay in memory for its sake."""
@@ -51,6 +52,11 @@ class Settled:
     cores: Tensor | None = None
     site_cores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     routes: list[Routes] = field(default_factory=list)
+    segments: Segments | None = None
+    plan: tuple[list[int], RoutePlan] | None = None
+    """Which of the segments are routed, and how, if each is by its rows' tokens."""
+    ids: Tensor | None = None
+    """The tokens (T,) that the plan reads."""
 
     def _same(self, delta: "AdapterDelta") -> bool:
         return self.active is not None and self.active() is delta.active
@@ -71,12 +77,30 @@ class Settled:
         delta.cores, delta.site_cores = self.cores, self.site_cores
         return True
 
+    def route_again(self, delta: "AdapterDelta", segments: Sequence[Segment], ids: Tensor) -> bool:
+        """Routes a batch of these segments and makes its cores, if it is the same batch with other tokens."""
+        if self.plan is None or delta.segments is not self.segments or not self._same(delta):
+            return False
+        if not all(map(_by_rows, segments)):
+            return False
+        assert self.ids is not None
+        self.ids.copy_(ids)
+        delta.cores, delta.site_cores = self.cores, self.site_cores
+        delta.make_routed(*self.plan)
+        return True
+
     def keep(
-        self, delta: "AdapterDelta", made_of: tuple[object, ...] | None, room_of: tuple[object, ...] | None
+        self,
+        delta: "AdapterDelta",
+        made_of: tuple[object, ...] | None,
+        room_of: tuple[object, ...] | None,
+        plan: tuple[list[int], RoutePlan] | None,
+        ids: Tensor,
     ) -> None:
         assert delta.active is not None
         self.active, self.made_of, self.room_of = ref(delta.active), made_of, room_of
         self.cores, self.site_cores, self.routes = delta.cores, delta.site_cores, delta.routes
+        self.segments, self.plan, self.ids = delta.segments, plan, ids
 
 
 def _made_of(segments: Sequence[Segment], active: ActiveSet) -> tuple[object, ...] | None:
@@ -86,13 +110,18 @@ def _made_of(segments: Sequence[Segment], active: ActiveSet) -> tuple[object, ..
     return tuple((s.first, s.end, s.adapter, s.given, s.member) for s in segments)
 
 
+def _by_rows(segment: Segment) -> bool:
+    """Whether a segment's route, if it has one, comes from the tokens of its rows, and nothing else makes its core."""
+    return segment.given is None and segment.prompt is None and segment.member is None
+
+
 def _waits(segment: Segment, active: ActiveSet) -> bool:
     """Whether a segment's route is known only when the pass comes to its router."""
     folded = active.folded[segment.adapter]
     routed = folded.routed
     if routed is None or folded.further or segment.given is not None:
         return False
-    return routed.router.table is None or segment.ids is None
+    return routed.router.table is None
 
 
 @dataclass(eq=False)
@@ -137,7 +166,7 @@ class AdapterDelta:
 
     @staticmethod
     def build(
-        num_rows: int,
+        ids: Tensor,
         segments: Sequence[Segment],
         sums: Sequence[RouteSum],
         active: ActiveSet | None,
@@ -146,8 +175,9 @@ class AdapterDelta:
         device: torch.device,
         settled: Settled,
     ) -> "AdapterDelta":
-        """Routes what is known from token ids alone and makes its cores; the rest waits for its site. `dtype` is the
-        cores' type; `settled` is what this build and the next share."""
+        """Routes what is known from token ids alone and makes its cores; the rest waits for its site. `ids` (T,) are
+        the rows' tokens, `dtype` is the cores' type; `settled` is what this build and the next share."""
+        num_rows = len(ids)
         delta = AdapterDelta(num_rows, ops, active, keys=[s.adapter for s in segments])
         if active is None:
             return delta
@@ -156,13 +186,21 @@ class AdapterDelta:
             if adapter.routed is not None:
                 at = adapter.routed.router.at
                 delta.sums.setdefault((at.layer, at.site), []).append(part)
-            delta._replace(adapter, part.first, part.end)
-        for segment in segments:
-            delta._replace(active.folded[segment.adapter], segment.first, segment.end)
+        if not active.in_deltas:
+            spans = [(s.adapter, s.first, s.end) for s in sums] + [(s.adapter, s.first, s.end) for s in segments]
+            for key, first, end in spans:
+                delta._replace(active.folded[key], first, end)
         if segments:
             rows = core_rows(segments, active)
-            spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-            delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
+            indexed = [(s.first, s.end, active.index[s.adapter]) for s in segments]
+            delta.segments, delta.plans = active.layout(indexed, rows, num_rows, device)
+            begin = time.monotonic()
+            if settled.route_again(delta, segments, ids):
+                delta.route_seconds = time.monotonic() - begin
+                return delta
+            for segment in segments:
+                if segment.ids is None:
+                    segment.ids = ids[segment.first : segment.end]
             made_of = _made_of(segments, active)
             if not settled.take(delta, made_of):
                 # Before its router an adapter changes nothing: what waits for that finds nothing in its core.
@@ -173,9 +211,9 @@ class AdapterDelta:
                 if delta.cores is not None:
                     write_members(segments, rows, active, delta.cores)
                 begin = time.monotonic()
-                delta._route(segments, active, device)
+                plan = delta._route(segments, active, device)
                 delta.route_seconds = time.monotonic() - begin
-                settled.keep(delta, made_of, room_of)
+                settled.keep(delta, made_of, room_of, plan if all(map(_by_rows, segments)) else None, ids)
         return delta
 
     def _replace(self, adapter: FoldedAdapter, first: int, end: int) -> None:
@@ -198,27 +236,38 @@ class AdapterDelta:
             self.cores[last] = torch.eye(rank, device=device)
         write_identities(segments, rows, active, self.cores)
 
-    def _route(self, segments: Sequence[Segment], active: ActiveSet, device: torch.device) -> None:
-        """The cores of all segments whose route is given or known from token ids; the others start to wait."""
-        ready = []
+    def _route(
+        self, segments: Sequence[Segment], active: ActiveSet, device: torch.device
+    ) -> tuple[list[int], RoutePlan] | None:
+        """The cores of all segments whose route is given or known from token ids; the others start to wait. Returns
+        those that were routed, and how, where there is no other kind."""
+        ready, others = [], False
         for s, segment in enumerate(segments):
             folded = active.folded[segment.adapter]
             routed = folded.routed
             if routed is None:
                 continue
             if folded.further:
+                others = True
                 self._route_each(s, segment, folded, device)
             elif _waits(segment, active):
+                others = True
                 at = routed.router.at
                 rows = slice(segment.first, segment.routed_end)
                 self.waiting.setdefault((at.layer, at.site), []).append((s, rows))
             else:
                 ready.append(s)
-        if ready:
-            plan = self._plan(ready, [segments[s] for s in ready], device)
-            if plan.limits.tokens:
-                self.ops.route_ids(plan)
-            self._make_cores(ready, plan)
+        if not ready:
+            return None
+        plan = self._plan(ready, [segments[s] for s in ready], device)
+        self.make_routed(ready, plan)
+        return None if others else (ready, plan)
+
+    def make_routed(self, own: list[int], plan: RoutePlan) -> None:
+        """The cores of segments that the plan routes by token ids, or whose routes it knows."""
+        if plan.limits.tokens:
+            self.ops.route_ids(plan)
+        self._make_cores(own, plan)
 
     def _route_each(self, s: int, segment: Segment, folded: FoldedAdapter, device: torch.device) -> None:
         """The same of a combination with several routers, all of which know their routes from token ids: each makes its

@@ -172,7 +172,7 @@ class FoldedAdapter:
     def max_rank(self) -> int:
         return max((u.shape[0] for u, _ in self.factors.values()), default=0)
 
-    @property
+    @cached_property
     def core_rank(self) -> int:
         """The side of its cores; 0 where they are constant."""
         return self.max_rank if self.routed else self.bank.rank if self.bank else 0

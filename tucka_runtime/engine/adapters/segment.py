@@ -18,7 +18,7 @@ class Segment:
 
     The route is `given`, or comes from the tokens `ids`, or, where the adapter has no table of them, from the router's
     inputs. `ids` are those of the `prompt`, the tokens that a sequence of its own is routed by, if there is one, else
-    of the rows; router inputs are those of the same tokens.
+    of the rows (None: not looked up so far); router inputs are those of the same tokens.
     """
 
     first: int

@@ -51,9 +51,10 @@ def verify(adapter: Adapter, arch: Architecture, weights: Weights, ops: Ops, dty
     active = ActiveSet.stack([folded], arch, dtype, device)
     random = torch.Generator().manual_seed(0)
     where, worst = locate(arch), dict.fromkeys(adapter.modules, 0.0)
+    tokens = torch.zeros(ROWS, dtype=torch.int64, device=device)  # no route comes of them
     for route, member in _choices(adapter, random):
         segment = Segment(0, ROWS, KEY, given=route, member=member)
-        delta = AdapterDelta.build(ROWS, [segment], [], active, ops, dtype, device, Settled())
+        delta = AdapterDelta.build(tokens, [segment], [], active, ops, dtype, device, Settled())
         for layer, s in active.sites:
             site = arch.sites[s]
             x = torch.randn(ROWS, site.d_in, generator=random).to(device, kind)
@@ -169,9 +170,7 @@ def _routing(
         else:
             ids = torch.randint(adapter.vocab_size or arch.vocab, (ROWS,), generator=random).to(device)
             active = ActiveSet.stack([folded], arch, dtype, device)
-            delta = AdapterDelta.build(
-                ROWS, [Segment(0, ROWS, KEY, ids=ids)], [], active, ops, dtype, device, Settled()
-            )
+            delta = AdapterDelta.build(ids, [Segment(0, ROWS, KEY)], [], active, ops, dtype, device, Settled())
             groups, found = delta.routes[0].groups, delta.routes[0].weights
             x = _router_input(adapter, arch, weights, ids)
         logits = (adapter.ec.to(device).double() @ x.double().mean(0)).view(config.k, config.t)

@@ -80,10 +80,11 @@ def _examples(args: argparse.Namespace) -> list[Any]:
     from tucka_runtime.trainer.base_model import load_tokenizer
     from tucka_runtime.trainer.data import encode, load
     from tucka_runtime.trainer.experiments.tasks import TASKS
+    from tucka_runtime.trainer.records import read
 
     tokenizer = load_tokenizer(args.model)
     if args.data:
-        return load(args.data, tokenizer, args.max_length)
+        return load(read(args.data), tokenizer, args.max_length)
     found = []
     for task in TASKS.values():
         for prompt, answer, _ in islice(task.records(0, False), args.steps * args.batch_size // len(TASKS) + 1):

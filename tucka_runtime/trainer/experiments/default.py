@@ -98,9 +98,10 @@ def measure(base: Path, adapter: Path, held: Path) -> dict[str, Any]:
     from tucka_runtime.trainer.data import load
     from tucka_runtime.trainer.evaluate import evaluate
     from tucka_runtime.trainer.experiments.together import serving_scopes
+    from tucka_runtime.trainer.records import read
 
     model, tokenizer, device = load_base(base, "float32", "cpu")
-    examples = load(held, tokenizer, 1024)
+    examples = load(read(held), tokenizer, 1024)
     pad = end = tokenizer.ends[0]  # padding is masked: any token does
     row: dict[str, Any] = {"base": evaluate(model, examples, pad, device).exact}
     model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()

@@ -109,6 +109,7 @@ def _steps(jobs: dict[str, dict[str, Any]], way: str) -> float:
     from tucka_runtime.trainer.data import load
     from tucka_runtime.trainer.jobs import Job, Together
     from tucka_runtime.trainer.loop import Loop, LoopConfig
+    from tucka_runtime.trainer.records import read
     from tucka_runtime.trainer.shared import clone
 
     cpu, folder = torch.device("cpu"), FOLDER / "base"
@@ -118,7 +119,7 @@ def _steps(jobs: dict[str, dict[str, Any]], way: str) -> float:
         alpha = 64.0 if job["method"] == "tucka" else 16.0
         model = attach(clone(base), AdapterSettings(method=job["method"], alpha=alpha), 0)
         seed_all(0)
-        examples = load(Path(job["data"]), tokenizer, 512)
+        examples = load(read(Path(job["data"])), tokenizer, 512)
         config = LoopConfig(steps=job["steps"], batch_size=job["batch_size"], lr=job["lr"], route_batch="mixed")
         loops[name] = Loop(model, examples, [], config, pad=0, device=cpu, router=router_of(model))
     cores = machine.cores().count

