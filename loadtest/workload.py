@@ -71,7 +71,7 @@ def read_lines(path: str) -> list[dict[str, Any]]:
             item = None
         if not isinstance(item, dict):
             raise ConfigError(f"{path}, line {number}: not a JSON object")
-        if "timestamp" in item:
+        if isinstance(item.get("timestamp"), int | float):
             item.setdefault("at", item["timestamp"] / 1000)
         items.append(item)
     if not items:

@@ -118,6 +118,22 @@ def test_a_schema_as_it_is_made(name: str) -> None:
         ({"type": "array", "items": {"type": "number"}, "contains": {"const": 1}, "maxContains": 2}, [2, 1], [1, 1, 1]),
         ({"contains": {"type": "string"}}, ["a"], [1]),
         ({"contains": {"type": "string"}}, 3, []),
+        ({"type": "string", "contains": {"const": 1}, "uniqueItems": True}, "x", [1]),
+        ({"type": ["array", "null"], "items": False, "contains": {}}, None, [1]),
+        ({"type": "array", "contains": {"const": 1}, "minContains": 2.0, "maxItems": 3.0}, [0, 1, 1], [0, 1]),
+        ({"type": "array", "minItems": 1.0, "items": {"type": "null"}}, [None], []),
+        ({"type": ["array", "null"], "uniqueItems": True, "items": {"type": "boolean"}}, None, [True, True]),
+        ({"uniqueItems": True, "items": {"enum": [1]}}, "x", [1, 1]),
+        ({"type": "array", "uniqueItems": True, "items": {"const": True, "type": "boolean"}}, [True], [False]),
+        ({"type": "array", "uniqueItems": True, "items": {"type": "string", "enum": ["a", 1]}}, ["a"], [1]),
+        ({"type": "array", "uniqueItems": True, "items": {"type": ["null", "boolean"]}}, [None, True], [None, None]),
+        ({"type": "array", "uniqueItems": True, "items": {"enum": [1, 1.0, True]}}, [1, True], [1, 1]),
+        ({"not": {"const": True, "type": "boolean"}}, False, True),
+        ({"not": {"const": True, "type": "boolean"}, "type": "boolean"}, False, True),
+        ({"enum": [1, True, "a"], "not": {"const": True}}, 1, True),
+        ({"enum": [1, "a"], "not": {"const": 1.0}}, "a", 1),
+        ({"propertyNames": {"type": "string", "enum": ["a", 1]}}, {"a": 1}, {"b": 1}),
+        ({"propertyNames": {"type": "null"}}, {}, {"a": 1}),
     ],
 )  # fmt: skip
 def test_what_is_put_into_other_words_means_the_same(schema: dict[str, Any], right: object, wrong: object) -> None:
@@ -139,11 +155,41 @@ def test_what_is_put_into_other_words_means_the_same(schema: dict[str, Any], rig
         ({"$defs": {"N": {"if": {"type": "null"}, "then": {"const": 1}}}, "$ref": "#/$defs/N"}, "#/$defs/N"),
         ({"properties": {"a secret": {"not": {"pattern": "x"}}}}, "#/properties/?"),
         ({"type": "array", "items": {"enum": [1, 2, 3, 4, 5]}, "uniqueItems": True}, "#"),
+        ({"type": "array", "items": {"enum": ["a", "bb"], "maxLength": 1}, "uniqueItems": True}, "#"),
+        ({"type": "array", "prefixItems": [{}], "items": {"enum": ["a"]}, "uniqueItems": True}, "#"),
+        ({"propertyNames": {"enum": ["a"]}, "patternProperties": {"^a": {"type": "null"}}}, "#"),
+        ({"propertyNames": {"pattern": "a", "maxLength": 1}}, "#"),
+        ({"propertyNames": {"$ref": "#/$defs/N", "maxLength": 1}, "$defs": {"N": {"enum": ["a", "bb"]}}}, "#"),
+        ({"properties": {"a": {"type": "array", "minItems": 1.5}}}, "#/properties/a"),
     ],
 )
 def test_where_it_cannot_be_followed(schema: dict[str, Any], place: str) -> None:
     reason = refusal(schema)
     assert reason is not None and f"(at `{place}`)" in reason
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *({"type": "array", "contains": {}, key: "x"} for key in ("minContains", "maxContains", "maxItems")),
+        *({"type": "array", "contains": {}, "minContains": count} for count in (-1, 1.5, True, None, 1e300)),
+        {"type": "array", "uniqueItems": True, "items": {"enum": [1]}, "maxItems": "x"},
+        {"type": "array", "uniqueItems": True, "items": {"enum": 1}},
+        {"propertyNames": {"enum": ["a"]}, "properties": []},
+        {"propertyNames": {"pattern": "a"}, "patternProperties": []},
+        *({"unevaluatedProperties": False, key: 5} for key in ("required", "allOf", "properties")),
+        {"type": "string", "allOf": 5, "pattern": "^(?=a)b"},
+        {"format": [], "pattern": "(?=a)"},
+        {"type": "number", "not": {"const": 1e999}},
+    ],
+)
+def test_what_is_malformed_is_refused(schema: dict[str, Any]) -> None:
+    assert refusal(schema) is not None
+
+
+def test_what_nothing_can_match() -> None:
+    assert refusal({"not": {}}) == "nothing can match it (at `#`)"
+    assert refusal({"type": "integer", "not": {"const": 1e999}}) is None
 
 
 @pytest.mark.parametrize("shift", range(4))
@@ -161,7 +207,15 @@ def nested(times: int, **more: Any) -> dict[str, Any]:
     return schema
 
 
-@pytest.mark.parametrize("schema", [nested(9), nested(30), nested(9, minItems=1)])
+SHORT = {"type": "array", "contains": {}, "minContains": 2_000_000}
+FEWER = {"type": "array", "contains": {}, "minContains": 2_000}
+LONG = [f"{i:03d}" + "x" * 250 for i in range(40)]
+OFTEN = {"allOf": [{"not": {"$ref": "#/$defs/L"}}] * 100, "$defs": {"L": {"enum": LONG}}}
+
+
+@pytest.mark.parametrize(
+    "schema", [nested(9), nested(30), nested(9, minItems=1), SHORT, {"anyOf": [FEWER] * 200}, OFTEN]
+)
 def test_what_a_few_words_ask_for_is_bounded(schema: dict[str, Any]) -> None:
     begin = time.thread_time()
     reason = refusal(schema)

@@ -32,7 +32,6 @@ class Ring:
         points = sorted((_hash(f"{place}/{point}"), at) for at, place in enumerate(places) for point in range(POINTS))
         self._points = [point for point, _ in points]
         self._owners = [owner for _, owner in points]
-        self._starts: dict[str, int] = {}
 
     def home(self, adapter: str) -> int:
         """The position in `places` of the adapter's own replica."""
@@ -49,10 +48,7 @@ class Ring:
                 yield owner
 
     def _start(self, adapter: str) -> int:
-        start = self._starts.get(adapter)
-        if start is None:
-            start = self._starts[adapter] = bisect(self._points, _hash(adapter)) % len(self._points)
-        return start
+        return bisect(self._points, _hash(adapter)) % len(self._points)
 
 
 def bound(total: int, replicas: int, spill_at: int = SPILL_AT) -> float:

@@ -1,5 +1,6 @@
 """What the command line says to a server, and how it is told where that is and what opens it."""
 
+import http.client
 import json
 import os
 import urllib.error
@@ -75,7 +76,7 @@ class Client:
                 return read
         except urllib.error.HTTPError as error:
             raise TuckaError(self._message(error)) from None
-        except (urllib.error.URLError, OSError, ValueError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise TuckaError(
                 f"No answer from {self._url}: {reason}. Is the server running, is the address right?"

@@ -2,6 +2,7 @@
 `--config file.yaml` all read these fields.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -89,7 +90,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -225,7 +226,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         for name in ("adapter_versions", "max_body_bytes", "max_n", "max_connections", "keep_alive_timeout"):
             _check_at_least(self, name, 1)
         for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
@@ -247,11 +248,13 @@ class ServerConfig:
             raise ConfigError("otlp_traces_endpoint must be a whole URL, as http://127.0.0.1:4318/v1/traces")
 
 
-def _check_choices(config: Any) -> None:
+def _check_values(config: Any) -> None:
     for f in fields(config):
-        choices = f.metadata.get("choices")
-        if choices and getattr(config, f.name) not in choices:
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if choices and value not in choices:
             raise ConfigError(f"{f.name} must be one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name} must be a finite number, not {value}.")
 
 
 def _check_at_least(config: Any, name: str, least: int) -> None:

@@ -122,7 +122,7 @@ def followed(schema: str) -> str:
         raise UnusableError(str(error)) from None
     except RecursionError:
         raise UnusableError(REASONS["recursion"]) from None
-    except ValueError:
+    except (ValueError, TypeError, AttributeError, OverflowError):  # a keyword's value is not of the keyword's type
         raise UnusableError("it is no JSON schema") from None
     if message:
         reason = next((ours for theirs, ours in REASONS.items() if message.startswith(theirs)), "it is no JSON schema")
@@ -134,7 +134,7 @@ def _told(schema: Any) -> tuple[str, str]:
     """A schema as text, with JSON_OPTIONS, and llguidance's message about it; that is empty if there is none. Raises
     ValueError for what is no JSON."""
     if not isinstance(schema, dict):
-        return "", "Expecting object"
+        return "", "Unsatisfiable" if schema is False else "Expecting object"
     text = json.dumps({**schema, "x-guidance": JSON_OPTIONS}, allow_nan=False)
     return text, _complaint(_of_followed(text))
 

@@ -36,7 +36,8 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name) or {"", ".", ".."} & set(name.split("/")):
         raise InvalidRequestError(
             "an adapter's name must be 1 to 128 letters, digits or characters of `. _ : / @ -`, without empty, `.` or "
-            "`..` parts between slashes. Choose another name."
+            "`..` parts between slashes. Choose another name.",
+            "name",
         )
 
 

@@ -15,7 +15,7 @@ _SAYS = frozenset(
     | {"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas"}
 )
 """Keywords beside which `properties` are not all that is known of an object's fields."""
-_NOTES = frozenset({"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"})
+NOTES = frozenset({"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"})
 _FURTHEST = 64  # references that lead to one another
 
 
@@ -26,9 +26,9 @@ def held_to_fields(root: Any) -> Any:
 
 
 def target(root: Any, value: Any) -> Any:
-    """What a `$ref` within the schema leads to, if `value` is one."""
+    """What a `$ref` within the schema leads to, if `value` is one and says nothing more."""
     for _ in range(_FURTHEST):
-        reference = value.get("$ref") if isinstance(value, dict) else None
+        reference = value.get("$ref") if isinstance(value, dict) and value.keys() - NOTES == {"$ref"} else None
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             break
         found = root
@@ -49,15 +49,16 @@ class _Closing:
         if not isinstance(value, dict) or (id(value), part) in self._seen:
             return
         self._seen.add((id(value), part))
-        beside = value.keys() - _NOTES - {"type"}
+        beside = value.keys() - NOTES - {"type"}
         for key in _IN_PLACE:
             if isinstance(value.get(key), list):
                 several = len(beside) > 1 or (key == "allOf" and len(value[key]) > 1)
                 for each in value[key]:
                     self._look(each, part or several)
         if "$ref" in value:
-            leads_to = target(self._root, value)
-            if leads_to is not value:
+            alone = {"$ref": value["$ref"]}
+            leads_to = target(self._root, alone)
+            if leads_to is not alone:
                 self._look(leads_to, part or len(beside) > 1)
         for key in _MAPS:
             if isinstance(value.get(key), dict):

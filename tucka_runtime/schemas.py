@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
 
-from tucka_runtime.schema_objects import held_to_fields, target
-from tucka_runtime.schema_values import TYPES, all_but, is_of
+from tucka_runtime.schema_objects import NOTES, held_to_fields, target
+from tucka_runtime.schema_values import TYPES, all_but, frozen, named
 
 MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
@@ -19,13 +19,17 @@ SINGLE = frozenset(
 )
 """Keywords that hold schemas: by name, in a list, or one."""
 DEEPEST = 64
-MOST_WRITTEN = 20_000  # values in a schema that is written out, and schemas looked at for that: some 50 ms
+MOST_WRITTEN = 20_000  # values in a schema that is written out, and schemas and values looked at for that: some 50 ms
+VALUES = frozenset({"const", "enum", "type"})
+"""Keywords that may be all that a schema says, where it names its values."""
 FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split())
 """Formats that llguidance follows. Others are notes to the reader, as JSON Schema has it."""
+PATTERN_CHARS = 50  # that count as one value
 MOST_UNIQUE = 4  # values whose orders are written out, 64 of them
 MOST_BEFORE = 7  # items before those that an array has to contain: each place is a way of its own to write the array
+COUNTS = tuple(f"{end}{what}" for what in ("Items", "Contains", "Length", "Properties") for end in ("min", "max"))
 _NAME = re.compile(r"[A-Za-z0-9_$-]{1,64}")
-_TOO_LARGE = "it is too large once `contains` and `uniqueItems` are written out"
+_TOO_LARGE = "it is too large once `contains`, `uniqueItems` and `not` are written out"
 _DEPENDS = "what depends on a value beside it cannot be followed token by token; use `anyOf`"
 UNFOLLOWABLE = {
     "if": _DEPENDS,
@@ -93,16 +97,20 @@ def _size(value: Any, known: dict[int, int]) -> int:
 class _Rewriter:
     def __init__(self, root: Any):
         self.root = root
-        self.looked_at = 0
+        self.written = 0
+
+    def _spend(self, values: int, path: Path) -> None:
+        """Notes that so many more values are to be written or looked at, before they are."""
+        self.written += values
+        if self.written > MOST_WRITTEN:
+            raise UnfollowableError(_TOO_LARGE, path[:8])
 
     def schema(self, value: Any, path: Path) -> Any:
         if not isinstance(value, dict):
             return value
         if len(path) > 2 * DEEPEST:
             raise UnfollowableError("it is nested too deeply", path[:8])
-        self.looked_at += 1
-        if self.looked_at > MOST_WRITTEN:
-            raise UnfollowableError(_TOO_LARGE, path[:8])
+        self._spend(1, path)
         made: dict[str, Any] = {}
         for key, inner in value.items():
             if key in MAPS and isinstance(inner, dict):
@@ -113,7 +121,7 @@ class _Rewriter:
                 made[key] = self.schema(inner, (*path, key))
             else:
                 made[key] = inner
-        self._numbers(made)
+        self._numbers(made, path)
         self._texts(made, path)
         self._arrays(made, path)
         self._objects(made, path)
@@ -126,8 +134,14 @@ class _Rewriter:
             made.pop(key, None)
         return False if self._excludes_all(made, path) else made
 
-    def _numbers(self, made: dict[str, Any]) -> None:
-        """Draft 4 says with true that the limit beside it is left out."""
+    def _numbers(self, made: dict[str, Any], path: Path) -> None:
+        """Counts, which may be written as `1.0`; and draft 4 says with true that the limit beside it is left out."""
+        for key in COUNTS:
+            count = made.get(key, 0)
+            if isinstance(count, float) and count.is_integer():
+                count = made[key] = int(count)
+            if type(count) is not int or count < 0:
+                raise UnfollowableError(f"`{key}`: it must be a whole number, 0 or more", path)
         for limit, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
             if made.get(exclusive) is True and limit in made:
                 made[exclusive] = made.pop(limit)
@@ -148,14 +162,17 @@ class _Rewriter:
             made["allOf"] = [*made.get("allOf", []), *({"pattern": part} for part in parts)]
 
     def _arrays(self, made: dict[str, Any], path: Path) -> None:
-        least, most = made.pop("minContains", 1), made.pop("maxContains", None)
-        if "contains" in made:
-            self._contains(made, made.pop("contains"), least, most, path)
-        unique = made.pop("uniqueItems", False)
-        most = made.get("maxItems")
-        if unique is not True or (isinstance(most, int) and most <= 1):
+        said = {key: made.pop(key) for key in ("contains", "minContains", "maxContains", "uniqueItems") if key in made}
+        if "array" not in _list(made.get("type", "array")):
             return
-        values = self._values(made.get("items"))
+        least, most = said.get("minContains", 1), said.get("maxContains")
+        if "contains" in said and (least or most is not None):
+            self._contains(made, said["contains"], least, most, path)
+        if said.get("uniqueItems") is True and made.get("maxItems", 2) > 1:
+            self._unique(made, path)
+
+    def _unique(self, made: dict[str, Any], path: Path) -> None:
+        values = None if "prefixItems" in made else self._values(made.pop("items", None))
         if values is None or len(values) > MOST_UNIQUE:
             raise UnfollowableError(
                 f"`uniqueItems`: that items differ from each other can be followed among up to {MOST_UNIQUE} given "
@@ -163,65 +180,62 @@ class _Rewriter:
                 path,
             )
         least, most = made.pop("minItems", 0), made.pop("maxItems", len(values))
-        del made["items"]
-        orders = [o for count in range(least, min(most, len(values)) + 1) for o in permutations(values, count)]
-        made["enum"] = [list(order) for order in orders]
-        made.pop("type", None)
+        counts = range(least, min(most, len(values)) + 1)
+        orders = [list(order) for count in counts for order in permutations(values, count)]
+        self._spend(len(orders), path)
+        self._be(made, [{"enum": orders}] if orders else [], "uniqueItems", path)
 
     def _contains(self, made: dict[str, Any], wanted: Any, least: int, most: int | None, path: Path) -> None:
         """The array in all ways that have `least` such items one after the other, with at most MOST_BEFORE before them.
         That is narrower than the keyword: whatever is written is right, but not all that would be right can be."""
-        if least == 0 and most is None:
-            return
         if most is not None and most < max(1, least):
             raise UnfollowableError("`maxContains`: it allows nothing, or no item of the kind alone", path)
         if "prefixItems" in made or isinstance(made.get("items"), list):
             raise UnfollowableError("`contains`: it can be followed beside `items` for all items alone", path)
         any_item = made.pop("items", True)
-        item = any_item if isinstance(any_item, dict) else {}
-        kind = self.schema({"allOf": [item, wanted]} if item else wanted, (*path, "contains"))
-        other = item if most is None else self.schema({**item, "not": wanted}, (*path, "contains"))
+        kind = {"allOf": [any_item, self.schema(wanted, (*path, "contains"))]}
+        other = any_item
+        if most is not None:
+            other = {"allOf": [any_item, self.schema({"not": wanted}, (*path, "contains"))]}
         fewest, longest = made.pop("minItems", 0), made.pop("maxItems", None)
         room = MOST_BEFORE if longest is None else min(MOST_BEFORE, longest - least)
+        befores = range(room + 1 if least else 1)
+        self._spend(sum(before + least for before in befores), path)
         limit = {} if longest is None else {"maxItems": longest}
         ways = [
             {"type": "array", "prefixItems": [other] * before + [kind] * least, "items": other,
              "minItems": max(fewest, before + least), **limit}
-            for before in range(room + 1 if least else 1)
+            for before in befores
         ]  # fmt: skip
-        if "array" not in _list(made.get("type", "array")) or any_item is False or not ways:
-            raise UnfollowableError("`contains`: nothing can match", path)
-        if made.get("type") != "array":
-            others = [kind for kind in _list(made.get("type", list(TYPES))) if kind != "array"]
-            ways.append({"type": others})
-        made.pop("type", None)
+        self._be(made, ways, "contains", path)
+
+    def _be(self, made: dict[str, Any], ways: list[dict[str, Any]], keyword: str, path: Path) -> None:
+        """Lets a value be an array in one of these ways, or of another type that it may be of."""
+        if others := [kind for kind in _list(made.pop("type", list(TYPES))) if kind != "array"]:
+            ways = [*ways, {"type": others}]
+        if not ways:
+            raise UnfollowableError(f"`{keyword}`: nothing can match", path)
         made["allOf"] = [*made.get("allOf", []), {"anyOf": ways}]
 
-    def _values(self, items: Any) -> list[Any] | None:
-        """All values that there are of a schema, where it names them."""
-        items = self._target(items)
-        if not isinstance(items, dict):
-            return None
-        if items.get("type") == "boolean":
-            return [False, True]
-        if "const" in items:
-            return [items["const"]]
-        found = items.get("enum")
-        return found if isinstance(found, list) else None
+    def _values(self, schema: Any) -> list[Any] | None:
+        """All values that a schema allows, if it does nothing but name them."""
+        schema = self._target(schema)
+        return named(schema) if isinstance(schema, dict) and not schema.keys() - NOTES - VALUES else None
 
     def _objects(self, made: dict[str, Any], path: Path) -> None:
         if "unevaluatedProperties" in made:
             self._closed(made, path)
         names = self._target(made.pop("propertyNames", True))
-        if names is True or (isinstance(names, dict) and not names.keys() - {"type", "title", "description"}):
+        kinds = _list(names.get("type", "string")) if isinstance(names, dict) else []
+        said = names.keys() - NOTES - {"type"} if "string" in kinds else None
+        if names is True or said == set():
             return
-        others = made.get("additionalProperties", True)
-        known = made.get("properties", {})
-        given = self._values(names)
-        if given is not None:
+        others, known = made.get("additionalProperties", True), made.get("properties", {})
+        given, alone = self._values(names), "patternProperties" not in made
+        if given is not None and alone:
             made["properties"] = {name: known.get(name, others) for name in given if isinstance(name, str)}
-        elif isinstance(names, dict) and isinstance(names.get("pattern"), str) and not known:
-            made["patternProperties"] = {**made.get("patternProperties", {}), names["pattern"]: others}
+        elif said == {"pattern"} and isinstance(names["pattern"], str) and not known and alone:
+            made["patternProperties"] = {names["pattern"]: others}
         else:
             raise UnfollowableError("`propertyNames`: only given names, or one pattern, can be followed", path)
         made["additionalProperties"] = False
@@ -260,10 +274,13 @@ class _Rewriter:
             return True
         if other is False:
             return False
-        own, excluded = self._values(made), self._excluded(other)
+        own, excluded = named({key: made[key] for key in VALUES & made.keys()}), self._values(other)
+        if excluded is not None:
+            self._spend(len(excluded), path)
         if own is not None and excluded is not None:
             made.pop("const", None)
-            made["enum"] = [value for value in own if value not in excluded]
+            out = set(map(frozen, excluded))
+            made["enum"] = [value for value in own if frozen(value) not in out]
             return not made["enum"]
         if isinstance(other, dict) and other.keys() == {"type"} and "integer" not in (kinds := _list(other["type"])):
             allowed = [kind for kind in _list(made.get("type", list(TYPES))) if kind not in kinds]
@@ -274,18 +291,10 @@ class _Rewriter:
                 raise UnfollowableError("`not`: an array or object that an answer is not cannot be followed", path)
             if not (ways := list(all_but(excluded, _list(made.pop("type", list(TYPES)))))):
                 return True
+            self._spend(sum(len(way.get("pattern", "")) for way in ways) // PATTERN_CHARS, path)
             made["allOf"] = [*made.get("allOf", []), {"anyOf": ways}]
             return False
         raise UnfollowableError("`not`: what an answer is not can be followed for types and for values alone", path)
-
-    def _excluded(self, other: Any) -> list[Any] | None:
-        """The values that a schema allows, if it does nothing but name them."""
-        other = self._target(other)
-        if not isinstance(other, dict) or other.keys() - {"const", "enum", "type", "title", "description"}:
-            return None
-        values = None if {"const", "enum"} <= other.keys() else self._values(other)
-        kinds = _list(other.get("type", list(TYPES)))
-        return values and [value for value in values if any(is_of(value, kind) for kind in kinds)]
 
     def _target(self, value: Any) -> Any:
         return target(self.root, value)

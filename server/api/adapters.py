@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, InvalidRequestError, TuckaError
+from tucka_runtime.errors import BaseModelMismatchError, InvalidAdapterError, TuckaError
 from tucka_runtime.messages import Route
 from tucka_runtime.server.api import fields
 from tucka_runtime.server.api.bodies import LoadAdapterBody, LoadLoraBody, RollbackBody, UnloadLoraBody, UploadQuery
@@ -129,7 +129,7 @@ def _params(name: str, path: str | None = None) -> Iterator[None]:
     try:
         yield
     except TuckaError as error:
-        if error.param in ("name", "model") or type(error) is InvalidRequestError:
+        if error.param in ("name", "model"):
             error.param = name
         elif isinstance(error, InvalidAdapterError | BaseModelMismatchError):
             error.param = path

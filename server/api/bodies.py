@@ -7,7 +7,7 @@ stop at their first fault, so that a million invalid items cost one short error.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from tucka_runtime.server.api.conversation import (
     MAX_TOOLS,
@@ -275,24 +275,23 @@ class EmbeddingBody(ModelBody, TruncationFields, EmbeddingUnsupported):
     split_special_tokens: bool | None = None
 
 
-class TokenizeBody(ChatFields):
-    """Either a prompt or messages."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [
-                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
-                {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
-            ]
-        }
-    )
+class TokenizeFields(Body):
+    """What a prompt and messages have in common."""
 
     model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
     add_special_tokens: bool | None = None
-    split_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+
+class TokenizePromptBody(TokenizeFields):
+    prompt: str
+    messages: None = None
+    split_special_tokens: bool | None = None
+
+
+class TokenizeMessagesBody(TokenizeFields, ChatFields):
+    messages: Messages
+    prompt: None = None
 
 
 class DetokenizeBody(Body):

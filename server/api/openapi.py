@@ -23,7 +23,7 @@ from tucka_runtime.server.api.values import Body
 from tucka_runtime.server.http.answers import JSONAnswer
 from tucka_runtime.server.http.errors import speaks_anthropic
 
-BODIES: dict[str, type[Body]] = {
+BODIES: dict[str, Any] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
     "/v1/responses": ResponseBody,
@@ -37,10 +37,10 @@ BODIES: dict[str, type[Body]] = {
     "/v1/unload_lora_adapter": bodies.UnloadLoraBody,
     "/load_lora_adapter": bodies.LoadLoraBody,
     "/unload_lora_adapter": bodies.UnloadLoraBody,
-    "/tokenize": bodies.TokenizeBody,
+    "/tokenize": bodies.TokenizePromptBody | bodies.TokenizeMessagesBody,
     "/detokenize": bodies.DetokenizeBody,
 }
-"""Bodies by the path that they are posted to."""
+"""The types of bodies by the path that they are posted to."""
 
 QUERIES: dict[tuple[str, str], type[Body]] = {
     ("GET", "/v1/models"): bodies.ListQuery,

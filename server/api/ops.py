@@ -9,12 +9,13 @@ from starlette.responses import Response
 from tucka_runtime import __version__
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.server.api import fields
-from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeBody
-from tucka_runtime.server.api.reading import read_body
+from tucka_runtime.server.api.bodies import DetokenizeBody, TokenizeMessagesBody, TokenizePromptBody
+from tucka_runtime.server.api.reading import accept, read_body
 from tucka_runtime.server.api.rendering import ChatPrompt, for_template, rendering
 from tucka_runtime.server.api.tools import chat_tools
 from tucka_runtime.server.api.turn import prompt_ids
 from tucka_runtime.server.http.answers import JSONAnswer
+from tucka_runtime.server.http.body import read_json
 from tucka_runtime.server.service.leases import LoadedAdapter
 from tucka_runtime.server.service.service import Service
 
@@ -111,13 +112,16 @@ async def metrics(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of rendered messages."""
     service: Service = request.app.state.service
-    body = await read_body(request, TokenizeBody)
+    asked = await read_json(request)
+    if (asked.get("prompt") is None) == (asked.get("messages") is None):
+        raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
+    kind: type[TokenizePromptBody | TokenizeMessagesBody] = TokenizePromptBody
+    if asked.get("prompt") is None:
+        kind = TokenizeMessagesBody
+    body = accept(request, kind, asked)
     adapter = _adapter(request, body.model)
     defaults = await service.defaults(adapter)
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequestError("Send either `prompt` or `messages`.", "prompt")
-    if body.messages is None:
-        assert body.prompt is not None
+    if isinstance(body, TokenizePromptBody):
         adds, splits = body.add_special_tokens is not False, body.split_special_tokens is True
         (ids,) = await service.encode(defaults, [body.prompt], adds, "prompt", service.vocab_size(adapter), splits)
     else:

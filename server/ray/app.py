@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,7 +14,7 @@ from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import TuckaError
 from tucka_runtime.server.http.server import bind, check_open
-from tucka_runtime.server.ray.fleet import Fleet, check_shared
+from tucka_runtime.server.ray.fleet import Fleet, base_names, check_shared
 from tucka_runtime.server.ray.ingress import Ingress
 from tucka_runtime.server.ray.replica import Replica
 from tucka_runtime.server.settings_check import check_settings
@@ -74,14 +73,6 @@ def _how_many(fleet: Fleet) -> dict[str, Any]:
             "policy_kwargs": {"ongoing": scaling.target_ongoing_requests, "targets": scaling.own_targets},
         }
     return {"autoscaling_config": settings}
-
-
-def base_names(engine_config: EngineConfig, config: ServerConfig) -> tuple[str, ...]:
-    """What requests call the base, as far as it can be told without looking for it."""
-    if config.served_model_name:
-        return config.served_model_name
-    model = with_embedded_default(engine_config, config)[0].model or ""
-    return (Path(model).resolve().name if os.path.isdir(model) else model.partition("@")[0],)
 
 
 def run(fleet: Fleet, engine_config: EngineConfig, config: ServerConfig) -> int:

@@ -3,6 +3,7 @@
 What Ray Serve has a setting for has its name here, so that its own pages explain it; nothing of Ray is imported.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tucka_runtime.affinity import SPILL_AT
-from tucka_runtime.config import ServerConfig
+from tucka_runtime.base_gguf import model_name
+from tucka_runtime.config import EngineConfig, ServerConfig
+from tucka_runtime.embedded import with_embedded_default
 from tucka_runtime.errors import ConfigError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Autoscaling(_Strict):
@@ -36,6 +39,8 @@ class Autoscaling(_Strict):
     def _ordered(self) -> "Autoscaling":
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas must not be over max_replicas")
+        if self.initial_replicas is not None and not self.min_replicas <= self.initial_replicas <= self.max_replicas:
+            raise ValueError("initial_replicas must be from min_replicas to max_replicas")
         return self
 
     @property
@@ -50,7 +55,7 @@ class Resources(_Strict):
 
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
-    resources: dict[str, float] = {}
+    resources: dict[str, Annotated[float, Field(ge=0)]] = {}
 
 
 class Routing(_Strict):
@@ -108,3 +113,15 @@ def check_shared(config: ServerConfig) -> None:
                 "adapters are declared (adapters_file, adapter_watch, adapter_resolve), and /metrics has the figures "
                 "of all replicas."
             )
+
+
+def base_names(engine_config: EngineConfig, config: ServerConfig) -> tuple[str, ...]:
+    """What requests call the base, as far as it can be told without looking for it."""
+    if config.served_model_name:
+        return config.served_model_name
+    model = with_embedded_default(engine_config, config)[0].model or ""
+    if os.path.isdir(model):
+        return (Path(model).resolve().name,)
+    if os.path.isfile(model) or model.endswith(".gguf"):
+        return (model_name(Path(model)),)
+    return (model.partition("@")[0],)

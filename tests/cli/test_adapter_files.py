@@ -75,9 +75,10 @@ def test_what_is_served_is_within_the_limit(
     assert "reference kernels, factors in float32: all within" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("by", [1.001, float("nan")])
 @pytest.mark.parametrize("what", ["factors", "affine"])
 def test_a_wrong_fold_is_found(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    what: str, by: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tmp_path / "base")
     save_lora(tmp_path / "dora", build(tmp_path / "base").layout, dora=True)
@@ -86,8 +87,8 @@ def test_a_wrong_fold_is_found(
     def wrong(*args, **options):
         folded = yield from fold(*args, **options)
         if what == "affine":
-            return dataclasses.replace(folded, affine={at: 1.001 * own for at, own in folded.affine.items()})
-        return dataclasses.replace(folded, factors={at: (u, 1.001 * e) for at, (u, e) in folded.factors.items()})
+            return dataclasses.replace(folded, affine={at: by * own for at, own in folded.affine.items()})
+        return dataclasses.replace(folded, factors={at: (u, by * e) for at, (u, e) in folded.factors.items()})
 
     monkeypatch.setattr(verify, "fold", wrong)
     assert main(["adapters", "verify", str(tmp_path / "dora"), "--model", str(tmp_path / "base")]) == 1
@@ -106,6 +107,7 @@ def test_an_export_is_what_is_served_pinned(kind: str, tmp_path: Path) -> None:
     command = ["adapters", "export", str(folder), str(out), "--model", str(base), "--route", route, "--to", "lora"]
     assert main(command) == 0
     assert main(command) == 1, "what is there is not written over"
+    assert json.loads((out / "training.json").read_text()) == {"base_fingerprint": engine.layout.fingerprint}
     engine.load_adapter(KEY, folder, Route(1, (0.9, 0.25)))
     recorder = Recorder(engine)
     ids = prompt(21)
@@ -119,8 +121,8 @@ def test_an_export_is_what_is_served_pinned(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "route", ["", "group", "group=", "group=2", "group=-1", "group=x", "pinned", "[]", "{}", '{"group": 0}',
-              '{"group": 0, "weights": [0.5, 2]}', '{"group": true, "weights": [0, 1]}'],
+    "route", ["", "group", "group=", "group=2", "group=" + "1" * 5000, "group=-1", "group=x", "pinned", "[]", "{}",
+              '{"group": 0}', '{"group": 0, "weights": [0.5, 2]}', '{"group": true, "weights": [0, 1]}'],
 )  # fmt: skip
 def test_routes_that_are_none(route: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["adapters", "export", str(ADAPTER), str(tmp_path / "out"), "--model", str(BASE), "--route", route]

@@ -31,6 +31,7 @@ def test_a_missing_extra_is_one_line(command: str, module: str) -> None:
         (["m/llama", "other"], "unrecognized arguments: other"),
         (["--enable-lora", "yes"], "unrecognized arguments: yes"),
         (["--tensor-parallel-size=2"], "on one device"),
+        (["--enable-prefix-caching=true"], "--enable-prefix-caching takes no value. Leave it out: prompts' KV"),
         (["--lora-modules", "law"], "NAME=PATH"),
         (["--lora-modules", "law="], "NAME=PATH"),
         (["--lora-modules", "{'name': 'law'}"], '{"name": "law", "path": "/a/law"}'),
@@ -66,6 +67,13 @@ def test_the_command_line_speaks_of_its_own_flags(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--replace" in error and "load_inplace" not in error
     assert main(["adapters", "load", "a", TWO, *flags, "--replace"]) == 0
+
+
+@pytest.mark.parametrize("targets", [["a=1", "a=3"], ["a=x"], ["a=" + "1" * 5000]])
+def test_an_aliass_targets_are_named_once_with_a_weight(targets: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "alias", "x", *targets, "--url", "127.0.0.1:9"]) == 1
+    error = capsys.readouterr().err
+    assert "twice" in error or "whole number from 1" in error
 
 
 def test_where_clients_go_and_with_what(monkeypatch: pytest.MonkeyPatch) -> None:

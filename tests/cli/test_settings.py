@@ -86,12 +86,26 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ("port: 1\nhost: a: b", "line 2, column 8"),
         ("port: many", "port .* a whole number"),
         ("log_prompts: 3", "true or false"),
+        ("decode_stretch: many", "decode_stretch .* a number"),
+        ("sse_heartbeat: .inf", "sse_heartbeat must be a finite number"),
         ("adapter: {law: /a/law}", r"`adapter: \[NAME=PATH, \.\.\.\]`"),
     ],
 )
 def test_a_files_error_says_where_and_what(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read("--config", write(tmp_path, text))
+
+
+def test_numbers_with_and_without_a_fraction(tmp_path: Path) -> None:
+    engine, server = read("--config", write(tmp_path, "decode_stretch: 2\nsse_heartbeat: 1.5"))
+    assert (engine.decode_stretch, server.sse_heartbeat) == (2.0, 1.5)
+    with pytest.raises(ConfigError, match="TUCKA_DECODE_STRETCH must be a number"):
+        read(environment={"TUCKA_DECODE_STRETCH": "abc"})
+    for given in ({"environment": {"TUCKA_DECODE_STRETCH": "nan"}}, {"environment": {"TUCKA_SSE_HEARTBEAT": "inf"}}):
+        with pytest.raises(ConfigError, match="finite"):
+            read(**given)
+    with pytest.raises(ConfigError, match="finite"):
+        read("--decode-stretch", "nan")
 
 
 def test_a_service_named_tucka_is_told_from_a_port() -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.support.file_host import file_host
 from tests.support.servers import Server
 from tucka_runtime.cli.main import main
 from tucka_runtime.cli.top import Change, Scrape, clip, draw
@@ -94,6 +95,24 @@ def test_the_command(live: Server, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(["top", live.url, "--interval", wrong])
     assert "between 0.1 and 3600" in capsys.readouterr().err
+
+
+def test_it_waits_for_a_server_that_is_away_for_a_while(metrics: Metrics) -> None:
+    """One that ends within an answer, that has none, and that is back; at first there has to be one."""
+    with file_host(None) as host:
+        host.files = {"/metrics": metrics.render()}
+        command = [sys.executable, "-m", "tucka_runtime.cli.main", "top", host.address, "--interval", "0.1"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert "engine" in process.stdout.readline()
+            host.cut = 100
+            assert any("IncompleteRead" in line for line in process.stdout)
+            assert any("engine" in line for line in process.stdout)
+            host.files = {}
+            assert any("404" in line for line in process.stdout)
+            host.files = {"/metrics": metrics.render()}
+            assert any("engine" in line for line in process.stdout)
+            process.terminate()
 
 
 def test_a_reader_that_goes_away_is_no_error(live: Server) -> None:

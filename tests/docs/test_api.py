@@ -67,7 +67,7 @@ def test_every_other_field_is_named() -> None:
     for title, bodies in {
         "Adapters": (protocol.LoadAdapterBody, protocol.LoadLoraBody, protocol.UnloadLoraBody),
         "Embeddings": (protocol.EmbeddingBody,),
-        "Tokenizer": (protocol.TokenizeBody, protocol.DetokenizeBody),
+        "Tokenizer": (protocol.TokenizePromptBody, protocol.TokenizeMessagesBody, protocol.DetokenizeBody),
         "Messages": (anthropic_bodies.MessagesBody, anthropic_bodies.CountTokensBody),
     }.items():
         for body in bodies:

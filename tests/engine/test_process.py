@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.driving import GREEDY, Answer, ask, build, prompt, run, save_lora, save_model, save_tucka
 from tests.support.processes import PATIENCE, check_ends_with_parent
-from tucka_runtime import channel
+from tucka_runtime import channel, children
 from tucka_runtime.channel import PROTOCOL
 from tucka_runtime.channel_messages import UnloadAdapter
 from tucka_runtime.config import EngineConfig
@@ -473,7 +473,7 @@ def test_work_and_idleness_are_not_mistaken_for_hanging(
 
 def test_starting_has_a_limit(loop: asyncio.Runner, config: EngineConfig, monkeypatch: pytest.MonkeyPatch):
     """A process that neither loads nor dies."""
-    monkeypatch.setattr(engine_child, "python", lambda *arguments: ["sleep", "600"])
+    monkeypatch.setattr(children, "python", lambda *arguments: ["sleep", "600"])
 
     async def main() -> None:
         client = Watched(replace(config, engine_start_timeout=1))
@@ -596,7 +596,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(
 
     async def main() -> list[int]:
         client.noticed.clear()
-        monkeypatch.setattr(engine_child.subprocess, "Popen", popen)
+        monkeypatch.setattr(subprocess, "Popen", popen)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
         await client.noticed.wait()

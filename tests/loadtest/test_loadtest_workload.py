@@ -58,6 +58,14 @@ def test_trace_replay(tmp_path):
     assert (second.at, len(second.turns[0].text.split()), second.turns[0].max_tokens) == (1.0, 8, 4)
 
 
+def test_a_timestamp_that_is_no_number(tmp_path):
+    """A trace needs one, what else a dataset has is its own."""
+    lines = jsonl(tmp_path / "t.jsonl", {"timestamp": "2024-05-10 00:00:00", "prompt": "x"})
+    with pytest.raises(ConfigError, match="'timestamp' \\(milliseconds\\) in every line"):
+        workload(trace=lines)
+    assert workload(rate="50", dataset=lines).plan()[0].turns[0].text == "x"
+
+
 def test_dataset_lines_go_to_their_models(tmp_path):
     data = jsonl(tmp_path / "d.jsonl", {"model": "a", "prompt": "for a"}, {"prompt": "for all"})
     plan = workload(rate="50", dataset=data).plan()

@@ -1,6 +1,7 @@
 """Requests of a plan: read from traces of several kinds, or drawn."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def test_mooncakes_traces_have_milliseconds(tmp_path: Path) -> None:
         ("at,prompt_tokens\n1,5\n2,0\n", "line 3: prompt_tokens is not a whole number of at least 1"),
         ("at,max_tokens\n1,5\n2,\n", "line 3: output_tokens is not a whole number"),
         ("at,max_tokens\n1,1.5\n", "line 2: output_tokens is not"),
+        (f"at,max_tokens\n1,{'1' * 5000}\n", "line 2: output_tokens is not"),
     ],
 )
 def test_a_wrong_line_is_named_with_the_remedy(text: str, said: str, tmp_path: Path) -> None:
@@ -90,6 +92,30 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_trace(tmp_path / "bytes.csv", DRAWN)
     with pytest.raises(ConfigError, match="line 2: it has no adapter"):
         read(tmp_path, '{"at": 1, "model": "law"}\n{"at": 2}\n', name="half.jsonl")
+
+
+def test_adapters_are_in_all_lines_or_in_none(tmp_path: Path) -> None:
+    """null is none."""
+    with pytest.raises(ConfigError, match="line 1: it has no adapter"):
+        read(tmp_path, '{"at": 5, "model": null}\n{"at": 0, "adapter": "a"}\n', name="later.jsonl")
+    found = read(tmp_path, '{"at": 5, "model": null}\n{"at": 0}\n', DRAWN, "none.jsonl")
+    assert found.names == DRAWN.names
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
+def test_dates_are_utc_unless_they_say_otherwise(zone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour that clocks here leave out or have twice is one like any other."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        rows = ("2023-10-29 00:59:59", "2023-10-29 02:00:01", "2023-10-29T04:00:01+01:00")
+        found = read(tmp_path, "\n".join(["at,model", *(f"{row},a" for row in rows)]))
+        assert found.at == [0, 3602, 7202]
+        lines = "\n".join(json.dumps({"timestamp": row, "model": "a"}) for row in rows)
+        assert read(tmp_path, lines, name="dates.jsonl") == found
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_lengths_that_a_line_leaves_out_are_drawn(tmp_path: Path) -> None:

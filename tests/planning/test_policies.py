@@ -54,10 +54,23 @@ def test_a_new_replica_takes_its_share_from_the_others_and_moves_nothing_else() 
 
 def test_affinity_is_consistent_hashing_where_nobody_is_busy() -> None:
     hashed, affine = ConsistentHash(10, NAMES), Affinity(10, NAMES)
-    for adapter in range(-1, len(NAMES)):
+    for adapter in range(len(NAMES)):
         replica = affine.route(adapter)
         assert replica == hashed.route(adapter)
         affine.ended(replica)
+
+
+def test_affinity_leaves_the_base_to_the_least_loaded() -> None:
+    """`placement.ranks` has all replicas alike for it."""
+    policy = Affinity(3, NAMES)
+    busy = policy.route(7)
+    free = [replica for replica in range(3) if replica != busy]
+    assert sorted(policy.route(-1) for _ in range(2)) == free
+    assert sorted(policy.route(-1) for _ in range(3)) == [0, 1, 2]
+    idle = Affinity(3, NAMES)
+    for replica in (0, 1, 2, 0):
+        assert idle.route(-1) == replica
+        idle.ended(replica)
 
 
 @pytest.mark.parametrize("replicas", [1, 3, 50])

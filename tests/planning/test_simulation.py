@@ -79,6 +79,13 @@ def test_an_slo_that_cannot_be_kept_any_more_ends_the_run() -> None:
         assert run.finished == answered
 
 
+def test_as_many_may_be_late_as_the_percentile_leaves() -> None:
+    """One of ten at 90%, which is no whole number in float arithmetic."""
+    arrivals = arriving([(5.0 * number, 0, 1, 1) for number in range(10)])
+    run = Simulation(arrivals, 1, "round-robin", settings(), PROFILE)
+    assert run.run(limit=Limit(0.1, 90))
+
+
 @given(need=st.integers(1, 2 * MOST), guess=st.integers(0, 2 * MOST))
 def test_the_smallest_number_that_holds_is_found(need: int, guess: int) -> None:
     tried: list[int] = []

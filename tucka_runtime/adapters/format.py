@@ -27,6 +27,7 @@ from tucka_runtime.adapters.config_fields import MAX_NAME
 from tucka_runtime.adapters.files import (
     CONFIG_NAME,
     MAX_WEIGHTS_BYTES,
+    TRAINING_NAME,
     WEIGHTS_NAME,
     blob_name,
     open_file,
@@ -255,8 +256,11 @@ def read_adapter(
     return Adapter(config, digest.hexdigest(), modules, router, ec, saved, training, vocab_size=vocab_size)
 
 
-def write_adapter(folder: Path, config: AdapterSpec, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write an adapter in the official layout and return its digest.
+def write_adapter(
+    folder: Path, config: AdapterSpec, tensors: Mapping[str, torch.Tensor], training: Mapping[str, Any] | None = None
+) -> str:
+    """Write an adapter in the official layout, with a training.json of `training` if there is one, and return its
+    digest.
 
     `tensors` go by their names inside the base (`model.layers.0.self_attn.q_proj.tucka_g`, `lm_head.weight`); the
     official prefix is added here. Each file is replaced atomically and the configuration comes last, so a new folder
@@ -270,6 +274,8 @@ def write_adapter(folder: Path, config: AdapterSpec, tensors: Mapping[str, torch
     weights = save(prefixed, metadata={"format": "pt"})
     config_bytes = json.dumps(config_as_dict(config), indent=2, sort_keys=True).encode()
     folder.mkdir(parents=True, exist_ok=True)
+    if training is not None:
+        write_file(folder, TRAINING_NAME, json.dumps(training).encode())
     write_file(folder, WEIGHTS_NAME, weights)
     write_file(folder, CONFIG_NAME, config_bytes)
     digest = start_digest(config_bytes, len(weights))

@@ -131,7 +131,7 @@ def export_adapter(folder: Path, target: Path, model: Path, route: str) -> int:
     same = {f.name for f in fields(LoRASpec)} & {f.name for f in fields(TuckASpec)}
     kept: dict[str, Any] = {name: getattr(adapter.config, name) for name in same}
     config = LoRASpec(**kept, lora_alpha=adapter.config.r, fan_in_fan_out=arch.transposed)
-    digest = write_adapter(target, config, tensors)
+    digest = write_adapter(target, config, tensors, {"base_fingerprint": layout.fingerprint})
     print(f"a LoRA of rank {config.r} on {len(adapter.modules)} modules, digest {digest[:12]}: group {pinned.group}, "
           f"weights {', '.join(f'{w:g}' for w in pinned.weights)}")  # fmt: skip
     return 0
@@ -145,7 +145,7 @@ def parse_route(text: str, config: TuckASpec) -> Route:
         f'{{"group": 0, "weights": [0.5, 0.6]}} with {config.t} weights from 0 to 1.'
     )
     name, _, number = text.partition("=")
-    if name == "group" and number.isascii() and number.isdecimal() and int(number) < config.k:
+    if name == "group" and number.isascii() and number.isdecimal() and float(number) < config.k:
         return Route(int(number), (NEUTRAL,) * config.t)
     try:
         table = strict_json(text.encode())

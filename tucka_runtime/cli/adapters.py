@@ -3,6 +3,7 @@ into folders of them."""
 
 import argparse
 import json
+import re
 import urllib.parse
 from pathlib import Path
 
@@ -183,8 +184,10 @@ def set_alias(client: Client, name: str, targets: list[str]) -> int:
     weights = {}
     for target in targets:
         known, _, weight = target.partition("=")
-        if weight and not weight.isdecimal():
+        if weight and not re.fullmatch("[0-9]{1,9}", weight):
             raise TuckaError("A target is NAME or NAME=WEIGHT, whose weight is a whole number from 1.")
+        if known in weights:
+            raise TuckaError(f"{known} is named twice. Give each target once, with its whole weight.")
         weights[known] = int(weight or 1)
     client.post("/v1/aliases", {"name": name, "targets": weights})
     print(f"{name} stands for {' '.join(f'{known}={weight}' for known, weight in weights.items())}")

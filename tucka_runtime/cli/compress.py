@@ -11,12 +11,11 @@ from torch import Tensor
 
 from tucka_runtime.adapters.config import BankSpec, TuckASpec
 from tucka_runtime.adapters.config_fields import MAX_ENTRIES, MAX_MEMBER, MAX_RANK, is_member
-from tucka_runtime.adapters.files import TRAINING_NAME, WEIGHTS_NAME
+from tucka_runtime.adapters.files import WEIGHTS_NAME
 from tucka_runtime.adapters.format import Adapter, BankModule, BaseLayout, LoRAModule, read_adapter, write_adapter
 from tucka_runtime.adapters.joint import diagonalise, relative_errors
 from tucka_runtime.bases import command_base
 from tucka_runtime.cli.adapter_files import CPU, factors_dtype, open_base, parse_route
-from tucka_runtime.durable import write_file
 from tucka_runtime.engine.adapters.fold import fold, locate
 from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.adapters.verify import KEY
@@ -167,10 +166,7 @@ def compress(members: Sequence[BankMember], base: BankBase, out: Path, rank: int
         tensors[f"{path}.bank_u"], tensors[f"{path}.bank_e"] = v.contiguous(), u.T.contiguous()
         tensors[f"{path}.bank_core"] = (cores.mT if cores.dim() == 3 else cores).contiguous()
     config = BankSpec(rank, core, [member.name for member in members], targets, "CAUSAL_LM", base.layout.name)
-    out.mkdir(parents=True, exist_ok=True)
-    training = f'{{"base_fingerprint": "{base.layout.fingerprint}"}}'
-    write_file(out, TRAINING_NAME, training.encode())
-    write_adapter(out, config, tensors)
+    write_adapter(out, config, tensors, {"base_fingerprint": base.layout.fingerprint})
     return (lost / whole.where(whole > 0, 1)).sqrt().tolist()
 
 

@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "fa
 
 
 def doctor() -> int:
-    """Prints; returns 0 if a server could run here, 1 if not."""
+    """Prints; returns 0 always: what a server needs depends on how it is started."""
     import torch
 
     print(f"tucka         {__version__}, Python {platform.python_version()}, {platform.platform()}")

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     except TuckaError as error:
         say(f"tucka eval: {error.message}", sys.stderr)
     except OSError as error:
-        say(f"tucka eval: {error.filename} cannot be written: {error.strerror}.", sys.stderr)
+        say(f"tucka eval: {error.filename}: {error.strerror}.", sys.stderr)
     return 2
 
 

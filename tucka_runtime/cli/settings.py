@@ -26,7 +26,12 @@ SOURCES = (
 )
 
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
-_PLAIN = {int: "a whole number", bool: "true or false", str: "a string (in quotes, if it looks like something else)"}
+_PLAIN = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string (in quotes, if it looks like something else)",
+}
 _FOR_CLIENTS = {"TUCKA_CLIENT_KEY"}
 _SOURCE_TOKEN = "TUCKA_SOURCE_TOKEN_"  # adapters/readers.py
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
@@ -126,7 +131,7 @@ def _from_text(field: Field[Any], text: str, variable: str) -> Any:
     try:
         return _kind(field)(text)
     except ValueError:
-        raise ConfigError(f"{variable} must be a whole number.") from None
+        raise ConfigError(f"{variable} must be {_PLAIN[_kind(field)]}.") from None
 
 
 def _from_yaml(field: Field[Any], value: Any) -> Any:
@@ -138,6 +143,8 @@ def _from_yaml(field: Field[Any], value: Any) -> Any:
         raise ConfigError(f"{field.name} in the configuration file must be a list of strings, as `{form}`.")
     if type(value) is _kind(field):
         return value
+    if _kind(field) is float and type(value) is int:
+        return float(value)
     raise ConfigError(f"{field.name} in the configuration file must be {_PLAIN[_kind(field)]}.")
 
 
@@ -165,7 +172,7 @@ def _with_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(field: Field[Any]) -> type:
-    """int, str or bool: of the field itself, of its items, or beside None."""
+    """int, float, str or bool: of the field itself, of its items, or beside None."""
     inner = [item for item in typing.get_args(field.type) if item not in (type(None), Ellipsis)]
     return inner[0] if inner else field.type  # type: ignore[return-value]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from tucka_runtime.client import Client
+from tucka_runtime.errors import TuckaError
 
 BARS = " ▁▂▃▄▅▆▇█"
 BOLD, DIM, RED, GREEN, YELLOW, OFF = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
@@ -73,14 +74,22 @@ class Change:
 
 
 def top(client: Client, interval: float, once: bool) -> int:
-    """Redraws every `interval` seconds until Ctrl-C; with `once` prints one picture, of that long, without colours."""
+    """Redraws every `interval` seconds until Ctrl-C, also while a server restarts; with `once` prints one picture, of
+    that long, without colours. Raises TuckaError where nobody answers at first."""
     colours = sys.stdout.isatty() and not once
     before = Scrape.of(client.get("/metrics").decode(), time.monotonic())
     while True:
         time.sleep(interval)
-        now = Scrape.of(client.get("/metrics").decode(), time.monotonic())
         columns, rows = shutil.get_terminal_size()
-        lines = draw(Change(before, now), columns, None if once else rows - 1)
+        try:
+            now = Scrape.of(client.get("/metrics").decode(), time.monotonic())
+        except TuckaError as error:
+            if once:
+                raise
+            lines = [error.message]
+        else:
+            lines = draw(Change(before, now), columns, None if once else rows - 1)
+            before = now
         if colours:
             lines = [clip(line, columns) + REST_OF_LINE for line in lines]
             sys.stdout.write(HOME + "\n".join(lines) + "\n" + REST_OF_SCREEN)
@@ -89,7 +98,6 @@ def top(client: Client, interval: float, once: bool) -> int:
         sys.stdout.flush()
         if once:
             return 0
-        before = now
 
 
 def draw(change: Change, width: int, height: int | None) -> list[str]:

@@ -48,6 +48,8 @@ def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for written, flag, values in _groups(arguments):
         if flag in _WITHOUT_EFFECT:
             count, why = _WITHOUT_EFFECT[flag]
+            if not count and "=" in written[0]:
+                raise ConfigError(f"{flag} takes no value. Leave it out: {why}.")
             ours += values[count:]
             lines.append(f"{flag} has no effect: {why}")
         elif flag in _TRANSLATIONS and values and (translated := _TRANSLATIONS[flag](values)) is not None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import subprocess
 from collections import deque
@@ -11,7 +10,7 @@ from collections.abc import Callable
 
 from tucka_runtime.channel import PROTOCOL, READ_BYTES, ChannelError, Reader, frame
 from tucka_runtime.channel_messages import FromEngine, Start, ToEngine
-from tucka_runtime.children import python
+from tucka_runtime.children import with_channel
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +37,7 @@ class EngineChild:
         self._unsent: deque[bytes | bytearray | memoryview] = deque()
         self._ending: asyncio.Task[None] | None = None
         self._reader = Reader()
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    python("-m", "tucka_runtime.engine.process", str(theirs.fileno()), str(os.getpid())),
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
-            except BaseException:
-                self._socket.close()
-                raise
+        self._process, self._socket = with_channel("tucka_runtime.engine.process")
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket.fileno(), self._read)
         self._put(PROTOCOL)

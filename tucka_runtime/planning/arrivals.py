@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +142,17 @@ def _lines_of_csv(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines_of_json(path: Path) -> Iterator[dict[str, Any]]:
-    """The load tester's lines, which may leave lengths out; adapters all or none."""
-    named: set[str] | None = None
-    for number, item in enumerate(read_lines(str(path)), 1):
-        item = {key.lower(): value for key, value in item.items()}
+    """The load tester's lines, which may leave lengths out; adapters all or none. null is left out as well."""
+    lines = []
+    for item in read_lines(str(path)):
+        item = {key.lower(): value for key, value in item.items() if value is not None}
         cells = {what: item[name] for what, called in COLUMNS.items() for name in reversed(called) if name in item}
         if "at" in item:  # of both, `timestamp` is in milliseconds
             cells["at"] = item["at"]
-        named = {"at", *({"adapter"} & cells.keys())} if named is None else named
-        yield _row(path, number, {what: str(value) for what, value in cells.items()}, named | cells.keys())
+        lines.append({what: str(value) for what, value in cells.items()})
+    named = {"at", *({"adapter"} if any("adapter" in cells for cells in lines) else ())}
+    for number, cells in enumerate(lines, 1):
+        yield _row(path, number, cells, named | cells.keys())
 
 
 def _row(path: Path, line: int, cells: dict[str, str], wanted: Iterable[str]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _row(path: Path, line: int, cells: dict[str, str], wanted: Iterable[str]) ->
             row[what] = _seconds(text)
             if row[what] is None:
                 raise wrong("its arrival is neither seconds nor a date and time.")
-        elif text.isascii() and text.isdigit() and 1 <= int(text) < 10**7:
+        elif text.isascii() and text.isdigit() and 1 <= float(text) < 10**7:
             row[what] = int(text)
         else:
             raise wrong(f"{COLUMNS[what][0]} is not a whole number of at least 1 and below 10,000,000.")
@@ -178,12 +180,13 @@ def _row(path: Path, line: int, cells: dict[str, str], wanted: Iterable[str]) ->
 
 
 def _seconds(text: str) -> float | None:
-    """Seconds, or a date and time as ISO 8601 has it, in seconds since 1970."""
+    """Seconds, or a date and time as ISO 8601 has it, in seconds since 1970; in UTC where it names no zone."""
     try:
         value = float(text)
     except ValueError:
         try:
-            value = datetime.fromisoformat(text).timestamp()
-        except (ValueError, OverflowError, OSError):
+            moment = datetime.fromisoformat(text)
+        except ValueError:
             return None
+        value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     return value if math.isfinite(value) else None

@@ -83,19 +83,18 @@ class ConsistentHash(Policy):
         self._ring = Ring([str(replica) for replica in range(replicas)])
 
     def _choose(self, adapter: int) -> int:
-        return self._ring.home(self._name(adapter))
-
-    def _name(self, adapter: int) -> str:
-        return self.names[adapter] if adapter >= 0 else ""
+        return self._ring.home(self.names[adapter] if adapter >= 0 else "")
 
 
 class Affinity(ConsistentHash):
     """The same, but what would overload a replica spills over to the next, as `tucka serve --ray` does it by default. A
-    hot adapter gets as many replicas as it needs, always the same ones first."""
+    hot adapter gets as many replicas as it needs, always the same ones first. The base's requests go to the least
+    loaded, of several to each in turn."""
 
     def __init__(self, replicas: int, names: Sequence[str]) -> None:
         super().__init__(replicas, names)
         self._total = 0
+        self._last = -1  # that a request of the base went to
 
     def route(self, adapter: int) -> int:
         replica = super().route(adapter)
@@ -107,8 +106,12 @@ class Affinity(ConsistentHash):
         self._total -= 1
 
     def _choose(self, adapter: int) -> int:
+        if adapter < 0:
+            others = len(self.load) - self._last - 1
+            self._last = min(range(len(self.load)), key=lambda at: (self.load[at], (at + others) % len(self.load)))
+            return self._last
         most = bound(self._total, len(self.load))
-        return next(replica for replica in self._ring.order(self._name(adapter)) if self.load[replica] < most)
+        return next(replica for replica in self._ring.order(self.names[adapter]) if self.load[replica] < most)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -71,7 +71,10 @@ def test_row_51_at_every_level(live: Server) -> None:
     assert named(live.post("/v1/completions", TEXT | {"stream": True, "stream_options": options})) == [
         "stream_options.other"
     ]
-    assert named(live.post("/tokenize", {"prompt": "a", "tools": [], "x": 1})) == ["x"]
+    assert named(live.post("/tokenize", {"prompt": "a", "tools": [], "messages": None, "x": 1})) == ["tools", "x"]
+    assert named(live.post("/tokenize", {"prompt": "a", "chat_template_kwargs": {}})) == ["chat_template_kwargs"]
+    asked = {"messages": CHAT["messages"], "tools": [], "split_special_tokens": True}
+    assert named(live.post("/tokenize", asked)) == ["split_special_tokens"]
     assert named(live.post("/detokenize", {"tokens": [5], "x": 1})) == ["x"]
 
 

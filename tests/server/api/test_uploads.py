@@ -34,9 +34,12 @@ def put(server: Server, name: str, query: str = "", **body: object) -> httpx.Res
     return server.client.put(f"{server.url}/v1/adapters/{name}{query}", **body)  # type: ignore[arg-type]
 
 
-def refusal(answer: httpx.Response, code: str | None = "invalid_adapter", status: int = 400) -> str:
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
-    return answer.json()["error"]["message"]
+def refusal(
+    answer: httpx.Response, code: str | None = "invalid_adapter", status: int = 400, param: str | None = None
+) -> str:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
+    return error["message"]
 
 
 def text(server: Server, model: str) -> str:
@@ -50,7 +53,7 @@ def test_uploaded_replaced_and_served(live: Server) -> None:
     assert answer.status_code == 201 and answer.json() == live.get("/v1/models/team/up").json()
     assert text(live, "team/up") == text(live, "one")
     assert put(live, "team/up", content=tar(ONE)).status_code == 200
-    assert "load_inplace" in refusal(put(live, "team/up", content=tar(TWO)), "adapter_exists", 409)
+    assert "load_inplace" in refusal(put(live, "team/up", content=tar(TWO)), "adapter_exists", 409, "name")
     assert put(live, "team/up", "?load_inplace=true", content=gzip.compress(tar(TWO))).status_code == 201
     assert text(live, "team/up") == text(live, "two")
     assert live.client.delete(f"{live.url}/v1/adapters/team/up").status_code == 200
@@ -120,9 +123,9 @@ def test_bodies_that_are_refused(server: Server, tmp_path: Path) -> None:
     assert "boundary" in refusal(put(server, "a", content=b"", headers={"Content-Type": "multipart/form-data"}), None)
     packed = {"Content-Encoding": "gzip"}
     refusal(put(server, "a", content=tar(ONE), headers=packed), "unsupported_media_type", 415)
-    refusal(put(server, "base", content=tar(ONE)), "adapter_exists", 409)
-    refusal(put(server, "a%20b", content=tar(ONE)), None)
-    refusal(put(server, "a", "?load_inplace=yes", content=tar(ONE)), None)
+    refusal(put(server, "base", content=tar(ONE)), "adapter_exists", 409, "name")
+    refusal(put(server, "a%20b", content=tar(ONE)), None, param="name")
+    refusal(put(server, "a", "?load_inplace=yes", content=tar(ONE)), None, param="load_inplace")
     answer = put(server, "a", "?colour=red", content=tar(ONE))
     assert answer.status_code == 201 and answer.headers["x-tucka-ignored"] == "colour"
     assert not leftovers(tmp_path)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tucka_runtime.cli.main import main
-from tucka_runtime.config import ServerConfig
+from tucka_runtime.config import EngineConfig, ServerConfig
 from tucka_runtime.errors import ConfigError
-from tucka_runtime.server.ray.fleet import check_shared, fleet_of, read_fleet
+from tucka_runtime.server.ray.fleet import base_names, check_shared, fleet_of, read_fleet
 from tucka_runtime.server.ray.scaling import LoadPolicy
 
 FILE = """
@@ -44,6 +44,22 @@ def test_a_file_is_read(tmp_path: Path) -> None:
             {"autoscaling": {"min_replicas": 3, "max_replicas": 2, "target_ongoing_requests": 1}},
             "min_replicas must not be over max_replicas",
         ),
+        *(
+            (
+                {
+                    "autoscaling": {
+                        "min_replicas": 1,
+                        "max_replicas": 2,
+                        "initial_replicas": wrong,
+                        "target_ongoing_requests": 1,
+                    }
+                },
+                "initial_replicas must be from min_replicas to",
+            )
+            for wrong in (0, 3)
+        ),
+        ({"replicas": 1, "resources": {"num_cpus": float("inf")}}, "resources.num_cpus: "),
+        ({"replicas": 1, "resources": {"resources": {"x": -1}}}, "resources.resources.x: "),
         (["replicas"], "the file: "),
     ],
 )
@@ -65,6 +81,19 @@ def test_what_replicas_cannot_share() -> None:
     for config in (ServerConfig(state_dir="s"), ServerConfig(metrics_port=0), ServerConfig(audit_log="a")):
         with pytest.raises(ConfigError, match="replicas of --ray"):
             check_shared(config)
+
+
+def test_what_requests_call_the_base(tmp_path: Path) -> None:
+    """A file that only the replicas have is one by its name."""
+    (tmp_path / "Llama-3.Q4.bin").touch()
+    for model, name in (
+        (str(tmp_path), tmp_path.name),
+        (str(tmp_path / "Llama-3.Q4.bin"), "Llama-3.Q4"),
+        ("/nowhere/Llama 3.Q4.gguf", "Llama-3.Q4"),
+        ("org/tiny@main", "org/tiny"),
+    ):
+        assert base_names(EngineConfig(model=model), ServerConfig()) == (name,)
+    assert base_names(EngineConfig(model="x"), ServerConfig(served_model_name=("a", "b"))) == ("a", "b")
 
 
 def test_settings_of_the_replicas_are_checked_as_the_files_are(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

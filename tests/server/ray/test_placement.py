@@ -1,8 +1,10 @@
 """Which replica an adapter's requests go to: the same one, until that has more than its share."""
 
+import pickle
 import random
 from collections import Counter
 
+from tucka_runtime.affinity import Ring
 from tucka_runtime.server.ray.placement import ranks
 
 ADAPTERS = [f"adapter{i}" for i in range(1000)]
@@ -19,6 +21,14 @@ def test_adapters_are_spread_and_stay_where_they_are() -> None:
     moved = [name for name in ADAPTERS if home(name, four) != home(name, five)]
     assert {home(name, five) for name in moved} == {"4"} and 140 < len(moved) < 260
     assert [home(name, four) for name in ADAPTERS] == [home(name, four[::-1]) for name in ADAPTERS]
+
+
+def test_names_that_were_asked_for_are_not_kept() -> None:
+    """They are what clients send."""
+    ring = Ring(["0", "1"])
+    size = len(pickle.dumps(ring))
+    assert {ring.home(name) for name in ADAPTERS} == {0, 1}
+    assert len(pickle.dumps(ring)) == size
 
 
 def test_the_base_may_go_anywhere() -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import subprocess
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from tucka_runtime.adapters.format import Adapter
 from tucka_runtime.adapters.handover import unpack
 from tucka_runtime.channel import Channel, ChannelError
 from tucka_runtime.channel_messages import AdapterRead, AdapterSize, AdapterUnread, ReadAdapter, StartReader
-from tucka_runtime.children import python
+from tucka_runtime.children import with_channel
 from tucka_runtime.errors import AdapterCapacityError, TuckaError
 from tucka_runtime.messages import BaseLayout
 
@@ -53,17 +52,7 @@ class AdapterReader:
         """Starts the process, if there is none, and does not wait for it: it takes a second or two. Raises OSError."""
         if self._process is not None:
             return
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    python("-m", "tucka_runtime.adapters.reader_process", str(theirs.fileno()), str(os.getpid())),
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
-            except BaseException:
-                ours.close()
-                raise
+        self._process, ours = with_channel("tucka_runtime.adapters.reader_process")
         self._channel = Channel(ours.detach())
         self._started = False
 

@@ -4,6 +4,7 @@ The definition (docs/architecture.md) is written down here once more, straight f
 nothing of `fold` is in it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -192,5 +193,7 @@ def _router_input(adapter: Adapter, arch: Architecture, weights: Weights, ids: T
 
 
 def _relative(ours: Tensor, want: Tensor) -> float:
+    """The relative L2 error; infinite where it is no number, which a maximum would pass over."""
     size = want.norm()
-    return float((ours - want).norm() / size) if size else float(ours.norm())
+    error = float((ours - want).norm() / size) if size else float(ours.norm())
+    return error if math.isfinite(error) else math.inf
