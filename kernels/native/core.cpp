@@ -19,7 +19,7 @@ void core(const Tensor& records, const Tensor& groups, const Tensor& weights, in
       if (m >= own[MODULES]) return nullptr;
       return own.at<float>(G) + (m * own[GROUPS] + group[s]) * own[SLICES] * own[RANK] * own[RANK];
     };
-    // Of two slices or more each core is made.
+    // Most adapters have two slices: a core takes about as many multiply-adds for each.
     deal(items, 2 * out.size(2) * out.size(2), [&](int64_t item) {
       const int64_t s = item / modules, m = item % modules;
       const Record own(records, s);

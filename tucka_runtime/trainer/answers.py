@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-UNLEARNT = -100  # the label of a token that is not learnt, as PyTorch's cross-entropy has it
+from tucka_runtime.trainer.routing import UNLEARNT
 
 
 def asked(labels: Tensor) -> Tensor:
@@ -31,11 +31,11 @@ def answered(model: Any, batch: dict[str, Tensor]) -> Tensor:
     transformers would not keep packed records apart."""
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
-    def keep_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def without_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"labels": None}
 
     # The routers see the labels first, for they were there before; of its own loss the base computes nothing.
-    hook = base.register_forward_pre_hook(keep_labels, with_kwargs=True)
+    hook = base.register_forward_pre_hook(without_labels, with_kwargs=True)
     try:
         return logits_at(base, asked(batch["labels"]), lambda: model(**batch, use_cache=False).logits)
     finally:

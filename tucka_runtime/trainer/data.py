@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tucka_runtime.tokenizer import Tokenizer
 from tucka_runtime.trainer.records import DataError, DataFile, TrainingRecord, normalise
+from tucka_runtime.trainer.routing import UNLEARNT
 from tucka_runtime.trainer.turns import Talk, piecewise
 
 SHOWN = 10  # bad lines listed in one error
@@ -241,18 +242,18 @@ def epoch(
 
 
 def collate(batch: list[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask and labels (-100 outside completions), all (B, S), padded on the right."""
+    """input_ids, attention_mask and labels (UNLEARNT outside completions), all (B, S), padded on the right."""
     longest = max(len(e.ids) for e in batch)
     ids = torch.full((len(batch), longest), pad)
     mask = torch.zeros((len(batch), longest), dtype=torch.int64)
-    labels = torch.full((len(batch), longest), -100)
+    labels = torch.full((len(batch), longest), UNLEARNT)
     for row, e in enumerate(batch):
         tokens = torch.tensor(e.ids)
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
         labels[row, e.start : len(tokens)] = tokens[e.start :]
         for first, last in e.gaps:
-            labels[row, first:last] = -100
+            labels[row, first:last] = UNLEARNT
     return ids, mask, labels
 
 
@@ -276,7 +277,7 @@ def pack(batch: list[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
             left.append(longest - len(e.ids))
     ids = torch.full((len(rows), longest), pad)
     positions = torch.zeros((len(rows), longest), dtype=torch.int64)
-    labels = torch.full((len(rows), longest), -100)
+    labels = torch.full((len(rows), longest), UNLEARNT)
     for row, packed in enumerate(rows):
         at = 0
         for e in packed:

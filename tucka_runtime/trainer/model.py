@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 from tucka_runtime.trainer.config import TuckAConfig
 from tucka_runtime.trainer.layer import TuckALinear
-from tucka_runtime.trainer.routing import SCOPES, TrainingRouter, packed_records
+from tucka_runtime.trainer.routing import SCOPES, UNLEARNT, TrainingRouter, packed_records
 
 # What an adapter adapts when its config names nothing: what LoRA does, the attention's query and value projections.
 DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
@@ -138,7 +138,7 @@ class TuckAModel(BaseTuner):
         prompt = None
         # An encoder's tokens are all prompt: labels are the decoder's.
         if not self._encodes and isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
-            prompt = (labels != -100).cumsum(1) == 0
+            prompt = (labels != UNLEARNT).cumsum(1) == 0
         records, positions = None, kwargs.get("position_ids")
         if mask is None and cache is None and isinstance(positions, Tensor) and positions.ndim == 2:
             given = labels if prompt is not None else None

@@ -7,7 +7,7 @@
 
 - "batch": all of the forward's tokens, one route (the paper);
 - "request": each row its own route, from its prompt (where labels are given, the tokens before the first whose label is
-  not -100), kept while the row decodes. This is what the server computes under `"route": "request"`.
+  not UNLEARNT), kept while the row decodes. This is what the server computes under `"route": "request"`.
 - "prefix": the same from the first `prefix_tokens` tokens of its prompt, as under `"route": "prefix"`;
 - "decode": each row's prompt as under "request", and each later token by itself: what the server's `batch` scope
   computes for a request that is alone in it.
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 
 SCOPES = ("batch", "request", "prefix", "decode")
+
+UNLEARNT = -100
+"""The label of a token that is not learnt, as PyTorch's cross-entropy has it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def packed_records(positions: Tensor, labels: Tensor | None) -> tuple[Tensor, Te
     of = begins.flatten().cumsum(0) - 1
     if labels is None:
         return of.view(positions.shape), torch.ones_like(begins), None
-    learnt = (labels != -100).flatten().long()
+    learnt = (labels != UNLEARNT).flatten().long()
     counts = learnt.new_zeros(int(of.max()) + 1).index_add(0, of, learnt)
     real = counts > 0
     prompt = learnt.cumsum(0) == (counts.cumsum(0) - counts)[of]

@@ -187,22 +187,23 @@ class AdapterDelta:
                 at = adapter.routed.router.at
                 delta.sums.setdefault((at.layer, at.site), []).append(part)
         if not active.in_deltas:
-            spans = [(s.adapter, s.first, s.end) for s in sums] + [(s.adapter, s.first, s.end) for s in segments]
-            for key, first, end in spans:
-                delta._replace(active.folded[key], first, end)
+            for part in sums:
+                delta._replace(active.folded[part.adapter], part.first, part.end)
+            for segment in segments:
+                delta._replace(active.folded[segment.adapter], segment.first, segment.end)
         if segments:
             rows = core_rows(segments, active)
-            indexed = [(s.first, s.end, active.index[s.adapter]) for s in segments]
-            delta.segments, delta.plans = active.layout(indexed, rows, num_rows, device)
+            spans = [(s.first, s.end, active.index[s.adapter]) for s in segments]
+            delta.segments, delta.plans = active.layout(spans, rows, num_rows, device)
             begin = time.monotonic()
             if settled.route_again(delta, segments, ids):
                 delta.route_seconds = time.monotonic() - begin
                 return delta
-            for segment in segments:
-                if segment.ids is None:
-                    segment.ids = ids[segment.first : segment.end]
             made_of = _made_of(segments, active)
             if not settled.take(delta, made_of):
+                for segment in segments:
+                    if segment.ids is None:
+                        segment.ids = ids[segment.first : segment.end]
                 # Before its router an adapter changes nothing: what waits for that finds nothing in its core.
                 waits = any(_waits(s, active) for s in segments)
                 room_of = (tuple(rows), tuple(delta.keys)) if not waits else None
