@@ -175,7 +175,7 @@ class StartReader:
 
 @dataclass(frozen=True, slots=True)
 class ReadAdapter:
-    """Is answered by `AdapterSize`, unless there is an error before, and then by `AdapterRead` or `AdapterUnread`.
+    """Is answered by `AdapterSize` where reading takes long, and then by `AdapterRead` or `AdapterUnread`.
     `folder` and `blob` are a load's; an adapter whose tensors take more than `room` bytes is not read."""
 
     folder: Path

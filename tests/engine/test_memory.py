@@ -16,6 +16,7 @@ from tucka_runtime.engine.adapters.footprint import folded_bytes
 from tucka_runtime.engine.launched import Launched
 from tucka_runtime.engine.memory import AdapterMemory
 from tucka_runtime.engine.scheduler import ScheduledChunk
+from tucka_runtime.engine.turns import whole
 from tucka_runtime.errors import AdapterCapacityError
 from tucka_runtime.machine import Memory
 from tucka_runtime.messages import AdapterKey, Route
@@ -42,7 +43,7 @@ def test_bytes_are_known_before_an_adapter_is_folded(tmp_path: Path, kind: str) 
     for number, (folder, pinned) in enumerate(folders):
         adapter = read_adapter(folder, engine.layout)
         kept, _ = folded_bytes(adapter, runner.arch, runner.dtype, runner.factor_dtype, pinned)
-        assert kept == runner.fold(key(number), adapter, engine.turns, pinned).num_bytes
+        assert kept == whole(runner.fold(key(number), adapter, pinned)).num_bytes
 
 
 def test_256_adapters_of_a_llama_3_8b(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Work that takes turns with steps: its share of their time and no more, all of it where there are none."""
 
 import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 
 from tucka_runtime.engine import turns as module
-from tucka_runtime.engine.turns import MOST, PATIENCE, SHARE, Turns, Work, whole
+from tucka_runtime.engine.turns import LATE, MOST, PATIENCE, SHARE, Turns, Work, once, whole
 
 PIECES, PIECE = 40, 0.001
 STEP = 0.003
@@ -52,14 +53,17 @@ def started(turns: Turns, own: Work[str]) -> tuple[threading.Thread, Future[str]
         except Exception as error:
             outcome.set_exception(error)
 
+    stepping = turns._stepping
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    while stepping and turns._work is None:
+        time.sleep(1e-3)
     return thread, outcome
 
 
 def test_without_steps_the_thread_does_its_work_at_once(clock: Clock) -> None:
     done: list[threading.Thread] = []
-    assert Turns().run(work(clock, done)) == "made" == whole(work(clock, []))
+    assert Turns().run(work(clock, done)) == "made" == whole(work(clock, [])) == Turns().run(once(lambda: "made"))
     assert done == [threading.current_thread()] * PIECES
 
 
@@ -67,21 +71,43 @@ def test_without_steps_the_thread_does_its_work_at_once(clock: Clock) -> None:
 def test_between_steps_the_work_gets_its_share_from_who_steps(clock: Clock, waiting: int, step: float) -> None:
     """More for what waits behind it, and the longer it lasts; a piece that took more is paid for by the steps after."""
     turns, done = Turns(), list[threading.Thread]()
-    turns.between(0.0)
+    turns.between(step)
     begin = clock.now
     _, outcome = started(turns, work(clock, done))
     given = 0.0
-    while not done:
-        turns.between(1e-9, waiting)
     while len(done) < PIECES:
         clock.now += step
         share = min(SHARE * (1 + waiting + (clock.now - begin) / PATIENCE), MOST)
         given += share * step
         turns.between(step, waiting)
-        assert given - PIECE < PIECE * (len(done) - 1) < given + PIECE or len(done) == PIECES
-    turns.between(1.0)
+        assert -1e-9 < PIECE * len(done) - given < PIECE + 1e-9 or len(done) == PIECES
+    while not outcome.done():
+        turns.between(step)
     assert outcome.result(WAIT) == "made"
     assert done == [threading.current_thread()] * PIECES
+
+
+def test_nothing_is_done_behind_a_long_step(clock: Clock) -> None:
+    """Every third step has a prompt: what it is due is done behind the next one. Where all become as long, that is what
+    is usual."""
+    turns, done = Turns(), list[threading.Thread]()
+    turns.between(STEP)
+    begin = clock.now
+    _, outcome = started(turns, work(clock, done))
+    given = 0.0
+    for number in range(120):
+        long, before = number % 3 == 2, len(done)
+        step = STEP * (1 + long)
+        given += SHARE * (1 + (clock.now - begin) / PATIENCE) * step
+        turns.between(step)
+        assert len(done) == before if long else -1e-9 < PIECE * len(done) - given < PIECE + 1e-9
+    before = len(done)
+    assert 0 < before < PIECES
+    for _ in range(round(3 / LATE)):
+        turns.between(2 * STEP)
+    assert before < len(done)
+    while not outcome.done():
+        turns.between(2 * STEP)
 
 
 def test_the_thread_goes_on_itself_when_no_step_follows(clock: Clock) -> None:

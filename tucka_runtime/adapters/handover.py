@@ -18,6 +18,8 @@ from tucka_runtime.adapters.config import AdapterSpec, BankSpec, LoRASpec, TuckA
 from tucka_runtime.adapters.format import Adapter, BankModule, LoRAModule, TuckAModule
 from tucka_runtime.channel_messages import AdapterRead, TensorRun
 
+LEAST_BYTES = 4 * 2**20
+"""Of weights in a second: a disk that gives less does not answer."""
 ALIGNMENT = 64
 """Bytes: where tensors that are written behind begin."""
 
@@ -93,10 +95,9 @@ def pack(adapter: Adapter, memory: SharedNumbers) -> AdapterRead:
     )
 
 
-def unpack(message: AdapterRead, file: int) -> Adapter:
-    """The adapter of a message and of the file that came with it, which may be closed then: the memory is held until
-    the last of the adapter's tensors goes. Raises OSError."""
-    memory = mmap.mmap(file, 0)
+def unpack(message: AdapterRead, memory: mmap.mmap) -> Adapter:
+    """The adapter of a message and of the memory that came with it, which is held until the last of the adapter's
+    tensors goes."""
     tensors: list[Tensor] = []
     for run in message.runs:
         sizes = [math.prod(shape) for shape in run.shapes]

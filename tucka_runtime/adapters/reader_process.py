@@ -5,18 +5,21 @@ step's calls into torch gives that away and would have to wait for it (docs/meas
 The engine's end is engine/adapters/reader.py. Ends with its parent.
 """
 
+import contextlib
 import logging
 import os
 import resource
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tucka_runtime.adapters.format import read_adapter
-from tucka_runtime.adapters.handover import SharedNumbers, pack
+from tucka_runtime.adapters.handover import LEAST_BYTES, SharedNumbers, pack
 from tucka_runtime.channel import Channel
 from tucka_runtime.channel_messages import AdapterSize, AdapterUnread, ReadAdapter, StartReader
 from tucka_runtime.children import end_with_parent
@@ -32,6 +35,10 @@ Python's objects, and pieces of the weights. The tensors are shared memory: the 
 
 NICENESS = 19
 """Steps and requests come first where all cores are busy, and a batch process never interrupts one."""
+WORK_SECONDS, REST_SECONDS = 0.001, 0.0001
+"""Whom Linux has let run on a core it takes off there at a tick, every 4 ms, whatever the niceness; a thread of the
+engine's that wants that core waits as long. One that rests gives its core away at once, and goes on where one is idle:
+the p99 between tokens beside 4 loads a second was 1.23 times that without them, and 1.29 times without rests."""
 
 
 def main() -> None:
@@ -47,9 +54,22 @@ def main() -> None:
         set_up_logging(start.log_format, "reader")
         _limit_memory()
         while True:
-            _answer(channel, channel.receive(), start.base)
+            question = channel.receive()
+            with _giving_way():
+                _answer(channel, question, start.base)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """Rests for REST_SECONDS after every WORK_SECONDS, behind the call into torch that may be under way."""
+    signal.signal(signal.SIGALRM, lambda *_: time.sleep(REST_SECONDS))
+    signal.setitimer(signal.ITIMER_REAL, WORK_SECONDS, WORK_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _limit_memory() -> None:
@@ -71,7 +91,8 @@ def _answer(channel: Channel, question: ReadAdapter, base: BaseLayout) -> None:
                 "--kv-cache-tokens.",
                 missing=size - question.room,
             )
-        channel.send(AdapterSize(size))
+        if size > LEAST_BYTES:
+            channel.send(AdapterSize(size))
         memory = SharedNumbers.allocate(count)
         return memory.numbers
 

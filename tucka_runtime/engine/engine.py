@@ -2,11 +2,12 @@
 
 import random
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tucka_runtime.adapters.format import Adapter, read_adapter
 from tucka_runtime.channel_messages import AdapterPart
@@ -23,7 +24,7 @@ from tucka_runtime.engine.pace import Pace
 from tucka_runtime.engine.rehearsal import Rehearsal
 from tucka_runtime.engine.scheduler import ScheduledChunk, Scheduler
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.engine.turns import Turns
+from tucka_runtime.engine.turns import Turns, Work, once, whole
 from tucka_runtime.errors import InvalidRequestError, TuckaError
 from tucka_runtime.messages import (
     AdapterInfo,
@@ -42,6 +43,8 @@ from tucka_runtime.messages import (
 
 if TYPE_CHECKING:
     from tucka_runtime.engine.adapters.reader import AdapterReader
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,11 +324,17 @@ class Engine:
         begin = time.monotonic()
         if resident:
             self.adapters.check_room()  # before gigabytes are read; `add` finds out for certain
-        adapter = self._read(folder, blob)
+        read = self._read(folder, blob)
         checked = time.monotonic()
-        folded = self.runner.fold(key, adapter, self.turns, pinned)
-        seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
-        return folded, describe(folded, adapter, pinned, seconds)
+
+        def work() -> Work[tuple[FoldedAdapter, AdapterInfo]]:
+            adapter = read()
+            yield
+            folded = yield from self.runner.fold(key, adapter, pinned)
+            seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
+            return folded, describe(folded, adapter, pinned, seconds)
+
+        return self._in_turns(work())
 
     def combine_adapters(
         self, key: AdapterKey, parts: Rows[AdapterPart], resident: bool = True
@@ -334,17 +343,32 @@ class Engine:
         begin = time.monotonic()
         if resident:
             self.adapters.check_room()
-        adapters = [self._read(part.folder, part.blob) for part in parts]
+        reads = [self._read(part.folder, part.blob) for part in parts]
         checked = time.monotonic()
-        folded = self.runner.combine(key, list(zip(adapters, parts, strict=True)), self.turns)
-        seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
-        return folded, describe_combination(folded, seconds)
 
-    def _read(self, folder: Path, blob: str | None) -> Adapter:
+        def work() -> Work[tuple[FoldedAdapter, AdapterInfo]]:
+            adapters = []
+            for read in reads:
+                adapters.append(read())
+                yield
+            folded = yield from self.runner.combine(key, list(zip(adapters, parts, strict=True)))
+            seconds = {"read": checked - begin, "fold": time.monotonic() - checked}
+            return folded, describe_combination(folded, seconds)
+
+        return self._in_turns(work())
+
+    def _in_turns(self, work: Work[T]) -> T:
+        """What comes of work that a GPU does on a stream of its own beside the steps, and a CPU in turns with them."""
+        return whole(work) if self.runner.on_gpu else self.turns.run(work)
+
+    def _read(self, folder: Path, blob: str | None) -> Callable[[], Adapter]:
         """Raises AdapterError, StorageError, and TuckaError where the reader's process fails."""
         if self.reader is None:
-            return read_adapter(folder, self.layout, blob)
-        return self.reader.read(folder, self.layout, blob, self.runner.memory.room_to_read())
+            adapter = read_adapter(folder, self.layout, blob)
+            return lambda: adapter
+        # Where steps are made: for each of the files that say what room there is, Python's lock is given away.
+        room = self._in_turns(once(self.runner.memory.room_to_read))
+        return self.reader.read(folder, self.layout, blob, room)
 
     def add_adapter(self, folded: FoldedAdapter) -> None:
         """Makes a prepared adapter known to new requests. Raises AdapterCapacityError, AdapterConflictError."""

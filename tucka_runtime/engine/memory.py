@@ -2,13 +2,14 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from tucka_runtime import machine
 from tucka_runtime.engine.adapters.folded import FoldedAdapter
 from tucka_runtime.engine.adapters.host_cache import moved
+from tucka_runtime.engine.turns import Work, once, whole
 from tucka_runtime.errors import AdapterCapacityError
 
 SPARE = 1.25
@@ -69,13 +70,15 @@ class AdapterMemory:
         """Books an adapter, until nobody holds it any more."""
         self._loaded[folded] = folded.num_bytes
 
-    def make(self, make: Callable[[], FoldedAdapter], kept: int, passing: int) -> FoldedAdapter:
-        """Books what `make` makes, which keeps so many bytes and takes so many more meanwhile: on a GPU on a stream of
-        its own, beside what runs. Raises AdapterCapacityError."""
+    def make(self, work: Work[FoldedAdapter], kept: int, passing: int) -> Work[FoldedAdapter]:
+        """Books what comes of some work, which keeps so many bytes and takes so many more meanwhile: on a GPU on a
+        stream of its own, beside what runs, where it has to be done whole. Raises AdapterCapacityError."""
+        yield
         self.check(kept, passing)
+        yield
         try:
             with torch.cuda.stream(self._loading) if self._loading is not None else contextlib.nullcontext():
-                folded = make()
+                folded = yield from work
         except torch.OutOfMemoryError as e:
             raise AdapterCapacityError(
                 "The GPU has no memory left for the adapter. Unload one, or restart with a smaller --kv-cache-tokens.",
@@ -92,7 +95,7 @@ class AdapterMemory:
         """An adapter of the host's memory where it is served: on a CPU it is there. Raises AdapterCapacityError."""
         if self._loading is None:
             return folded
-        return self.make(lambda: moved(folded, self.device), folded.num_bytes, 0)
+        return whole(self.make(once(lambda: moved(folded, self.device)), folded.num_bytes, 0))
 
     def to_host(self, folded: FoldedAdapter) -> FoldedAdapter:
         """The way back: the device's memory is free once nobody holds the argument."""

@@ -35,7 +35,7 @@ from tucka_runtime.engine.pooler import Pooler
 from tucka_runtime.engine.sampler import Choice, Sampler, filtered, logprobs
 from tucka_runtime.engine.scheduler import ScheduledChunk
 from tucka_runtime.engine.sequence import Sequence, Status
-from tucka_runtime.engine.turns import Turns, Work, whole
+from tucka_runtime.engine.turns import Work
 from tucka_runtime.engine.verify import choose, read_tokens
 from tucka_runtime.errors import ModelLoadError, NonFiniteError
 from tucka_runtime.kernels import dispatch
@@ -117,15 +117,15 @@ class ModelRunner:
             kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         )
 
-    def fold(self, key: AdapterKey, adapter: Adapter, turns: Turns, pinned: Route | None = None) -> FoldedAdapter:
-        """The adapter in the serving form, made in `turns` with the steps, on a GPU beside them on a stream of its own:
-        safe in another thread. Raises InvalidAdapterError, or AdapterCapacityError if there is no memory for it."""
+    def fold(self, key: AdapterKey, adapter: Adapter, pinned: Route | None = None) -> Work[FoldedAdapter]:
+        """The adapter in the serving form, on a GPU made on a stream of its own. Raises InvalidAdapterError, or
+        AdapterCapacityError if there is no memory for it."""
         weights, dtype = self.model.weights, self.factor_dtype
         needed = folded_bytes(adapter, self.arch, self.dtype, dtype, pinned)
         work = fold(key, adapter, self.arch, weights, self.ops, dtype, pinned)
-        return self.memory.make(lambda: self._done(work, turns), *needed)
+        return (yield from self.memory.make(work, *needed))
 
-    def combine(self, key: AdapterKey, parts: Rows[tuple[Adapter, AdapterPart]], turns: Turns) -> FoldedAdapter:
+    def combine(self, key: AdapterKey, parts: Rows[tuple[Adapter, AdapterPart]]) -> Work[FoldedAdapter]:
         """Several adapters as one in the serving form, likewise. Raises InvalidRequestError where they cannot be, and
         what `fold` does."""
         weights, dtype = self.model.weights, torch.float32
@@ -139,10 +139,7 @@ class ModelRunner:
                 own.append(Weighted(folded, part.weight, part.member))
             return combine(key, own, self.factor_dtype)
 
-        return self.memory.make(lambda: self._done(work(), turns), kept, kept + passing)
-
-    def _done(self, work: Work[FoldedAdapter], turns: Turns) -> FoldedAdapter:
-        return whole(work) if self.on_gpu else turns.run(work)
+        return (yield from self.memory.make(work(), kept, kept + passing))
 
     def warm_up(self) -> None:
         """Captures the graphs that a server without adapters needs."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -18,6 +18,17 @@ PATIENCE = 1.0
 """Seconds."""
 MOST = 0.5
 """Of the steps' time, what all of that may come to."""
+LONG = 1.1
+"""Times the usual step: after one that took longer no work is done. Steps with a prompt are the long ones, and what is
+done behind them makes the longest gaps longer; behind the short ones it is hidden."""
+LATE = 0.1
+"""What the last step counts for in what is usual."""
+
+
+def once(make: Callable[[], T]) -> Work[T]:
+    """Work of one piece."""
+    yield
+    return make()
 
 
 def whole(work: Work[T]) -> T:
@@ -47,6 +58,8 @@ class Turns:
         self._due = 0.0
         """Seconds that the work may take; less than none after a piece that took more."""
         self._begun = 0.0
+        self._usual = 0.0
+        """Seconds that a step takes of late."""
 
     def run(self, work: Work[T]) -> T:
         """What comes of some work, in the thread whose work it is. Raises what it raises."""
@@ -63,6 +76,8 @@ class Turns:
     def between(self, seconds: float, waiting: int = 0) -> None:
         """After a step that took so many seconds, if another may follow: does what is due of the work, behind which so
         much more is `waiting`."""
+        usual = self._usual or seconds
+        self._usual = usual + LATE * (seconds - usual)
         self._stepping = True  # before the lock, which work under way has until it sees this behind its next piece
         with self._changed:
             if self._work is None:
@@ -70,7 +85,7 @@ class Turns:
                 return
             shares = 1 + waiting + (time.monotonic() - self._begun) / PATIENCE
             self._due += min(SHARE * shares, MOST) * seconds
-            while self._work is not None and self._due > 0:
+            while seconds <= LONG * usual and self._work is not None and self._due > 0:
                 begin = time.monotonic()
                 self._advance()
                 self._due -= time.monotonic() - begin

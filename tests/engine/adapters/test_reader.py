@@ -16,9 +16,11 @@ from tests.support.adapter_files import put
 from tests.support.banks import save_bank
 from tests.support.driving import build, save_lora, save_model, save_tucka
 from tests.support.processes import PATIENCE
+from tucka_runtime.adapters import reader_process
 from tucka_runtime.adapters.files import WEIGHTS_NAME
 from tucka_runtime.adapters.format import Adapter, read_adapter
 from tucka_runtime.adapters.manifest import PREFIX
+from tucka_runtime.embedded import FOLDER
 from tucka_runtime.engine.adapters import reader as reader_module
 from tucka_runtime.engine.adapters.reader import AdapterReader
 from tucka_runtime.errors import AdapterCapacityError, InvalidAdapterError, TuckaError
@@ -73,7 +75,7 @@ def shared_memory() -> int:
 def test_what_comes_through_is_what_is_read_here(
     reader: AdapterReader, folder: Path, layout: BaseLayout, kind: str
 ) -> None:
-    assert plain(reader.read(folder / kind, layout, None, ROOM)) == plain(read_adapter(folder / kind, layout))
+    assert plain(reader.read(folder / kind, layout, None, ROOM)()) == plain(read_adapter(folder / kind, layout))
 
 
 def test_rows_of_tokens_come_through(reader: AdapterReader, layout: BaseLayout, tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_rows_of_tokens_come_through(reader: AdapterReader, layout: BaseLayout, 
             tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.rand(d_out, 2)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     put(tmp_path, config | {"trainable_token_indices": [9, 4, 7]}, tensors)
-    found = reader.read(tmp_path, layout, None, ROOM)
+    found = reader.read(tmp_path, layout, None, ROOM)()
     assert found.tokens and plain(found) == plain(read_adapter(tmp_path, layout))
 
 
@@ -123,6 +125,25 @@ def test_what_there_is_no_room_for_is_not_read(reader: AdapterReader, folder: Pa
     assert reader.read(folder / "tucka", layout, None, size)
 
 
+def test_it_gives_its_core_away_while_it_reads() -> None:
+    """The kernel would let it go on for a tick of 4 ms, whoever else wants the core."""
+    layout, reader = build(FOLDER / "base", max_model_len=512).layout, AdapterReader("text")
+
+    def rests() -> int:
+        status = Path(f"/proc/{reader.pid}/status").read_text().split()
+        return int(status[status.index("voluntary_ctxt_switches:") + 1])
+
+    try:
+        reader.read(FOLDER / "adapters" / "words", layout, None, ROOM)
+        before, begin = rests(), time.monotonic()
+        for _ in range(20):
+            reader.read(FOLDER / "adapters" / "words", layout, None, ROOM)
+        took = time.monotonic() - begin
+        assert rests() - before > 0.25 * took / reader_process.WORK_SECONDS
+    finally:
+        reader.close()
+
+
 def at_rest(reader: AdapterReader, folder: Path, layout: BaseLayout) -> None:
     """Waits until the process is done with its last answer, which it lets go of once it is sent: it answers another
     question then, here one that takes no memory."""
@@ -132,13 +153,13 @@ def at_rest(reader: AdapterReader, folder: Path, layout: BaseLayout) -> None:
 
 def test_memory_comes_back(reader: AdapterReader, folder: Path, layout: BaseLayout) -> None:
     """Here with the last tensor, there at once: no descriptor and no mapping is left after 50 loads."""
-    adapter: Adapter | None = reader.read(folder / "tucka", layout, None, ROOM)
+    adapter: Adapter | None = reader.read(folder / "tucka", layout, None, ROOM)()
     assert shared_memory()
     there = Path(f"/proc/{reader.pid}")
     at_rest(reader, folder, layout)
     held = len(os.listdir(there / "fd"))
     for _ in range(50):
-        adapter = reader.read(folder / "lora", layout, None, ROOM)
+        adapter = reader.read(folder / "lora", layout, None, ROOM)()
     assert "memfd:adapter" in Path("/proc/self/maps").read_text()
     del adapter
     at_rest(reader, folder, layout)
@@ -155,7 +176,7 @@ def test_a_reader_killed_in_the_middle_of_a_load(reader: AdapterReader, folder: 
     os.kill(pid, signal.SIGSTOP)  # so that the question is under way, and not answered, when it is killed
     killing = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
     killing.start()
-    assert reader.read(folder / "tucka", layout, None, ROOM).digest
+    assert reader.read(folder / "tucka", layout, None, ROOM)().digest
     killing.join()
     assert reader.pid != pid
 
@@ -174,4 +195,4 @@ def test_a_reader_that_hangs_costs_one_load(
             reader.read(folder / "tucka", layout, None, ROOM)
         assert time.monotonic() - begin < PATIENCE
     assert reader.pid is None and not Path(f"/proc/{pid}").exists()
-    assert reader.read(folder / "tucka", layout, None, ROOM).digest
+    assert reader.read(folder / "tucka", layout, None, ROOM)().digest

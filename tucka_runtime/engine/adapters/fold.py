@@ -60,7 +60,9 @@ def fold(
     factors: dict[Where, tuple[Tensor, Tensor]] = {}
     affine: dict[Where, Tensor] = {}
     saved = _saved(adapter, arch, weights)
+    yield
     g, c = _normalised_cores(list(tucka.values()), device)
+    yield
     if tucka:
         assert isinstance(adapter.config, TuckASpec)
         cores = None if pinned is None else dict(zip(tucka, _pinned_cores(g, c, pinned), strict=True))
@@ -87,8 +89,10 @@ def fold(
     if banked:
         stacked = torch.stack([module.core.to(device, dtype) for module in banked.values()], dim=1)
         bank = BankCores(_numbers(list(banked), arch, device), stacked)
+    yield
     tables = _tables(adapter, saved, arch, weights, dtype)
     folded = FoldedAdapter(key, factors, affine, routed, saved, tables, bank, vocab_size=adapter.vocab_size)
+    yield
     if not folded.is_finite():
         raise InvalidAdapterError(
             f"The adapter's values overflow when they are folded into {str(dtype).removeprefix('torch.')}: its weights "
@@ -144,6 +148,7 @@ def _tucka_factors(
     for batch in _batches(modules, lambda at: (modules[at].u.shape[1], base.width(at))):
         width, r = base.width(batch[0]), modules[batch[0]].u.shape[1]
         es.update(zip(batch, _apart(torch.empty(len(batch), r, width, dtype=dtype, device=device)), strict=True))
+    yield
     for site in base.by_site(modules):
         # Once for what a site has of targets, each of whose rows go through all of them.
         own = [

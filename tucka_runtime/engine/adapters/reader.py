@@ -1,12 +1,15 @@
 """The process that reads adapters (adapters/reader_process.py), as the engine holds it."""
 
 import logging
+import mmap
 import os
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tucka_runtime.adapters.format import Adapter
-from tucka_runtime.adapters.handover import unpack
+from tucka_runtime.adapters.handover import LEAST_BYTES, unpack
 from tucka_runtime.channel import Channel, ChannelError
 from tucka_runtime.channel_messages import AdapterRead, AdapterSize, AdapterUnread, ReadAdapter, StartReader
 from tucka_runtime.children import with_channel
@@ -19,8 +22,6 @@ START_SECONDS = 60
 READ_SECONDS = 100.0
 """For all of a load but the weights' bytes: most of what an adapter may take for itself, four regular expressions that
 are matched for 20 s each."""
-LEAST_BYTES = 4 * 2**20
-"""Of weights in a second: a disk that gives less does not answer."""
 END_SECONDS = 5.0
 
 
@@ -56,8 +57,12 @@ class AdapterReader:
         self._channel = Channel(ours.detach())
         self._started = False
 
-    def read(self, folder: Path, base: BaseLayout, blob: str | None, room: int) -> Adapter:
-        """`read_adapter`'s adapter, its tensors in shared memory until they go. Every call is for the same `base`.
+    def read(self, folder: Path, base: BaseLayout, blob: str | None, room: int) -> Callable[[], Adapter]:
+        """What makes `read_adapter`'s adapter, its tensors in shared memory until they go. Every call is for the same
+        `base`.
+
+        Making it is left to who turns it into another form, for the thread that does so: it takes a call into torch for
+        each tensor, and each of these gives Python's lock away and waits for it where another thread works.
 
         Raises what `read_adapter` raises, AdapterCapacityError if its tensors take more than `room` bytes, and
         TuckaError where the process hangs, or dies twice.
@@ -79,7 +84,7 @@ class AdapterReader:
         if self._process is not None:
             self._give_up()
 
-    def _read(self, question: ReadAdapter, base: BaseLayout) -> Adapter:
+    def _read(self, question: ReadAdapter, base: BaseLayout) -> Callable[[], Adapter]:
         """Raises ProcessEndedError beside what `read` does."""
         try:
             return self._ask(question, base)
@@ -95,7 +100,7 @@ class AdapterReader:
             logger.error("the process that reads adapters ended with status %s: %r", status, error)
             raise ProcessEndedError from error
 
-    def _ask(self, question: ReadAdapter, base: BaseLayout) -> Adapter:
+    def _ask(self, question: ReadAdapter, base: BaseLayout) -> Callable[[], Adapter]:
         self.start()
         assert self._channel is not None
         self._channel.set_timeout(READ_SECONDS if self._started else START_SECONDS + READ_SECONDS)
@@ -110,7 +115,7 @@ class AdapterReader:
                 case AdapterRead() as read:
                     file = self._channel.take_file()
                     try:
-                        return unpack(read, file)
+                        return partial(unpack, read, mmap.mmap(file, 0))
                     finally:
                         os.close(file)
                 case AdapterUnread(error, missing):
