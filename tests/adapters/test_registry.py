@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.support import ROOT
 from tests.support.adapter_files import put, tucka_config, tucka_tensors
 from tests.support.registry_child import state
-from tucka_runtime.adapters import journal
+from tucka_runtime.adapters import blobs, journal
 from tucka_runtime.adapters.blobs import StoredAdapter
 from tucka_runtime.adapters.entry import RegistryEntry
 from tucka_runtime.adapters.files import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
@@ -313,8 +313,15 @@ def fill_disk(monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
 
 
-def test_what_is_here_already_needs_no_room(registry, source, tmp_path, base, monkeypatch):
+@pytest.mark.parametrize("small", [True, False])
+def test_what_is_here_already_needs_no_room(registry, source, tmp_path, base, monkeypatch, small):
+    """Nor is anything of it written, where it is small."""
+    monkeypatch.setattr(blobs, "SMALL_BYTES", 2**20 if small else 0)
     stored = registry.ingest(source)
+    if small:
+        with monkeypatch.context() as patched:
+            patched.setattr(blobs.tempfile, "mkdtemp", None)
+            assert registry.ingest(source) == stored
     fill_disk(monkeypatch)
     assert registry.ingest(source) == stored
     other = put(tmp_path / "other", tucka_config(alpha=3), tucka_tensors(base))

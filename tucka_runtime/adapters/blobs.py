@@ -36,6 +36,9 @@ from tucka_runtime.errors import InvalidAdapterError
 log = logging.getLogger(__name__)
 
 COPY_BYTES = 2**20  # memory taken while an adapter of any size is copied
+SMALL_BYTES = 4 * 2**20
+"""Weights that are read once more, in 2 ms, before they are written: where their content is here already, as that of an
+adapter that is loaded again or under a second name, three files are not written for nothing."""
 
 TEMPORARY = ".tmp-"
 
@@ -69,6 +72,8 @@ class Blobs:
         """Copies the adapter's files out of `source`, with its `defaults` or without; whole content that is here
         already is left as it is, and damaged content is replaced. Stays until `release`. Raises InvalidAdapterError for
         the source."""
+        if _is_small(source) and (known := self.find(source, defaults)) is not None:
+            return known
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
         try:
             stored = self._stored(*_take(source, partial, defaults))
@@ -153,6 +158,14 @@ def delete(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _is_small(source: Path) -> bool:
+    """Whether its weights are, as far as can be seen: `_take` finds out what they are."""
+    try:
+        return (source / WEIGHTS_NAME).stat().st_size <= SMALL_BYTES
+    except OSError:
+        return False
 
 
 def _take(source: Path, target: Path | None, with_defaults: bool) -> tuple[str, str]:
