@@ -119,7 +119,7 @@ async def trial(url: str, pid: int, state: Path, flags: argparse.Namespace) -> b
     busy: list[list[float]] = []
     took, turns = 0.0, min(flags.turns, flags.cycles)
     async with httpx.AsyncClient(timeout=120) as client:
-        streams, cycles = Streams(client, url, flags.streams), Cycles(client, url)
+        streams, cycles = Streams(url, flags.streams), Cycles(client, url)
         await cycles.run(min(WARM_UP, flags.cycles), flags.pause)
         before = memory(pid), await descriptors(pid), disk(state)
         for turn in range(turns):
