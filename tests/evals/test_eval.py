@@ -15,6 +15,7 @@ from tucka_runtime.client import Client
 from tucka_runtime.evals.asking import Reply
 from tucka_runtime.evals.questions import questions
 from tucka_runtime.evals.report import f1, score, table, wrong
+from tucka_runtime.tokenizer import Tokenizer
 
 
 def evaluate(*arguments: Any) -> int:
@@ -54,7 +55,14 @@ def test_scores_are_those_that_training_measured(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = [json.loads(line) for line in (workplace / "tucka" / "predictions.jsonl").read_text().splitlines()]
-    lines = [{"prompt": row["prompt"], "completion": row["expected"], "task": row["task"]} for row in held]
+    tokenizer = Tokenizer.load(workplace / "base")
+    assert tokenizer is not None
+    end = tokenizer.token(tokenizer.ends[0]) or ""
+    assert end
+    lines = [  # some records spell the token that ends them
+        {"prompt": row["prompt"], "completion": row["expected"] + end * (i % 2), "task": row["task"]}
+        for i, row in enumerate(held)
+    ]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     named = [f"{name}={workplace / name}" for name in ("tucka", "lora")]
     command = (tmp_path / "held.jsonl", "--model", workplace / "base", "--adapter", *named, "--max-tokens", 8)
@@ -96,12 +104,13 @@ def test_a_server_is_asked_as_clients_do(
             return b'{"choices": [{"text": " x\\n", "finish_reason": "length"}]}'
         return b'{"choices": [{"message": {"content": "y"}, "finish_reason": "stop"}]}'
 
-    monkeypatch.setattr(Client, "get", lambda self, path: json.dumps(CARDS).encode())
+    known: dict[str, dict[str, Any]] = {"/v1/models": CARDS, "/tokenizer_info": {"eos_token": "</s>"}}
+    monkeypatch.setattr(Client, "get", lambda self, path: json.dumps(known[path]).encode())
     monkeypatch.setattr(Client, "post", post)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1}}}]}
     talk = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "1"}]
     lines = [
-        {"prompt": "p", "completion": "x"}, {"messages": talk[:2]}, {"text": "t"},
+        {"prompt": "p", "completion": "x </s>"}, {"messages": talk[:2]}, {"text": "t"},
         {"messages": [*talk, {"role": "assistant", "content": "<think>so</think> y"}], "tools": [{"name": "f"}]},
     ]  # fmt: skip
     (tmp_path / "d").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -89,6 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     if left_out:
         say(f"left out: {left_out} records that no text answers (calls, plain texts)", sys.stderr)
     asked = _asked(args)
+    wanted = [question.without(asked.ends) for question in wanted]
     rows, mistakes = [], []
     for model, route in plan(asked, args.route):
         say(f"asking {model}{f' ({route})' if route else ''} ...", sys.stderr)

@@ -1,5 +1,6 @@
 """Who answers questions: the engine in this process, or a running server."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,12 @@ class Reply:
 
 
 class Respondent(Protocol):
-    """`base` is what the base is called, `routed` the adapters' names, each with whether a router is in it."""
+    """`base` is what the base is called, `routed` the adapters' names, each with whether a router is in it, `ends` the
+    tokens that end an answer, as they are spelled, as far as they are known."""
 
     base: str
     routed: dict[str, bool]
+    ends: list[str]
 
     def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         """The greedy answers of the base or an adapter, in the questions' order. Raises TuckaError."""
@@ -51,6 +54,8 @@ class Folder:
         self._llm = LLM(model, adapters=adapters, num_threads=num_threads)
         self._max_tokens = max_tokens
         self.routed = {name: info.router is not None for name, info in self._llm.adapters.items()}
+        tokenizer = self._llm.tokenizer
+        self.ends = [token for end in tokenizer.ends if (token := tokenizer.token(end))] if tokenizer else []
 
     def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         """All at once, as a busy server would have them: under the scope batch they are routed together."""
@@ -96,6 +101,10 @@ class Server:
             there = ", ".join(found) or "none"
             raise ConfigError(f"--adapter: {', '.join(missing)} is not loaded there. Loaded are: {there}.")
         self.routed = {name: found[name] for name in adapters or found}
+        self.ends = []
+        with contextlib.suppress(TuckaError, ValueError):  # a base without a tokenizer, or another kind of server
+            if end := json.loads(self._client.get("/tokenizer_info")).get("eos_token"):
+                self.ends.append(end)
 
     def ask(self, questions: Sequence[Question], model: str, route: str | None) -> list[Reply]:
         with ThreadPoolExecutor(TOGETHER) as pool:

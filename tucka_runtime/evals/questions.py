@@ -1,7 +1,8 @@
 """Records as questions: what is asked, and the text that is expected as the answer."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ class Question:
             return self.record.prompt
         last = max(i for i, learnt in enumerate(self.record.learnt) if learnt)
         return list(self.record.messages[:last])
+
+    def without(self, ends: Sequence[str]) -> "Question":
+        """The same, an end token of `ends` that its record spells taken off: it ends an answer, and is no part of its
+        text."""
+        for end in ends:
+            if self.expected.endswith(end):
+                return replace(self, expected=self.expected.removesuffix(end).rstrip())
+        return self
 
 
 def questions(path: Path, limit: int | None) -> tuple[list[Question], int, str]:
