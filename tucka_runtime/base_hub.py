@@ -15,11 +15,17 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?", re.ASCII)
 
 
+def names_repository(model: str) -> bool:
+    """Whether a model is named as on the Hub, and is nothing that lies at that path here."""
+    found = _REPOSITORY.fullmatch(model)
+    return found is not None and not os.path.exists(found[0])
+
+
 def hub_folder(model: str, download: bool) -> tuple[Path, str] | None:
     """The folder of a model `org/name` or `org/name@revision`, and `org/name`; None for any other, for what no
     repository may be called, and for a folder of that path. Raises ConfigError where it is not there."""
     found = _REPOSITORY.fullmatch(model)
-    if found is None or os.path.exists(found[0]):
+    if found is None or not names_repository(model):
         return None
     from huggingface_hub.errors import HFValidationError
 

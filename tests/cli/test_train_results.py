@@ -16,6 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.support.training import make_workplace, train
 from tucka_runtime.cli import train as cli
+from tucka_runtime.cli.train_files import complete
+from tucka_runtime.cli.train_flags import of_run
 from tucka_runtime.trainer import routers
 
 
@@ -39,6 +41,17 @@ def test_training_json_makes_the_adapter_again(workplace: Path, capsys: pytest.C
     assert cli.run(parser.parse_args(["--config", str(file), "--out", str(workplace / "again")])) == 0
     assert (workplace / "again/adapter_model.safetensors").read_bytes() == weights
     assert "(base: loss " in capsys.readouterr().out
+
+
+def test_a_base_on_the_hub_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of what lies here the name alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/base").mkdir(parents=True)
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    for named, told in {"org/name": "org/name", "org/name@main": "org/name@main", "mine/base": "base"}.items():
+        args = complete(parser.parse_args(["--model", named, "--data", "mine/records.jsonl", "--out", "out"]))
+        assert of_run(args)["model"] == told
 
 
 def test_loras_options_are_in_the_adapter(workplace: Path) -> None:

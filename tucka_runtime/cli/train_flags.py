@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tucka_runtime.base_hub import names_repository
 from tucka_runtime.client import KEY_VARIABLES
 from tucka_runtime.messages import ROUTE_PREFIX_TOKENS
 
@@ -149,9 +150,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def of_run(args: argparse.Namespace) -> dict[str, Any]:
     """What makes the adapter, as a --config file would say it. Of paths the names alone: the folders above them are
-    nobody's business."""
-    values = {flag.name: getattr(args, flag.name) for flag in FLAGS if flag.of_run}
-    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+    nobody's business. A base on the Hub is named in full."""
+    return {flag.name: _public(getattr(args, flag.name)) for flag in FLAGS if flag.of_run}
+
+
+def _public(value: Any) -> Any:
+    if not isinstance(value, Path):
+        return value
+    return str(value) if names_repository(str(value)) else value.name
 
 
 def command(args: argparse.Namespace, **instead: bool) -> str:
