@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tucka_runtime.affinity import SPILL_AT
 from tucka_runtime.base_gguf import model_name
@@ -56,6 +56,16 @@ class Resources(_Strict):
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, Annotated[float, Field(ge=0)]] = {}
+
+    @field_validator("resources")
+    @classmethod
+    def _own(cls, resources: dict[str, float]) -> dict[str, float]:
+        """Ray refuses names that it has settings of their own for, once the fleet is started."""
+        if taken := sorted(resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"}):
+            raise ValueError(
+                f"{', '.join(taken)} cannot be a resource of your own: of cores and GPUs say num_cpus and num_gpus"
+            )
+        return resources
 
 
 class Routing(_Strict):

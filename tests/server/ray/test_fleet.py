@@ -60,6 +60,10 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ),
         ({"replicas": 1, "resources": {"num_cpus": float("inf")}}, "resources.num_cpus: "),
         ({"replicas": 1, "resources": {"resources": {"x": -1}}}, "resources.resources.x: "),
+        (
+            {"replicas": 1, "resources": {"resources": {"a": 1, "CPU": 1}}},
+            "resources.resources: Value error, CPU cannot",
+        ),
         (["replicas"], "the file: "),
     ],
 )
