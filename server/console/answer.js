@@ -6,8 +6,11 @@ import { route as drawn } from "./plot.js";
 
 const ENDS = { stop: "complete", length: "cut off", tool_calls: "called a function" };
 
-/** A card for the answer of `model` (a card of /v1/models). `run(path, body)` fills it; `stop()` ends that. */
-export function answerCard(model) {
+/**
+ * A card for the answer of `model` (a card of /v1/models, one of `models`). `run(path, body)` fills it; `stop()` ends
+ * that.
+ */
+export function answerCard(model, models) {
   const abort = new AbortController();
   const stop = el("button", { type: "button", class: "small", onclick: () => abort.abort() }, "Stop");
   stop.setAttribute("aria-label", `Stop the answer of ${model.id}`);
@@ -48,7 +51,7 @@ export function answerCard(model) {
       if (said) append(text, "said", said);
       if (choice.finish_reason) {
         ended(ENDS[choice.finish_reason] ?? choice.finish_reason);
-        foot.append(choice.route ? routeNode(choice.route, model) : el("p", { class: "note" }, unrouted(model)));
+        foot.append(choice.route ? routeNode(choice.route, models) : el("p", { class: "note" }, unrouted(model)));
       }
     }
     clock.tokens = chunk.usage?.completion_tokens ?? clock.tokens;
@@ -58,8 +61,9 @@ export function answerCard(model) {
   return { node, run, stop: () => abort.abort() };
 }
 
-export function kind({ tucka }) {
-  return tucka ? { tucka: "TuckA", lora: "LoRA", bank: "in a bank" }[tucka.kind] : "base model";
+export function kind({ parent, tucka }) {
+  if (!tucka) return parent ? "alias" : "base model";
+  return { tucka: "TuckA", lora: "LoRA", bank: "in a bank" }[tucka.kind];
 }
 
 /** What a model is, in a few words: of an adapter its kind, rank and experts. */
@@ -75,8 +79,8 @@ function append(place, kind, piece) {
   place.lastElementChild.append(piece);
 }
 
-function unrouted({ tucka }) {
-  return tucka ? "A LoRA adapter has no route." : "The base has no route.";
+function unrouted({ parent }) {
+  return parent ? "A LoRA adapter has no route." : "The base has no route.";
 }
 
 function figureNodes({ sent, first, last, tokens }) {
@@ -93,15 +97,17 @@ function figure(name, value, unit) {
   return el("div", {}, el("dt", {}, name), el("dd", {}, value, " ", el("span", { class: "unit" }, unit)));
 }
 
-function routeNode({ group, weights, scope, changes }, { tucka }) {
+/** The adapter of a route is another than the model that was asked where that is an alias. */
+function routeNode({ adapter, group, weights, scope, changes }, models) {
+  const tucka = models.find(({ id }) => id === adapter)?.tucka;
   const numbers = weights.map((weight) => weight.toFixed(3));
-  const told = `Group ${group} of ${tucka.k}, counted from 0; its experts weigh ${numbers.join(", ")}.`;
+  const told = `Group ${group} of ${tucka?.k}, counted from 0; its experts weigh ${numbers.join(", ")}.`;
   const moved = changes ? ` · left it ${changes} ${changes === 1 ? "time" : "times"} while decoding` : "";
   return el(
     "div",
     { class: "routed" },
     el("p", {}, `Group ${group}`, el("span", { class: "note" }, ` by the ${scope}${moved}`)),
-    drawn(tucka.k, tucka.t, group, weights, told),
+    tucka?.k ? drawn(tucka.k, tucka.t, group, weights, told) : "",
     el("p", { class: "note" }, "Experts weigh ", el("span", { class: "weights" }, numbers.join(" · "))),
   );
 }

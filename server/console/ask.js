@@ -29,7 +29,7 @@ export function startAsk() {
 
 /** Shows the names that can be picked. What was picked stays so; at first it is the base and two adapters. */
 export function offer(cards) {
-  const kept = models.length ? picked() : cards.slice(0, 3).map(({ id }) => id);
+  const kept = models.length ? picked() : cards.filter(isNoAlias).slice(0, 3).map(({ id }) => id);
   models = cards;
   byId("names").replaceChildren(...cards.map((card) => chip(card, kept.includes(card.id))));
   byId("filter-field").hidden = cards.length <= FEW;
@@ -47,6 +47,10 @@ export async function chooseDoor() {
 function chip(card, checked) {
   const box = el("input", { type: "checkbox", name: "model", value: card.id, checked });
   return el("label", { class: "chip" }, box, el("span", {}, card.id), el("span", { class: "note" }, kind(card)));
+}
+
+function isNoAlias({ parent, tucka }) {
+  return tucka || !parent;
 }
 
 function boxes() {
@@ -74,18 +78,17 @@ async function send() {
   showProblem(byId("ask-problem"), fault);
   if (fault) return;
   const asked = picked();
-  running = asked.map((id) => answerCard(models.find((model) => model.id === id)));
+  running = asked.map((id) => answerCard(models.find((model) => model.id === id), models));
   byId("answers").replaceChildren(...running.map(({ node }) => node));
   byId("answers").dataset.count = running.length;
   const count = running.length === 1 ? "1 answer" : `${running.length} answers`;
   progress(true, `${count} on the way.`);
   const { path, body } = request();
-  try {
-    await Promise.all(running.map((answer, i) => answer.run(path, { ...body, model: asked[i] })));
-  } finally {
-    running = [];
-    progress(false, `${count} ended.`);
-  }
+  const ends = await Promise.allSettled(running.map((answer, i) => answer.run(path, { ...body, model: asked[i] })));
+  running = [];
+  progress(false, `${count} ended.`);
+  const failed = ends.find(({ status }) => status === "rejected");
+  if (failed) throw failed.reason;
 }
 
 function faultOfForm() {

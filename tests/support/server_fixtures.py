@@ -101,7 +101,7 @@ def start_fake(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[StartFake]:
 @contextmanager
 def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
     """The same for as long as the context is entered; the servers' states lie in the folder."""
-    running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry, Callable[[], None]]] = []
+    running: list[tuple[HTTPServer, threading.Thread, AdapterRegistry]] = []
 
     def start(with_tokenizer: bool = True, template: str | None = None, **settings: object) -> Server:
         config = ServerConfig(**{"port": 0, "adapter_root": (str(GOLDEN),)} | settings)  # type: ignore[arg-type]
@@ -131,23 +131,24 @@ def fake_servers(tokenizer: Tokenizer, folder: Path) -> Iterator[StartFake]:
         server = HTTPServer(create_app(service), config, listener)
         server.config.timeout_graceful_shutdown = 1
         loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
+
+        async def serve() -> None:
+            await server.serve()
+            if renders is not None:
+                await renders.stop()
+            await adapters.stop_rendering()
+
+        thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
 
-        def stop_child() -> None:
-            if renders is not None:
-                loop.run_until_complete(renders.stop())
-            loop.run_until_complete(adapters.stop_rendering())
-
-        running.append((server, thread, registry, stop_child))
+        running.append((server, thread, registry))
         port = listener.getsockname()[1]
         return Server(f"http://127.0.0.1:{port}", os.getpid(), engine, loop, service)
 
     yield start
-    for server, thread, registry, stop_child in running:
+    for server, thread, registry in running:
         server.should_exit = True
         thread.join()
-        stop_child()
         registry.close()

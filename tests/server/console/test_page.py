@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support import GOLDEN
@@ -112,6 +113,25 @@ def test_the_base_and_two_adapters_by_keyboard_with_their_routes(live: Server, v
     passes = sum(v for k, v in series(live).items() if k.startswith('tucka_adapter_group_selections_total{model="one"'))
     page.wait_for_selector(f".experts[data-model=one] >> text={passes:,.0f} passes")
     assert len(page.query_selector_all("#tiles .tile .spark polyline")) == 4
+
+
+def test_an_alias_shows_the_route_of_the_adapter_that_answers(live: Server, visit: Any) -> None:
+    live.post("/v1/aliases", {"name": "alias", "targets": {"one": 1}}).raise_for_status()
+    try:
+        seen = visit(live)
+        seen.state("ready")
+        for box in seen.page.query_selector_all("#names input"):
+            box.set_checked(box.get_attribute("value") == "alias")
+        seen.page.fill("#prompt", "hello")
+        seen.page.click("#send")
+        seen.ended(1)
+        card = "article[data-model=alias]"
+        assert seen.text(f"{card} header .note") == "alias"
+        assert "Group" in seen.text(f"{card} .routed")
+        assert len(seen.page.query_selector_all(f"{card} .route .track")) == 9
+        assert not seen.errors
+    finally:
+        httpx.delete(f"{live.url}/v1/aliases/alias").raise_for_status()
 
 
 def test_streams_run_side_by_side_and_stop(start_fake: Any, visit: Any) -> None:
