@@ -131,7 +131,7 @@ class AdapterNames(RestoredNames):
             raise self._unknown(sees)
         async with self._locks.hold(name):
             entry = self._lost[name] if name in self._lost else self.get(name).entry
-            self._check_owner(entry)
+            self._check_owner(name, entry)
             if to is not None and entry.digest.startswith(to) and name in self._loaded:
                 audit.note_digests(entry.digest, entry.digest)
                 return self._loaded[name]
@@ -203,7 +203,7 @@ class AdapterNames(RestoredNames):
             if name in self.aliases:
                 raise InvalidRequestError("That is an alias. DELETE /v1/aliases/{name} removes it.", "name")
             entry = self._lost[name] if name in self._lost else self.get(name).entry
-            self._check_owner(entry)
+            self._check_owner(name, entry)
             self._check_engine()
             await self._copies.forget(name)
             audit.note_digests(entry.digest, None)
@@ -235,8 +235,9 @@ class AdapterNames(RestoredNames):
             await self._copies.save(old.entry, durable)
         return old
 
-    def _check_owner(self, entry: RegistryEntry) -> None:
-        if entry.version_of is not None:
+    def _check_owner(self, name: str, entry: RegistryEntry) -> None:
+        """A version of what the name stands for now is called by the name's own entry."""
+        if entry.version_of is not None or split_version(name) is not None:
             raise InvalidRequestError("That is a version of a name, which goes with the name. Give the name.", "name")
 
     async def _drop(self, entry: RegistryEntry) -> bool:

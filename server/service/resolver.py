@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from tucka_runtime.adapters.remote import NoSuchAdapterError
-from tucka_runtime.errors import AdapterCapacityError, AdapterError, OverloadedError, SourceError, TuckaError
+from tucka_runtime.errors import (
+    AdapterCapacityError,
+    AdapterConflictError,
+    AdapterError,
+    OverloadedError,
+    SourceError,
+    TuckaError,
+)
 from tucka_runtime.server.service.adapters import AdapterNames
 from tucka_runtime.server.service.audit import AuditLog, changing
 
@@ -66,6 +73,10 @@ class Resolver:
                     return
             except NoSuchAdapterError:
                 continue
+            except AdapterConflictError:
+                if self._adapters.knows(name):  # somebody has given it the name meanwhile
+                    return
+                raise
             except TuckaError as failure:
                 error = error or failure
         if error is None or (

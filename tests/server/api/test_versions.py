@@ -110,11 +110,15 @@ def test_without_the_setting_nothing_is_kept(start_fake) -> None:
 
 
 def test_a_version_is_not_a_name(server: Server) -> None:
-    digest, _ = load(server, "law", 0), load(server, "law", 1)
-    version = f"law@{digest[:12]}"
-    assert server.client.delete(f"{server.url}/v1/adapters/{version}").status_code == 400
-    assert roll_back(server, version).status_code == 400
-    assert server.post("/v1/adapters", {"name": version, "path": CONTENTS[2]}).status_code == 400
+    """Neither one that is kept, nor that of what the name stands for."""
+    digests = load(server, "law", 0), load(server, "law", 1)
+    before = names(server)
+    for version in (f"law@{digest[:12]}" for digest in digests):
+        assert server.client.delete(f"{server.url}/v1/adapters/{version}").status_code == 400
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": version}).status_code == 400
+        assert roll_back(server, version).status_code == 400
+        assert server.post("/v1/adapters", {"name": version, "path": CONTENTS[2]}).status_code == 400
+    assert names(server) == before and used(server, "law") == digests[1]
     assert server.post("/v1/adapters", {"name": "other@" + "a" * 12, "path": CONTENTS[2]}).status_code == 400
     assert server.post("/v1/adapters", {"name": "law@v2", "path": CONTENTS[2]}).status_code == 201
 

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -20,7 +21,7 @@ from tests.support.servers import Server
 from tucka_runtime.adapters import remote
 from tucka_runtime.adapters.readers import HubReader, StoreReader, token_variable
 from tucka_runtime.adapters.remote import ChangedError, NoSuchAdapterError, Source, fetch
-from tucka_runtime.errors import ConfigError, InvalidAdapterError, SourceError
+from tucka_runtime.errors import AdapterConflictError, ConfigError, InvalidAdapterError, SourceError
 from tucka_runtime.server.service import resolver
 
 ONE = GOLDEN / "llama-qv-r8k3t3" / "adapter"
@@ -144,6 +145,19 @@ def test_models_are_looked_up(server: Server, host: FileHost, monkeypatch: pytes
     assert complete(server, "team/tax") == 200
     monkeypatch.setattr(resolver, "MAX_LOOKUPS", 0)
     assert complete(server, "other") == 429
+
+
+def test_a_name_that_somebody_loads_meanwhile_is_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other content: the request is for what the name stands for."""
+    names = server.service.adapters  # type: ignore[union-attr]
+    on_load = names.load_from
+
+    async def second(*arguments: Any, **options: Any) -> Any:
+        await on_load(*arguments, **options)
+        raise AdapterConflictError("An adapter of that name with other content is loaded.", "name")
+
+    monkeypatch.setattr(names, "load_from", second)
+    assert complete(server, "law") == 200
 
 
 def test_a_source_that_is_away_is_said(server: Server, host: FileHost) -> None:
