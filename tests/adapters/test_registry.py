@@ -394,6 +394,18 @@ def test_a_root_that_a_cleaner_removed_is_made_again(tmp_path, source, base, mon
             assert [known.name for known in registry.names()] == ["a", "b"]
 
 
+def test_a_root_without_names_that_a_cleaner_removed_is_made_again(tmp_path, source):
+    """A log that is open and has no file any more takes what is written to it, and keeps none."""
+    root = tmp_path / "state"
+    with AdapterRegistry(root) as registry:
+        registry.put(entry("a", registry.ingest(source)))
+        registry.remove("a")
+        shutil.rmtree(root)
+        registry.put_alias(Alias("b", {"a": 1}))
+    with AdapterRegistry(root) as registry:
+        assert [alias.name for alias in registry.aliases()] == ["b"]
+
+
 def test_a_root_that_another_server_made_again_is_left_to_it(tmp_path, source):
     root = tmp_path / "state"
     with AdapterRegistry(root) as registry:

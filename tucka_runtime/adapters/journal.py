@@ -75,7 +75,7 @@ class Journal:
     def mend(self) -> None:
         """Writes what is gone of the files once more."""
         files = (self.root / TABLE, *([self._path(self._number)] if self._log is not None else []))
-        if self._rows and not all(file.exists() for file in files):
+        if (self._rows or self._log is not None) and not all(file.exists() for file in files):
             self._write(self._rows)
 
     def _change(self, line: str, changed: Mapping[str, str | None]) -> None:
