@@ -11,7 +11,7 @@
 # Where there is no NVIDIA GPU it takes torch's CPU build, never gigabytes of CUDA. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/pip ]; then  # pip comes last: a Debian without python3-venv leaves a python alone
     echo "making .venv ..."
     "${PYTHON:-python3}" -m venv .venv
 fi

@@ -1,13 +1,17 @@
 """The command line around the server: what it says where something is missing or meant otherwise."""
 
+import http.server
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from tests.support import GOLDEN
+from tucka_runtime.cli import healthcheck
 from tucka_runtime.cli.main import main
-from tucka_runtime.client import client_key, server_address
+from tucka_runtime.client import Client, client_key, server_address
+from tucka_runtime.errors import TuckaError
 
 ONE, TWO = (str(GOLDEN / name / "adapter") for name in ("llama-qv-r8k3t3", "llama-all7-r4k2t2"))
 
@@ -84,6 +88,34 @@ def test_where_clients_go_and_with_what(monkeypatch: pytest.MonkeyPatch) -> None
     assert client_key(None) == "second"
     monkeypatch.setenv("TUCKA_CLIENT_KEY", "first")
     assert client_key(None) == "first" and client_key("given") == "given"
+
+
+def test_this_machine_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's clients set one in every container, and to it 127.0.0.1 is itself."""
+    answering = http.server.HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=answering.serve_forever, daemon=True).start()
+    port = answering.server_port
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    try:
+        for host in ("127.0.0.1", "localhost", "http://127.0.0.1"):
+            assert Client(f"{host}:{port}", None).get("/ready") == b"here"
+        with pytest.raises(TuckaError, match="No answer"):
+            Client("there.invalid", None).get("/ready")
+        monkeypatch.setattr(healthcheck, "url", lambda command: f"http://127.0.0.1:{port}/ready")
+        assert healthcheck.main() == 0
+    finally:
+        answering.shutdown()
+        answering.server_close()
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"here")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 def test_the_scrape_benchs_help() -> None:

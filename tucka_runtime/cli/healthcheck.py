@@ -23,10 +23,10 @@ def url(command: list[str]) -> str:
 
 
 def main() -> int:
-    """Asks once."""
+    """Asks once, and no proxy that the environment names: the server is in the same container."""
     command = Path("/proc/1/cmdline").read_text().split("\0")[:-1]
     try:
-        with urllib.request.urlopen(url(command), timeout=4):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url(command), timeout=4):
             return 0
     except OSError:
         return 1
