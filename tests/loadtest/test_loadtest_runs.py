@@ -116,6 +116,18 @@ def test_reloads_in_place_forgive_nothing(fake, load_test):
     assert result["runs"][0]["redirected"] == 0
 
 
+@pytest.mark.parametrize("models", [None, "alias,a,b"])
+def test_an_alias_is_no_adapter_and_gets_no_canaries(fake, load_test, models):
+    """It answers as whatever version of its adapter is there, which is nobody's leak."""
+    url = fake(adapters={"a": "/adapters/a", "b": "/adapters/b"}, aliases={"alias": "a"})
+    flags = {"churn_rate": 8.0, "churn_adapter": ("a=/adapters/a,/adapters/a2",), "churn_inplace": True}
+    result = load_test(url, models=models, rate="20", duration=1.5, canary_rate=20.0, canary_models=3, **flags)
+    assert result["models"] == (models.split(",") if models else ["a", "b"])
+    assert ("alias" in result["per_adapter"]) is bool(models)
+    assert result["correct"] and result["canaries"]["models"] == ["a", "b", "base"]
+    assert result["canaries"]["outcomes"].keys() <= {"own", "unjudged"} and not result["canaries"]["twins"]
+
+
 @pytest.mark.parametrize("drain", [False, True])
 def test_with_drain_no_adapter_is_unloaded_under_its_requests(fake, load_test, drain):
     url = fake(adapters=ADAPTERS, ttft=0.1, itl=0.005)
@@ -311,6 +323,7 @@ def test_choosing_models():
     assert choose_models(Settings(), served) == (["a", "b"], "base")
     assert choose_models(Settings(models="b,base"), served) == (["b", "base"], "base")
     assert choose_models(Settings(), served[:1]) == (["base"], "base")
+    assert choose_models(Settings(), [*served, ModelCard("alias", "base", None, alias=True)])[0] == ["a", "b"]
     with pytest.raises(ConfigError, match="x not served; there are base, a, b"):
         choose_models(Settings(models="x"), served)
     with pytest.raises(ConfigError, match="--versus-base"):
