@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -85,9 +86,10 @@ def ratios(runs: Iterable[dict[str, Any]], base_runs: Iterable[dict[str, Any]]) 
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
-    """What was asked for, without keys and without where the results went."""
+    """What was asked for, without keys, the url's password too, and without where the results went."""
     left_out = (*SECRET, "json", "html", "quiet")
     values = {k: v for k, v in asdict(settings).items() if k not in left_out and v is not None}
+    values["url"] = re.sub(r"^([^/?#]*//)?[^/?#]*@", r"\1", settings.url)
     return {k: _json(v) for k, v in values.items()}
 
 

@@ -372,6 +372,19 @@ def test_the_command_writes_json_and_html(fake, tmp_path, capsys):
     assert (tmp_path / "again.html").read_text() == html.read_text()
 
 
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("http://joe:s3cret@host:8000/v1", "http://host:8000/v1"),
+        ("joe:s3@cret@host:8000", "host:8000"),
+        ("https://joe@host", "https://host"),
+        ("http://host:8000/a@b", "http://host:8000/a@b"),
+    ],
+)
+def test_the_password_of_a_url_is_not_written(url, written):
+    assert report.settings_json(Settings(url=url))["url"] == written
+
+
 class Tags(HTMLParser):
     """Balanced tags, no reference to anything outside."""
 
@@ -439,6 +452,9 @@ def test_compare_calls_noise_noise():
     assert verdict(result(100, 1), result(90, 1)) == "better"
     assert verdict(result(100, 10), result(110, 10)) == "same"
     assert verdict(result(100, 1), result(110, 1, "order statistics")) == "worse?"
+    cut = result(100, 190)
+    cut["confidence"]["mean_ttft_ms"]["low"] = 0.0  # no figure is negative: report.confidence cuts there
+    assert verdict(cut, result(280, 1)) == "same"
     vllm = {"request_throughput": 6.0, "mean_ttft_ms": 50.0, "median_itl_ms": 3.0}
     rows = compare.compare(result(100, 1), vllm)
     assert [(r["name"], r["verdict"]) for r in rows] == [("request_throughput", "better?"), ("mean_ttft_ms", "better?")]
