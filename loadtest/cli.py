@@ -121,11 +121,18 @@ async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
     test = replace(test, no_raw=True, duration=test.duration or (None if test.requests else 20.0))
     if not test.goodput:
         alone = replace(test, rate="closed", concurrency=1, requests=12, duration=None, canary_rate=0.0, churn_rate=0.0)
-        test = replace(test, goodput=sweep.default_limits(await run_once(alone)))
+        unhurried = await run_once(alone)
+        if sweep.interrupted(unhurried):
+            raise KeyboardInterrupt
+        test = replace(test, goodput=sweep.default_limits(unhurried))
         print(f"no --goodput given; from requests sent one at a time: {' '.join(test.goodput)}", file=sys.stderr)
 
+    correct = []  # of all runs, those too that make no point
+
     async def measure(rate: float) -> dict[str, Any]:
-        return await run_once(replace(test, rate=repr(rate), label=f"{rate:g}/s"))
+        result = await run_once(replace(test, rate=repr(rate), label=f"{rate:g}/s"))
+        correct.append(result["correct"])
+        return result
 
     search = sweep.Sweep(measure, args.share, args.start_rate, args.tolerance, args.most_runs)
     outcome = await search.execute()
@@ -134,7 +141,7 @@ async def run_sweep(test: Settings, args: argparse.Namespace) -> dict[str, Any]:
         **outcome,
         "share": args.share,
         "goodput_slo_ms": slo.parse(test.goodput),
-        "correct": all(p["result"]["correct"] for p in search.points),
+        "correct": all(correct),
         "points": search.points,
     }
 

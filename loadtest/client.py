@@ -28,12 +28,27 @@ class ServerError(TuckaError):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A line of /v1/models. Adapters have a parent; `root` is an adapter's path where the server tells it."""
+    """A line of /v1/models. Adapters and aliases have a parent; `root` is an adapter's path where the server tells
+    it."""
 
     name: str
     parent: str | None
     root: str | None
     max_model_len: int | None = None
+    alias: bool = False
+
+
+def read_cards(listed: list[dict[str, Any]]) -> list[ModelCard]:
+    """The data of /v1/models. TuckA's adapters have a field `tucka`, and its aliases, which point at one now and at
+    another later, have a parent without it. Where no card has the field, all with a parent are adapters."""
+    marked = any("tucka" in c for c in listed)
+    return [
+        ModelCard(
+            c["id"], c.get("parent"), c.get("root"), c.get("max_model_len"),
+            alias=marked and c.get("parent") is not None and "tucka" not in c,
+        )
+        for c in listed
+    ]  # fmt: skip
 
 
 class EventReader:
@@ -122,8 +137,7 @@ class LoadClient:
                 async with self.session.get(f"{self.url}/v1/models", headers=self.headers) as response:
                     if response.status != 200:
                         raise ServerError(f"/v1/models answered {response.status}: is the URL right, is a key needed?")
-                    cards = (await response.json())["data"]
-            return [ModelCard(c["id"], c.get("parent"), c.get("root"), c.get("max_model_len")) for c in cards]
+                    return read_cards((await response.json())["data"])
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ServerError(f"no answer from {self.url}: {type(error).__name__}. Is the server up?") from None
         except (KeyError, TypeError, ValueError):

@@ -40,7 +40,7 @@ def choose_models(settings: Settings, cards: list[ModelCard]) -> tuple[list[str]
         if missing := [m for m in models if m not in names]:
             raise ConfigError(f"--models: {', '.join(missing)} not served; there are {', '.join(names)}")
     else:
-        models = [c.name for c in cards if c.parent is not None] or ([base] if base else [])
+        models = [c.name for c in cards if c.parent is not None and not c.alias] or ([base] if base else [])
     if not models:
         raise ServerError("the server lists no models")
     if settings.versus_base and (base is None or base in models):
@@ -66,7 +66,8 @@ class Session:
                 await self.put(client, adapter.name, adapter.paths[0])
             if settings.canary_rate and not settings.versus_base:
                 result.canaries = Canaries(settings, client)
-                await self.record_references(client, result, pool)
+                aliases = {c.name for c in cards if c.alias}
+                await self.record_references(client, result, pool, aliases)
             await self.warm_up(client, Workload(settings, models, base, scale), result)
             with self.interruptible():
                 for repeat in range(settings.repeats):
@@ -111,13 +112,14 @@ class Session:
         return TokenScale(least - few * per_word, per_word)
 
     async def record_references(
-        self, client: LoadClient, result: SessionResult, pool: list[churn.ChurnedAdapter]
+        self, client: LoadClient, result: SessionResult, pool: list[churn.ChurnedAdapter], aliases: set[str]
     ) -> None:
-        """Each canaried model alone, the base too; an adapter under churn once from each of its paths."""
+        """Each canaried model alone, the base too; an adapter under churn once from each of its paths. An alias gets
+        no canaries: it answers as whatever it stands for, which may change."""
         assert result.canaries is not None
         churned = {adapter.name: adapter for adapter in pool}
         names = dict.fromkeys([*([result.base] if result.base else []), *churned, *result.models])
-        for name in list(names)[: self.settings.canary_models]:
+        for name in [n for n in names if n not in aliases][: self.settings.canary_models]:
             paths = churned[name].paths if name in churned else (None,)
             for path in reversed(paths):
                 if len(paths) > 1 and path is not None:

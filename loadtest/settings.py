@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -187,6 +188,11 @@ class Settings:
         if not all(0 < p < 100 for p in values):
             raise ConfigError("--percentiles must be numbers between 0 and 100, as 50,90,99")
         return values
+
+
+def without_password(url: str) -> str:
+    """The url without user and password: what results show."""
+    return re.sub(r"^([^/?#]*//)?[^/?#]*@", r"\1", url)
 
 
 def flag(name: str) -> str:

@@ -1,5 +1,6 @@
 """Service level objectives: limits in milliseconds that a request must meet to count as good."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 from tucka_runtime.errors import ConfigError
@@ -16,7 +17,7 @@ def parse(items: Iterable[str]) -> dict[str, float]:
             limits[name] = float(value)
         except ValueError:
             limits[name] = -1.0
-        if name not in NAMES or not limits[name] > 0:
+        if name not in NAMES or not 0 < limits[name] < math.inf:
             raise ConfigError(f"--goodput must be NAME:MS with NAME one of {', '.join(NAMES)}")
     return limits
 

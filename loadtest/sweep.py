@@ -2,7 +2,8 @@
 
 Rates grow by half until one fails, then the gap between the highest that held and the lowest that failed is halved
 until it is narrower than `tolerance`. A rate holds if the share of requests that were answered within every limit is
-at least `share`. If the client was the limit at a rate, that rate says nothing about the server: the sweep ends.
+at least `share`. If the client was the limit at a rate, that rate says nothing about the server: the sweep ends. It
+ends too, without a point for that rate, where it is interrupted or a run sends nothing.
 """
 
 import math
@@ -34,7 +35,14 @@ class Sweep:
         low, high, rate = 0.0, math.inf, self.start
         ended = "runs"
         while len(self.points) < self.most_runs:
-            point = await self.point(rate)
+            result = await self.measure(rate)
+            if interrupted(result):
+                ended = "interrupted"
+                break
+            if result["good_share"] is None:
+                ended = "nothing"
+                break
+            point = self.point(rate, result)
             if point["client_limited"]:
                 ended = "client"
                 break
@@ -53,12 +61,15 @@ class Sweep:
                 rate = (low + high) / 2
         return {"knee": low or None, "fails_at": None if math.isinf(high) else high, "ended": ended}
 
-    async def point(self, rate: float) -> dict[str, Any]:
-        result = await self.measure(rate)
-        share = result["good_share"] or 0.0
+    def point(self, rate: float, result: dict[str, Any]) -> dict[str, Any]:
+        share = result["good_share"]
         point = {"rate": rate, "good_share": share, "holds": share >= self.share} | {n: result.get(n) for n in POINT}
         self.points.append(point | {"client_limited": result["client_limited"], "result": result})
         return self.points[-1]
+
+
+def interrupted(result: dict[str, Any]) -> bool:
+    return any(run["interrupted"] for run in result["runs"] + result["base_runs"])
 
 
 def default_limits(alone: dict[str, Any]) -> tuple[str, ...]:
@@ -73,6 +84,8 @@ ENDINGS = {
     "found": "",
     "runs": " (not narrowed further: --most-runs)",
     "client": " (the sweep ended there: the client, not the server, was the limit)",
+    "interrupted": " (the sweep was interrupted)",
+    "nothing": " (the sweep ended: a run sent no request; give a longer --duration or a higher --start-rate)",
 }
 
 

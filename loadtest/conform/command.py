@@ -90,7 +90,7 @@ async def hold(args: argparse.Namespace) -> dict[str, Any]:
             await kit.clear()
     return {
         "format": FORMAT,
-        "url": client.url,
+        "url": settings.without_password(client.url),
         "base": base.name,
         "endpoint": test.endpoint,
         "tokens": oracle.tokens,

@@ -37,10 +37,13 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _noise(a: dict[str, Any], b: dict[str, Any], name: str) -> float | None:
-    intervals = [result.get("confidence", {}).get(name) for result in (a, b)]
-    if not all(i and i["from"] == "repeats" for i in intervals):
-        return None
-    return math.hypot(*((i["high"] - i["low"]) / 2 for i in intervals))
+    halves = []
+    for result in (a, b):
+        interval = result.get("confidence", {}).get(name)
+        if not interval or interval["from"] != "repeats":
+            return None
+        halves.append(interval["high"] - result[name])  # the other side may have been cut off at 0
+    return math.hypot(*halves)
 
 
 def differing_settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -132,9 +132,11 @@ class Figures:
         for record in self.records:
             by_model.setdefault(record.model, []).append(record)
         good = Counter(r.model for r in self.good)
+        tokens: Counter[str] = Counter()
         speed: dict[str, list[float]] = {}
         ttft: dict[str, list[float]] = {}
         for record, x in self.done:
+            tokens[record.model] += x.tokens
             speed.setdefault(record.model, []).append(x.tokens / x.e2el if x.e2el > 0 else 0.0)
             ttft.setdefault(record.model, []).append(x.ttft)
         for model, records in sorted(by_model.items(), key=lambda item: -len(item[1])):
@@ -144,7 +146,7 @@ class Figures:
                 "completed": sum(r.ok for r in records),
                 "request_goodput": good[model] / self.duration,
                 "good_share": good[model] / len(records),
-                "output_tokens": sum(r.output_tokens or 0 for r in records if r.ok),
+                "output_tokens": tokens[model],
                 "tokens_per_second_of_a_request": float(np.mean(speed[model])) if model in speed else None,
                 "score": sum(scored) / len(scored) if scored else None,
                 **spread("ttft", ttft.get(model, []), self.percentiles),

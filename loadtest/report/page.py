@@ -8,7 +8,7 @@ from tucka_runtime.loadtest.report import svg, sweep_page
 from tucka_runtime.loadtest.report.markup import card, document, keys, table
 from tucka_runtime.loadtest.report.metrics import LATENCIES
 from tucka_runtime.loadtest.report.report import is_sweep
-from tucka_runtime.loadtest.report.table import number
+from tucka_runtime.loadtest.report.table import number, share
 
 TITLES = {
     "ttft": "Time to first token (TTFT)",
@@ -85,7 +85,7 @@ def tiles(result: dict[str, Any]) -> str:
     ]
     if result.get("goodput_slo_ms"):
         limits = ", ".join(f"{n.upper()} ≤ {v:g} ms" for n, v in result["goodput_slo_ms"].items())
-        items.append(tile(f"{result['good_share']:.1%}", f"good: {limits}"))
+        items.append(tile(share(result["good_share"]), f"good: {limits}"))
     if result.get("score") is not None:
         items.append(tile(f"{result['score']:.1%}", "answers as expected"))
     if canaries := result.get("canaries"):

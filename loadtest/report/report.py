@@ -14,7 +14,7 @@ from tucka_runtime.loadtest.record import Record
 from tucka_runtime.loadtest.report import metrics, stats
 from tucka_runtime.loadtest.runner import CLOSED_LOOP_CONCURRENCY, RunResult
 from tucka_runtime.loadtest.session import SessionResult
-from tucka_runtime.loadtest.settings import SECRET, Settings
+from tucka_runtime.loadtest.settings import SECRET, Settings, without_password
 
 FORMAT = "tucka-loadtest/1"
 # Summed over repeats; all other figures are means over repeats.
@@ -85,9 +85,10 @@ def ratios(runs: Iterable[dict[str, Any]], base_runs: Iterable[dict[str, Any]]) 
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
-    """What was asked for, without keys and without where the results went."""
+    """What was asked for, without keys, the url's password too, and without where the results went."""
     left_out = (*SECRET, "json", "html", "quiet")
     values = {k: v for k, v in asdict(settings).items() if k not in left_out and v is not None}
+    values["url"] = without_password(settings.url)
     return {k: _json(v) for k, v in values.items()}
 
 

@@ -6,6 +6,12 @@ from tucka_runtime.loadtest.report import svg
 from tucka_runtime.loadtest.report.markup import card, keys, table
 from tucka_runtime.loadtest.report.table import number
 
+BANNERS = {
+    "client": "ended because the client was the limit",
+    "interrupted": "was interrupted",
+    "nothing": "ended because a run sent no request",
+}
+
 
 def body(outcome: dict[str, Any]) -> str:
     points = sorted(outcome["points"], key=lambda p: p["rate"])
@@ -32,7 +38,7 @@ def body(outcome: dict[str, Any]) -> str:
         verdict = "client limited" if p["client_limited"] else "holds" if p["holds"] else "fails"
         rows.append([number(p["rate"]), f"{p['good_share']:.1%}", *(number(p[n]) for n in names), verdict])
     html = f'<h1>Sweep: {knee}</h1><p class="soft">highest rate with {outcome["share"]:.0%} of requests at {limits}</p>'
-    if outcome["ended"] == "client":
-        html += '<div class="banner">The sweep ended because the client was the limit.</div>'
+    if outcome["ended"] in BANNERS:
+        html += f'<div class="banner">The sweep {BANNERS[outcome["ended"]]}.</div>'
     html += f'<h2>By rate{keys({"knee": "bad"})}</h2><div class="two">{"".join(cards)}</div>'
     return html + f"<h2>Runs</h2>{table(head, rows)}"

@@ -16,6 +16,10 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
 def between(interval: dict[str, Any] | None) -> str:
     return f" [{number(interval['low'])} .. {number(interval['high'])}]" if interval else ""
 
@@ -67,7 +71,8 @@ def throughput(result: dict[str, Any]) -> list[str]:
     ]
     if result["goodput_slo_ms"]:
         limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in result["goodput_slo_ms"].items())
-        rows.append((f"goodput (1/s) at {limits}", f"{number(result['request_goodput'])}, {result['good_share']:.1%}"))
+        good = f"{number(result['request_goodput'])}, {share(result['good_share'])}"
+        rows.append((f"goodput (1/s) at {limits}", good))
     if result["score"] is not None:
         rows.append(("answers as expected", f"{result['score']:.1%}"))
     for cause, count in result["failures"].items():

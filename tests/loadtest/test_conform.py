@@ -79,6 +79,12 @@ def test_the_real_server_passes(live: Server, folder: Path, capsys: pytest.Captu
     assert "pass  own: an adapter's answer is its own" in capsys.readouterr().out
 
 
+def test_the_password_of_a_url_is_not_written(live: Server, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _ = hold(live.url.replace("://", "://joe:s3cret@"), folder, "--rows", "own", given=3)
+    assert status == 0 and json.loads((folder / "rows.json").read_text())["url"] == live.url
+    assert "s3cret" not in capsys.readouterr().out
+
+
 def test_a_proxy_without_a_fault_changes_nothing(live: Server, folder: Path) -> None:
     with proxy(live.url, None) as url:
         status, rows = hold(url, folder, "--rows", "in-place,while-streaming,cancelled", given=3)

@@ -156,6 +156,14 @@ def test_per_adapter_and_fairness():
     assert fairness["jain_speed"] == pytest.approx(12**2 / (2 * (100 + 4)))
 
 
+def test_adapters_tokens_add_up_to_all_where_the_server_tells_no_usage():
+    records = [record(0.0, [0.1, 0.2, 0.3]), record(0.0, [0.1, 0.2], tokens=7, model="b")]
+    records.append(record(0.0, [0.1], model="b", cause="truncated"))
+    figures = Figures(records, 1.0, {})
+    tokens = {model: a["output_tokens"] for model, a in figures.per_adapter().items()}
+    assert tokens == {"a": 3, "b": 7} and sum(tokens.values()) == figures.summary()["total_output_tokens"]
+
+
 def test_cold_and_warm_are_of_the_same_adapters():
     cold = record(0.0, [1.0], model="a")
     cold.kind = "cold"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from tucka_runtime.loadtest import cli, saturation, sweep
 from tucka_runtime.loadtest.churn import Churn, ChurnedAdapter, adapters
 from tucka_runtime.loadtest.client import ModelCard, ServerError
 from tucka_runtime.loadtest.record import Record
-from tucka_runtime.loadtest.report import compare, page, report, table
+from tucka_runtime.loadtest.report import compare, page, report, sweep_page, table
+from tucka_runtime.loadtest.runner import Run
 from tucka_runtime.loadtest.session import choose_models
 from tucka_runtime.loadtest.settings import Settings
 
@@ -114,6 +116,18 @@ def test_reloads_in_place_forgive_nothing(fake, load_test):
     assert {(e["action"], e["call"]) for e in result["runs"][0]["churn_events"]} >= {("reload", "load")}
     assert result["failures"] == {} and result["correct"]
     assert result["runs"][0]["redirected"] == 0
+
+
+@pytest.mark.parametrize("models", [None, "alias,a,b"])
+def test_an_alias_is_no_adapter_and_gets_no_canaries(fake, load_test, models):
+    """It answers as whatever version of its adapter is there, which is nobody's leak."""
+    url = fake(adapters={"a": "/adapters/a", "b": "/adapters/b"}, aliases={"alias": "a"})
+    flags = {"churn_rate": 8.0, "churn_adapter": ("a=/adapters/a,/adapters/a2",), "churn_inplace": True}
+    result = load_test(url, models=models, rate="20", duration=1.5, canary_rate=20.0, canary_models=3, **flags)
+    assert result["models"] == (models.split(",") if models else ["a", "b"])
+    assert ("alias" in result["per_adapter"]) is bool(models)
+    assert result["correct"] and result["canaries"]["models"] == ["a", "b", "base"]
+    assert result["canaries"]["outcomes"].keys() <= {"own", "unjudged"} and not result["canaries"]["twins"]
 
 
 @pytest.mark.parametrize("drain", [False, True])
@@ -233,6 +247,13 @@ def test_a_closed_loop_does_not_hammer_a_server_that_fails(fake, load_test):
     assert "http_503" in table.render(result)
 
 
+def test_a_run_that_sends_no_request_has_a_dash_for_its_good_share(fake, load_test):
+    result = load_test(fake(), rate="0.01", duration=0.2, goodput=("ttft:500",))
+    assert (result["num_prompts"], result["good_share"]) == (0, None)
+    assert "0, -\n" in table.render(result)
+    check_page(page.render(result))
+
+
 def test_a_metronome_is_valid_json(fake, load_test):
     result = load_test(fake(), rate="40", burstiness=float("inf"), duration=0.5)
     assert json.loads(json.dumps(result, allow_nan=False))["burstiness"] == "inf"
@@ -311,6 +332,7 @@ def test_choosing_models():
     assert choose_models(Settings(), served) == (["a", "b"], "base")
     assert choose_models(Settings(models="b,base"), served) == (["b", "base"], "base")
     assert choose_models(Settings(), served[:1]) == (["base"], "base")
+    assert choose_models(Settings(), [*served, ModelCard("alias", "base", None, alias=True)])[0] == ["a", "b"]
     with pytest.raises(ConfigError, match="x not served; there are base, a, b"):
         choose_models(Settings(models="x"), served)
     with pytest.raises(ConfigError, match="--versus-base"):
@@ -348,6 +370,19 @@ def test_the_command_writes_json_and_html(fake, tmp_path, capsys):
     check_page(html.read_text())
     assert cli.main(["report", str(out), str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text() == html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("http://joe:s3cret@host:8000/v1", "http://host:8000/v1"),
+        ("joe:s3@cret@host:8000", "host:8000"),
+        ("https://joe@host", "https://host"),
+        ("http://host:8000/a@b", "http://host:8000/a@b"),
+    ],
+)
+def test_the_password_of_a_url_is_not_written(url, written):
+    assert report.settings_json(Settings(url=url))["url"] == written
 
 
 class Tags(HTMLParser):
@@ -417,6 +452,9 @@ def test_compare_calls_noise_noise():
     assert verdict(result(100, 1), result(90, 1)) == "better"
     assert verdict(result(100, 10), result(110, 10)) == "same"
     assert verdict(result(100, 1), result(110, 1, "order statistics")) == "worse?"
+    cut = result(100, 190)
+    cut["confidence"]["mean_ttft_ms"]["low"] = 0.0  # no figure is negative: report.confidence cuts there
+    assert verdict(cut, result(280, 1)) == "same"
     vllm = {"request_throughput": 6.0, "mean_ttft_ms": 50.0, "median_itl_ms": 3.0}
     rows = compare.compare(result(100, 1), vllm)
     assert [(r["name"], r["verdict"]) for r in rows] == [("request_throughput", "better?"), ("mean_ttft_ms", "better?")]
@@ -426,10 +464,15 @@ def test_compare_calls_noise_noise():
     assert "Latency" in check
 
 
+def measured(good_share, client_limited=False, interrupted=False):
+    run = {"interrupted": interrupted}
+    return {"good_share": good_share, "client_limited": client_limited, "runs": [run], "base_runs": []}
+
+
 @pytest.mark.parametrize("capacity", [0.4, 3.0, 12.34, 100.0])
 def test_the_sweep_finds_the_knee_of_a_known_server(capacity):
     async def measure(rate):
-        return {"good_share": 1.0 if rate <= capacity else 0.5, "client_limited": False}
+        return measured(1.0 if rate <= capacity else 0.5)
 
     search = sweep.Sweep(measure, 0.95, 1.0, 0.05, 40)
     outcome = asyncio.run(search.execute())
@@ -464,12 +507,64 @@ def test_the_report_shows_lists_and_failures_plainly(fake, load_test):
 
 def test_the_sweep_stops_when_the_client_is_the_limit():
     async def measure(rate):
-        return {"good_share": 1.0, "client_limited": rate > 4}
+        return measured(1.0, client_limited=rate > 4)
 
     outcome = asyncio.run(sweep.Sweep(measure, 0.95, 1.0, 0.05, 40).execute())
     assert outcome["ended"] == "client"
     assert outcome["knee"] == pytest.approx(3.375)
     assert math.isinf(outcome["fails_at"] or math.inf)
+
+
+@pytest.mark.parametrize(
+    ("last", "ended"), [(measured(0.2, interrupted=True), "interrupted"), (measured(None), "nothing")]
+)
+def test_a_run_that_measured_nothing_ends_the_sweep_and_makes_no_point(last, ended):
+    results = iter([measured(1.0), last])
+
+    async def measure(rate):
+        return next(results)
+
+    search = sweep.Sweep(measure, 0.95, 2.0, 0.05, 40)
+    outcome = asyncio.run(search.execute())
+    assert outcome == {"knee": 2.0, "fails_at": None, "ended": ended}
+    assert [point["rate"] for point in search.points] == [2.0]
+    whole = outcome | {"points": search.points, "share": 0.95, "goodput_slo_ms": {"ttft": 500.0}}
+    for points in (search.points, []):
+        said = sweep.render(whole | {"points": points})
+        assert sweep.ENDINGS[ended] and sweep.ENDINGS[ended] in said
+    assert sweep_page.BANNERS[ended] in page.render(whole | {"points": [], "format": "tucka-loadtest-sweep/1"})
+
+
+def test_an_interrupt_ends_the_sweep(fake, tmp_path, capsys, monkeypatch):
+    """The first Ctrl-C, in the second run: no further rate is tried, and what was found is written."""
+    out, open_loop, runs = tmp_path / "s.json", Run.open_loop, []
+
+    async def interrupted(self, plan):
+        runs.append(plan)
+        if len(runs) == 2:
+            asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
+        await open_loop(self, plan)
+
+    monkeypatch.setattr(Run, "open_loop", interrupted)
+    monkeypatch.setattr(saturation, "verdict", lambda *args: {"client_limited": False, "reasons": [], "warnings": []})
+    flags = ["--url", fake(), "--canary-rate", "0", "--warmup", "0", "--duration", "0.5", "--goodput", "ttft:9000"]
+    assert cli.main(["sweep", *flags, "--quiet", "--most-runs", "4", "--start-rate", "20", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert (len(runs), result["ended"], result["knee"]) == (2, "interrupted", 20.0)
+    assert [point["rate"] for point in result["points"]] == [20.0]
+    assert "20 conversations/s" in (shown := capsys.readouterr().out) and "the sweep was interrupted" in shown
+
+
+def test_an_interrupt_before_the_sweeps_limits_are_known_ends_it(fake, capsys, monkeypatch):
+    closed_loop = Run.closed_loop
+
+    async def interrupted(self):
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGINT)
+        await closed_loop(self)
+
+    monkeypatch.setattr(Run, "closed_loop", interrupted)
+    assert cli.main(["sweep", "--url", fake(ttft=0.1), "--warmup", "0", "--quiet", "--most-runs", "1"]) == 130
+    assert "aborted" in capsys.readouterr().err
 
 
 def test_the_sweep_command(fake, tmp_path, capsys):

@@ -125,6 +125,7 @@ def test_a_trace_without_times_and_a_missing_file_are_refused(tmp_path):
         {"percentiles": "50,100"},
         {"goodput": ("ttft",)},
         {"goodput": ("speed:3",)},
+        {"goodput": ("ttft:inf",)},
         {"versus_base": True, "churn_rate": 1.0},
         {"concurrency": 0},
         {"duration": 0.0},

@@ -39,6 +39,7 @@ class Behaviour:
     route: str = "known"  # the field `route`: known | refused | ignored (as vLLM does with fields it does not know)
     refuse: str = ""  # answer 400 to this field
     adapters: dict[str, str] = field(default_factory=dict)  # name -> path
+    aliases: dict[str, str] = field(default_factory=dict)  # name -> adapter; with any, adapters' cards are TuckA's
 
 
 def answer(identity: str, prompt: str, tokens: int) -> list[str]:
@@ -83,6 +84,9 @@ class FakeServer:
                 {"id": n, "object": "model", "root": p, "parent": "base", "inplace": n in self.inplace}
                 for n, p in self.adapters.items()
             ]
+            if self.behaviour.aliases:
+                cards = [card | ({"tucka": {}} if card["parent"] else {}) for card in cards]
+                cards += [cards[0] | {"id": n, "parent": "base"} for n in self.behaviour.aliases]
             self.plain(writer, 200, {"object": "list", "data": cards})
         elif path == "/v1/load_lora_adapter":
             await asyncio.sleep(self.behaviour.load)
@@ -111,7 +115,7 @@ class FakeServer:
         b, loop = self.behaviour, asyncio.get_running_loop()
         self.count += 1
         mischief = b.misbehave if b.every and self.count > b.after and self.count % b.every == 0 else ""
-        model = body["model"]
+        model = b.aliases.get(body["model"], body["model"])
         if model != "base" and model not in self.adapters:
             return self.plain(writer, 404, {"error": {"message": "no such model", "code": "model_not_found"}})
         refused = {"known": body.get("route") not in (None, "batch", "request"), "refused": "route" in body}
