@@ -33,12 +33,14 @@ def call_format(template: str) -> str:
 
 
 def call_arguments(arguments: str) -> Any:
-    """What the text of a call's arguments says, or the text itself where that is no JSON: models write such, and
-    clients send it back."""
+    """What the text of a call's arguments says, or the text itself where that is no JSON, or escapes half of a
+    surrogate pair, which no prompt can hold: models write such, and clients send it back."""
     try:
-        return json.loads(arguments) if arguments else {}
+        value = json.loads(arguments) if arguments else {}
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return arguments
+    return value
 
 
 def with_short_ids(messages: list[Message]) -> list[Message]:

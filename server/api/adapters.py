@@ -49,7 +49,7 @@ async def post_adapter(request: Request) -> Response:
 async def put_adapter(request: Request) -> Response:
     """The same for an adapter in the body: its files as multipart/form-data, else a .tar or .tar.gz of them."""
     service: Service = request.app.state.service
-    asked = accept(request, UploadQuery, query_of(request))
+    asked = accept(request, UploadQuery, query_of(request, UploadQuery))
     name, boundary = request.path_params["name"], boundary_of(request.headers.get("content-type", ""))
     note("load", name)
     with _params(name="name"):

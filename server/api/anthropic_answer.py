@@ -153,9 +153,11 @@ def _block(event: Text | Reasoning | CallBegun) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """A call's arguments. What the model wrote that is no JSON object comes as Anthropic's documentation has such."""
+    """A call's arguments. What the model wrote that is no JSON object, or none that an answer can hold, comes as
+    Anthropic's documentation has such."""
     try:
         value = json.loads(arguments)
+        encode_json(value)
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"INVALID_JSON": arguments}

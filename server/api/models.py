@@ -38,7 +38,7 @@ async def list_models(request: Request) -> Response:
 async def listed(request: Request, adapters: Sequence[LoadedAdapter], first: Sequence[Card] = ()) -> Response:
     """The list of `first` and the adapters' cards, or the page of it that the query asks for."""
     service: Service = request.app.state.service
-    asked = accept(request, ListQuery, query_of(request))
+    asked = accept(request, ListQuery, query_of(request, ListQuery))
     begin = 0
     if asked.after is not None:
         ids = chain((card["id"] for card in first), (adapter.model for adapter in adapters))

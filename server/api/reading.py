@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from starlette.requests import Request
@@ -59,13 +59,18 @@ async def read_body(http: Request, kind: type[B]) -> B:
     return accept(http, kind, await read_json(http))
 
 
-def query_of(http: Request) -> dict[str, bool | int | str]:
-    """The query as a body would say it. Raises InvalidRequestError."""
+def query_of(http: Request, kind: type[Body]) -> dict[str, bool | int | str]:
+    """The query as a body of that kind would say it. Raises InvalidRequestError."""
+    texts = {name for name, field in kind.model_fields.items() if _is_text(field.annotation)}
     pairs = http.query_params.multi_items()
-    query = {key: _value(text) for key, text in pairs}
+    query = {key: text if key in texts else _value(text) for key, text in pairs}
     if len(query) != len(pairs):
         raise InvalidRequestError("The query names the same parameter twice. Send every one once.")
     return query
+
+
+def _is_text(annotation: Any) -> bool:
+    return annotation is str or any(_is_text(part) for part in get_args(annotation))
 
 
 def _value(text: str) -> bool | int | str:

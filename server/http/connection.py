@@ -112,8 +112,8 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self._ended and not self.at_work:
             self.transport.close()
-        elif self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
-            self._arm()
+        elif self.conn.their_state is h11.SEND_BODY or (self.conn.trailing_data[0] and not self.at_work):
+            self._arm()  # what waits behind a request at work has come already: that is not the client's slowness
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends nothing more: a request that came whole gets its answer. Returns whether to stay open."""

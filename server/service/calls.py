@@ -256,12 +256,16 @@ class _Scan:
 
 
 def _loaded(text: str) -> str | None:
-    """The string that a JSON text is; None if it is none."""
+    """The string that a JSON text is; None if it is none, or one with half of a surrogate pair, which no answer can
+    hold."""
     try:
         value = json.loads(text)
-    except ValueError:
+        if not isinstance(value, str):
+            return None
+        value.encode()
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, str) else None
+    return value
 
 
 def _unwrapped(value: str) -> str:

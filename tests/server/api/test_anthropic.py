@@ -198,11 +198,12 @@ def test_which_tools_may_be_called(server: Server) -> None:
 
 
 def test_a_call_that_is_no_json(server: Server) -> None:
-    """As Anthropic's documentation wraps such."""
+    """As Anthropic's documentation wraps such. To Python's parser some of it is JSON."""
     assert server.engine
-    server.engine.script = '<tool_call>{"name": "now", "arguments": {"a": 1'
-    (call,) = server.post(MESSAGES, ASK | {"tools": TOOLS}).json()["content"]
-    assert call["input"] == {"INVALID_JSON": '{"a": 1'}
+    for arguments in ('{"a": 1', '{"a": 1e999}', r'{"a": "\ud83d"}', r'{"\udc00": 1}'):
+        server.engine.script = '<tool_call>{"name": "now", "arguments": ' + arguments
+        (call,) = server.post(MESSAGES, ASK | {"tools": TOOLS}).raise_for_status().json()["content"]
+        assert call["input"] == {"INVALID_JSON": arguments}
 
 
 def test_an_answer_of_a_schema(live: Server) -> None:

@@ -24,3 +24,13 @@ def test_lists_are_read_by_pages(start_fake: StartFake) -> None:
         for query in ("limit=0", "limit=1001", "limit=x", "after=nobody"):
             refused = server.get(f"{path}?{query}")
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, query.split("=")[0])
+
+
+def test_pages_begin_behind_names_that_look_like_other_values(start_fake: StartFake) -> None:
+    server = start_fake()
+    names = ["0", "123", "false", "true"]
+    for name in names:
+        server.post("/v1/adapters", {"name": name, "path": ADAPTER}).raise_for_status()
+    for before, name in zip(names, [*names[1:], None], strict=True):
+        page = server.get(f"/v1/adapters?limit=1&after={before}").raise_for_status().json()
+        assert [card["id"] for card in page["data"]] == ([name] if name else [])

@@ -104,6 +104,30 @@ def test_a_history_of_calls_is_rendered(start_fake: StartFake) -> None:
     assert f'{{"name": "get_weather", "arguments": {BERN}}}\nuser: get_weather returned:\nsunny' in texts[1]
 
 
+@pytest.mark.parametrize("template", [HERMES, PLAIN])
+def test_a_history_of_calls_with_half_a_surrogate_pair_is_rendered(start_fake: StartFake, template: str) -> None:
+    """As the escape that it was: models write such, and no text can hold what it stands for."""
+    arguments = r'{"city": "\ud83d"}'
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    history = [
+        *ASK["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    server = start_fake(template=template)
+    ids = server.post("/tokenize", {"messages": history}).raise_for_status().json()["tokens"]
+    assert json.dumps(arguments) in bytes(token - 3 for token in ids).decode()
+    server.post("/v1/chat/completions", ASK | {"messages": history, "max_tokens": 1}).raise_for_status()
+    items = [
+        {"type": "message", "role": "user", "content": "Hello"},
+        {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": arguments},
+        {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+    ]
+    server.post("/v1/responses", {"model": "base", "input": items, "max_output_tokens": 1}).raise_for_status()
+    assert server.engine
+    assert [list(request.prompts[0]) for request in server.engine.requests] == [ids, ids]
+
+
 def test_functions_in_their_older_form(start_fake: StartFake) -> None:
     """`functions` and `function_call` are tools in other words: the same prompt, one call, its own shape of answer."""
     server = start_fake(template=HERMES)

@@ -141,6 +141,28 @@ def test_deadlines_do_not_touch_slow_answers_or_long_uploads(start_fake, monkeyp
         assert client.recv(100).startswith(b"HTTP/1.1 200")
 
 
+def test_deadlines_do_not_touch_what_waits_behind_a_slow_answer(start_fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has come whole: the last one's head too, though nobody has read that yet."""
+    monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.3)
+    server = start_fake()
+    server.engine.seconds_per_token = 0.1
+    with socket.create_connection(server.address, timeout=10) as client:
+        client.sendall(HEALTH + ask() + HEALTH.replace(b"Host: x", b"Host: x\r\nConnection: close"))
+        answer = read_all(client)
+    assert answer.count(b"HTTP/1.1 200") == 3 and answer.count(b'"usage":') == 1
+
+
+def test_deadlines_are_kept_behind_a_slow_answer(start_fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that does not go on is waited for from the answer's end on."""
+    monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.3)
+    server = start_fake()
+    server.engine.seconds_per_token = 0.1
+    with socket.create_connection(server.address, timeout=10) as client:
+        client.sendall(HEALTH + ask() + b"GET /hea")
+        answer = read_all(client)
+    assert answer.count(b"HTTP/1.1 200") == 2 and answer.count(b"HTTP/1.1 408") == 1
+
+
 def slow_reader(server: Server) -> socket.socket:
     """A client whose answers are more than its own and the kernel's buffers hold, and which reads none of them."""
     client = socket.socket()

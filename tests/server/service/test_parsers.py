@@ -25,6 +25,8 @@ from tucka_runtime.server.service.reasoning import ThinkParser
 F1 = '{"name": "f", "arguments": {"a": "}]</tool_call>\\" é"}}'
 F2 = '{"name": "g", "arguments": {}}'
 A1 = '{"a": "}]</tool_call>\\" é"}'
+HALF = '"\\ud83d"'
+DEEP = "[" * 2000 + "]" * 2000
 
 
 def parser(form: str, think: bool | None = None) -> OutputParser:
@@ -64,6 +66,12 @@ def cut(text: str, places: list[int]) -> list[str]:
         ("mistral", 'Yes.[TOOL_CALLS]get_weather{"a": 1}', "Yes.", [("get_weather", '{"a": 1}')]),
         ("json", f"\n{F1}", "", [("f", A1)]),
         ("json", f"[{F2}, {F2}]", "", [("g", "{}"), ("g", "{}")]),
+        # What no string can hold is left as it was written.
+        ("hermes", f'<tool_call>{{"name": "f", "arguments": {HALF}}}</tool_call>', "", [("f", HALF)]),
+        ("json", f'{{"arguments": {HALF}, "name": "f"}}', "", [("f", HALF)]),
+        # Nor is what Python's parser finds too deep.
+        ("hermes", f'<tool_call>{{"name": "f", "arguments": {DEEP}}}</tool_call>', "", [("f", DEEP)]),
+        ("json", f'{{"arguments": {DEEP}, "name": "f"}}', "", [("f", DEEP)]),
         # Cut off, or broken after the call has begun: what is there is the call's.
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "tr', "", [("f", '{"a": "tr')]),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [</tool_call> x', " x", [("f", '{"a": [')]),
