@@ -90,12 +90,15 @@ class RestoredNames(Names):
         self.residency.reset()
         for entry in await self._copies.missing([adapter.entry for adapter in self._loaded.values()]):
             async with self._locks.hold(entry.owner):
-                self._lose(entry)
+                adapter = self._loaded.get(entry.name)
+                if adapter is not None and adapter.key == entry.key:
+                    self._lose(entry)
         await self._find_again()
         for adapter in self.all():
             if adapter.entry.keep_resident and self.tier(adapter) is not Tier.RESIDENT:
                 async with self._locks.hold(adapter.key.name):
-                    await self._load_again(adapter.entry)
+                    if self._loaded.get(adapter.key.name) is adapter:  # it may have been unloaded meanwhile
+                        await self._load_again(adapter.entry)
         self.ready = True
 
     def lease(self, adapter: Served) -> Lease:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -243,3 +244,34 @@ def test_every_field_of_a_completion_reaches_the_engine_or_the_answer() -> None:
     text = "".join(map(inspect.getsource, (answer, completions, door, fields, sampling, structured)))
     for name in CompletionBody.model_fields.keys() - CompletionBody.ignored:
         assert f"body.{name}" in text or f"_body.{name}" in text, name
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_unloaded_while_the_engine_restarts_stays_away(server: Server, monkeypatch, lost: bool) -> None:
+    """Its copy is there, or gone too. The engine died when the unloading had begun."""
+    body = {"name": "a", "path": str(GOLDEN / "llama-qv-r8k3t3" / "adapter"), "keep_resident": True}
+    server.post("/v1/adapters", body).raise_for_status()
+    names = server.service.adapters  # type: ignore[union-attr]
+    begun, go_on = threading.Event(), threading.Event()
+    forget, missing = names._copies.forget, names._copies.missing
+
+    async def slow(name: str) -> None:
+        begun.set()
+        await asyncio.to_thread(go_on.wait, 10)
+        await forget(name)
+
+    async def found(entries):
+        return list(entries) if lost else await missing(entries)
+
+    monkeypatch.setattr(names._copies, "forget", slow)
+    monkeypatch.setattr(names._copies, "missing", found)
+    with ThreadPoolExecutor(1) as pool:
+        unloading = pool.submit(server.client.delete, server.url + "/v1/adapters/a")
+        assert begun.wait(10)
+        restarted = asyncio.run_coroutine_threadsafe(server.engine.on_restart(), server.loop)
+        time.sleep(0.2)  # it waits for the name by then
+        go_on.set()
+        restarted.result(10)
+        assert unloading.result().status_code == 200
+    assert server.get("/v1/adapters").json()["data"] == [] and "a" not in names._lost
+    assert [entry.name for entry in names._copies._registry.names()] == []
