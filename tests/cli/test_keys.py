@@ -1,6 +1,8 @@
 """`tucka keys`."""
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,12 @@ def test_a_file_must_be_named(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.delenv("TUCKA_API_KEY_FILE", raising=False)
     assert main(["keys", "list"]) == 1
     assert "--file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stdout", ["> /dev/full", ">&-"])
+def test_a_key_that_nobody_can_read_is_not_kept(tmp_path: Path, stdout: str) -> None:
+    file = tmp_path / "keys.json"
+    command = f"exec {sys.executable} -m tucka_runtime.cli.main keys add ops --role admin --file {file} {stdout}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "was not kept" in done.stderr
+    assert read_key_file(file) == ()

@@ -95,9 +95,24 @@ def add(flags: argparse.Namespace) -> int:
 
     path = _file(flags)
     change_key_file(path, change)
-    print(key)
+    if not _shown(key):
+        change_key_file(path, lambda keys: tuple(other for other in keys if other.name != record.name))
+        raise ConfigError("The key could not be shown, since stdout takes nothing, and was not kept. Give it another.")
     print(f"{record.name} is in {path}. The key is shown this once. {AGAIN}", file=sys.stderr)
     return 0
+
+
+def _shown(key: str) -> bool:
+    """Prints it. Whether somebody can have read it."""
+    if sys.stdout is None:  # closed by who started this
+        return False
+    try:
+        print(key, flush=True)
+    except OSError:
+        with open(os.devnull, "w") as nowhere:  # for what Python writes when it ends
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return False
+    return True
 
 
 def show(flags: argparse.Namespace) -> int:
