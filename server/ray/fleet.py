@@ -96,7 +96,7 @@ def read_fleet(path: Path) -> Fleet:
         value = yaml.safe_load(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--ray {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"--ray {path} is not valid YAML.") from None
     return fleet_of(value or {}, f"--ray {path}")
 

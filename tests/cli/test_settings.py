@@ -84,6 +84,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("port: 1\nhost: a: b", "line 2, column 8"),
+        ("port: 2020-13-45", "month must be in 1..12"),
         ("port: many", "port .* a whole number"),
         ("log_prompts: 3", "true or false"),
         ("decode_stretch: many", "decode_stretch .* a number"),

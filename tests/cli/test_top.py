@@ -10,6 +10,7 @@ from tests.support.file_host import file_host
 from tests.support.servers import Server
 from tucka_runtime.cli.main import main
 from tucka_runtime.cli.top import Change, Scrape, clip, draw
+from tucka_runtime.errors import TuckaError
 from tucka_runtime.messages import AdapterInfo, AdapterKey, EngineLoad, FinishReason, Route, StepStats
 from tucka_runtime.server.metrics.metrics import AdapterTiers, Metrics
 from tucka_runtime.server.metrics.vllm import Residence
@@ -123,3 +124,8 @@ def test_a_reader_that_goes_away_is_no_error(live: Server) -> None:
     process.stdout.close()
     assert process.wait(20) == 0 and process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_a_page_that_is_none_of_prometheus_is_said() -> None:
+    with pytest.raises(TuckaError, match="none of Prometheus"):
+        Scrape.of("<!doctype html>\n<title>Welcome to nginx!</title>\n", 0.0)

@@ -234,6 +234,7 @@ def test_the_settings_of_a_file_are_those_of_flags(workplace: Path, capsys: pyte
         ("method: full", "one of tucka, lora"),
         ("[1]", "must be a mapping"),
         ("a: [", "not valid YAML"),
+        ("a: 2020-13-45", "not valid YAML"),
     ):
         file.write_text(text)
         assert train(workplace, "--config", str(file)) == 2

@@ -159,6 +159,8 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"The configuration file {path} is not valid YAML{where}: {error.problem}.") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"The configuration file {path} is not valid YAML: it is not a text file.") from None
+    except ValueError as error:  # a date that no calendar has
+        raise ConfigError(f"The configuration file {path} is not valid YAML: {error}.") from None
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -33,11 +33,15 @@ class Scrape:
 
     @staticmethod
     def of(text: str, at: float) -> "Scrape":
-        """Reads the exposition text; what is not ours is left out."""
+        """Reads the exposition text; what is not ours is left out. Raises TuckaError where it is none."""
         samples: dict[tuple[str, Labels], float] = {}
         models: dict[str, None] = {}
         groups: dict[str, list[float]] = {}
-        for family in text_string_to_metric_families(text):
+        try:
+            families = list(text_string_to_metric_families(text))
+        except ValueError:
+            raise TuckaError("The answer at /metrics is none of Prometheus. Is the address a server's?") from None
+        for family in families:
             if not family.name.startswith("tucka_"):
                 continue
             for sample in family.samples:

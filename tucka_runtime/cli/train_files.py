@@ -130,7 +130,7 @@ def _mapping(path: Path) -> dict[Any, Any]:
         table = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"The configuration file {path} is not valid YAML.") from None
     if not isinstance(table, dict):
         raise ConfigError(f"The configuration file {path} must be a mapping of flags to values, as `lr: 0.002`.")

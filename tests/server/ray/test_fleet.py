@@ -73,7 +73,7 @@ def test_what_is_wrong_is_said_by_its_place(given: object, said: str) -> None:
     assert raised.value.message.startswith("--ray f") and said in raised.value.message
 
 
-@pytest.mark.parametrize("text", ["a: [", "\x00"])
+@pytest.mark.parametrize("text", ["a: [", "\x00", "a: 2020-13-45"])
 def test_what_is_no_yaml(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
     with pytest.raises(ConfigError, match="is not valid YAML"):
