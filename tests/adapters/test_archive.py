@@ -1,9 +1,11 @@
 """Adapters in archives: what is taken, and that what is hostile is refused and writes nothing beside its folder."""
 
 import gzip
+import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,24 @@ def test_what_tar_writes(tmp_path: Path, prefix: str, pack: Callable[[bytes], by
     members = [(prefix or "./", None), (f"{prefix}README.md", b"# hello")]
     data = made([*members, *((prefix + name, text) for name, text in FILES.items())], form)
     assert unpacked(pack(data), tmp_path) == FILES
+
+
+def test_buffers_of_python_3_14(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask for twice as much at once as those before."""
+
+    class Buffered(tarfile.ExFileObject):
+        def __init__(self, file: Any, info: Any):
+            io.BufferedReader.__init__(
+                self, tarfile._FileInFile(file.fileobj, info.offset_data, info.size, None), 2**17
+            )
+
+    monkeypatch.setattr(tarfile.TarFile, "fileobject", Buffered)
+    weights = bytes(range(256)) * 2000
+    with tarfile.open(tmp_path / "made", "w") as made_of:
+        for name, data in (("adapter_config.json", CONFIG), ("adapter_model.safetensors", weights)):
+            made_of.addfile(entry(name, size=len(data)), io.BytesIO(data))
+    found = unpacked((tmp_path / "made").rename(tmp_path / "archive").read_bytes(), tmp_path)
+    assert found == {"adapter_config.json": CONFIG, "adapter_model.safetensors": weights}
 
 
 def entry(name: str, **fields: object) -> tarfile.TarInfo:

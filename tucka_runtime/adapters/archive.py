@@ -23,7 +23,7 @@ MAX_ARCHIVE_BYTES = (
 )  # unpacked, or as it is sent: room for a tokenizer beside the weights
 MAX_RATIO = 100  # of unpacked to packed; trained weights have less than 2, and half of a new LoRA is zeros
 FREE_BYTES = 64 * 2**20  # are unpacked at any ratio
-READ_BYTES = 64 * 2**10  # the most that is read at once, extended headers among it: they hold a path of 4 KiB or so
+READ_BYTES = 128 * 2**10  # the most that is read at once, as buffers of Python 3.14 do; long names take 4 KiB
 
 _GZIP = b"\x1f\x8b"
 
