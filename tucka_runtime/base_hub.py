@@ -24,13 +24,13 @@ def names_repository(model: str) -> bool:
 def hub_folder(model: str, download: bool) -> tuple[Path, str] | None:
     """The folder of a model `org/name` or `org/name@revision`, and `org/name`; None for any other, for what no
     repository may be called, and for a folder of that path. Raises ConfigError where it is not there."""
-    found = _REPOSITORY.fullmatch(model)
-    if found is None or not names_repository(model):
+    if not names_repository(model):
         return None
+    repository, _, revision = model.partition("@")
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return _folder(found[1], found[2], download), found[1]
+        return _folder(repository, revision or None, download), repository
     except HFValidationError:
         return None
 

@@ -5,6 +5,7 @@ from typing import Literal
 from tucka_runtime.errors import InvalidRequestError
 from tucka_runtime.messages import EngineInfo, Route
 from tucka_runtime.server.api.bodies import PinnedRoute, StreamOptions, TruncationFields
+from tucka_runtime.server.http.body import MAX_DIGITS
 from tucka_runtime.server.service.defaults import Defaults
 from tucka_runtime.server.service.truncation import Truncation
 
@@ -33,9 +34,8 @@ def allowed_token_ids(value: list[int] | None, vocab_size: int) -> tuple[int, ..
 
 def logit_bias(value: dict[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
     biases: dict[int, float] = {}
-    digits = len(str(vocab_size))
     for key, bias in (value or {}).items():
-        if not (key.isascii() and key.isdigit()) or len(key) > digits or int(key) >= vocab_size:
+        if not (key.isascii() and key.isdigit()) or len(key) > MAX_DIGITS or int(key) >= vocab_size:
             raise InvalidRequestError(
                 f"`logit_bias` has a key that is no token id of the vocabulary (0 to {vocab_size - 1}).", "logit_bias"
             )

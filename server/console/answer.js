@@ -101,13 +101,13 @@ function figure(name, value, unit) {
 function routeNode({ adapter, group, weights, scope, changes }, models) {
   const tucka = models.find(({ id }) => id === adapter)?.tucka;
   const numbers = weights.map((weight) => weight.toFixed(3));
-  const told = `Group ${group} of ${tucka?.k}, counted from 0; its experts weigh ${numbers.join(", ")}.`;
+  const told = (k) => `Group ${group} of ${k}, counted from 0; its experts weigh ${numbers.join(", ")}.`;
   const moved = changes ? ` · left it ${changes} ${changes === 1 ? "time" : "times"} while decoding` : "";
   return el(
     "div",
     { class: "routed" },
     el("p", {}, `Group ${group}`, el("span", { class: "note" }, ` by the ${scope}${moved}`)),
-    tucka?.k ? drawn(tucka.k, tucka.t, group, weights, told) : "",
+    tucka?.k ? drawn(tucka.k, tucka.t, group, weights, told(tucka.k)) : "",
     el("p", { class: "note" }, "Experts weigh ", el("span", { class: "weights" }, numbers.join(" · "))),
   );
 }

@@ -29,7 +29,7 @@ export function startAsk() {
 
 /** Shows the names that can be picked. What was picked stays so; at first it is the base and two adapters. */
 export function offer(cards) {
-  const kept = models.length ? picked() : cards.filter(isNoAlias).slice(0, 3).map(({ id }) => id);
+  const kept = models.length ? picked() : cards.filter((card) => kind(card) !== "alias").slice(0, 3).map(({ id }) => id);
   models = cards;
   byId("names").replaceChildren(...cards.map((card) => chip(card, kept.includes(card.id))));
   byId("filter-field").hidden = cards.length <= FEW;
@@ -47,10 +47,6 @@ export async function chooseDoor() {
 function chip(card, checked) {
   const box = el("input", { type: "checkbox", name: "model", value: card.id, checked });
   return el("label", { class: "chip" }, box, el("span", {}, card.id), el("span", { class: "note" }, kind(card)));
-}
-
-function isNoAlias({ parent, tucka }) {
-  return tucka || !parent;
 }
 
 function boxes() {

@@ -45,6 +45,7 @@ def main() -> None:
     end_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it ends with the engine
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: time.sleep(REST_SECONDS))
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.nice(NICENESS)
     torch.set_num_threads(1)
@@ -64,7 +65,6 @@ def main() -> None:
 @contextlib.contextmanager
 def _giving_way() -> Iterator[None]:
     """Rests for REST_SECONDS after every WORK_SECONDS, behind the call into torch that may be under way."""
-    signal.signal(signal.SIGALRM, lambda *_: time.sleep(REST_SECONDS))
     signal.setitimer(signal.ITIMER_REAL, WORK_SECONDS, WORK_SECONDS)
     try:
         yield
