@@ -37,8 +37,8 @@ NICENESS = 19
 """Steps and requests come first where all cores are busy, and a batch process never interrupts one."""
 WORK_SECONDS, REST_SECONDS = 0.001, 0.0001
 """Whom Linux has let run on a core it takes off there at a tick, every 4 ms, whatever the niceness; a thread of the
-engine's that wants that core waits as long. One that rests gives its core away at once, and goes on where one is idle:
-the p99 between tokens beside 4 loads a second was 1.23 times that without them, and 1.29 times without rests."""
+engine's that wants that core waits as long. One that rests gives its core away at once, and goes on where one is idle
+(docs/measurements/engine-faults-2026-11-26.md)."""
 
 
 def main() -> None:
